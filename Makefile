@@ -1,0 +1,62 @@
+# Every target makes its own virtual environment and installs what it needs.
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+# The CPU build of torch is only for tests that compare with transformers and TRL.
+TORCH ?= 2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+UV := $(shell command -v uv 2>/dev/null)
+ifdef UV
+MAKE_VENV := uv venv --python $(PYTHON) $(VENV)
+INSTALL := uv pip install --python $(PY)
+else
+MAKE_VENV := $(PYTHON) -m venv $(VENV)
+INSTALL := $(PY) -m pip install --quiet
+endif
+
+.PHONY: help demo test test-slow bench lint clean
+
+help:
+	@echo "make demo       the alignment tax in miniature: trains, compares, writes demo-output/report.html"
+	@echo "make test       lint, types and the short tests"
+	@echo "make test-slow  the long tests"
+	@echo "make bench      cost of merging next to optax.adamw"
+	@echo "make clean      remove the virtual environment and outputs"
+
+$(PY):
+	$(MAKE_VENV)
+
+$(VENV)/.train: pyproject.toml | $(PY)
+	@echo "Installing the library and the training application into $(VENV) ..."
+	$(INSTALL) -e ".[train]"
+	@touch $@
+
+$(VENV)/.torch: | $(PY)
+	$(INSTALL) "torch==$(TORCH)+cpu" || $(INSTALL) --index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)"
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.torch | $(PY)
+	@echo "Installing the test tools into $(VENV) ..."
+	$(INSTALL) -e ".[test]"
+	@touch $@
+
+demo: $(VENV)/.train
+	$(PY) -m train demo
+
+lint: $(VENV)/.test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+test: lint
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile
+
+test-slow: $(VENV)/.test
+	$(PY) -m pytest -m slow
+
+bench: $(VENV)/.train
+	$(PY) -m benchmarks
+
+clean:
+	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache
