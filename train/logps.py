@@ -1,0 +1,234 @@
+"""Log-probabilities of tokens: the one function every loss, evaluation and cache goes through.
+
+A language model's logits are by far its largest activation: 16 answers of 512 tokens over a
+vocabulary of 152k take 5 GB in float32, and as much again for their gradient. The chunked path
+walks over the vocabulary with a running log-sum-exp (Milakov and Gimelshein, 2018,
+arXiv:1805.02867) and computes each chunk of logits a second time in the backward pass, so that the
+largest array it makes is `[batch, length, chunk]`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from train.models import Decoder
+
+
+def token_statistics(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    *,
+    vocab_chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target token, and whether it was the most likely one.
+
+    Args:
+      hidden: Final hidden states, `[batch, length, width]`, any float dtype.
+      unembedding: Output projection, `[width, vocabulary]`.
+      targets: Token to score at each position, int `[batch, length]`, in `[0, vocabulary)`.
+      vocab_chunk: Columns of the vocabulary to hold at a time; `None`, or a number not below the
+        vocabulary, computes all logits at once. Both give the same numbers up to rounding.
+
+    Returns:
+      `(logps, top1)`: float32 and bool, both `[batch, length]`. `logps` has gradients with respect
+      to `hidden` and `unembedding`; `top1` is true where no token has a larger logit.
+
+    Raises:
+      ValueError: If `vocab_chunk` is not positive, or the shapes do not belong together.
+    """
+    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != unembedding.shape[0]:
+        raise ValueError(
+            "hidden [batch, length, width], unembedding [width, vocabulary] and targets "
+            f"[batch, length] do not fit together: {hidden.shape}, {unembedding.shape}, "
+            f"{targets.shape}."
+        )
+    if vocab_chunk is not None and vocab_chunk < 1:
+        raise ValueError(f"vocab_chunk must be a positive number or None, got {vocab_chunk}.")
+    if vocab_chunk is None or vocab_chunk >= unembedding.shape[1]:
+        logits = _logits(hidden, unembedding)
+        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        logps = target_logits - jax.nn.logsumexp(logits, axis=-1)
+        return logps, target_logits >= jnp.max(logits, axis=-1)
+    return _chunked(vocab_chunk, hidden, unembedding, targets)
+
+
+def token_logps(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    *,
+    vocab_chunk: int | None = None,
+) -> jax.Array:
+    """Log-probability of each target token, float32 `[batch, length]`.
+
+    Arguments and errors are those of `token_statistics`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> hidden, unembedding = jnp.zeros((1, 2, 4)), jnp.zeros((4, 8))
+      >>> token_logps(hidden, unembedding, jnp.array([[3, 5]])).round(4).tolist()
+      [[-2.0794, -2.0794]]
+    """
+    return token_statistics(hidden, unembedding, targets, vocab_chunk=vocab_chunk)[0]
+
+
+def completion_statistics(
+    model: Decoder,
+    prompt_tokens: jax.Array,
+    prompt_mask: jax.Array,
+    completion_tokens: jax.Array,
+    completion_mask: jax.Array,
+    *,
+    vocab_chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Score the completion tokens of each row given its prompt, in one forward pass.
+
+    Because prompts are padded on the left and completions on the right, the hidden state that
+    predicts completion token `i` is always at position `prompt length + i - 1`: only those
+    positions are multiplied with the unembedding.
+
+    Args:
+      model: Anything with `hidden(tokens, mask)` and `unembedding()`, as `train.models.Decoder`.
+      prompt_tokens: int `[batch, prompt]`, left-padded, at least one token in every row.
+      prompt_mask: bool `[batch, prompt]`, true at real tokens.
+      completion_tokens: int `[batch, completion]`, right-padded.
+      completion_mask: bool `[batch, completion]`.
+      vocab_chunk: See `token_statistics`.
+
+    Returns:
+      `(logps, top1)`: float32 and bool `[batch, completion]`; 0 and false where masked.
+    """
+    prompt, completion = prompt_tokens.shape[1], completion_tokens.shape[1]
+    if prompt < 1:
+        raise ValueError("Prompts need at least one position, got prompt_tokens of width 0.")
+    tokens = jnp.concatenate([prompt_tokens, completion_tokens], axis=1)
+    mask = jnp.concatenate([prompt_mask, completion_mask], axis=1)
+    hidden = model.hidden(tokens, mask)[:, prompt - 1 : prompt + completion - 1]
+    logps, top1 = token_statistics(
+        hidden, model.unembedding(), completion_tokens, vocab_chunk=vocab_chunk
+    )
+    return jnp.where(completion_mask, logps, 0.0), top1 & completion_mask
+
+
+def completion_logps(
+    model: Decoder,
+    prompt_tokens: jax.Array,
+    prompt_mask: jax.Array,
+    completion_tokens: jax.Array,
+    completion_mask: jax.Array,
+    *,
+    vocab_chunk: int | None = None,
+) -> jax.Array:
+    """Per-token log-probabilities of completions, float32 `[batch, completion]`, 0 where masked.
+
+    The sum over the last axis is the log-probability of the whole completion. Arguments are those
+    of `completion_statistics`.
+    """
+    return completion_statistics(
+        model,
+        prompt_tokens,
+        prompt_mask,
+        completion_tokens,
+        completion_mask,
+        vocab_chunk=vocab_chunk,
+    )[0]
+
+
+def _logits(hidden: jax.Array, columns: jax.Array) -> jax.Array:
+    """float32 logits: products in the compute dtype, sums in float32."""
+    return jnp.matmul(hidden, columns.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _chunk_columns(unembedding: jax.Array, index: jax.Array, chunk: int):
+    """Columns of one chunk, where they start, and which of them earlier chunks have not covered.
+
+    The last chunk is moved back so that it ends with the vocabulary: no padded copy of the matrix,
+    and one shape for all chunks. Columns it shares with its predecessor count only once.
+    """
+    start = jnp.minimum(index * chunk, unembedding.shape[1] - chunk)
+    columns = jax.lax.dynamic_slice_in_dim(unembedding, start, chunk, axis=1)
+    fresh = start + jnp.arange(chunk) >= index * chunk
+    return columns, start, fresh
+
+
+def _number_of_chunks(unembedding: jax.Array, chunk: int) -> int:
+    return -(-unembedding.shape[1] // chunk)
+
+
+def _scan_forward(chunk, hidden, unembedding, targets):
+    """Target logit, log-sum-exp and maximum over the vocabulary, each float32 `[batch, length]`."""
+
+    def body(carry, index):
+        largest, total, target_logits = carry
+        columns, start, fresh = _chunk_columns(unembedding, index, chunk)
+        logits = jnp.where(fresh, _logits(hidden, columns), -jnp.inf)
+        new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1))
+        total = total * jnp.exp(largest - new_largest)
+        total += jnp.sum(jnp.exp(logits - new_largest[..., None]), axis=-1)
+        offset = targets - start
+        mine = (targets >= index * chunk) & (offset < chunk)
+        picked = jnp.take_along_axis(logits, jnp.clip(offset, 0, chunk - 1)[..., None], axis=-1)
+        target_logits = jnp.where(mine, picked[..., 0], target_logits)
+        return (new_largest, total, target_logits), None
+
+    # The first chunk has a finite logit, so `exp(-inf - finite)` starts the sum at zero.
+    start = (
+        jnp.full(targets.shape, -jnp.inf, jnp.float32),
+        jnp.zeros(targets.shape, jnp.float32),
+        jnp.zeros(targets.shape, jnp.float32),
+    )
+    chunks = jnp.arange(_number_of_chunks(unembedding, chunk))
+    (largest, total, target_logits), _ = jax.lax.scan(body, start, chunks)
+    return target_logits, largest + jnp.log(total), largest
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(chunk, hidden, unembedding, targets):
+    target_logits, logsumexp, largest = _scan_forward(chunk, hidden, unembedding, targets)
+    return target_logits - logsumexp, target_logits >= largest
+
+
+def _chunked_forward(chunk, hidden, unembedding, targets):
+    target_logits, logsumexp, largest = _scan_forward(chunk, hidden, unembedding, targets)
+    out = target_logits - logsumexp, target_logits >= largest
+    return out, (hidden, unembedding, targets, logsumexp)
+
+
+def _chunked_backward(chunk, residuals, cotangents):
+    """Per chunk of columns: d logp / d logits = onehot(target) − softmax(logits)."""
+    hidden, unembedding, targets, logsumexp = residuals
+    cotangent = cotangents[0][..., None]
+
+    def body(carry, index):
+        d_hidden, d_unembedding = carry
+        columns, start, fresh = _chunk_columns(unembedding, index, chunk)
+        probabilities = jnp.exp(_logits(hidden, columns) - logsumexp[..., None])
+        onehot = (targets - start)[..., None] == jnp.arange(chunk)
+        d_logits = jnp.where(fresh, cotangent * (onehot - probabilities), 0.0)
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden += jnp.matmul(
+            d_logits, columns.astype(hidden.dtype).T, preferred_element_type=jnp.float32
+        )
+        d_columns = jnp.einsum(
+            "bld,blv->dv", hidden, d_logits, preferred_element_type=jnp.float32
+        ).astype(unembedding.dtype)
+        # Every column receives one contribution that is not zero, so adding in its dtype is exact.
+        d_columns += jax.lax.dynamic_slice_in_dim(d_unembedding, start, chunk, axis=1)
+        d_unembedding = jax.lax.dynamic_update_slice_in_dim(d_unembedding, d_columns, start, axis=1)
+        return (d_hidden, d_unembedding), None
+
+    start = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(unembedding)
+    chunks = jnp.arange(_number_of_chunks(unembedding, chunk))
+    (d_hidden, d_unembedding), _ = jax.lax.scan(body, start, chunks)
+    no_gradient = np.zeros(targets.shape, jax.dtypes.float0)
+    return d_hidden.astype(hidden.dtype), d_unembedding, no_gradient
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
