@@ -1,0 +1,248 @@
+"""What a checkpoint's ``config.json`` says about the network, checked before any weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+# The values that transformers assumes when config.json leaves a field out; they differ by family.
+_COMMON_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "head_dim": None,
+}
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+    },
+    "qwen2": {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+    },
+    "qwen3": {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "head_dim": 128,
+    },
+}
+_DEFAULT_ROPE_THETA = 10000.0
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and options of a decoder of the Llama, Qwen2 or Qwen3 family. Hashable.
+
+    Attributes:
+        model_type: ``"llama"`` (Llama 2 to 3.2, SmolLM2), ``"qwen2"`` (Qwen1.5 to 2.5) or ``"qwen3"``.
+        vocab_size: rows of the embedding.
+        hidden_size: width of the residual stream.
+        intermediate_size: width inside the feed-forward block.
+        num_layers: decoder blocks.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; a divisor of ``num_heads``.
+        head_dim: width of a head; even.
+        rms_norm_eps: added to the mean square before its root.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: sorted ``(name, value)`` pairs with ``rope_type`` ``"linear"`` or ``"llama3"``;
+            empty for plain rotary embeddings.
+        tie_word_embeddings: the output matrix is the transposed embedding.
+        qkv_bias: biases on the query, key and value projections.
+        o_bias: bias on the attention output projection.
+        mlp_bias: biases in the feed-forward block.
+        qk_norm: RMS norm on every query and key head.
+        max_position_embeddings: longest sequence the checkpoint was made for, in tokens.
+        initializer_range: standard deviation of freshly drawn matrices.
+        dtype: of activations and matrix products; norms, softmax and rotations are float32.
+        param_dtype: of the stored parameters.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = _DEFAULT_ROPE_THETA
+    rope_scaling: tuple[tuple[str, Any], ...] = ()
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and "
+                f"{self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        for name in ("dtype", "param_dtype"):
+            found = np.dtype(getattr(self, name))
+            if not jnp.issubdtype(found, jnp.floating):
+                raise ValueError(f"{name} must be a floating-point dtype, got {found}")
+            object.__setattr__(self, name, found)
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], **overrides: Any) -> ModelConfig:
+        """Reads the dictionary of a ``config.json`` in the layout of transformers 4 or 5.
+
+        Fields that the file leaves out take the value that transformers gives them for that family.
+
+        Args:
+            hf: parsed ``config.json``.
+            **overrides: fields of this class to set instead, such as ``dtype`` or ``remat``.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: the file asks for something this decoder does not compute (another model
+                type, activation, rotary scaling, sliding windows, dropout, quantised weights); the
+                message names the field, its value and what is supported.
+
+        Example:
+            >>> config = ModelConfig.from_hf({"model_type": "llama", "hidden_size": 64,
+            ...     "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128})
+            >>> config.head_dim, config.num_kv_heads
+            (16, 4)
+        """
+        model_type = hf.get("model_type")
+        if model_type not in _FAMILY_DEFAULTS:
+            raise ValueError(
+                f"config.json: model_type is {model_type!r}; supported are "
+                f"{', '.join(sorted(_FAMILY_DEFAULTS))} (dense decoders: Llama 2/3/3.1/3.2, "
+                "SmolLM2, Qwen1.5/2/2.5, Qwen3)"
+            )
+        full = {**_COMMON_DEFAULTS, **_FAMILY_DEFAULTS[model_type], **hf}
+        _check_supported(full)
+        theta, scaling = _read_rope(full)
+        heads = full["num_attention_heads"]
+        attention_bias = bool(full["attention_bias"])
+        fields: dict[str, Any] = {
+            "model_type": model_type,
+            "vocab_size": full["vocab_size"],
+            "hidden_size": full["hidden_size"],
+            "intermediate_size": full["intermediate_size"],
+            "num_layers": full["num_hidden_layers"],
+            "num_heads": heads,
+            "num_kv_heads": _or(full["num_key_value_heads"], heads),
+            "head_dim": _or(full["head_dim"], full["hidden_size"] // max(1, heads)),
+            "rms_norm_eps": float(full["rms_norm_eps"]),
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "tie_word_embeddings": bool(full["tie_word_embeddings"]),
+            # Qwen2 always has these three biases and no other, whatever attention_bias says.
+            "qkv_bias": model_type == "qwen2" or attention_bias,
+            "o_bias": model_type != "qwen2" and attention_bias,
+            "mlp_bias": model_type == "llama" and bool(full["mlp_bias"]),
+            "qk_norm": model_type == "qwen3",
+            "max_position_embeddings": full["max_position_embeddings"],
+            "initializer_range": float(full["initializer_range"]),
+        }
+        return cls(**{**fields, **overrides})
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _check_supported(full: Mapping[str, Any]) -> None:
+    def reject(field: str, supported: str) -> None:
+        raise ValueError(f"config.json: {field} is {full[field]!r}; supported is {supported}")
+
+    if full["hidden_act"] != "silu":
+        reject("hidden_act", "'silu'")
+    if full["attention_dropout"]:
+        reject("attention_dropout", "0")
+    if full.get("quantization_config"):
+        reject("quantization_config", "none: load the unquantised checkpoint")
+    if full.get("partial_rotary_factor") not in (None, 1, 1.0):
+        reject("partial_rotary_factor", "1")
+    layer_types = full.get("layer_types")
+    if layer_types is not None and set(layer_types) - {"full_attention"}:
+        reject("layer_types", "'full_attention' in every layer")
+    windowed = full.get("use_sliding_window") and full.get("sliding_window", 4096) is not None
+    first_windowed = full.get("max_window_layers", 28)
+    if layer_types is None and windowed and first_windowed < full["num_hidden_layers"]:
+        reject("use_sliding_window", "false (full attention in every layer)")
+
+
+def _read_rope(full: Mapping[str, Any]) -> tuple[float, tuple[tuple[str, Any], ...]]:
+    """Rotary base and scaling from ``rope_parameters`` (v5) or ``rope_theta``/``rope_scaling`` (v4)."""
+    field = "rope_parameters" if full.get("rope_parameters") else "rope_scaling"
+    rope = dict(full.get(field) or {})
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise ValueError(f"config.json: {field} differs by layer type, which is not supported")
+    theta = float(rope.pop("rope_theta", _or(full.get("rope_theta"), _DEFAULT_ROPE_THETA)))
+    legacy_type = rope.pop("type", None)  # the spelling before "rope_type"
+    kind = rope.pop("rope_type", legacy_type or "default")
+    if kind not in _ROPE_FIELDS:
+        raise ValueError(
+            f"config.json: {field}.rope_type is {kind!r}; supported are {', '.join(_ROPE_FIELDS)}"
+        )
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"config.json: {field}.partial_rotary_factor must be 1")
+    if kind == "default":
+        return theta, ()
+    if kind == "llama3":
+        rope.setdefault("original_max_position_embeddings", full["max_position_embeddings"])
+    missing = [name for name in _ROPE_FIELDS[kind] if name not in rope]
+    if missing:
+        raise ValueError(
+            f"config.json: {field} has rope_type {kind!r} but lacks {', '.join(missing)}"
+        )
+    kept = {name: float(rope[name]) for name in _ROPE_FIELDS[kind]}
+    return theta, (("rope_type", kind), *sorted(kept.items()))

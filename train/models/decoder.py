@@ -1,0 +1,206 @@
+"""The decoder: embedding, scanned blocks, final norm and the output matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from train.models.config import ModelConfig
+from train.models.layers import (
+    COLUMN_PARALLEL,
+    ROW_PARALLEL,
+    AttentionInputs,
+    Block,
+    KVCache,
+    RMSNorm,
+    make_param,
+)
+from train.models.rope import rotation_angles
+
+Params = dict[str, Any]
+
+
+class Decoder(nnx.Module):
+    """Causal language model of the Llama, Qwen2 and Qwen3 families.
+
+    The parameters of all blocks are stacked on axis 0 under ``layers`` and the forward pass scans
+    over them, so compile time does not grow with depth. Fresh parameters are drawn as Hugging Face
+    draws them: normal matrices of standard deviation ``initializer_range``, norms 1, biases 0.
+
+    Args:
+        config: shapes and options.
+        rngs: random streams for the fresh parameters.
+
+    Example:
+        >>> config = ModelConfig("llama", 32, 16, 32, 2, 2, 1, 8)
+        >>> model = Decoder(config, nnx.Rngs(0))
+        >>> model(jnp.zeros((1, 5), jnp.int32)).shape
+        (1, 5, 32)
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        shape = (config.vocab_size, config.hidden_size)
+
+        def draw(shape: tuple[int, int]) -> jax.Array:
+            return config.initializer_range * rngs.params.normal(shape, config.param_dtype)
+
+        self.embed_tokens = make_param(draw(shape), ROW_PARALLEL)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+        def make_layers(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs)
+
+        self.layers = make_layers(rngs)
+        self.norm = RMSNorm(config.hidden_size, config)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else make_param(draw(shape[::-1]), COLUMN_PARALLEL)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: int32 ``[batch, length]``.
+            mask: bool ``[batch, length]``, True at real tokens, padding on either side. All real
+                when None.
+            positions: int32 ``[batch, length]``; by default counts real tokens from 0.
+
+        Returns:
+            float32 ``[batch, length, vocab]``; at padding positions finite and meaningless.
+        """
+        return self.logits(self.hidden(tokens, mask, positions))
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the output matrix is applied to: ``[batch, length, hidden_size]`` in ``config.dtype``.
+
+        Same arguments as calling the model. For losses that take logits a few tokens at a time.
+        """
+        length = tokens.shape[1]
+        if positions is None:
+            positions = token_positions(tokens, mask)
+        keys = None
+        if mask is not None:
+            # A padding query sees no real key; letting it see itself keeps its softmax, and so its
+            # gradient, finite whatever the attention implementation does with an empty row.
+            itself = jnp.eye(length, dtype=bool)
+            keys = mask.astype(bool)[:, None, None, :] | itself[None, None]
+        cos, sin = rotation_angles(self.config, positions)
+        return self._run(tokens, AttentionInputs(cos, sin, keys, causal=True), None, 0)[0]
+
+    def extend(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        visible: jax.Array,
+        cache: KVCache,
+        start: jax.Array | int,
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs new tokens against a cache of earlier ones.
+
+        Args:
+            tokens: int32 ``[batch, new]``.
+            positions: int32 ``[batch, new]``.
+            visible: bool ``[batch, new, keys]``, True where a new token may look into the cache,
+                its own slot included; at least one per row.
+            cache: from `empty_cache`, ``keys`` slots.
+            start: slot of the first new token.
+
+        Returns:
+            Hidden states ``[batch, new, hidden_size]`` and the cache with the new tokens written.
+        """
+        cos, sin = rotation_angles(self.config, positions)
+        inputs = AttentionInputs(cos, sin, visible[:, None], causal=False)
+        hidden, cache_out = self._run(tokens, inputs, cache, start)
+        assert cache_out is not None
+        return hidden, cache_out
+
+    def empty_cache(self, batch: int, slots: int) -> KVCache:
+        """Zero keys and values: two ``[layers, batch, slots, kv_heads, head_dim]`` arrays."""
+        c = self.config
+        shape = (c.num_layers, batch, slots, c.num_kv_heads, c.head_dim)
+        return KVCache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))
+
+    def unembedding(self) -> jax.Array:
+        """The output matrix ``[hidden_size, vocab]`` in ``config.dtype``."""
+        tied = self.lm_head is None
+        matrix = self.embed_tokens[...].T if tied else self.lm_head[...]
+        return matrix.astype(self.config.dtype)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 ``[..., vocab]`` of hidden states ``[..., hidden_size]``."""
+        return jnp.matmul(hidden, self.unembedding(), preferred_element_type=jnp.float32)
+
+    def _run(
+        self,
+        tokens: jax.Array,
+        inputs: AttentionInputs,
+        cache: KVCache | None,
+        start: jax.Array | int,
+    ) -> tuple[jax.Array, KVCache | None]:
+        graphdef, stacked = split_model(self.layers)
+
+        def block(x: jax.Array, layer: tuple[Params, KVCache | None]):
+            params, layer_cache = layer
+            return nnx.merge(graphdef, params)(x, inputs, layer_cache, start)
+
+        if self.config.remat:
+            # The scan already keeps the recomputation from being merged with the forward pass.
+            block = jax.checkpoint(block, prevent_cse=False)
+        x = self.embed_tokens[...][tokens].astype(self.config.dtype)
+        x, cache = jax.lax.scan(block, x, (stacked, cache))
+        return self.norm(x), cache
+
+
+def token_positions(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """int32 ``[batch, length]``: how many real tokens came before; 0 at leading padding."""
+    if mask is None:
+        return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """Separates a model into its static structure and a plain tree of arrays.
+
+    Do this once, outside of the training step; inside, `merge_model` costs only tracing time.
+
+    Args:
+        model: a `Decoder`.
+
+    Returns:
+        ``(graphdef, params)``; ``params`` is a nested dict of arrays without NNX types, the layers
+        stacked under ``params["layers"]``.
+    """
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def merge_model(graphdef: nnx.GraphDef, params: Params) -> Decoder:
+    """Inverse of `split_model`; works on tracers inside `jax.jit`."""
+    return nnx.merge(graphdef, params)
+
+
+def layer_axes(path: tuple[str, ...]) -> int:
+    """Leading axes of a leaf that are separate tensors: 1 under ``layers``, else 0.
+
+    Args:
+        path: names from the root of ``params`` to the leaf.
+
+    Example:
+        >>> layer_axes(("layers", "mlp", "up_proj", "kernel")), layer_axes(("norm", "weight"))
+        (1, 0)
+    """
+    return 1 if path[0] == "layers" else 0

@@ -1,0 +1,294 @@
+"""Reads Hugging Face model directories into the decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from train.models.config import ModelConfig
+from train.models.decoder import Decoder, Params
+from train.models.hf_names import EMBEDDING, LM_HEAD, Leaf, decoder_leaves, is_derived
+from train.models.safetensors_dir import SafetensorsDir
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_LISTED = 20  # tensors spelled out in an error before it only counts
+# Fields that fix the shapes of the parameters, so two models with the same ones can be subtracted.
+_SHAPE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "qkv_bias",
+    "o_bias",
+    "mlp_bias",
+    "qk_norm",
+)
+
+
+def from_hf(
+    path_or_hub_name: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    mesh: Mesh | None = None,
+    remat: bool = False,
+) -> Decoder:
+    """Loads a Llama, Qwen2 or Qwen3 checkpoint from safetensors files.
+
+    Everything that can be wrong with the directory is checked from ``config.json`` and the headers
+    of the files before weights are read. Tensors are read one at a time into the stacked parameter
+    they belong to, so host memory beyond the model itself is one parameter. No remote code is run
+    and no pickle is opened.
+
+    Args:
+        path_or_hub_name: a directory, or a name like ``"Qwen/Qwen2.5-0.5B"`` to download.
+        dtype: of activations and, unless ``param_dtype`` says otherwise, of the parameters. None
+            keeps the stored dtypes: each parameter takes the narrowest dtype that holds all of its
+            layers' tensors, and activations the widest of all.
+        param_dtype: of the parameters.
+        mesh: where to put the parameters, by the axes ``"fsdp"`` and ``"tensor"`` that they carry
+            (see `param_shardings`). On the default device when None.
+        remat: recompute blocks in the backward pass.
+
+    Returns:
+        The model, with ``model.config``.
+
+    Raises:
+        FileNotFoundError: no such directory or hub name, or files of the checkpoint are absent.
+        ValueError: the architecture is not supported, a file is corrupt, or tensors are missing,
+            unexpected, of another shape or of a dtype that is no float; one error lists them all.
+
+    Example:
+        >>> model = from_hf("models/smollm2", dtype=jnp.bfloat16)       # doctest: +SKIP
+        >>> logits = model(tokens, mask)                                 # doctest: +SKIP
+    """
+    directory = resolve_model_dir(path_or_hub_name)
+    weights = SafetensorsDir(directory)
+    shapes = ModelConfig.from_hf(read_hf_config(directory))
+    leaves = decoder_leaves(shapes)
+    check_tensors(weights, shapes, leaves)
+    stored = {path: _stored_dtype(weights, leaf.names) for path, leaf in leaves.items()}
+    compute = _promote(stored.values()) if dtype is None else np.dtype(dtype)
+    held = param_dtype if param_dtype is not None else dtype
+    config = dataclasses.replace(
+        shapes, dtype=compute, param_dtype=compute if held is None else held, remat=remat
+    )
+    shardings = None if mesh is None else param_shardings(config, mesh)
+    graphdef = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))[0]
+    params: Params = {}
+    for path, leaf in leaves.items():
+        host = _read_leaf(weights, leaf, stored[path] if held is None else np.dtype(held))
+        node = params
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = _place(host, None if shardings is None else _at(shardings, path))
+    return nnx.merge(graphdef, params)
+
+
+def read_hf_config(path: str | Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a model directory.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not a JSON object.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} does not exist; a Hugging Face model directory holds config.json beside its "
+            "safetensors files"
+        )
+    try:
+        parsed = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{file} holds a {type(parsed).__name__}, not an object")
+    return parsed
+
+
+def check_hf_compatible(
+    path_or_hub_name: str | Path, *, same_shapes_as: str | Path | None = None
+) -> ModelConfig:
+    """Checks a model directory, and that its parameters match another's, without reading weights.
+
+    Args:
+        path_or_hub_name: the directory or hub name to check.
+        same_shapes_as: another one, for instance the base of a task vector.
+
+    Returns:
+        The configuration of the first.
+
+    Raises:
+        FileNotFoundError: see `from_hf`.
+        ValueError: see `from_hf`; or the two differ in a field that fixes parameter shapes, each of
+            which is named with both values.
+    """
+    checked = []
+    for source in [path_or_hub_name] + ([] if same_shapes_as is None else [same_shapes_as]):
+        directory = resolve_model_dir(source)
+        config = ModelConfig.from_hf(read_hf_config(directory))
+        check_tensors(SafetensorsDir(directory), config, decoder_leaves(config))
+        checked.append(config)
+    config, other = checked[0], checked[-1]
+    different = [
+        f"{name} is {getattr(config, name)} and {getattr(other, name)}"
+        for name in _SHAPE_FIELDS
+        if getattr(config, name) != getattr(other, name)
+    ]
+    if different:
+        raise ValueError(
+            f"{path_or_hub_name} and {same_shapes_as} do not have the same parameters: "
+            f"{'; '.join(different)}"
+        )
+    return config
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+    """Where each parameter goes on a mesh, as a tree like that of `split_model`.
+
+    Input sides of matrices are split over ``"fsdp"`` and output sides over ``"tensor"``, reversed in
+    the projections back to the residual stream; norms are replicated. An axis of a parameter that
+    the mesh lacks or whose size does not divide stays whole.
+
+    Args:
+        config: the decoder.
+        mesh: with any of the axes ``"fsdp"`` and ``"tensor"``.
+
+    Returns:
+        Nested dict of `NamedSharding`.
+    """
+    shardings: Params = {}
+    for path, leaf in decoder_leaves(config).items():
+        spec = [
+            axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+            for size, axis in zip(leaf.shape, leaf.axes, strict=True)
+        ]
+        node = shardings
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = NamedSharding(mesh, PartitionSpec(*spec))
+    return shardings
+
+
+def resolve_model_dir(path_or_hub_name: str | Path) -> Path:
+    """A local directory for a path, or for a hub name after downloading what is needed of it.
+
+    Raises:
+        FileNotFoundError: neither an existing directory nor a repository that could be fetched.
+    """
+    path = Path(path_or_hub_name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"{path} is a file; give the directory that holds config.json")
+    name = str(path_or_hub_name)
+    if not _HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"{name} is not an existing directory (nor a hub name 'org/name')")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns="*/*"))
+    except Exception as error:  # hub, HTTP and socket errors have no common ancestor
+        raise FileNotFoundError(
+            f"{name} is not an existing directory, and downloading a hub repository of that name "
+            f"failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def check_tensors(
+    weights: SafetensorsDir, config: ModelConfig, leaves: dict[tuple[str, ...], Leaf]
+) -> None:
+    """Raises one `ValueError` naming every tensor that does not fit the configuration."""
+    expected = {name: leaf.hf_shape for leaf in leaves.values() for name in leaf.names}
+    found = weights.entries
+    tied_copy = LM_HEAD if config.tie_word_embeddings else None
+    missing = [f"  {name} {list(expected[name])}" for name in expected if name not in found]
+    unexpected = [
+        f"  {name} {list(entry.shape)} in {entry.file.name}"
+        for name, entry in found.items()
+        if name not in expected and name != tied_copy and not is_derived(name)
+    ]
+    shaped = [
+        f"  {name} in {found[name].file.name} is {list(found[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    typed = [
+        f"  {name} in {found[name].file.name} is {found[name].dtype_name}; F32, F16, BF16 are read"
+        for name in expected
+        if name in found and found[name].dtype is None
+    ]
+    problems = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": shaped,
+        "of another dtype": typed,
+    }
+    lines = [
+        line
+        for kind, items in problems.items()
+        if items
+        for line in [f"{len(items)} {kind}:", *_shorten(items)]
+    ]
+    if lines:
+        raise ValueError(
+            f"the tensors in {weights.directory} do not fit its config.json "
+            f"(model_type {config.model_type}):\n" + "\n".join(lines)
+        )
+    if tied_copy in found and not np.array_equal(weights.read(LM_HEAD), weights.read(EMBEDDING)):
+        raise ValueError(
+            f"{weights.directory}: config.json has tie_word_embeddings true, but {LM_HEAD} differs "
+            f"from {EMBEDDING}; set tie_word_embeddings to false to use both"
+        )
+
+
+def _shorten(items: Sequence[str]) -> list[str]:
+    rest = len(items) - _LISTED
+    return [*items[:_LISTED], *([f"  and {rest} more"] if rest > 0 else [])]
+
+
+def _stored_dtype(weights: SafetensorsDir, names: Sequence[str]) -> np.dtype:
+    return _promote(weights.entries[name].dtype for name in names)
+
+
+def _promote(dtypes: Any) -> np.dtype:
+    # bfloat16 and float16 promote to float32, which holds both exactly.
+    return np.dtype(jnp.result_type(*set(dtypes)))
+
+
+def _read_leaf(weights: SafetensorsDir, leaf: Leaf, dtype: np.dtype) -> np.ndarray:
+    host = np.empty(leaf.shape, dtype)
+    slots = host if leaf.stacked else [host]
+    for slot, name in zip(slots, leaf.names, strict=True):
+        tensor = weights.read(name)
+        slot[...] = tensor.T if leaf.transposed else tensor
+    return host
+
+
+def _place(host: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(host)
+    # Each process hands over the shards of its own devices only.
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _at(tree: Params, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree

@@ -1,0 +1,196 @@
+"""Writes the decoder as a Hugging Face model directory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from train.models.config import ModelConfig
+from train.models.decoder import Decoder, split_model
+from train.models.hf import check_tensors, read_hf_config, resolve_model_dir
+from train.models.hf_names import EMBEDDING, LM_HEAD, decoder_leaves
+from train.models.safetensors_dir import INDEX_FILE, SINGLE_FILE, SafetensorsDir
+
+# What belongs to a model besides weights and config.json; each is copied when `like` has it.
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
+# Options of a run; they may differ between the model and the directory that it is written like.
+_RUN_FIELDS = ("dtype", "param_dtype", "remat")
+
+
+def to_hf(
+    model: Decoder,
+    out_path: str | Path,
+    *,
+    like: str | Path,
+    dtype: Any = None,
+    max_shard_size: int = 5_000_000_000,
+) -> Path:
+    """Writes a model so that transformers, vLLM and others load it.
+
+    The directory has exactly the tensors of ``like``, its ``config.json``, generation settings,
+    tokenizer and chat templates. It is written beside ``out_path`` and renamed when complete, so
+    ``out_path`` is either absent or whole.
+
+    Args:
+        model: the decoder to write.
+        out_path: a directory that does not exist or is empty.
+        like: directory or hub name of the checkpoint the model was loaded from.
+        dtype: of all tensors. None keeps each tensor's dtype in ``like``: an untouched checkpoint
+            comes back bit for bit, and float32 training results of a bfloat16 one are rounded.
+        max_shard_size: bytes per safetensors file; above it the tensors are spread over several
+            with an index.
+
+    Returns:
+        ``out_path``.
+
+    Raises:
+        FileExistsError: ``out_path`` is a file or a directory that holds something.
+        ValueError: ``like`` describes another network, or a value is finite in the model and
+            infinite in the dtype to write.
+
+    Example:
+        >>> to_hf(model, "out/aligned", like="models/smollm2")           # doctest: +SKIP
+    """
+    out, source = Path(out_path), resolve_model_dir(like)
+    check_writable(out)
+    hf_config = read_hf_config(source)
+    _check_same_network(model.config, ModelConfig.from_hf(hf_config), source)
+    weights = SafetensorsDir(source)
+    check_tensors(weights, model.config, decoder_leaves(model.config))
+    with _written_whole(out) as partial:
+        save_tensors(_tensors(model, weights, dtype), partial, max_shard_size)
+        if dtype is None:
+            shutil.copyfile(source / "config.json", partial / "config.json")
+        else:
+            # transformers 5 calls it "dtype", 4 "torch_dtype"; keep the spelling that is there.
+            key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
+            text = json.dumps({**hf_config, key: np.dtype(dtype).name}, indent=2)
+            (partial / "config.json").write_text(text + "\n", encoding="utf-8")
+        for name in _COPIED:
+            if (source / name).is_dir():
+                shutil.copytree(source / name, partial / name)
+            elif (source / name).exists():
+                shutil.copyfile(source / name, partial / name)
+    return out
+
+
+def check_writable(out: Path) -> None:
+    """Raises `FileExistsError` unless ``out`` is absent or an empty directory."""
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; choose another directory or remove it first")
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; choose another name")
+
+
+def save_tensors(
+    tensors: Iterator[tuple[str, np.ndarray]], directory: Path, max_shard_size: int
+) -> None:
+    """Writes tensors to one safetensors file, or to several with an index.
+
+    Holds at most one shard in memory beside what the iterator holds.
+    """
+    shards: list[tuple[Path, list[str]]] = []
+    pending: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        file = directory / f"shard-{len(shards)}"
+        save_file(pending, file, metadata={"format": "pt"})
+        shards.append((file, list(pending)))
+        pending.clear()
+
+    for name, tensor in tensors:
+        held = sum(other.nbytes for other in pending.values())
+        if pending and held + tensor.nbytes > max_shard_size:
+            flush()
+        pending[name] = np.ascontiguousarray(tensor)
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        shards[0][0].rename(directory / SINGLE_FILE)
+        return
+    weight_map = {}
+    for number, (file, names) in enumerate(shards, start=1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file.rename(directory / final)
+        weight_map.update(dict.fromkeys(names, final))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _tensors(
+    model: Decoder, weights: SafetensorsDir, dtype: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of ``weights`` with the model's values, one parameter at a time on the host."""
+    _, params = split_model(model)
+    flat = dict(nnx.to_flat_state(nnx.State(params)))
+    written = set()
+    for path, leaf in decoder_leaves(model.config).items():
+        host = np.asarray(flat[path])
+        for name, values in zip(leaf.names, host if leaf.stacked else [host], strict=True):
+            values = values.T if leaf.transposed else values
+            copies = [name, LM_HEAD] if name == EMBEDDING and model.lm_head is None else [name]
+            for target in copies:
+                if target in weights.entries:
+                    yield target, _cast(target, values, dtype or weights.entries[target].dtype)
+                    written.add(target)
+    for name in weights.entries:
+        if name not in written:
+            yield name, weights.read(name)  # derived tensors of old versions
+
+
+def _cast(name: str, values: np.ndarray, dtype: Any) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    lost = np.isfinite(values.astype(np.float32)) & ~np.isfinite(cast.astype(np.float32))
+    if lost.any():
+        raise ValueError(
+            f"{name} holds {int(lost.sum())} values beyond the range of {np.dtype(dtype)}; write "
+            "with dtype float32 or bfloat16"
+        )
+    return cast
+
+
+def _check_same_network(model: ModelConfig, like: ModelConfig, source: Path) -> None:
+    different = [
+        f"{name} is {value!r} in the model and {getattr(like, name)!r} there"
+        for name, value in vars(model).items()
+        if name not in _RUN_FIELDS and value != getattr(like, name)
+    ]
+    if different:
+        raise ValueError(f"{source} describes another network: {'; '.join(different)}")
+
+
+@contextlib.contextmanager
+def _written_whole(out: Path) -> Iterator[Path]:
+    """A directory beside ``out`` that becomes ``out`` on success and is removed on failure."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(out)  # replaces an empty directory, fails on one that has been filled since
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

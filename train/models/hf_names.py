@@ -1,0 +1,88 @@
+"""Which Hugging Face tensors each parameter of the decoder is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from train.models.config import ModelConfig
+from train.models.decoder import Decoder
+
+Path = tuple[str, ...]
+
+# Written by old conversions; derived from config.json, so not parameters.
+_DERIVED_SUFFIX = ".rotary_emb.inv_freq"
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter of the decoder and where it comes from.
+
+    Attributes:
+        names: Hugging Face tensors, one per layer when ``stacked``, else one.
+        stacked: the tensors lie along axis 0.
+        transposed: Hugging Face stores the last two axes the other way round.
+        shape: of the parameter, the stacking axis included.
+        axes: mesh axis name or None for each axis.
+    """
+
+    names: tuple[str, ...]
+    stacked: bool
+    transposed: bool
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """Shape of each Hugging Face tensor."""
+        shape = self.shape[1:] if self.stacked else self.shape
+        return shape[::-1] if self.transposed else shape
+
+
+def abstract_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """Structure of the decoder and shapes of its parameters, without allocating them."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+
+
+def decoder_leaves(config: ModelConfig) -> dict[Path, Leaf]:
+    """Every parameter of the decoder by its path in the tree of `split_model`.
+
+    Args:
+        config: shapes and options.
+
+    Returns:
+        Paths in the order of the tree.
+    """
+    _, state = abstract_decoder(config)
+    leaves = {}
+    for path, variable in nnx.to_flat_state(state):
+        value = jax.tree.leaves(variable)[0]
+        leaves[path] = _describe(path, value.shape, variable.get_metadata("out_sharding"), config)
+    return leaves
+
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor in a file is no parameter: rotary frequencies saved by old versions."""
+    return name.endswith(_DERIVED_SUFFIX)
+
+
+def _describe(
+    path: Path, shape: tuple[int, ...], axes: tuple[str | None, ...], config: ModelConfig
+) -> Leaf:
+    transposed = path[-1] in ("kernel", "lm_head")
+    stacked = path[0] == "layers"
+    if path == ("embed_tokens",):
+        names = (EMBEDDING,)
+    elif path == ("lm_head",):
+        names = (LM_HEAD,)
+    else:
+        last = "weight" if path[-1] == "kernel" else path[-1]
+        inner = ".".join((*path[1:-1], last))
+        layers = range(config.num_layers)
+        names = tuple(f"model.layers.{i}.{inner}" for i in layers) if stacked else ()
+        names = names or (f"model.{path[0]}.{inner}",)
+    return Leaf(names, stacked, transposed, tuple(shape), tuple(axes))

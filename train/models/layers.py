@@ -1,0 +1,161 @@
+"""The pieces of a decoder block. Attribute names follow Hugging Face's tensor names."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from train.models.config import ModelConfig
+from train.models.rope import rotate
+
+# Mesh axes of a matrix by the side that is split over "tensor"; the other side goes over "fsdp".
+COLUMN_PARALLEL = ("fsdp", "tensor")
+ROW_PARALLEL = ("tensor", "fsdp")
+
+
+class AttentionInputs(NamedTuple):
+    """What every block needs besides the residual stream.
+
+    Attributes:
+        cos: float32 ``[batch, length, 1, head_dim / 2]``.
+        sin: like ``cos``.
+        mask: bool, broadcastable to ``[batch, heads, length, keys]``, True where a query may look,
+            or None for no restriction beyond ``causal``.
+        causal: also forbid keys after the query. Off when ``mask`` says it all (cached decoding).
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    mask: jax.Array | None
+    causal: bool
+
+
+class KVCache(NamedTuple):
+    """Keys and values of earlier tokens: ``[..., batch, keys, kv_heads, head_dim]``."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+def make_param(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:
+    """A parameter that knows its mesh axes without being placed by them yet."""
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, config: ModelConfig):
+        self.weight = make_param(jnp.ones(size, config.param_dtype), (None,))
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...].astype(x.dtype) * (wide * scale).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """``x @ kernel + bias`` with the kernel stored as ``[inputs, outputs]``."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        *,
+        axes: tuple[str, str],
+        use_bias: bool,
+    ):
+        kernel = rngs.params.normal((inputs, outputs), config.param_dtype)
+        self.kernel = make_param(config.initializer_range * kernel, axes)
+        bias = jnp.zeros(outputs, config.param_dtype)
+        self.bias = make_param(bias, (axes[1],)) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions and optional query and key norms."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.head_dim = config.head_dim
+        width, queries = config.hidden_size, config.num_heads * config.head_dim
+        keys = config.num_kv_heads * config.head_dim
+
+        def project(outputs: int) -> Linear:
+            axes, use_bias = COLUMN_PARALLEL, config.qkv_bias
+            return Linear(width, outputs, config, rngs, axes=axes, use_bias=use_bias)
+
+        self.q_proj, self.k_proj, self.v_proj = project(queries), project(keys), project(keys)
+        self.o_proj = Linear(
+            queries, width, config, rngs, axes=ROW_PARALLEL, use_bias=config.o_bias
+        )
+        self.q_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
+
+    def __call__(
+        self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None, start: jax.Array | int
+    ) -> tuple[jax.Array, KVCache | None]:
+        batch, length, _ = x.shape
+
+        def heads(projected: jax.Array) -> jax.Array:
+            return projected.reshape(batch, length, -1, self.head_dim)
+
+        query, key = heads(self.q_proj(x)), heads(self.k_proj(x))
+        value = heads(self.v_proj(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = rotate(query, inputs.cos, inputs.sin)
+        key = rotate(key, inputs.cos, inputs.sin)
+        if cache is not None:
+            at = (0, start, 0, 0)
+            key = jax.lax.dynamic_update_slice(cache.key, key, at)
+            value = jax.lax.dynamic_update_slice(cache.value, value, at)
+            cache = KVCache(key, value)
+        out = jax.nn.dot_product_attention(
+            query, key, value, mask=inputs.mask, is_causal=inputs.causal
+        )
+        return self.o_proj(out.reshape(batch, length, -1)), cache
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward block: ``down(silu(gate(x)) * up(x))`` (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        width, inner, use_bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        wide = {"axes": COLUMN_PARALLEL, "use_bias": use_bias}
+        self.gate_proj = Linear(width, inner, config, rngs, **wide)
+        self.up_proj = Linear(width, inner, config, rngs, **wide)
+        self.down_proj = Linear(inner, width, config, rngs, axes=ROW_PARALLEL, use_bias=use_bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config)
+        self.self_attn = Attention(config, rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        inputs: AttentionInputs,
+        cache: KVCache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Maps the residual stream ``[batch, length, hidden]``; writes ``cache`` at ``start``."""
+        attended, cache = self.self_attn(self.input_layernorm(x), inputs, cache, start)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
