@@ -1,1 +1,1 @@
-"""The training application: models, data, losses, the loop and the command line around omerge_jax."""
+"""The training application around omerge_jax: models, data, losses, loop, command line."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -26,9 +27,9 @@ def make_greedy(
         pad_id: token written after the end of a row.
 
     Returns:
-        ``f(params, tokens, mask)`` for int32 tokens and bool mask ``[batch, prompt]``, padded on the
-        left, giving int32 ``[batch, max_new_tokens]``: the continuation with its end token kept and
-        ``pad_id`` behind. Compiled once per shape; stops when every row has ended. Raises
+        ``f(params, tokens, mask)`` for int32 tokens and bool mask ``[batch, prompt]``, padded on
+        the left, giving int32 ``[batch, max_new_tokens]``: the continuation with its end token
+        kept and ``pad_id`` behind. Compiled once per shape; stops when every row has ended. Raises
         `ValueError` for a mask that is not left-padded or leaves a row empty.
 
     Raises:

@@ -62,7 +62,8 @@ class ModelConfig:
     """Shape and options of a decoder of the Llama, Qwen2 or Qwen3 family. Hashable.
 
     Attributes:
-        model_type: ``"llama"`` (Llama 2 to 3.2, SmolLM2), ``"qwen2"`` (Qwen1.5 to 2.5) or ``"qwen3"``.
+        model_type: ``"llama"`` (Llama 2 to 3.2, SmolLM2), ``"qwen2"`` (Qwen1.5 to 2.5) or
+            ``"qwen3"``.
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
         intermediate_size: width inside the feed-forward block.
@@ -72,8 +73,8 @@ class ModelConfig:
         head_dim: width of a head; even.
         rms_norm_eps: added to the mean square before its root.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: sorted ``(name, value)`` pairs with ``rope_type`` ``"linear"`` or ``"llama3"``;
-            empty for plain rotary embeddings.
+        rope_scaling: sorted ``(name, value)`` pairs, ``rope_type`` being ``"linear"`` or
+            ``"llama3"``; empty for plain rotary embeddings.
         tie_word_embeddings: the output matrix is the transposed embedding.
         qkv_bias: biases on the query, key and value projections.
         o_bias: bias on the attention output projection.
@@ -221,7 +222,7 @@ def _check_supported(full: Mapping[str, Any]) -> None:
 
 
 def _read_rope(full: Mapping[str, Any]) -> tuple[float, tuple[tuple[str, Any], ...]]:
-    """Rotary base and scaling from ``rope_parameters`` (v5) or ``rope_theta``/``rope_scaling`` (v4)."""
+    """Rotary base and scaling from ``rope_parameters`` (v5) or ``rope_scaling`` (v4)."""
     field = "rope_parameters" if full.get("rope_parameters") else "rope_scaling"
     rope = dict(full.get(field) or {})
     if any(isinstance(value, Mapping) for value in rope.values()):

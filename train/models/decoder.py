@@ -43,12 +43,13 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        shape = (config.vocab_size, config.hidden_size)
+        vocab, width = config.vocab_size, config.hidden_size
 
-        def draw(shape: tuple[int, int]) -> jax.Array:
-            return config.initializer_range * rngs.params.normal(shape, config.param_dtype)
+        def draw(rows: int, columns: int) -> jax.Array:
+            values = rngs.params.normal((rows, columns), config.param_dtype)
+            return config.initializer_range * values
 
-        self.embed_tokens = make_param(draw(shape), ROW_PARALLEL)
+        self.embed_tokens = make_param(draw(vocab, width), ROW_PARALLEL)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
@@ -58,7 +59,7 @@ class Decoder(nnx.Module):
         self.layers = make_layers(rngs)
         self.norm = RMSNorm(config.hidden_size, config)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else make_param(draw(shape[::-1]), COLUMN_PARALLEL)
+        self.lm_head = None if tied else make_param(draw(width, vocab), COLUMN_PARALLEL)
 
     def __call__(
         self,
@@ -85,9 +86,12 @@ class Decoder(nnx.Module):
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """What the output matrix is applied to: ``[batch, length, hidden_size]`` in ``config.dtype``.
+        """Normed hidden states, to which the output matrix applies; see `unembedding`.
 
-        Same arguments as calling the model. For losses that take logits a few tokens at a time.
+        Takes the arguments of calling the model. For losses that make logits a few at a time.
+
+        Returns:
+            ``[batch, length, hidden_size]`` in ``config.dtype``.
         """
         length = tokens.shape[1]
         if positions is None:
@@ -136,8 +140,8 @@ class Decoder(nnx.Module):
 
     def unembedding(self) -> jax.Array:
         """The output matrix ``[hidden_size, vocab]`` in ``config.dtype``."""
-        tied = self.lm_head is None
-        matrix = self.embed_tokens[...].T if tied else self.lm_head[...]
+        head = self.lm_head
+        matrix = self.embed_tokens[...].T if head is None else head[...]
         return matrix.astype(self.config.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

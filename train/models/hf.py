@@ -162,9 +162,9 @@ def check_hf_compatible(
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     """Where each parameter goes on a mesh, as a tree like that of `split_model`.
 
-    Input sides of matrices are split over ``"fsdp"`` and output sides over ``"tensor"``, reversed in
-    the projections back to the residual stream; norms are replicated. An axis of a parameter that
-    the mesh lacks or whose size does not divide stays whole.
+    Input sides of matrices are split over ``"fsdp"`` and output sides over ``"tensor"``, reversed
+    in the projections back to the residual stream; norms are replicated. An axis that the mesh
+    lacks or whose size does not divide stays whole.
 
     Args:
         config: the decoder.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from train.models.config import ModelConfig
 from train.models.decoder import Decoder, split_model
 from train.models.hf import check_tensors, read_hf_config, resolve_model_dir
 from train.models.hf_names import EMBEDDING, LM_HEAD, decoder_leaves
+from train.models.output_dir import check_writable, written_whole
 from train.models.safetensors_dir import INDEX_FILE, SINGLE_FILE, SafetensorsDir
 
 # What belongs to a model besides weights and config.json; each is copied when `like` has it.
@@ -78,7 +77,7 @@ def to_hf(
     _check_same_network(model.config, ModelConfig.from_hf(hf_config), source)
     weights = SafetensorsDir(source)
     check_tensors(weights, model.config, decoder_leaves(model.config))
-    with _written_whole(out) as partial:
+    with written_whole(out) as partial:
         save_tensors(_tensors(model, weights, dtype), partial, max_shard_size)
         if dtype is None:
             shutil.copyfile(source / "config.json", partial / "config.json")
@@ -95,14 +94,6 @@ def to_hf(
     return out
 
 
-def check_writable(out: Path) -> None:
-    """Raises `FileExistsError` unless ``out`` is absent or an empty directory."""
-    if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty; choose another directory or remove it first")
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; choose another name")
-
-
 def save_tensors(
     tensors: Iterator[tuple[str, np.ndarray]], directory: Path, max_shard_size: int
 ) -> None:
@@ -117,6 +108,7 @@ def save_tensors(
     def flush() -> None:
         file = directory / f"shard-{len(shards)}"
         save_file(pending, file, metadata={"format": "pt"})
+        file.chmod(directory.stat().st_mode & 0o666)  # save_file leaves it private to its owner
         shards.append((file, list(pending)))
         pending.clear()
 
@@ -180,17 +172,3 @@ def _check_same_network(model: ModelConfig, like: ModelConfig, source: Path) -> 
     ]
     if different:
         raise ValueError(f"{source} describes another network: {'; '.join(different)}")
-
-
-@contextlib.contextmanager
-def _written_whole(out: Path) -> Iterator[Path]:
-    """A directory beside ``out`` that becomes ``out`` on success and is removed on failure."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
-        yield partial
-        partial.rename(out)  # replaces an empty directory, fails on one that has been filled since
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

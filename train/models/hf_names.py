@@ -61,7 +61,8 @@ def decoder_leaves(config: ModelConfig) -> dict[Path, Leaf]:
     leaves = {}
     for path, variable in nnx.to_flat_state(state):
         value = jax.tree.leaves(variable)[0]
-        leaves[path] = _describe(path, value.shape, variable.get_metadata("out_sharding"), config)
+        names = tuple(str(part) for part in path)
+        leaves[names] = _describe(names, value.shape, variable.get_metadata("out_sharding"), config)
     return leaves
 
 

@@ -53,6 +53,7 @@ class RMSNorm(nnx.Module):
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Any ``[..., size]``; keeps the dtype."""
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return self.weight[...].astype(x.dtype) * (wide * scale).astype(x.dtype)
@@ -77,6 +78,7 @@ class Linear(nnx.Module):
         self.bias = make_param(bias, (axes[1],)) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """``[..., inputs]`` to ``[..., outputs]`` in the dtype of ``x``."""
         y = x @ self.kernel[...].astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
@@ -103,6 +105,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None, start: jax.Array | int
     ) -> tuple[jax.Array, KVCache | None]:
+        """``[batch, length, hidden]`` to the same; writes ``cache`` at slot ``start``."""
         batch, length, _ = x.shape
 
         def heads(projected: jax.Array) -> jax.Array:
@@ -136,6 +139,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(inner, width, config, rngs, axes=ROW_PARALLEL, use_bias=use_bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """``[..., hidden]`` to the same."""
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -155,7 +159,7 @@ class Block(nnx.Module):
         cache: KVCache | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Maps the residual stream ``[batch, length, hidden]``; writes ``cache`` at ``start``."""
+        """``[batch, length, hidden]`` to the same; writes ``cache`` at slot ``start``."""
         attended, cache = self.self_attn(self.input_layernorm(x), inputs, cache, start)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), cache
