@@ -204,7 +204,7 @@ def init_state(params: Any, tx: optax.GradientTransformation, delta: Any = None)
     """
 
     def init(params: Any, delta: Any) -> State:
-        opt_state = tx.init(params)
+        opt_state: Any = tx.init(params)
         if delta is not None:
             opt_state = om.with_delta(opt_state, delta)
         state = {"params": params, "opt_state": opt_state, "step": jnp.zeros([], jnp.int32)}

@@ -1,0 +1,134 @@
+"""A tokenised data set: padded arrays, and an account of what became of every record."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Token counts of one kind of sequence, after truncation, without padding."""
+
+    mean: float
+    largest: int
+
+    @classmethod
+    def of(cls, mask: np.ndarray) -> Lengths:
+        """Count the true entries in each row of a bool `[rows, width]` mask."""
+        counts = mask.sum(axis=1)
+        return cls(float(counts.mean()), int(counts.max()))
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """What tokenising did, so that no record disappears unnoticed.
+
+    Attributes:
+      records: Records read.
+      rows: Rows in the data set; `records` less those dropped.
+      dropped: Number of records by the reason they were left out.
+      prompts_truncated: Prompts that lost tokens on the left.
+      completions_truncated: Completions that lost tokens, and their end token, on the right.
+      boundaries_moved: Rows whose prompt is tokenised differently alone than before its answer;
+        there the completion starts where the two part.
+      prompts: Lengths of the prompts.
+      completions: Lengths of all completions.
+      padding_share: Share of padding among the positions the model computes.
+    """
+
+    records: int
+    rows: int
+    dropped: Mapping[str, int]
+    prompts_truncated: int
+    completions_truncated: int
+    boundaries_moved: int
+    prompts: Lengths
+    completions: Lengths
+    padding_share: float
+
+    def __str__(self) -> str:
+        """A few lines for the log."""
+        lines = [
+            f"{self.rows} of {self.records} records; tokens per prompt {self.prompts.mean:.1f} "
+            f"(largest {self.prompts.largest}), per completion {self.completions.mean:.1f} "
+            f"(largest {self.completions.largest}); padding {self.padding_share:.0%}"
+        ]
+        lines += [f"dropped {count}: {reason}" for reason, count in self.dropped.items()]
+        for count, what in (
+            (self.prompts_truncated, "prompts truncated on the left"),
+            (self.completions_truncated, "completions truncated on the right, without end token"),
+            (self.boundaries_moved, "prompts whose last token merges with the answer"),
+        ):
+            if count:
+                lines.append(f"{count} {what}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """Rows of equal width, ready to be batched.
+
+    Attributes:
+      arrays: Columns by name, the first axis of each being the row: `prompt_tokens` int32
+        `[rows, P]` and `prompt_mask` bool, padded on the left; `completion_tokens` (or
+        `chosen_tokens` and `rejected_tokens`) int32 `[rows, C]` with their masks, padded on the
+        right; `index` int32 `[rows]`, the row's own number.
+      report: What became of the records.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    report: TokenReport
+
+    def __len__(self) -> int:
+        return len(self.arrays["index"])
+
+    def with_columns(self, **columns: np.ndarray) -> TokenDataset:
+        """A data set with more columns, such as `reference_chosen_logps` float32 `[rows]`.
+
+        Raises:
+          ValueError: When a column has another number of rows.
+        """
+        for name, column in columns.items():
+            if len(column) != len(self):
+                raise ValueError(
+                    f"Column {name!r} has {len(column)} rows, the data set has {len(self)}."
+                )
+        return dataclasses.replace(self, arrays={**self.arrays, **columns})
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokens and masks: it changes with data, template, tokeniser and limits.
+
+        Columns that were added, such as reference log-probabilities, do not count.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.arrays):
+            if name.endswith(("_tokens", "_mask")):
+                column = np.ascontiguousarray(self.arrays[name])
+                digest.update(f"{name} {column.dtype} {column.shape}".encode())
+                digest.update(column.tobytes())
+        return digest.hexdigest()
+
+
+def pad_left(rows: list[list[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 and mask bool `[rows, width]`, each row at the right end."""
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    mask = np.zeros((len(rows), width), bool)
+    for number, row in enumerate(rows):
+        tokens[number, width - len(row) :] = row
+        mask[number, width - len(row) :] = True
+    return tokens, mask
+
+
+def pad_right(rows: list[list[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 and mask bool `[rows, width]`, each row at the left end."""
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    mask = np.zeros((len(rows), width), bool)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = row
+        mask[number, : len(row)] = True
+    return tokens, mask

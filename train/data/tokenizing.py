@@ -1,0 +1,211 @@
+"""Tokenise whole data sets into padded arrays of one width."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from train.data.dataset import Lengths, TokenDataset, TokenReport, pad_left, pad_right
+from train.data.formats import DataError, where_of
+from train.data.records import UnusableRecord, normalise_preference, normalise_sft
+from train.data.templates import Encoded, Encoder, Row, Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WIDTH_MULTIPLE = 8
+"""Widths are rounded up to a multiple of this, unless a limit comes first."""
+
+ERRORS_SHOWN = 5
+"""Malformed records that an error lists before it only counts."""
+
+
+def tokenize_preference(
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int,
+    max_completion_length: int,
+    template: Template = "auto",
+) -> TokenDataset:
+    """Tokenise preferences.
+
+    Prompts longer than their limit lose tokens on the left (BOS stays), completions on the right,
+    and with those their end token: a model must not learn to stop in the middle of a sentence.
+
+    Args:
+      records: In the formats of `train.data.records`.
+      tokenizer: From transformers.
+      max_prompt_length: Tokens a prompt may have.
+      max_completion_length: Tokens a completion may have, end token included.
+      template: `"auto"` or `"chat"`, see `train.data.templates.Encoder`.
+
+    Returns:
+      Columns `prompt_…`, `chosen_…`, `rejected_…` and `index`. Widths are those of the longest row,
+      so a step compiles once for the whole data set. Records that cannot be used are counted in
+      the report by reason.
+
+    Raises:
+      DataError: When records are malformed (the first few are listed), none is usable, or a limit
+        is not positive.
+    """
+
+    def row(record: Mapping[str, Any]) -> Row:
+        pair = normalise_preference(record)
+        return Row(pair.prompt, (pair.chosen, pair.rejected), where_of(record))
+
+    return _tokenize(
+        records,
+        row,
+        ("chosen", "rejected"),
+        Encoder(tokenizer, template),
+        (max_prompt_length, max_completion_length),
+    )
+
+
+def tokenize_sft(
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int,
+    max_completion_length: int,
+    template: Template = "auto",
+) -> TokenDataset:
+    """Tokenise SFT examples; arguments, limits and errors are those of `tokenize_preference`.
+
+    Returns:
+      Columns `prompt_…`, `completion_…` and `index`.
+    """
+
+    def row(record: Mapping[str, Any]) -> Row:
+        example = normalise_sft(record)
+        return Row(example.prompt, (example.completion,), where_of(record))
+
+    return _tokenize(
+        records,
+        row,
+        ("completion",),
+        Encoder(tokenizer, template),
+        (max_prompt_length, max_completion_length),
+    )
+
+
+def _tokenize(
+    records: Sequence[Mapping[str, Any]],
+    row: Callable[[Mapping[str, Any]], Row],
+    names: tuple[str, ...],
+    encoder: Encoder,
+    limits: tuple[int, int],
+) -> TokenDataset:
+    for name, limit in zip(("max_prompt_length", "max_completion_length"), limits, strict=True):
+        if limit < 1:
+            raise DataError(f"{name} must be at least 1, got {limit}.")
+    dropped: Counter[str] = Counter()
+    rows = _normalised(records, row, dropped)
+    fitted = []
+    for encoded in encoder.encode(rows):
+        one = encoded if isinstance(encoded, UnusableRecord) else _fit(encoded, limits, encoder)
+        if isinstance(one, UnusableRecord):
+            dropped[str(one)] += 1
+        else:
+            fitted.append(one)
+    if not fitted:
+        reasons = "; ".join(f"{count}: {reason}" for reason, count in dropped.items())
+        raise DataError(f"None of {len(records)} records can be used ({reasons}).")
+    arrays = _columns(fitted, names, limits, encoder)
+    return TokenDataset(arrays, _report(len(records), dropped, fitted, arrays, names))
+
+
+def _normalised(
+    records: Sequence[Mapping[str, Any]],
+    row: Callable[[Mapping[str, Any]], Row],
+    dropped: Counter[str],
+) -> list[Row]:
+    """All rows that can be used; malformed records are collected and raised together."""
+    rows, errors = [], []
+    for record in records:
+        try:
+            rows.append(row(record))
+        except UnusableRecord as reason:
+            dropped[str(reason)] += 1
+        except DataError as error:
+            errors.append(str(error))
+    if errors:
+        more = len(errors) - ERRORS_SHOWN
+        shown = errors[:ERRORS_SHOWN] + ([f"... and {more} more."] if more > 0 else [])
+        raise DataError("\n".join(shown))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """An encoded row cut to the limits, and what that took."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+    prompt_cut: bool
+    answers_cut: int
+    moved: bool
+
+
+def _fit(encoded: Encoded, limits: tuple[int, int], encoder: Encoder) -> _Fitted | UnusableRecord:
+    prompt, (longest_prompt, longest_answer) = encoded.prompt, limits
+    prompt_cut = len(prompt) > longest_prompt
+    if prompt_cut:
+        start = prompt[:1] if prompt[0] == encoder.bos_id and longest_prompt > 1 else []
+        prompt = start + prompt[len(prompt) - longest_prompt + len(start) :]
+    answers = [answer[:longest_answer] for answer in encoded.answers]
+    if len(answers) == 2 and answers[0] == answers[1]:
+        return UnusableRecord("chosen and rejected are the same tokens within the limit")
+    answers_cut = sum(len(answer) > longest_answer for answer in encoded.answers)
+    return _Fitted(prompt, answers, prompt_cut, answers_cut, encoded.moved)
+
+
+def _width(rows: list[list[int]], limit: int) -> int:
+    largest = max(map(len, rows))
+    return min(limit, -(-largest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+
+
+def _columns(
+    rows: list[_Fitted], names: tuple[str, ...], limits: tuple[int, int], encoder: Encoder
+) -> dict[str, np.ndarray]:
+    """Pad every column to the width of the longest row."""
+    prompts = [row.prompt for row in rows]
+    width = _width(prompts, limits[0])
+    arrays: dict[str, np.ndarray] = {}
+    arrays["prompt_tokens"], arrays["prompt_mask"] = pad_left(prompts, width, encoder.pad_id)
+    width = _width([answer for row in rows for answer in row.answers], limits[1])
+    for number, name in enumerate(names):
+        arrays[f"{name}_tokens"], arrays[f"{name}_mask"] = pad_right(
+            [row.answers[number] for row in rows], width, encoder.pad_id
+        )
+    arrays["index"] = np.arange(len(rows), dtype=np.int32)
+    return arrays
+
+
+def _report(
+    records: int,
+    dropped: Counter[str],
+    rows: list[_Fitted],
+    arrays: Mapping[str, np.ndarray],
+    names: tuple[str, ...],
+) -> TokenReport:
+    prompts = arrays["prompt_mask"]
+    answers = np.concatenate([arrays[f"{name}_mask"] for name in names])
+    # Every answer is computed behind its own copy of the prompt.
+    real = len(names) * prompts.sum() + answers.sum()
+    return TokenReport(
+        records=records,
+        rows=len(rows),
+        dropped=dict(dropped),
+        prompts_truncated=sum(row.prompt_cut for row in rows),
+        completions_truncated=sum(row.answers_cut for row in rows),
+        boundaries_moved=sum(row.moved for row in rows),
+        prompts=Lengths.of(prompts),
+        completions=Lengths.of(answers),
+        padding_share=float(1 - real / (len(names) * prompts.size + answers.size)),
+    )
