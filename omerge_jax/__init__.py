@@ -1,0 +1,46 @@
+"""Online merging optimizers for JAX, as Optax gradient transformations.
+
+Blend every optimizer update with the delta between a fine-tuned model and its pre-trained base, so
+that alignment does not cost what the model already knew (https://arxiv.org/abs/2405.17931).
+"""
+
+from omerge_jax.consensus import Consensus, linear, sign
+from omerge_jax.delta import task_vector
+from omerge_jax.diagnostics import merge_metrics
+from omerge_jax.offline import offline_merge
+from omerge_jax.online import child_tuning, on_dare, on_ties, online_merge
+from omerge_jax.presets import on_dare_adamw, on_ties_adamw
+from omerge_jax.sparsify import (
+    FittedSparsifier,
+    Sparsifier,
+    SparsifyContext,
+    identity,
+    magnitude,
+    random,
+)
+from omerge_jax.state import OnlineMergeState, with_delta
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Consensus",
+    "FittedSparsifier",
+    "OnlineMergeState",
+    "Sparsifier",
+    "SparsifyContext",
+    "child_tuning",
+    "identity",
+    "linear",
+    "magnitude",
+    "merge_metrics",
+    "offline_merge",
+    "on_dare",
+    "on_dare_adamw",
+    "on_ties",
+    "on_ties_adamw",
+    "online_merge",
+    "random",
+    "sign",
+    "task_vector",
+    "with_delta",
+]

@@ -1,0 +1,145 @@
+"""What a merge does, as scalars."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from omerge_jax.state import merge_states
+
+# The sums over all entries of a leaf from which the metrics are made, in the order of `leaf_sums`.
+_SUMS = (
+    "proposed",
+    "kept",
+    "both",
+    "agree",
+    "ours",
+    "theirs",
+    "dot",
+    "update_sq",
+    "delta_sq",
+    "merged_sq",
+    "moving",
+    "lost",
+)
+_NAMES = (
+    "kept_share",
+    "sign_agreement",
+    "reference_ratio",
+    "cosine",
+    "update_norm",
+    "rounding_lost",
+)
+
+
+def zero_scalars(diagnostics: bool) -> dict[str, jax.Array]:
+    """Returns the scalars of a state before its first step."""
+    names = ("alpha", "alpha_total", *(_NAMES if diagnostics else ()))
+    return {name: jnp.zeros([], jnp.float32) for name in names}
+
+
+def leaf_sums(
+    update: jax.Array,
+    kept: jax.Array,
+    delta: jax.Array,
+    kept_delta: jax.Array,
+    merged: jax.Array,
+    param: jax.Array | None,
+    alpha: jax.Array,
+) -> jax.Array:
+    """Returns the sums of one leaf, float32 [len(_SUMS)], in one reduction.
+
+    Args:
+      update: Δθ [...].
+      kept: F(Δθ) [...].
+      delta: τ_r [...], or zeros where there is none.
+      kept_delta: F(τ_r) [...].
+      merged: the update that is emitted [...], in its final dtype.
+      param: the parameter [...], or None when it is unknown.
+      alpha: float32 scalar.
+    """
+    both = (kept != 0) & (kept_delta != 0)
+    moving = merged != 0
+    lost = jnp.zeros_like(moving) if param is None else moving & (param + merged == param)
+    terms = [
+        update != 0,
+        kept != 0,
+        both,
+        both & ((kept > 0) == (kept_delta > 0)),
+        jnp.square((1 - alpha) * kept),
+        jnp.square(alpha * kept_delta),
+        update * delta,
+        jnp.square(update),
+        jnp.square(delta),
+        jnp.square(merged.astype(jnp.float32)),
+        moving,
+        lost,
+    ]
+    terms = [jnp.asarray(term).astype(jnp.float32) for term in terms]
+
+    def add(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
+        return [a + b for a, b in zip(left, right, strict=True)]
+
+    zeros = [jnp.float32(0)] * len(terms)
+    return jnp.stack(jax.lax.reduce(terms, zeros, add, tuple(range(update.ndim))))
+
+
+def scalars_from_sums(sums: jax.Array, *, knows_params: bool) -> dict[str, jax.Array]:
+    """Returns the metrics of one step from the sums over all leaves, float32 [len(_SUMS)]."""
+    s = dict(zip(_SUMS, sums, strict=True))
+
+    def share(part: jax.Array, whole: jax.Array) -> jax.Array:
+        return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
+
+    return {
+        "kept_share": share(s["kept"], s["proposed"]),
+        "sign_agreement": share(s["agree"], s["both"]),
+        "reference_ratio": share(jnp.sqrt(s["theirs"]), jnp.sqrt(s["ours"])),
+        "cosine": share(s["dot"], jnp.sqrt(s["update_sq"]) * jnp.sqrt(s["delta_sq"])),
+        "update_norm": jnp.sqrt(s["merged_sq"]),
+        "rounding_lost": share(s["lost"], s["moving"]) if knows_params else jnp.float32(jnp.nan),
+    }
+
+
+def sums_width() -> int:
+    """Number of sums of a leaf."""
+    return len(_SUMS)
+
+
+def merge_metrics(opt_state: Any) -> dict[str, jax.Array]:
+    """Returns what the last merge did, as float32 scalars.
+
+    Args:
+      opt_state: an optimizer state with an online merge anywhere inside it.
+
+    Returns:
+      A dict of scalars, empty where there is no online merge; where there are several (as with
+      ``optax.partition``), the names get the suffix ``/0``, ``/1`` … in tree order. Always there:
+
+      - ``alpha``: weight of the reference term at the last merge.
+      - ``alpha_total``: Σ alpha over the merges so far; how far the reference has been re-applied.
+
+      With ``diagnostics=True`` also:
+
+      - ``kept_share``: entries of F(Δθ) that are not 0, among those of Δθ.
+      - ``sign_agreement``: share of equal signs where F(Δθ) and F(τ_r) are both not 0.
+      - ``reference_ratio``: ‖α·F(τ_r)‖ ÷ ‖(1−α)·F(Δθ)‖.
+      - ``cosine``: cosine of Δθ and τ_r.
+      - ``update_norm``: norm of the emitted update.
+      - ``rounding_lost``: share of non-zero updates that leave their parameter as it was, lost to
+        rounding; NaN where ``update`` was called without params.
+
+    Example:
+      >>> import optax, omerge_jax as om
+      >>> tx = optax.chain(optax.sgd(1.0), om.child_tuning(density=0.5))
+      >>> sorted(om.merge_metrics(tx.init({"w": jnp.ones(2)})))
+      ['alpha', 'alpha_total']
+    """
+    states = merge_states(opt_state)
+    if len(states) == 1:
+        return dict(states[0].merge_scalars)
+    return {
+        f"{name}/{i}": value
+        for i, state in enumerate(states)
+        for name, value in state.merge_scalars.items()
+    }

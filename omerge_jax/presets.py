@@ -1,0 +1,256 @@
+"""Whole optimizers in the order of the authors' code: Adam, merge, then weight decay."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from omerge_jax import sparsify
+from omerge_jax.online import DeltaMask, on_dare, on_ties
+from omerge_jax.paths import LayerAxes
+
+Mask = Any | Callable[[optax.Params], Any] | None
+
+
+def _adam(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float,
+    b2: float,
+    eps: float,
+    mu_dtype: jax.typing.DTypeLike | None,
+) -> optax.GradientTransformation:
+    """Adam as −lr·√(1−β2^t)/(1−β1^t) · (m / (√v + eps)).
+
+    Written out because ``optax.scale_by_adam`` adds eps after the bias correction, and because the
+    order of operations decides which of two nearly equal updates is larger: at the first step all
+    magnitudes agree to a few units in the last place, and OnTIES keeps the largest.
+    """
+    moments = optax.scale_by_adam(b1, b2, mu_dtype=mu_dtype)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        assert isinstance(state, optax.ScaleByAdamState)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
+        nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g * g, updates, state.nu)
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        size = -jnp.sqrt(_one_minus_power(b2, count)) * (rate / _one_minus_power(b1, count))
+        steps = jax.tree.map(
+            lambda g, m, v: (size * (m / (jnp.sqrt(v) + eps))).astype(g.dtype), updates, mu, nu
+        )
+        if mu_dtype is not None:
+            mu = optax.tree.cast(mu, mu_dtype)
+        return steps, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(moments.init, update)  # pyright: ignore
+
+
+def _one_minus_power(base: chex.Numeric, exponent: jax.Array) -> jax.Array:
+    """1 − base^exponent without the cancellation that costs float32 its last digits."""
+    if isinstance(base, (int, float)):
+        log = math.log(base) if base > 0 else -math.inf
+    else:
+        log = jnp.log(base)
+    return -jnp.expm1(exponent * jnp.asarray(log, jnp.float32))
+
+
+class DecayMergedState(NamedTuple):
+    """State of the weight decay after a merge.
+
+    Attributes:
+      decay_count: int32 scalar, steps taken.
+    """
+
+    decay_count: jax.Array
+
+
+def _decay_merged(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: chex.Numeric
+) -> optax.GradientTransformation:
+    """Decays what the update leads to: θ ← (θ + u)·(1 − lr·wd)."""
+
+    def init(params: optax.Params) -> DecayMergedState:
+        del params
+        return DecayMergedState(jnp.zeros([], jnp.int32))
+
+    def update(
+        updates: optax.Updates, state: DecayMergedState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, DecayMergedState]:
+        if params is None:
+            raise ValueError("weight decay needs the parameters: call update(grads, state, params)")
+        rate = learning_rate(state.decay_count) if callable(learning_rate) else learning_rate
+
+        def decay(u: jax.Array, p: jax.Array) -> jax.Array:
+            wide = jnp.promote_types(u.dtype, jnp.float32)
+            u32, p32 = u.astype(wide), p.astype(wide)
+            return (u32 - rate * weight_decay * (p32 + u32)).astype(u.dtype)
+
+        decayed = jax.tree.map(decay, updates, params)
+        return decayed, DecayMergedState(jnp.asarray(optax.safe_increment(state.decay_count)))
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore
+
+
+def _adam_merge_decay(
+    merge: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: chex.Numeric,
+    mask: Mask,
+    mu_dtype: jax.typing.DTypeLike | None,
+) -> optax.GradientTransformationExtraArgs:
+    steps = [
+        _adam(learning_rate, b1, b2, eps, mu_dtype),
+        merge,
+    ]
+    if not isinstance(weight_decay, (int, float)) or weight_decay != 0:
+        decay = _decay_merged(learning_rate, weight_decay)
+        steps.append(decay if mask is None else optax.masked(decay, mask))
+    return optax.chain(*steps)  # pyright: ignore
+
+
+def on_dare_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: chex.Numeric = 0.0,
+    *,
+    alpha: optax.ScalarOrSchedule,
+    density: optax.ScalarOrSchedule,
+    delta: Any = None,
+    every_k: chex.Numeric = 1,
+    rescale: Literal["inverse", "norm", "none"] = "inverse",
+    delta_mask: DeltaMask = "fixed",
+    clip: chex.Numeric | None = 1.0,
+    seed: chex.Numeric = 0,
+    layer_axes: LayerAxes = None,
+    diagnostics: bool = False,
+    draw: sparsify.Draw | None = None,
+    mask: Mask = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW with OnDARE, as the authors' code orders it.
+
+    Differs from ``optax.chain(optax.adamw(...), on_dare(...))`` in two ways: ``eps`` is added to the
+    square root of the second moment before its bias is corrected, and decoupled weight decay acts on
+    the merged parameters, so that it is neither masked nor rescaled.
+
+    Args:
+      learning_rate: a float or a schedule.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the uncorrected square root.
+      weight_decay: decay per unit of learning rate.
+      alpha: see `on_dare`.
+      density: see `on_dare`.
+      delta: see `on_dare`.
+      every_k: see `on_dare`.
+      rescale: see `on_dare`.
+      delta_mask: see `on_dare`.
+      clip: see `on_dare`.
+      seed: see `on_dare`.
+      layer_axes: see `on_dare`.
+      diagnostics: see `on_dare`.
+      draw: see `on_dare`.
+      mask: which parameters decay, as in ``optax.adamw``: a tree of bools or a callable; None for all.
+      mu_dtype: dtype of the first moment; None for the parameters'.
+
+    Returns:
+      A transformation; ``update`` needs the parameters where weight decay is not 0.
+
+    Raises:
+      ValueError: see `on_dare`.
+
+    Example:
+      >>> import omerge_jax as om
+      >>> tx = om.on_dare_adamw(1e-6, alpha=5e-7, density=1e-2, weight_decay=0.1)
+
+    References:
+      Lu et al., https://arxiv.org/abs/2405.17931, Algorithm 1, and its published code.
+    """
+    merge = on_dare(
+        alpha,
+        density,
+        delta=delta,
+        every_k=every_k,
+        rescale=rescale,
+        delta_mask=delta_mask,
+        clip=clip,
+        seed=seed,
+        layer_axes=layer_axes,
+        diagnostics=diagnostics,
+        draw=draw,
+    )
+    return _adam_merge_decay(merge, learning_rate, b1, b2, eps, weight_decay, mask, mu_dtype)
+
+
+def on_ties_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: chex.Numeric = 0.0,
+    *,
+    alpha: optax.ScalarOrSchedule,
+    density: optax.ScalarOrSchedule,
+    delta: Any = None,
+    every_k: chex.Numeric = 1,
+    rescale: Literal["none", "norm"] = "none",
+    election: Literal["unweighted", "weighted"] = "unweighted",
+    layer_axes: LayerAxes = None,
+    diagnostics: bool = False,
+    mask: Mask = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW with OnTIES, as the authors' code orders it; see `on_dare_adamw` for the differences.
+
+    Args:
+      learning_rate: a float or a schedule.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the uncorrected square root.
+      weight_decay: decay per unit of learning rate, on the merged parameters.
+      alpha: see `on_ties`.
+      density: see `on_ties`.
+      delta: see `on_ties`.
+      every_k: see `on_ties`.
+      rescale: see `on_ties`.
+      election: see `on_ties`.
+      layer_axes: see `on_ties`.
+      diagnostics: see `on_ties`.
+      mask: which parameters decay, as in ``optax.adamw``.
+      mu_dtype: dtype of the first moment; None for the parameters'.
+
+    Returns:
+      A transformation; ``update`` needs the parameters where weight decay is not 0.
+
+    Raises:
+      ValueError: see `on_ties`.
+
+    Example:
+      >>> import omerge_jax as om
+      >>> tx = om.on_ties_adamw(1e-6, alpha=5e-7, density=0.1, weight_decay=0.1)
+
+    References:
+      Lu et al., https://arxiv.org/abs/2405.17931, Algorithm 1, and its published code.
+    """
+    merge = on_ties(
+        alpha,
+        density,
+        delta=delta,
+        every_k=every_k,
+        rescale=rescale,
+        election=election,
+        layer_axes=layer_axes,
+        diagnostics=diagnostics,
+    )
+    return _adam_merge_decay(merge, learning_rate, b1, b2, eps, weight_decay, mask, mu_dtype)

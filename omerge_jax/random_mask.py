@@ -1,0 +1,153 @@
+"""Bernoulli draws that are a pure function of (seed, step, path, role, element index).
+
+``jax.random.bernoulli`` materialises its bits and costs an order of magnitude more than the AdamW
+step it would mask. Here every element hashes its own index, so the draw fuses into whatever reads
+it, and because nothing but the index enters, the mask is the same on any mesh and after a resume.
+The hash is keyed between its rounds (not only at its input, where two keys would merely shift one
+common sequence), and the 32-bit mixing constants are those of the ``lowbias32`` search
+(https://nullprogram.com/blog/2018/07/31/, public domain).
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from omerge_jax.paths import Path
+
+_WORD = 2**32
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """Bijective 32-bit finaliser."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def mask_key(
+    seed: jax.typing.ArrayLike, step: jax.typing.ArrayLike, path: Path, role: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the three uint32 scalars that key the draws of one leaf at one step.
+
+    Args:
+      seed: integer scalar.
+      step: integer scalar, the optimizer step.
+      path: the leaf's path names.
+      role: what the mask is for, ``"update"`` or ``"delta"``.
+    """
+    digest = hashlib.blake2b("\0".join((role, *path)).encode(), digest_size=8).digest()
+    name = [int.from_bytes(digest[i : i + 4], "little") for i in (0, 4)]
+    words = [jnp.asarray(seed), jnp.asarray(step), *(jnp.uint32(word) for word in name)]
+    keys = []
+    for stream in (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35):
+        state = jnp.uint32(stream)
+        for word in words:
+            state = _mix((state ^ word.astype(jnp.uint32)) + jnp.uint32(stream))
+        keys.append(state)
+    return keys[0], keys[1], keys[2]
+
+
+def element_index(
+    coordinates: Sequence[jax.Array], shape: Sequence[int]
+) -> tuple[jax.Array | None, jax.Array]:
+    """Returns the row-major index of elements as two 32-bit words.
+
+    Args:
+      coordinates: one uint32 array per axis, broadcastable against each other.
+      shape: the shape of the whole array; its size may exceed 2**32.
+
+    Returns:
+      ``(high, low)`` uint32 words of the index; ``high`` is None where the size is at most 2**32.
+
+    Raises:
+      ValueError: a single axis, or the product of the leading axes, exceeds 2**32.
+    """
+    if not shape:
+        return None, jnp.uint32(0)
+    split = len(shape) - 1
+    while split > 0 and math.prod(shape[split - 1 :]) <= _WORD:
+        split -= 1
+    row_size = math.prod(shape[split:])
+    if row_size > _WORD or math.prod(shape[:split]) > _WORD:
+        raise ValueError(f"an axis of more than 2**32 elements is not supported, got shape {shape}")
+    inner = _linear(coordinates[split:], shape[split:])
+    if split == 0:
+        return None, inner
+    row = _linear(coordinates[:split], shape[:split])
+    high, start = _multiply_wide(row, row_size)
+    low = start + inner
+    return high + (low < start).astype(jnp.uint32), low
+
+
+def _linear(coordinates: Sequence[jax.Array], shape: Sequence[int]) -> jax.Array:
+    index = coordinates[0]
+    for coordinate, size in zip(coordinates[1:], shape[1:], strict=True):
+        index = index * jnp.uint32(size) + coordinate
+    return index
+
+
+def _multiply_wide(x: jax.Array, factor: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the high and low words of ``x * factor``; ``factor`` is at most 2**32."""
+    if factor == _WORD:
+        return x, jnp.zeros_like(x)
+    f_low, f_high = jnp.uint32(factor & 0xFFFF), jnp.uint32(factor >> 16)
+    x_low, x_high = x & 0xFFFF, x >> 16
+    middle = x_high * f_low + (x_low * f_low >> 16)
+    carry = (middle & 0xFFFF) + x_low * f_high
+    return x_high * f_high + (middle >> 16) + (carry >> 16), x * jnp.uint32(factor)
+
+
+def hash_index(
+    key: tuple[jax.Array, jax.Array, jax.Array], high: jax.Array | None, low: jax.Array
+) -> jax.Array:
+    """Returns 32 uniform bits per element index (a bijection of ``low`` for a fixed ``high``)."""
+    a, b, c = key
+    if high is not None:
+        spread = _mix(high + a)
+        b, c = b ^ spread, c + spread * jnp.uint32(0x9E3779B9)
+    x = low + a
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D) + b
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B) + c
+    return x ^ (x >> 16)
+
+
+def bernoulli(
+    shape: Sequence[int],
+    density: jax.typing.ArrayLike,
+    *,
+    seed: jax.typing.ArrayLike,
+    step: jax.typing.ArrayLike,
+    path: Path = (),
+    role: str = "update",
+) -> jax.Array:
+    """Draws a mask that keeps each element with probability ``density``.
+
+    Args:
+      shape: shape of the mask.
+      density: probability of True, in (0, 1]; a float or a (traced) scalar.
+      seed: integer scalar.
+      step: integer scalar; another step is another draw.
+      path: path names of the leaf; another path is another draw.
+      role: what the mask is for; another role is another draw.
+
+    Returns:
+      bool array of ``shape``. The same arguments give the same mask under any sharding.
+
+    Raises:
+      ValueError: a single axis of ``shape`` exceeds 2**32 elements.
+
+    Example:
+      >>> mask = bernoulli((1000, 1000), 0.01, seed=0, step=0, path=("kernel",))
+      >>> bool(abs(mask.mean() - 0.01) < 1e-3)
+      True
+    """
+    coordinates = [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
+    high, low = element_index(coordinates, shape)
+    bits = hash_index(mask_key(seed, step, path, role), high, low)
+    share = jnp.asarray(density, jnp.float32)
+    # The largest float32 below 2**32: beyond it the conversion to uint32 is undefined.
+    limit = jnp.minimum(share * float(_WORD), 4294967040.0).astype(jnp.uint32)
+    return (bits < limit) | (share >= 1.0)

@@ -1,0 +1,134 @@
+"""The state of an online merge, and how its reference delta is set."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from omerge_jax.paths import leaves_by_path, path_names, show
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class UnsetDelta:
+    """Marks, without any array, where a leaf of the reference delta belongs.
+
+    Attributes:
+      shape: shape of the parameter.
+    """
+
+    shape: tuple[int, ...]
+
+
+class OnlineMergeState(NamedTuple):
+    """State of `online_merge`.
+
+    Attributes:
+      merge_count: int32 scalar, optimizer steps taken.
+      reference_delta: τ_r with the structure of the parameters; ``UnsetDelta`` leaves until a delta
+        is set, None where alpha is 0.
+      delta_fit: float32 [m], what the sparsifier fitted to the fixed delta, -1 until the first merge;
+        None where it fits nothing.
+      cached_delta: float32 sums of the updates since the last merge with the structure of the
+        parameters; None for ``every_k=1``.
+      merge_scalars: float32 scalars by name, see `merge_metrics`.
+    """
+
+    merge_count: jax.Array
+    reference_delta: Any
+    delta_fit: jax.Array | None
+    cached_delta: Any
+    merge_scalars: dict[str, jax.Array]
+
+
+def is_merge_state(node: Any) -> bool:
+    """Whether ``node`` is the state of an online merge (a leaf test for tree maps)."""
+    return isinstance(node, OnlineMergeState)
+
+
+def merge_states(opt_state: Any) -> list[OnlineMergeState]:
+    """Returns every online-merge state inside ``opt_state``, in tree order."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_merge_state)
+    return [node for node in nodes if is_merge_state(node)]
+
+
+def place_delta(template: Any, delta: Any) -> Any:
+    """Returns ``delta`` in the structure of ``template``, leaves matched by path and copied.
+
+    Args:
+      template: a tree whose leaves have a ``shape``: parameters, ``UnsetDelta`` or an older delta.
+      delta: the reference delta in any containers; leaves the template lacks (masked ones) are left
+        out.
+
+    Raises:
+      ValueError: the delta lacks a leaf or has one of another shape.
+    """
+    leaves = leaves_by_path(delta)
+
+    def pick(key_path: tuple[Any, ...], wanted: Any) -> Any:
+        path = path_names(key_path)
+        if path not in leaves:
+            known = ", ".join(show(p) for p in list(leaves)[:5])
+            raise ValueError(
+                f"delta has no leaf {show(path)} (it has {known}, …); build it with "
+                "omerge_jax.task_vector from parameters of the same model"
+            )
+        leaf = leaves[path]
+        if tuple(leaf.shape) != tuple(wanted.shape):
+            raise ValueError(
+                f"delta leaf {show(path)} has shape {tuple(leaf.shape)}, the parameter has "
+                f"{tuple(wanted.shape)}"
+            )
+        # A copy, so that the state and whatever the delta came from can both be donated.
+        return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf, copy=True)
+
+    return jax.tree_util.tree_map_with_path(
+        pick, template, is_leaf=lambda node: isinstance(node, UnsetDelta)
+    )
+
+
+def with_delta(opt_state: chex.ArrayTree, delta: Any) -> Any:
+    """Returns ``opt_state`` with the reference delta of every online merge inside it set.
+
+    Finds the merge states anywhere: inside ``optax.chain``, ``masked``, ``partition``,
+    ``MultiSteps``, ``inject_hyperparams``, ``apply_if_finite`` … A delta that was set before is
+    replaced. Pure: works under ``jax.jit`` (with ``out_shardings``) and ``jax.eval_shape``; under jit
+    pass the delta as an argument, or it becomes a constant of the program.
+
+    Args:
+      opt_state: what ``tx.init(params)`` returned.
+      delta: τ_r, for example from `task_vector`; leaves [same shape as the parameter], any float
+        dtype, matched to the parameters by the names on their path.
+
+    Returns:
+      The new optimizer state.
+
+    Raises:
+      ValueError: there is no online merge in ``opt_state`` that takes a delta, or the delta lacks a
+        parameter or has one of another shape.
+
+    Example:
+      >>> import optax, omerge_jax as om
+      >>> params = {"w": jnp.ones(3)}
+      >>> tx = optax.chain(optax.adamw(1e-3), om.on_dare(alpha=1e-3, density=0.5))
+      >>> opt_state = om.with_delta(tx.init(params), {"w": jnp.full(3, 0.1)})
+    """
+    states = [s for s in merge_states(opt_state) if s.reference_delta is not None]
+    if not states:
+        raise ValueError(
+            "opt_state holds no online merge that takes a delta; chain omerge_jax.on_dare or on_ties "
+            "(with alpha > 0) after the optimizer and call with_delta on its state"
+        )
+
+    def fill(node: Any) -> Any:
+        if not is_merge_state(node) or node.reference_delta is None:
+            return node
+        fit = node.delta_fit
+        return node._replace(
+            reference_delta=place_delta(node.reference_delta, delta),
+            delta_fit=None if fit is None else jnp.full(fit.shape, -1.0, fit.dtype),
+        )
+
+    return jax.tree.map(fill, opt_state, is_leaf=is_merge_state)
