@@ -44,6 +44,16 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "head_dim": 128,
     },
 }
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 _DEFAULT_ROPE_THETA = 10000.0
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -120,9 +130,8 @@ class ModelConfig:
             "head_dim",
             "max_position_embeddings",
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and "
@@ -168,9 +177,11 @@ class ModelConfig:
                 "SmolLM2, Qwen1.5/2/2.5, Qwen3)"
             )
         full = {**_COMMON_DEFAULTS, **_FAMILY_DEFAULTS[model_type], **hf}
+        for field in ("num_key_value_heads", "head_dim"):
+            if full[field] is None:
+                full[field] = _derived(field, full)
         _check_supported(full)
         theta, scaling = _read_rope(full)
-        heads = full["num_attention_heads"]
         attention_bias = bool(full["attention_bias"])
         fields: dict[str, Any] = {
             "model_type": model_type,
@@ -178,9 +189,9 @@ class ModelConfig:
             "hidden_size": full["hidden_size"],
             "intermediate_size": full["intermediate_size"],
             "num_layers": full["num_hidden_layers"],
-            "num_heads": heads,
-            "num_kv_heads": _or(full["num_key_value_heads"], heads),
-            "head_dim": _or(full["head_dim"], full["hidden_size"] // max(1, heads)),
+            "num_heads": full["num_attention_heads"],
+            "num_kv_heads": full["num_key_value_heads"],
+            "head_dim": full["head_dim"],
             "rms_norm_eps": float(full["rms_norm_eps"]),
             "rope_theta": theta,
             "rope_scaling": scaling,
@@ -196,14 +207,39 @@ class ModelConfig:
         return cls(**{**fields, **overrides})
 
 
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
+def _derived(field: str, full: Mapping[str, Any]) -> Any:
+    """What a null field stands for; left null when the fields that it follows from are invalid."""
+    heads, width = full["num_attention_heads"], full["hidden_size"]
+    if field == "num_key_value_heads":
+        return heads
+    if not _is_count(heads) or not _is_count(width):
+        return None
+    if width % heads:
+        raise ValueError(
+            f"config.json: hidden_size {width} is not a multiple of num_attention_heads {heads}, "
+            "and there is no head_dim"
+        )
+    return width // heads
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _check_supported(full: Mapping[str, Any]) -> None:
     def reject(field: str, supported: str) -> None:
         raise ValueError(f"config.json: {field} is {full[field]!r}; supported is {supported}")
 
+    for field in _COUNTS:
+        if not _is_count(full[field]):
+            reject(field, "a positive integer")
+    for field in ("rms_norm_eps", "initializer_range"):
+        if not isinstance(full[field], (int, float)) or not full[field] > 0:
+            reject(field, "a positive number")
+    if full["num_attention_heads"] % full["num_key_value_heads"]:
+        reject("num_key_value_heads", f"a divisor of {full['num_attention_heads']} query heads")
+    if full["head_dim"] % 2:
+        reject("head_dim", "an even number")
     if full["hidden_act"] != "silu":
         reject("hidden_act", "'silu'")
     if full["attention_dropout"]:
@@ -227,7 +263,10 @@ def _read_rope(full: Mapping[str, Any]) -> tuple[float, tuple[tuple[str, Any], .
     rope = dict(full.get(field) or {})
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise ValueError(f"config.json: {field} differs by layer type, which is not supported")
-    theta = float(rope.pop("rope_theta", _or(full.get("rope_theta"), _DEFAULT_ROPE_THETA)))
+    theta = rope.pop("rope_theta", full.get("rope_theta"))
+    theta = _DEFAULT_ROPE_THETA if theta is None else theta
+    if not isinstance(theta, (int, float)) or not theta > 0:
+        raise ValueError(f"config.json: rope_theta is {theta!r}; supported is a positive number")
     legacy_type = rope.pop("type", None)  # the spelling before "rope_type"
     kind = rope.pop("rope_type", legacy_type or "default")
     if kind not in _ROPE_FIELDS:
@@ -237,7 +276,7 @@ def _read_rope(full: Mapping[str, Any]) -> tuple[float, tuple[tuple[str, Any], .
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"config.json: {field}.partial_rotary_factor must be 1")
     if kind == "default":
-        return theta, ()
+        return float(theta), ()
     if kind == "llama3":
         rope.setdefault("original_max_position_embeddings", full["max_position_embeddings"])
     missing = [name for name in _ROPE_FIELDS[kind] if name not in rope]
@@ -245,5 +284,8 @@ def _read_rope(full: Mapping[str, Any]) -> tuple[float, tuple[tuple[str, Any], .
         raise ValueError(
             f"config.json: {field} has rope_type {kind!r} but lacks {', '.join(missing)}"
         )
+    bad = {n: rope[n] for n in _ROPE_FIELDS[kind] if not isinstance(rope[n], (int, float))}
+    if bad:
+        raise ValueError(f"config.json: {field} must hold numbers, got {bad}")
     kept = {name: float(rope[name]) for name in _ROPE_FIELDS[kind]}
-    return theta, (("rope_type", kind), *sorted(kept.items()))
+    return float(theta), (("rope_type", kind), *sorted(kept.items()))

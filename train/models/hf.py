@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from train.models.config import ModelConfig
 from train.models.decoder import Decoder, Params
 from train.models.hf_names import EMBEDDING, LM_HEAD, Leaf, decoder_leaves, is_derived
+from train.models.model_dir import read_hf_config, resolve_model_dir
 from train.models.safetensors_dir import SafetensorsDir
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 _LISTED = 20  # tensors spelled out in an error before it only counts
 # Fields that fix the shapes of the parameters, so two models with the same ones can be subtracted.
 _SHAPE_FIELDS = (
@@ -78,8 +75,8 @@ def from_hf(
         >>> logits = model(tokens, mask)                                 # doctest: +SKIP
     """
     directory = resolve_model_dir(path_or_hub_name)
-    weights = SafetensorsDir(directory)
     shapes = ModelConfig.from_hf(read_hf_config(directory))
+    weights = SafetensorsDir(directory)
     leaves = decoder_leaves(shapes)
     check_tensors(weights, shapes, leaves)
     stored = {path: _stored_dtype(weights, leaf.names) for path, leaf in leaves.items()}
@@ -98,28 +95,6 @@ def from_hf(
             node = node.setdefault(name, {})
         node[path[-1]] = _place(host, None if shardings is None else _at(shardings, path))
     return nnx.merge(graphdef, params)
-
-
-def read_hf_config(path: str | Path) -> dict[str, Any]:
-    """The parsed ``config.json`` of a model directory.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not a JSON object.
-    """
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} does not exist; a Hugging Face model directory holds config.json beside its "
-            "safetensors files"
-        )
-    try:
-        parsed = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{file} holds a {type(parsed).__name__}, not an object")
-    return parsed
 
 
 def check_hf_compatible(
@@ -172,7 +147,16 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
 
     Returns:
         Nested dict of `NamedSharding`.
+
+    Raises:
+        ValueError: the mesh has explicit axes, with which every operation would have to be told
+            its output sharding.
     """
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"the mesh has axis types {mesh.axis_types}; make it with "
+            "jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
+        )
     shardings: Params = {}
     for path, leaf in decoder_leaves(config).items():
         spec = [
@@ -184,31 +168,6 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
             node = node.setdefault(name, {})
         node[path[-1]] = NamedSharding(mesh, PartitionSpec(*spec))
     return shardings
-
-
-def resolve_model_dir(path_or_hub_name: str | Path) -> Path:
-    """A local directory for a path, or for a hub name after downloading what is needed of it.
-
-    Raises:
-        FileNotFoundError: neither an existing directory nor a repository that could be fetched.
-    """
-    path = Path(path_or_hub_name)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise FileNotFoundError(f"{path} is a file; give the directory that holds config.json")
-    name = str(path_or_hub_name)
-    if not _HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(f"{name} is not an existing directory (nor a hub name 'org/name')")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns="*/*"))
-    except Exception as error:  # hub, HTTP and socket errors have no common ancestor
-        raise FileNotFoundError(
-            f"{name} is not an existing directory, and downloading a hub repository of that name "
-            f"failed: {type(error).__name__}: {error}"
-        ) from error
 
 
 def check_tensors(

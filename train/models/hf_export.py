@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 
 from train.models.config import ModelConfig
 from train.models.decoder import Decoder, split_model
-from train.models.hf import check_tensors, read_hf_config, resolve_model_dir
+from train.models.hf import check_tensors
 from train.models.hf_names import EMBEDDING, LM_HEAD, decoder_leaves
+from train.models.model_dir import read_hf_config, resolve_model_dir
 from train.models.output_dir import check_writable, written_whole
 from train.models.safetensors_dir import INDEX_FILE, SINGLE_FILE, SafetensorsDir
 
@@ -33,8 +34,8 @@ _COPIED = (
     "chat_template.json",
     "additional_chat_templates",
 )
-# Options of a run; they may differ between the model and the directory that it is written like.
-_RUN_FIELDS = ("dtype", "param_dtype", "remat")
+# These do not change what the network computes from given parameters.
+_FREE_FIELDS = ("dtype", "param_dtype", "remat", "initializer_range", "max_position_embeddings")
 
 
 def to_hf(
@@ -168,7 +169,7 @@ def _check_same_network(model: ModelConfig, like: ModelConfig, source: Path) -> 
     different = [
         f"{name} is {value!r} in the model and {getattr(like, name)!r} there"
         for name, value in vars(model).items()
-        if name not in _RUN_FIELDS and value != getattr(like, name)
+        if name not in _FREE_FIELDS and value != getattr(like, name)
     ]
     if different:
         raise ValueError(f"{source} describes another network: {'; '.join(different)}")

@@ -1,0 +1,59 @@
+"""Finds a model directory, locally or on the hub, and reads its ``config.json``."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+
+
+def resolve_model_dir(path_or_hub_name: str | Path) -> Path:
+    """A local directory for a path, or for a hub name after downloading what is needed of it.
+
+    Raises:
+        FileNotFoundError: neither an existing directory nor a repository that could be fetched.
+        NotADirectoryError: the path is a file.
+    """
+    path = Path(path_or_hub_name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{path} is a file; give the directory that holds config.json")
+    name = str(path_or_hub_name)
+    if not _HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"{name} is not an existing directory (nor a hub name 'org/name')")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns="*/*"))
+    except Exception as error:  # hub, HTTP and socket errors have no common ancestor
+        raise FileNotFoundError(
+            f"{name} is not an existing directory, and downloading a hub repository of that name "
+            f"failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def read_hf_config(path: str | Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a model directory.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not a JSON object.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} does not exist; a Hugging Face model directory holds config.json beside its "
+            "safetensors files"
+        )
+    try:
+        parsed = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{file} holds a {type(parsed).__name__}, not an object")
+    return parsed
