@@ -45,6 +45,11 @@ def run(config: DPOConfig) -> None:
     inputs = {"model": hash_model(config.model.path)}
     if base is not None:
         inputs["base"] = hash_model(base)
+        if inputs["base"] == inputs["model"]:
+            raise UserError(
+                "model.base holds the same weights as model.path, so there is no delta to merge "
+                "with. Give the model that model.path was fine-tuned from."
+            )
     this.begin(**inputs)
     _Alignment(config, this, inputs["model"]).train()
 
@@ -82,20 +87,19 @@ class _Alignment:
             "loss_type": loss.type,
             "beta": loss.beta,
             "label_smoothing": loss.label_smoothing,
-            "vocab_chunk": loss.vocab_chunk,
         }
         data = self._with_reference(this.data)
         evaluate = None
         if this.held_out is not None:
             evaluate = evaluate_preferences(
-                this.graphdef,
+                self.score,
                 self._with_reference(this.held_out),
                 batch_size=this.eval_batch_size,
                 mesh=this.mesh,
                 **settings,
             )
         this.train(
-            preference_loss(this.graphdef, **settings),
+            preference_loss(this.graphdef, vocab_chunk=loss.vocab_chunk, **settings),
             self.tx,
             self._start,
             like=jax.eval_shape(self._make_state, this.shapes, self._delta_shapes()),
@@ -136,6 +140,10 @@ class _Alignment:
     def _delta_of(self, params: Params, base: Params) -> Params:
         return om.task_vector(params, base, dtype=self.config.optimizer.delta_dtype)
 
+    def _delta_and_size(self, params: Params, base: Params) -> tuple[Params, jax.Array]:
+        delta = self._delta_of(params, base)
+        return delta, optax.tree.norm(delta) / optax.tree.norm(params)
+
     def _delta_shapes(self) -> Params | None:
         if not needs_delta(self.config.optimizer):
             return None
@@ -147,15 +155,9 @@ class _Alignment:
             assert self.config.model.base is not None
             self.run.console.print("Loading the base model ...")
             base = self.run.load(self.config.model.base, "model.base")
-            delta = jax.jit(self._delta_of)(params, base)
+            delta, size = jax.jit(self._delta_and_size)(params, base)
             del base
-            size = float(optax.global_norm(delta)) / float(optax.global_norm(params))
             self.run.console.print(f"Reference delta: {size:.3g} of the norm of the weights.")
-            if size == 0:
-                raise UserError(
-                    "model.base holds the same weights as model.path, so there is no delta to "
-                    "merge with. Give the model that model.path was fine-tuned from."
-                )
         self.loaded = None
         return self._make_state(params, delta)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from train.config import EvalConfig, ModelOptions, UserError, check_records, require
 from train.data import TokenDataset, tokenize_preference
-from train.held_out import evaluate_preferences, pair_logps
+from train.held_out import Score, evaluate_preferences, pair_logps
 from train.models import from_hf, split_model
 from train.multiple_choice import Question, choice_scorer, measure, read_questions
 from train.output_dir import write_atomically
@@ -90,20 +90,20 @@ def _evaluate(
 ) -> Results:
     """One model in memory at a time: the reference's scores first, then everything of the model."""
     results: Results = {"model": str(config.model)}
+    pair_score = reference_logps_fn(graphdef)
     if pairs is not None:
         assert config.preferences is not None
-        pairs = _with_reference(config, graphdef, pairs)
+        pairs = _with_reference(config, pair_score, pairs)
     params = _load(config.model, config, "model")
     if pairs is not None and config.preferences is not None:
         evaluate = evaluate_preferences(
-            graphdef,
+            pair_score,
             pairs,
             loss_type="sigmoid",
             beta=config.preferences.beta,
             label_smoothing=0.0,
             batch_size=config.batch_size,
             mesh=None,
-            vocab_chunk="auto",
         )
         metrics = {name.removeprefix("eval_"): v for name, v in evaluate(params).items()}
         results["preferences"] = {**metrics, "pairs": len(pairs)}
@@ -122,12 +122,9 @@ def _evaluate(
     return results
 
 
-def _with_reference(
-    config: EvalConfig, graphdef: nnx.GraphDef, pairs: TokenDataset
-) -> TokenDataset:
+def _with_reference(config: EvalConfig, score: Score, pairs: TokenDataset) -> TokenDataset:
     assert config.preferences is not None
     params = _load(config.preferences.reference, config, "preferences.reference")
-    score = reference_logps_fn(graphdef)
     chosen, rejected = pair_logps(
         score, params, pairs, config.batch_size, None, shown_as="reference"
     )

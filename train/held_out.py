@@ -8,16 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from rich.progress import track
 
 from train.data import TokenDataset
 from train.losses import PairLogps, pair_loss, pair_metrics
 from train.sharding import put_batch
-from train.step import LossFn, VocabChunk, reference_logps_fn
+from train.step import LossFn
 
 Evaluate = Callable[[Any], dict[str, float]]
+Score = Callable[[Any, Any], tuple[jax.Array, jax.Array]]
 
 
 def fixed_batches(dataset: TokenDataset, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -38,7 +38,7 @@ def fixed_batches(dataset: TokenDataset, batch_size: int) -> Iterator[dict[str, 
 
 
 def pair_logps(
-    score: Callable[[Any, Any], tuple[jax.Array, jax.Array]],
+    score: Score,
     params: Any,
     dataset: TokenDataset,
     batch_size: int,
@@ -66,7 +66,7 @@ def pair_logps(
 
 
 def evaluate_preferences(
-    graphdef: nnx.GraphDef,
+    score: Score,
     dataset: TokenDataset,
     *,
     loss_type: str,
@@ -74,22 +74,19 @@ def evaluate_preferences(
     label_smoothing: float,
     batch_size: int,
     mesh: Mesh | None,
-    vocab_chunk: VocabChunk,
 ) -> Evaluate:
     """Makes ``f(params) -> {"eval_loss", "eval_rewards/accuracies", …}`` for preferences.
 
     Args:
-        graphdef: Of the policy.
+        score: From `train.step.reference_logps_fn`.
         dataset: Preferences with `reference_chosen_logps` and `reference_rejected_logps`.
         loss_type: See `train.losses.pair_loss`, as for the two below.
         beta: Factor of the rewards.
         label_smoothing: Of the loss.
         batch_size: Pairs scored at once.
         mesh: Where batches go.
-        vocab_chunk: See `train.step.resolve_vocab_chunk`.
     """
     loss = pair_loss(loss_type, beta=beta, label_smoothing=label_smoothing)
-    score = reference_logps_fn(graphdef, vocab_chunk=vocab_chunk)
     arrays = dataset.arrays
 
     def evaluate(params: Any) -> dict[str, float]:

@@ -21,7 +21,6 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -163,7 +162,7 @@ class _Reporter:
         learning_rate = float(self.job.learning_rates[step - 1])
         self.log.write(step, {**row, "learning_rate": learning_rate, "tokens_per_second": rate})
         self.skip_time()
-        figures = f"{_figures(row)}  {rate:,.0f} tokens/s"
+        figures = f"{_figures(row)}  {rate:,.0f} tok/s"
         self.progress.update(self.task, completed=step, figures=figures)
 
 
@@ -196,11 +195,9 @@ def _figures(row: Mapping[str, float]) -> str:
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
         console=console,
     )

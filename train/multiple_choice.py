@@ -101,7 +101,7 @@ def _filled(template: str, record: Mapping[str, Any], field: str) -> str:
 
 
 def _candidates(
-    right: str, pool: Sequence[str], options: TaskOptions, index: int, field: str
+    right: str, pool: list[str], options: TaskOptions, index: int, field: str
 ) -> list[str]:
     """The right answer, then wrong ones drawn from `pool` by the seed and the record's number.
 
