@@ -56,7 +56,7 @@ test-slow: $(VENV)/.test
 	$(PY) -m pytest -m slow
 
 bench: $(VENV)/.train
-	$(PY) -m benchmarks
+	$(PY) -m train.bench
 
 clean:
 	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache
