@@ -54,8 +54,9 @@ def token_statistics(
     if vocab_chunk is None or vocab_chunk >= unembedding.shape[1]:
         logits = _logits(hidden, unembedding)
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        logps = target_logits - jax.nn.logsumexp(logits, axis=-1)
-        return logps, target_logits >= jnp.max(logits, axis=-1)
+        largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+        total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+        return _statistics(target_logits, largest, total)
     return _chunked(vocab_chunk, hidden, unembedding, targets)
 
 
@@ -146,6 +147,13 @@ def _logits(hidden: jax.Array, columns: jax.Array) -> jax.Array:
     return jnp.matmul(hidden, columns.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
+def _statistics(
+    target_logits: jax.Array, largest: jax.Array, total: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability and hit. Subtracting the largest first keeps likely tokens accurate."""
+    return (target_logits - largest) - jnp.log(total), target_logits >= largest
+
+
 def _chunk_columns(unembedding: jax.Array, index: jax.Array, chunk: int):
     """Columns of one chunk, where they start, and which of them earlier chunks have not covered.
 
@@ -163,7 +171,7 @@ def _number_of_chunks(unembedding: jax.Array, chunk: int) -> int:
 
 
 def _scan_forward(chunk, hidden, unembedding, targets):
-    """Target logit, log-sum-exp and maximum over the vocabulary, each float32 `[batch, length]`."""
+    """Target logit, largest logit and Σ exp(logit − largest), each float32 `[batch, length]`."""
 
     def body(carry, index):
         largest, total, target_logits = carry
@@ -186,19 +194,18 @@ def _scan_forward(chunk, hidden, unembedding, targets):
     )
     chunks = jnp.arange(_number_of_chunks(unembedding, chunk))
     (largest, total, target_logits), _ = jax.lax.scan(body, start, chunks)
-    return target_logits, largest + jnp.log(total), largest
+    return target_logits, largest, total
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(chunk, hidden, unembedding, targets):
-    target_logits, logsumexp, largest = _scan_forward(chunk, hidden, unembedding, targets)
-    return target_logits - logsumexp, target_logits >= largest
+    return _statistics(*_scan_forward(chunk, hidden, unembedding, targets))
 
 
 def _chunked_forward(chunk, hidden, unembedding, targets):
-    target_logits, logsumexp, largest = _scan_forward(chunk, hidden, unembedding, targets)
-    out = target_logits - logsumexp, target_logits >= largest
-    return out, (hidden, unembedding, targets, logsumexp)
+    target_logits, largest, total = _scan_forward(chunk, hidden, unembedding, targets)
+    residuals = hidden, unembedding, targets, largest + jnp.log(total)
+    return _statistics(target_logits, largest, total), residuals
 
 
 def _chunked_backward(chunk, residuals, cotangents):
