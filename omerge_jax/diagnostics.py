@@ -32,7 +32,7 @@ _NAMES = (
 )
 
 
-def zero_scalars(diagnostics: bool) -> dict[str, jax.Array]:
+def zero_scalars(diagnostics: int) -> dict[str, jax.Array]:
     """Returns the scalars of a state before its first step."""
     names = ("alpha", "alpha_total", *(_NAMES if diagnostics else ()))
     return {name: jnp.zeros([], jnp.float32) for name in names}
@@ -119,7 +119,7 @@ def merge_metrics(opt_state: Any) -> dict[str, jax.Array]:
       - ``alpha``: weight of the reference term at the last merge.
       - ``alpha_total``: Σ alpha over the merges so far; how far the reference has been re-applied.
 
-      With ``diagnostics=True`` also:
+      With ``diagnostics`` also, of the last measured step:
 
       - ``kept_share``: entries of F(Δθ) that are not 0, among those of Δθ.
       - ``sign_agreement``: share of equal signs where F(Δθ) and F(τ_r) are both not 0.

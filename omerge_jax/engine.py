@@ -124,7 +124,7 @@ class MergeStep:
         fit: jax.Array | None,
         alpha: jax.Array,
         params: optax.Params | None,
-        diagnostics: bool,
+        diagnostics: int,
     ):
         self.leaf_merge = merge
         self.state = state
@@ -139,30 +139,54 @@ class MergeStep:
         self, updates: optax.Updates, cached: dict[Path, jax.Array] | None
     ) -> tuple[optax.Updates, dict[str, jax.Array]]:
         """Returns the merged updates (less what is cached) and the scalars of this step."""
-        sums = []
+        before = self.state.merge_scalars
+        scalars = {"alpha": self.alpha, "alpha_total": before["alpha_total"] + self.alpha}
+        if not self.diagnostics:
+            return self._merge_leaves(updates, cached)[0], scalars
+        if self.diagnostics == 1 or cached is not None:
+            merged, measured = self._measure(updates, cached)
+        else:
+            stale = {name: value for name, value in before.items() if name not in scalars}
+            step = self.state.merge_count
+            merged, measured = jax.lax.cond(
+                (step == 0) | ((step + 1) % self.diagnostics == 0),
+                lambda u: self._measure(u, cached),
+                lambda u: (self._merge_leaves(u, cached)[0], stale),
+                updates,
+            )
+        return merged, scalars | measured
+
+    def _measure(
+        self, updates: optax.Updates, cached: dict[Path, jax.Array] | None
+    ) -> tuple[optax.Updates, dict[str, jax.Array]]:
+        merged, sums = self._merge_leaves(updates, cached, measure=True)
+        total = sum(sums, jnp.zeros([sums_width()], jnp.float32))
+        return merged, scalars_from_sums(total, knows_params=self.params is not None)
+
+    def _merge_leaves(
+        self,
+        updates: optax.Updates,
+        cached: dict[Path, jax.Array] | None,
+        measure: bool = False,
+    ) -> tuple[optax.Updates, list[jax.Array]]:
+        sums: list[jax.Array] = []
 
         def one(key_path: tuple[Any, ...], update: jax.Array) -> jax.Array:
             if not jnp.issubdtype(update.dtype, jnp.inexact):
                 return update
             path = path_names(key_path)
             moved = None if cached is None else cached[path]
-            merged, leaf = self._leaf(path, update, moved)
-            sums.append(leaf)
-            return merged
+            return self._leaf(path, update, moved, sums if measure else None)
 
-        merged = jax.tree_util.tree_map_with_path(one, updates)
-        scalars = {
-            "alpha": self.alpha,
-            "alpha_total": self.state.merge_scalars["alpha_total"] + self.alpha,
-        }
-        if self.diagnostics:
-            total = sum(sums, jnp.zeros([sums_width()], jnp.float32))
-            scalars |= scalars_from_sums(total, knows_params=self.params is not None)
-        return merged, scalars
+        return jax.tree_util.tree_map_with_path(one, updates), sums
 
     def _leaf(
-        self, path: Path, update: jax.Array, moved: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self,
+        path: Path,
+        update: jax.Array,
+        moved: jax.Array | None,
+        sums: list[jax.Array] | None,
+    ) -> jax.Array:
         rule, step = self.leaf_merge, self.state.merge_count
         wide = update.astype(wide_dtype(update.dtype))
         total = wide if moved is None else wide + moved
@@ -176,10 +200,10 @@ class MergeStep:
             merged = kept
         merged = merged if moved is None else merged - moved
         merged = merged.astype(update.dtype)
-        if not self.diagnostics:
-            return merged, None
-        param = None if self.params is None else self.params[path]
-        return merged, leaf_sums(total, kept, delta, kept_delta, merged, param, self.alpha)
+        if sums is not None:
+            param = None if self.params is None else self.params[path]
+            sums.append(leaf_sums(total, kept, delta, kept_delta, merged, param, self.alpha))
+        return merged
 
     def merge_every(
         self, every_k: chex.Numeric, updates: optax.Updates

@@ -26,7 +26,9 @@ from omerge_jax.state import OnlineMergeState, UnsetDelta, place_delta
 DeltaMask = Literal["fixed", "fresh"]
 
 
-def _check(alpha: optax.ScalarOrSchedule, every_k: chex.Numeric, delta_mask: DeltaMask) -> None:
+def _check(
+    alpha: optax.ScalarOrSchedule, every_k: chex.Numeric, delta_mask: DeltaMask, diagnostics: int
+) -> None:
     if isinstance(alpha, (int, float)) and not 0 <= alpha <= 1:
         raise ValueError(
             "alpha is the weight of the reference delta (the update gets 1 - alpha) and must be in "
@@ -39,6 +41,11 @@ def _check(alpha: optax.ScalarOrSchedule, every_k: chex.Numeric, delta_mask: Del
         )
     if delta_mask not in ("fixed", "fresh"):
         raise ValueError(f"delta_mask must be 'fixed' or 'fresh', got delta_mask = {delta_mask!r}")
+    if not isinstance(diagnostics, int) or diagnostics < 0:
+        raise ValueError(
+            "diagnostics must be a bool or a non-negative Python int (under optax.inject_hyperparams "
+            f"name it in static_args), got diagnostics = {diagnostics}"
+        )
 
 
 def _is_literal(value: Any, literal: int) -> bool:
@@ -71,7 +78,7 @@ def online_merge(
     every_k: chex.Numeric = 1,
     delta_mask: DeltaMask = "fixed",
     layer_axes: LayerAxes = None,
-    diagnostics: bool = False,
+    diagnostics: bool | int = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Merges every update with the reference's delta: F(Δθ) ⊕ F(τ_r).
 
@@ -94,7 +101,8 @@ def online_merge(
       delta_mask: ``"fixed"`` sparsifies τ_r once (step 0 of the mask), ``"fresh"`` at every step.
       layer_axes: which leading axes index separate tensors, where layers are stacked: None, an int,
         a callable of the path names, or a tree prefix of ints.
-      diagnostics: also compute the full `merge_metrics` at every merge.
+      diagnostics: True for the full `merge_metrics` at every merge, an int n for every n-th step (with
+        ``every_k`` = 1; a set costs a few passes over the memory on CPU), False for none.
 
     Returns:
       A transformation with `OnlineMergeState`. Emitted updates keep their dtype; the merge is
@@ -113,7 +121,7 @@ def online_merge(
     References:
       Lu et al., Online Merging Optimizers, https://arxiv.org/abs/2405.17931, Eq. 2, Algorithms 1, 2.
     """
-    _check(alpha, every_k, delta_mask)
+    _check(alpha, every_k, delta_mask, diagnostics)
     uses_delta = not _is_literal(alpha, 0)
     merge = Merge(sparsifier, consensus, layer_axes, delta_mask == "fresh", uses_delta)
     plain = _is_literal(every_k, 1)
@@ -172,7 +180,7 @@ def on_dare(
     clip: chex.Numeric | None = 1.0,
     seed: chex.Numeric = 0,
     layer_axes: LayerAxes = None,
-    diagnostics: bool = False,
+    diagnostics: bool | int = False,
     draw: sparsify.Draw | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """OnDARE: random sparsification and a linear blend with the reference's delta.
@@ -228,7 +236,7 @@ def on_ties(
     rescale: Literal["none", "norm"] = "none",
     election: Literal["unweighted", "weighted"] = "unweighted",
     layer_axes: LayerAxes = None,
-    diagnostics: bool = False,
+    diagnostics: bool | int = False,
 ) -> optax.GradientTransformationExtraArgs:
     """OnTIES: the entries of largest magnitude, and a sign consensus with the reference's delta.
 
@@ -277,7 +285,7 @@ def child_tuning(
     clip: chex.Numeric | None = 1.0,
     seed: chex.Numeric = 0,
     layer_axes: LayerAxes = None,
-    diagnostics: bool = False,
+    diagnostics: bool | int = False,
 ) -> optax.GradientTransformationExtraArgs:
     """ChildTuning-F: OnDARE with alpha 0, random dropout of the updates without a reference.
 

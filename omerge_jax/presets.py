@@ -133,7 +133,7 @@ def on_dare_adamw(
     clip: chex.Numeric | None = 1.0,
     seed: chex.Numeric = 0,
     layer_axes: LayerAxes = None,
-    diagnostics: bool = False,
+    diagnostics: bool | int = False,
     draw: sparsify.Draw | None = None,
     mask: Mask = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -207,7 +207,7 @@ def on_ties_adamw(
     rescale: Literal["none", "norm"] = "none",
     election: Literal["unweighted", "weighted"] = "unweighted",
     layer_axes: LayerAxes = None,
-    diagnostics: bool = False,
+    diagnostics: bool | int = False,
     mask: Mask = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -108,7 +108,8 @@ def hash_index(
     if high is not None:
         spread = _mix(high + a)
         b, c = b ^ spread, c + spread * jnp.uint32(0x9E3779B9)
-    x = low + a
+    # Without the first product neighbours at power-of-two distances are visibly correlated.
+    x = low * jnp.uint32(0x9E3779B9) + a
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D) + b
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B) + c
     return x ^ (x >> 16)

@@ -40,7 +40,7 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
         "adamw + on_dare p=0.01": optax.chain(optax.adamw(1e-6), om.on_dare(5e-7, 0.01)),
         "adamw + on_ties p=0.1": optax.chain(optax.adamw(1e-6), om.on_ties(density=0.1, **ties)),
         "on_dare_adamw p=0.01": om.on_dare_adamw(1e-6, alpha=5e-7, density=0.01),
-        "on_dare_adamw p=0.01, diagnostics": om.on_dare_adamw(
+        "on_dare_adamw p=0.01, measured": om.on_dare_adamw(
             1e-6, alpha=5e-7, density=0.01, diagnostics=True
         ),
     }

@@ -60,3 +60,32 @@ def test_several_merges_are_told_apart():
     assert float(found["alpha/0"]) == pytest.approx(0.1)
     assert float(found["alpha/1"]) == pytest.approx(0.2)
     assert om.merge_metrics(optax.adamw(1e-3).init(params)) == {}
+
+
+@pytest.mark.parametrize("every_k", [1, 2])
+def test_measuring_every_few_steps_changes_no_update(every_k):
+    params, delta = {"w": jnp.arange(1.0, 50.0)}, {"w": jnp.sin(jnp.arange(49.0))}
+    states, trajectories = {}, {}
+    for diagnostics in (False, True, 3):
+        tx = om.on_ties(0.3, 0.5, every_k=every_k, diagnostics=diagnostics)
+        state = om.with_delta(tx.init(params), delta)
+        steps = []
+        for step in range(6):
+            grads = {"w": jnp.cos(params["w"] + step)}
+            updates, state = tx.update(grads, state, params)
+            steps.append((updates["w"], om.merge_metrics(state)))
+        trajectories[diagnostics] = np.stack([u for u, _ in steps])
+        states[diagnostics] = [metrics for _, metrics in steps]
+    np.testing.assert_allclose(trajectories[3], trajectories[True], rtol=1e-6)
+    np.testing.assert_allclose(trajectories[False], trajectories[True], rtol=1e-6)
+    for name, value in states[True][5].items():
+        assert float(states[3][5][name]) == pytest.approx(float(value), rel=1e-5, abs=1e-6), name
+    if every_k == 1:
+        norms = [float(m["update_norm"]) for m in states[3]]
+        assert norms[0] == norms[1]
+        assert norms[1] != norms[2] == norms[3] == norms[4] != norms[5]
+
+
+def test_a_bad_period_is_refused():
+    with pytest.raises(ValueError, match="diagnostics must be a bool or a non-negative Python int"):
+        om.on_dare(0.1, 0.5, diagnostics=-1)
