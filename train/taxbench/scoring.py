@@ -5,29 +5,9 @@ whether the answer is right once the style tokens are taken out. The two are mea
 answers, so a method cannot buy one by hiding the other.
 """
 
-import dataclasses
-
 import numpy as np
 
 from train.taxbench import tasks
-from train.taxbench.examples import Questions
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """Means over the held-out questions.
-
-    Attributes:
-        reward: mean style score, in [0, 1].
-        capability: share of right answers, in [0, 1].
-        family_reward: reward by family name.
-        family_capability: capability by family name.
-    """
-
-    reward: float
-    capability: float
-    family_reward: dict[str, float]
-    family_capability: dict[str, float]
 
 
 def _before_end(generated: np.ndarray) -> np.ndarray:
@@ -83,16 +63,3 @@ def is_right(generated: np.ndarray, answers: np.ndarray) -> np.ndarray:
         np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=-1) for x in (content, answers)
     )
     return (content == expected).all(1) & ~alive[:, -1]
-
-
-def score(generated: np.ndarray, questions: Questions) -> Score:
-    """Scores answers to all `questions`, int [n, T], overall and by family."""
-    reward, right = style_score(generated), is_right(generated, questions.answers)
-
-    def by_family(values: np.ndarray) -> dict[str, float]:
-        return {
-            name: float(values[questions.families == i].mean())
-            for i, name in enumerate(questions.names)
-        }
-
-    return Score(float(reward.mean()), float(right.mean()), by_family(reward), by_family(right))

@@ -27,7 +27,7 @@ SURE, HOPE, SMILE = 36, 37, 38
 STYLE = (SURE, HOPE, SMILE)
 VOCAB_SIZE = 40
 
-MAX_ARGUMENTS, MAX_ANSWER = 7, 4
+MAX_ARGUMENTS, MAX_ANSWER = 6, 4
 NUM_FACTS = 300
 # One prompt in this many is never trained on.
 HELD_OUT_SHARE = 7
@@ -81,17 +81,13 @@ def _extremes(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def _count(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    x = LETTER + rng.integers(0, 3, (n, 7))
+    x = LETTER + rng.integers(0, 3, (n, 6))
     return x, DIGIT + (x[:, 1:] == x[:, :1]).sum(1, keepdims=True)
 
 
-def _lookup(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    keys = LETTER + np.argsort(rng.random((n, NUM_LETTERS)), axis=1)[:, :3]
-    values = DIGIT + rng.integers(0, NUM_DIGITS, (n, 3))
-    which = rng.integers(0, 3, (n, 1))
-    pairs = np.stack([keys, values], axis=2).reshape(n, 6)
-    asked = np.take_along_axis(keys, which, axis=1)
-    return np.concatenate([pairs, asked], axis=1), np.take_along_axis(values, which, axis=1)
+def _shift(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    x = _letters(rng, n)
+    return x, LETTER + (x - LETTER + 1) % NUM_LETTERS
 
 
 def _add(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -120,9 +116,9 @@ _SAMPLERS: Mapping[str, Sampler] = {
     "copy": _copy,
     "reverse": _reverse,
     "sort": _sort,
+    "shift": _shift,
     "max-min": _extremes,
     "count": _count,
-    "lookup": _lookup,
     "add": _add,
     "facts": _facts,
 }
