@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from train.models.decoder import Params, merge_model, token_positions
+from train.models.decoder import Array, Params, merge_model, token_positions
 
-Generate = Callable[[Params, jax.Array, jax.Array], jax.Array]
+Generate = Callable[[Params, Array, Array], jax.Array]
 
 
 def make_greedy(
@@ -82,7 +82,7 @@ def make_greedy(
 
         return jax.lax.while_loop(going, extend_by_one, (1, token, cache, done, out))[-1]
 
-    def generate(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def generate(params: Params, tokens: Array, mask: Array) -> jax.Array:
         if not isinstance(mask, jax.core.Tracer):
             _check_left_padded(np.asarray(mask, bool))
         return run(params, tokens, mask)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from train.models.config import ModelConfig
@@ -21,6 +22,7 @@ from train.models.layers import (
 from train.models.rope import rotation_angles
 
 Params = dict[str, Any]
+Array = jax.Array | np.ndarray
 
 
 class Decoder(nnx.Module):
@@ -63,9 +65,9 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: jax.Array,
-        mask: jax.Array | None = None,
-        positions: jax.Array | None = None,
+        tokens: Array,
+        mask: Array | None = None,
+        positions: Array | None = None,
     ) -> jax.Array:
         """Logits of the next token at every position.
 
@@ -82,9 +84,9 @@ class Decoder(nnx.Module):
 
     def hidden(
         self,
-        tokens: jax.Array,
-        mask: jax.Array | None = None,
-        positions: jax.Array | None = None,
+        tokens: Array,
+        mask: Array | None = None,
+        positions: Array | None = None,
     ) -> jax.Array:
         """Normed hidden states, to which the output matrix applies; see `unembedding`.
 
@@ -101,15 +103,15 @@ class Decoder(nnx.Module):
             # A padding query sees no real key; letting it see itself keeps its softmax, and so its
             # gradient, finite whatever the attention implementation does with an empty row.
             itself = jnp.eye(length, dtype=bool)
-            keys = mask.astype(bool)[:, None, None, :] | itself[None, None]
+            keys = jnp.asarray(mask, bool)[:, None, None, :] | itself[None, None]
         cos, sin = rotation_angles(self.config, positions)
         return self._run(tokens, AttentionInputs(cos, sin, keys, causal=True), None, 0)[0]
 
     def extend(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        visible: jax.Array,
+        tokens: Array,
+        positions: Array,
+        visible: Array,
         cache: KVCache,
         start: jax.Array | int,
     ) -> tuple[jax.Array, KVCache]:
@@ -127,7 +129,7 @@ class Decoder(nnx.Module):
             Hidden states ``[batch, new, hidden_size]`` and the cache with the new tokens written.
         """
         cos, sin = rotation_angles(self.config, positions)
-        inputs = AttentionInputs(cos, sin, visible[:, None], causal=False)
+        inputs = AttentionInputs(cos, sin, jnp.asarray(visible)[:, None], causal=False)
         hidden, cache_out = self._run(tokens, inputs, cache, start)
         assert cache_out is not None
         return hidden, cache_out
@@ -150,7 +152,7 @@ class Decoder(nnx.Module):
 
     def _run(
         self,
-        tokens: jax.Array,
+        tokens: Array,
         inputs: AttentionInputs,
         cache: KVCache | None,
         start: jax.Array | int,
@@ -169,7 +171,7 @@ class Decoder(nnx.Module):
         return self.norm(x), cache
 
 
-def token_positions(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
+def token_positions(tokens: Array, mask: Array | None) -> jax.Array:
     """int32 ``[batch, length]``: how many real tokens came before; 0 at leading padding."""
     if mask is None:
         return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from train.models.config import ModelConfig
 from train.models.decoder import Decoder, Params
@@ -134,7 +134,7 @@ def check_hf_compatible(
     return config
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     """Where each parameter goes on a mesh, as a tree like that of `split_model`.
 
     Input sides of matrices are split over ``"fsdp"`` and output sides over ``"tensor"``, reversed

@@ -43,7 +43,9 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     return frequency.astype(np.float32)
 
 
-def rotation_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rotation_angles(
+    config: ModelConfig, positions: jax.Array | np.ndarray
+) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of every position's rotation.
 
     Args:
@@ -53,7 +55,7 @@ def rotation_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Arra
     Returns:
         float32 ``(cos, sin)``, each ``[batch, length, 1, head_dim / 2]``, to broadcast over heads.
     """
-    angle = positions[..., None].astype(jnp.float32) * inverse_frequencies(config)
+    angle = jnp.asarray(positions, jnp.float32)[..., None] * inverse_frequencies(config)
     return jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
 
 
