@@ -53,7 +53,7 @@ def _fetch_smollm2(arguments: Sequence[str]) -> None:
 def _demo(arguments: Sequence[str]) -> None:
     from train.taxbench.demo import DemoConfig, run
 
-    run(_configured("demo", DemoConfig, arguments))
+    run(configured("demo", DemoConfig, arguments))
 
 
 class Command(NamedTuple):
@@ -107,14 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     command = COMMANDS[name]
     try:
-        command.run(_configured(name, command.config, rest) if command.config else rest)
+        command.run(configured(name, command.config, rest) if command.config else rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _configured(name: str, config_type: type, arguments: Sequence[str]) -> Any:
+def configured(name: str, config_type: type, arguments: Sequence[str]) -> Any:
     """Settings from a file and flags; exits with status 2 and a message where they do not fit."""
     parser = _parser(name, "[--config FILE] [--FIELD VALUE ...]")
     parser.add_argument("--config", action="config", help="YAML file with the fields below.")

@@ -20,21 +20,51 @@ Evaluate = Callable[[Any], dict[str, float]]
 Score = Callable[[Any, Any], tuple[jax.Array, jax.Array]]
 
 
-def fixed_batches(dataset: TokenDataset, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """All rows in order, in batches of one shape.
+def bucketed_batches(
+    dataset: TokenDataset, batch_size: int
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """All rows once, those of similar length together, in batches of few shapes.
 
-    The last batch is filled up with copies of its first row whose answers are masked, so that they
-    add no token; whoever reads rows takes the first ``len(dataset)`` of all.
+    Padding that no row of a batch needs is cut off, to one of two widths an octave. The last batch
+    is filled up with copies of its first row whose answers are masked, so that they add no token.
+
+    Args:
+        dataset: Preferences or SFT rows.
+        batch_size: Rows in every batch.
+
+    Yields:
+        The numbers of the rows, int ``[n]`` with ``n <= batch_size``, and the batch, whose first
+        ``n`` rows they are.
     """
-    for start in range(0, len(dataset), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(dataset)))
+    masks = {name: column for name, column in dataset.arrays.items() if name.endswith("_mask")}
+    answers = [name for name in masks if name != "prompt_mask"]
+    prompt = masks["prompt_mask"].sum(axis=1)
+    answer = np.max([masks[name].sum(axis=1) for name in answers], axis=0)
+    order = np.argsort(prompt + answer, kind="stable")
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
         missing = batch_size - len(rows)
         filled = np.concatenate([rows, np.repeat(rows[:1], missing)])
         batch = {name: column[filled] for name, column in dataset.arrays.items()}
+        for name in answers:
+            batch[name][len(rows) :] = False
+        widths = _width(prompt[rows].max()), _width(answer[rows].max())
         for name in batch:
-            if missing and name.endswith("_mask") and name != "prompt_mask":
-                batch[name][-missing:] = False
-        yield batch
+            if name.startswith("prompt_"):
+                batch[name] = batch[name][:, -widths[0] :]
+            elif name.endswith(("_tokens", "_mask")):
+                batch[name] = batch[name][:, : widths[1]]
+        yield rows, batch
+
+
+def _width(length: int) -> int:
+    """The next of 8, 12, 16, 24, 32, 48, 64, 96 … that is not below `length`."""
+    power = 8
+    while power < length:
+        if power * 3 // 2 >= length:
+            return power * 3 // 2
+        power *= 2
+    return power
 
 
 def pair_logps(
@@ -56,12 +86,14 @@ def pair_logps(
         mesh: Where batches go.
         shown_as: Label of a progress bar; None for none.
     """
-    batches = fixed_batches(dataset, batch_size)
+    chosen, rejected = np.zeros((2, len(dataset)), np.float32)
+    batches = bucketed_batches(dataset, batch_size)
     if shown_as is not None:
         total = -(-len(dataset) // batch_size)
         batches = track(batches, description=shown_as, total=total)
-    scored = [jax.device_get(score(params, put_batch(batch, mesh))) for batch in batches]
-    chosen, rejected = (np.concatenate(part)[: len(dataset)] for part in zip(*scored, strict=True))
+    for rows, batch in batches:
+        scores = jax.device_get(score(params, put_batch(batch, mesh)))
+        chosen[rows], rejected[rows] = (part[: len(rows)] for part in scores)
     return chosen, rejected
 
 
@@ -126,7 +158,7 @@ def evaluate_sft(
     def evaluate(params: Any) -> dict[str, float]:
         rows = [
             jax.device_get(measure(params, put_batch(batch, mesh)))
-            for batch in fixed_batches(dataset, batch_size)
+            for _, batch in bucketed_batches(dataset, batch_size)
         ]
         tokens = np.array([row["num_tokens"] for row in rows], np.float64)
         return {

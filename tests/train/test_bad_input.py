@@ -10,7 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.train.tiny_runs import make_model_dir, make_records, run_flags, write_inputs, write_jsonl
-from train.cli import main
+from train.cli import configured, main
+from train.config import DPOConfig
+from train.output_dir import open_output
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +130,9 @@ def test_every_k_of_zero(refused):
 
 def test_output_directory_with_another_run(refused, inputs, tmp_path):
     output = tmp_path / "first"
-    assert main(["dpo", *run_flags(inputs, output, trainer__steps=1)]) == 0
-    message = refused(output_dir=output, trainer__steps=1, optimizer__alpha=0.5)
+    config = configured("dpo", DPOConfig, run_flags(inputs, output))
+    open_output("dpo", config).begin(config, {})
+    message = refused(output_dir=output, optimizer__alpha=0.5)
     assert "holds another run: optimizer.alpha was 0.001, now 0.5" in message
     assert "choose a new output_dir" in message
 
