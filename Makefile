@@ -50,7 +50,7 @@ lint: $(VENV)/.test
 	$(PY) -m pyright --pythonpath $(PY)
 
 test: lint
-	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile
+	$(PY) -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: $(VENV)/.test
 	$(PY) -m pytest -m slow

@@ -218,7 +218,7 @@ def test_apply_if_finite_skips_a_bad_step(merge):
     ],
     ids=["lion", "momentum", "muon", "adafactor"],
 )
-@each_merge
+@pytest.mark.parametrize("merge", [MERGES["on_dare"], MERGES["on_ties"]], ids=["dare", "ties"])
 def test_after_any_inner_optimizer_the_merge_acts_on_its_updates(merge, inner):
     params, delta, grads = tree(0), tree(1), [tree(2), tree(3)]
     chained, _ = train(optax.chain(inner, merge()), params, delta, 2, grads)
