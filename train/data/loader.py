@@ -29,7 +29,7 @@ def make_loader(
     Args:
       dataset: The rows.
       batch_size: Rows in a batch, over all processes together.
-      seed: Of the order, in [0, 2**32).
+      seed: Of the order, not negative.
       shuffle: Draw a new order in every epoch; `False` keeps that of the data set.
       num_epochs: How often to go through the data; `None` does not end.
       drop_remainder: Leave out the rows at the end of an epoch that do not fill a batch (with
@@ -46,6 +46,8 @@ def make_loader(
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"shard must be (index, count) with 0 <= index < count, got {shard}.")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}.")
     if batch_size < 1 or batch_size % count:
         raise ValueError(
             f"batch_size must be a positive multiple of the number of processes {count}, "
@@ -63,7 +65,8 @@ def make_loader(
         )
     rows = grain.MapDataset.range(len(dataset))
     if shuffle:
-        rows = rows.shuffle(seed=seed)
+        # grain adds the epoch to the seed; spread out, seeds do not share each other's epochs.
+        rows = rows.shuffle(seed=seed * 0x9E3779B1 % 2**32)
     batches = rows.batch(batch_size, drop_remainder=drop_remainder).repeat(num_epochs)
 
     def gather(numbers: Any) -> dict[str, np.ndarray]:

@@ -91,6 +91,8 @@ class Encoder:
             prompt, answers = self._as_template_wants(row)
             conversations.append(not isinstance(prompt, str))
             texts += self._render(prompt, answers, row.where)
+        if not rows:
+            return []
         # One call: fast tokenisers spread a batch over the cores.
         ids = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         encoded, start = [], 0

@@ -1,0 +1,59 @@
+import pytest
+
+from train.data import DataError, split_by_prompt
+
+
+def pairs(count):
+    return [
+        {"prompt": f"q{number % count}", "chosen": f"{number} a", "rejected": "b"}
+        for number in range(2 * count)
+    ]
+
+
+def test_a_prompt_is_on_one_side_only():
+    records = pairs(500)
+    train, held_out = split_by_prompt(records, 0.1, seed=0)
+    assert sorted(map(str, train + held_out)) == sorted(map(str, records))
+    prompts = {record["prompt"] for record in held_out}
+    assert not prompts & {record["prompt"] for record in train}
+    # Binomial with n = 500: four standard deviations around a tenth.
+    assert abs(len(prompts) - 50) < 4 * (500 * 0.1 * 0.9) ** 0.5
+
+
+def test_the_side_depends_on_prompt_and_seed_alone():
+    records = pairs(300)
+    held_out = split_by_prompt(records, 0.2, seed=1)[1]
+    again = split_by_prompt(records[::-1][100:], 0.2, seed=1)[1]
+    assert {str(record) for record in again} <= {str(record) for record in held_out}
+    assert again
+    assert split_by_prompt(records, 0.2, seed=2)[1] != held_out
+
+
+def test_a_prompt_stays_held_out_across_formats_and_stages():
+    as_messages = [
+        {"prompt": [{"role": "user", "content": f"Add.\n\n{n}"}], "chosen": "a", "rejected": "b"}
+        for n in range(200)
+    ]
+    as_instructions = [{"instruction": "Add.", "input": f"{n}", "output": "a"} for n in range(200)]
+    as_strings = [{"prompt": f"Add.\n\n{n}", "completion": "a"} for n in range(200)]
+    sides = []
+    for records in (as_messages, as_instructions, as_strings):
+        held_out = split_by_prompt(records, 0.3, seed=0)[1]
+        sides.append([record in held_out for record in records])
+    assert sides[0] == sides[1] == sides[2]
+
+
+def test_records_without_a_lesson_stay_for_the_count():
+    record = {"prompt": "q", "chosen": "same", "rejected": "same"}
+    assert record in split_by_prompt([*pairs(20), record], 0.5, seed=0)[0]
+
+
+def test_bad_fractions_and_empty_sides_are_refused():
+    assert split_by_prompt(pairs(2), 0.0) == (pairs(2), [])
+    for fraction in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=r"eval_fraction must be in \[0, 1\), got"):
+            split_by_prompt(pairs(2), fraction)
+    with pytest.raises(DataError, match=r"leaves none for evaluation\. Use another fraction"):
+        split_by_prompt(pairs(3), 1e-9)
+    with pytest.raises(DataError, match="leaves none for training"):
+        split_by_prompt(pairs(3), 1 - 1e-9)
