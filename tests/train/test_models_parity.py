@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train.tiny_models import CASES, padded_batch, save_model, transformers_logits
+from tests.train.tiny_models import (
+    CASES,
+    decoder_logits,
+    padded_batch,
+    save_model,
+    transformers_logits,
+)
 from train.models import from_hf
 
 WIDTH = 24
@@ -21,11 +27,10 @@ PADDING = {
 def test_logits_equal_those_of_transformers(name, tmp_path):
     theirs = save_model(name, tmp_path)
     ours = from_hf(tmp_path)
-    forward = jax.jit(ours.__call__)
     for kind, rows in PADDING.items():
         tokens, mask = padded_batch(rows, WIDTH, seed=len(kind))
         expected = transformers_logits(theirs, tokens, mask)
-        found = np.asarray(forward(tokens, mask))
+        found = decoder_logits(ours, tokens, mask)
         assert found.dtype == np.float32
         assert np.isfinite(found).all()
         assert np.abs(expected[mask]).max() > 1.0  # else the bound below would say little
@@ -35,7 +40,7 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
 def test_float32_is_as_close_to_float64_as_torch_is(tmp_path):
     theirs = save_model("llama3-rope-scaling", tmp_path)
     tokens, mask = padded_batch([(0, 64), (10, 64)], 64)
-    ours = np.asarray(jax.jit(from_hf(tmp_path).__call__)(tokens, mask))
+    ours = decoder_logits(from_hf(tmp_path), tokens, mask)
     single = transformers_logits(theirs, tokens, mask)
     double = transformers_logits(theirs.double(), tokens, mask)
     torch_error = np.abs(single - double)[mask].max()
@@ -68,12 +73,12 @@ def test_given_positions_are_used(tmp_path):
 def test_bfloat16_compute_stays_near_float32(name, tmp_path):
     save_model(name, tmp_path)
     tokens, mask = padded_batch(PADDING["both"], WIDTH)
-    wide = np.asarray(jax.jit(from_hf(tmp_path).__call__)(tokens, mask))[mask]
+    wide = decoder_logits(from_hf(tmp_path), tokens, mask)[mask]
     model = from_hf(tmp_path, dtype=jnp.bfloat16, param_dtype=jnp.float32)
-    logits = jax.jit(model.__call__)(tokens, mask)
-    assert logits.dtype == jnp.float32
+    logits = decoder_logits(model, tokens, mask)
+    assert logits.dtype == np.float32
     hidden = jax.eval_shape(model.hidden, tokens, mask)
     assert hidden.dtype == model.unembedding().dtype == jnp.bfloat16
     assert model.embed_tokens[...].dtype == jnp.float32
-    error = np.asarray(logits)[mask] - wide
+    error = logits[mask] - wide
     assert 1e-5 < np.sqrt((error**2).mean()) < 0.03 * wide.std()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 from transformers import (
@@ -16,6 +17,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from train.models import Decoder, merge_model, split_model
 
 torch.set_num_threads(1)  # tests run side by side
 
@@ -100,6 +103,16 @@ def padded_batch(lengths: list[tuple[int, int]], width: int, seed: int = 0):
     columns = np.arange(width)
     mask = np.stack([(columns >= start) & (columns < stop) for start, stop in lengths])
     return tokens, mask
+
+
+@jax.jit(static_argnums=0)
+def _logits(graphdef, params, tokens, mask):
+    return merge_model(graphdef, params)(tokens, mask)
+
+
+def decoder_logits(model: Decoder, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """What our decoder says, compiled once per shape, its parameters no constants."""
+    return np.asarray(_logits(*split_model(model), tokens, mask))
 
 
 def transformers_logits(model: PreTrainedModel, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
