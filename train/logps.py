@@ -74,8 +74,8 @@ def token_logps(
     Example:
       >>> import jax.numpy as jnp
       >>> hidden, unembedding = jnp.zeros((1, 2, 4)), jnp.zeros((4, 8))
-      >>> token_logps(hidden, unembedding, jnp.array([[3, 5]])).round(4).tolist()
-      [[-2.0794, -2.0794]]
+      >>> jnp.exp(token_logps(hidden, unembedding, jnp.array([[3, 5]]))).tolist()
+      [[0.125, 0.125]]
     """
     return token_statistics(hidden, unembedding, targets, vocab_chunk=vocab_chunk)[0]
 

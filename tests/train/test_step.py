@@ -73,7 +73,7 @@ def pairs():
     return graphdef, params, batch
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("name", ["adamw", "on_dare"])
 def test_step_keeps_shapes_and_leaves_the_caller_s_arrays_alone(name, pairs):
     graphdef, params, batch = pairs
     delta = None if name == "adamw" else jax.tree.map(jnp.ones_like, params)
