@@ -97,22 +97,6 @@ class Checkpoints:
             ) from error
         return restored["state"], restored["data"]
 
-    def restore_params(self, step: int, like: Any) -> Any:
-        """Reads the parameters alone, whatever the optimizer was.
-
-        Args:
-            step: One of `steps`.
-            like: Their shapes, dtypes and shardings.
-        """
-        item = {"params": like}
-        arguments = ocp.args.PyTreeRestore(
-            item=item,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-            partial_restore=True,
-        )
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
-        return restored["state"]["params"]
-
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong in the background."""
         self._manager.wait_until_finished()
@@ -127,6 +111,24 @@ class Checkpoints:
         traceback: TracebackType | None,
     ) -> None:
         self._manager.close()
+
+
+def restore_params(directory: Path, step: int, like: Any) -> Any:
+    """Reads the parameters of a checkpoint alone, whatever the optimizer was.
+
+    Args:
+        directory: As given to `Checkpoints`.
+        step: One of `Checkpoints.steps`.
+        like: Their shapes, dtypes and shardings.
+    """
+    item = {"params": like}
+    arguments = ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(directory.absolute() / str(step) / "state", arguments)["params"]
 
 
 def abstract(state: State, shardings: Any = None) -> State:

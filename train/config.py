@@ -163,7 +163,8 @@ class OptimizerOptions(AdamWOptions):
         rescale: What makes up for dropped entries: inverse (divide by density), norm (keep the L1
             norm), none.
         delta_mask: fixed (one random mask on the delta) or fresh (a new one at each step).
-        clip: Bound on the entries of the sparsified delta and update; 0 turns it off.
+        clip: Bound on the entries of the sparsified delta, and with rescale norm of the update; 0
+            turns it off.
         election: Sign vote of TIES: unweighted (the authors' code) or weighted (the paper).
         seed: Seed of the random masks.
         delta_dtype: Type in which the delta is held. Unset: that of the parameters.

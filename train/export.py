@@ -11,7 +11,7 @@ from typing import Any
 from flax import nnx
 from rich.console import Console
 
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, restore_params
 from train.config import ExportConfig, ModelOptions, UserError
 from train.models import merge_model, to_hf
 from train.models.output_dir import check_writable
@@ -63,7 +63,7 @@ def run(config: ExportConfig) -> None:
         if step is None or step not in saved.steps():
             found = ", ".join(map(str, saved.steps())) or "none"
             raise UserError(f"step: no checkpoint {step} in {config.run!r}; there are {found}.")
-        params = saved.restore_params(step, like)
+    params = restore_params(checkpoints, step, like)
     with blamed_on("output"):
         to_hf(merge_model(graphdef, params), config.output, like=options.path)
     Console().print(f"Step {step} written to {config.output}", highlight=False)

@@ -46,7 +46,7 @@ def read_cache(file: Path, rows: int) -> Scores | None:
     try:
         with np.load(file, allow_pickle=False) as stored:
             scores = stored["chosen"], stored["rejected"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(
             f"cached log-probabilities {file} are damaged ({error}); delete it to compute them again."
         ) from error

@@ -1,0 +1,97 @@
+"""Ranges of the settings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from train.config import (
+    AdamWOptions,
+    DataOptions,
+    DPOConfig,
+    OptimizerOptions,
+    PolicyOptions,
+    PreferenceLossOptions,
+    ScheduleOptions,
+    TrainerOptions,
+    UserError,
+    check,
+    flatten,
+)
+
+GOOD = DPOConfig(
+    output_dir="out",
+    model=PolicyOptions(path="sft", base="base"),
+    data=DataOptions(path="pairs.jsonl", eval_fraction=0.1),
+    optimizer=OptimizerOptions(learning_rate=1e-6),
+    trainer=TrainerOptions(batch_size=4, steps=10),
+    loss=PreferenceLossOptions(),
+    schedule=ScheduleOptions(),
+)
+
+
+def changed(field: str, value) -> DPOConfig:
+    group, name = field.split(".")
+    part = dataclasses.replace(getattr(GOOD, group), **{name: value})
+    return dataclasses.replace(GOOD, **{group: part})
+
+
+def test_good_settings_pass():
+    check(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("loss.beta", 0.0, "positive"),
+        ("loss.beta", float("nan"), "positive"),
+        ("loss.label_smoothing", 0.5, "in [0, 0.5)"),
+        ("loss.vocab_chunk", 0, "positive"),
+        ("optimizer.learning_rate", -1e-6, "positive"),
+        ("optimizer.weight_decay", -0.1, "0 or larger"),
+        ("optimizer.max_grad_norm", -1.0, "0 or larger"),
+        ("optimizer.b1", 1.0, "in [0, 1)"),
+        ("optimizer.b2", -0.1, "in [0, 1)"),
+        ("schedule.warmup_steps", -1, "0 or larger"),
+        ("schedule.final_scale", 1.5, "in [0, 1]"),
+        ("data.eval_fraction", 1.0, "between 0 and 1"),
+        ("data.max_prompt_length", 0, "positive"),
+        ("data.max_completion_length", -5, "positive"),
+        ("trainer.batch_size", 0, "positive"),
+        ("trainer.steps", 0, "positive"),
+        ("trainer.eval_batch_size", 0, "positive"),
+        ("trainer.eval_every", 0, "positive"),
+        ("trainer.save_every", 0, "positive"),
+        ("trainer.keep", 0, "positive"),
+        ("trainer.log_every", 0, "positive"),
+        ("trainer.fsdp", 0, "positive"),
+    ],
+)
+def test_ranges(field, value, expected):
+    with pytest.raises(UserError) as caught:
+        check(changed(field, value))
+    assert str(caught.value) == f"{field} must be {expected}, got {value!r}."
+
+
+def test_two_ways_to_hold_out():
+    with pytest.raises(UserError, match=r"data\.eval_path and data\.eval_fraction are both set"):
+        check(changed("data.eval_path", "held_out.jsonl"))
+
+
+@pytest.mark.parametrize("values", [{"steps": None}, {"epochs": 1.0}])
+def test_length_of_the_run_is_given_once(values):
+    trainer = dataclasses.replace(GOOD.trainer, **values)
+    with pytest.raises(UserError, match=r"exactly one of trainer\.steps and trainer\.epochs"):
+        check(dataclasses.replace(GOOD, trainer=trainer))
+
+
+def test_flatten_names_every_field():
+    flat = flatten(GOOD)
+    assert flat["optimizer.learning_rate"] == 1e-6
+    assert flat["output_dir"] == "out"
+    groups = (GOOD.model, GOOD.data, GOOD.optimizer, GOOD.trainer, GOOD.loss, GOOD.schedule)
+    assert len(flat) == 2 + sum(len(dataclasses.fields(group)) for group in groups)
+    assert set(flatten(AdamWOptions(learning_rate=1.0))) < {
+        name.removeprefix("optimizer.") for name in flat
+    }

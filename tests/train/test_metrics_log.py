@@ -1,0 +1,67 @@
+"""The metrics log, and what a resume drops from it."""
+
+from __future__ import annotations
+
+import json
+
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+from train.metrics_log import MetricsLog, keep_until, read_metrics
+
+
+def scalars(directory) -> dict[tuple[str, int], float]:
+    """What TensorBoard reads from its files."""
+    found = {}
+    for path in sorted(directory.glob("events*")):
+        data, start = path.read_bytes(), 0
+        while start < len(data):
+            length = int.from_bytes(data[start : start + 8], "little")
+            event = Event.FromString(data[start + 12 : start + 12 + length])
+            for value in event.summary.value:
+                found[value.tag, event.step] = value.simple_value
+            start += 16 + length
+    return found
+
+
+def test_lines_and_tensorboard_hold_the_same(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {"loss": 0.5, "rewards/margins": -1.0})
+        log.write(2, {"loss": 0.25})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 0.5, "rewards/margins": -1.0},
+        {"step": 2, "loss": 0.25},
+    ]
+    assert scalars(tmp_path / "tensorboard") == {
+        ("loss", 1): 0.5,
+        ("rewards/margins", 1): -1.0,
+        ("loss", 2): 0.25,
+    }
+
+
+def test_every_line_is_on_disk_at_once(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {"loss": 0.5})
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
+
+
+def test_resume_drops_later_steps(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in range(1, 6):
+            log.write(step, {"loss": float(step)})
+    with MetricsLog(tmp_path, resume_step=3) as log:
+        log.write(4, {"loss": 40.0})
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_resume_drops_a_line_that_was_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2)]
+    path.write_text("\n".join(whole) + '\n{"step": 3, "lo')
+    keep_until(path, 3)
+    assert path.read_text() == "\n".join(whole) + "\n"
+
+
+def test_new_run_has_nothing_to_drop(tmp_path):
+    keep_until(tmp_path / "metrics.jsonl", 0)
+    assert not (tmp_path / "metrics.jsonl").exists()
