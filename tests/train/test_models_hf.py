@@ -21,7 +21,6 @@ from train.models import (
     split_model,
     to_hf,
 )
-from train.models.model_dir import _HUB_FILES
 from train.models.safetensors_dir import SafetensorsDir
 
 FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
@@ -109,7 +108,8 @@ def test_stored_dtypes_are_kept_on_request(tmp_path):
     # Layer 0 is float16 and the others bfloat16; only float32 holds both.
     assert params["layers"]["mlp"]["up_proj"]["kernel"].dtype == jnp.float32
     assert model.config.dtype == jnp.float32
-    half = from_hf(tmp_path, dtype=jnp.bfloat16)
+    half = from_hf(tmp_path, dtype=jnp.bfloat16, remat=True)
+    assert half.config.remat
     assert {leaf.dtype for leaf in jax.tree.leaves(split_model(half)[1])} == {jnp.dtype("bfloat16")}
 
 
@@ -364,7 +364,8 @@ def test_hub_downloads_neither_code_nor_pickles(tmp_path, monkeypatch):
     assert resolve_model_dir("Qwen/Qwen2.5-0.5B") == tmp_path
     assert asked["name"] == "Qwen/Qwen2.5-0.5B"
     wanted = filter_repo_objects(
-        repository, allow_patterns=_HUB_FILES, ignore_patterns=asked["ignore_patterns"]
+        repository,
+        allow_patterns=asked["allow_patterns"],
+        ignore_patterns=asked["ignore_patterns"],
     )
-    assert asked["allow_patterns"] == _HUB_FILES
     assert list(wanted) == repository[:9]

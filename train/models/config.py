@@ -92,7 +92,8 @@ class ModelConfig:
         qk_norm: RMS norm on every query and key head.
         max_position_embeddings: longest sequence the checkpoint was made for, in tokens.
         initializer_range: standard deviation of freshly drawn matrices.
-        dtype: of activations and matrix products; norms, softmax and rotations are float32.
+        dtype: of activations and matrix products; norms, softmax and rotations are float32. How
+            exact float32 products are on GPU and TPU is up to ``jax_default_matmul_precision``.
         param_dtype: of the stored parameters.
         remat: recompute each block in the backward pass instead of keeping its activations.
     """
