@@ -1,0 +1,188 @@
+"""The loop: what is read when, what is logged, evaluated and saved at which step."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+
+from train.checkpoint import Checkpoints, abstract
+from train.config import TrainerOptions
+from train.loop import Job, count_tokens, fit
+from train.metrics_log import read_metrics
+from train.output_dir import OutputDir
+from train.step import init_state, make_train_step
+
+STEPS = 7
+TX = optax.adam(0.1)
+
+
+class CountingLoader:
+    """Batches that follow from their number alone."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self.number += 1
+        rng = np.random.default_rng(self.number)
+        mask = np.ones((2, 3), bool)
+        return {"x": rng.normal(size=3).astype(np.float32), "prompt_mask": mask, "a_mask": mask}
+
+    def get_state(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.number = state["number"]
+
+
+def loss_fn(params, batch):
+    loss = jnp.sum(jnp.square(params["w"] - batch["x"]))
+    return loss, {"loss": loss}
+
+
+def start():
+    return init_state({"w": jnp.zeros(3)}, TX)
+
+
+def make_job(**changes: Any) -> Job:
+    values: dict[str, Any] = {
+        "start": start,
+        "like": abstract(jax.eval_shape(start)),
+        "step": make_train_step(loss_fn, TX),
+        "loader": CountingLoader(),
+        "evaluate": lambda params: {"eval_loss": float(jnp.sum(params["w"]))},
+        "check_first": None,
+        "learning_rates": np.linspace(0.1, 0.7, STEPS),
+        "mesh": None,
+    }
+    return Job(**(values | changes))
+
+
+def run(path: Path, job: Job, **options: Any):
+    path.mkdir(exist_ok=True)
+    output = OutputDir(path, {}, started=False, summary=None)
+    shown = io.StringIO()
+    trainer = TrainerOptions(batch_size=2, **options)
+    state = fit(job, trainer, output, Console(file=shown, width=100))
+    return state, read_metrics(path / "metrics.jsonl"), shown.getvalue()
+
+
+def by_hand() -> tuple[list[float], list[float]]:
+    """Losses and sums of the weights after each step, with optax alone."""
+    params: Any = {"w": jnp.zeros(3)}
+    state, loader, losses, sums = TX.init(params), CountingLoader(), [], []
+    for _ in range(STEPS):
+        batch = next(loader)
+        (loss, _), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        updates, state = TX.update(gradient, state)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(loss))
+        sums.append(float(jnp.sum(params["w"])))
+    return losses, sums
+
+
+def test_every_step_is_logged_with_its_own_figures(tmp_path):
+    _, rows, _ = run(tmp_path, make_job(evaluate=None))
+    losses, _ = by_hand()
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    np.testing.assert_allclose([row["loss"] for row in rows], losses, rtol=1e-5)
+    rates = [row["learning_rate"] for row in rows]
+    np.testing.assert_allclose(rates, np.linspace(0.1, 0.7, STEPS))
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+
+
+def test_evaluation_at_its_interval_and_at_the_end(tmp_path):
+    _, rows, shown = run(tmp_path, make_job(), eval_every=3, log_every=100)
+    _, sums = by_hand()
+    evaluated = {int(row["step"]): row["eval_loss"] for row in rows if "eval_loss" in row}
+    assert list(evaluated) == [3, 6, 7]
+    for step, value in evaluated.items():
+        assert value == pytest.approx(sums[step - 1], rel=1e-5)
+        assert f"step {step}  eval loss" in shown
+    # With sparse logging the first and the last step are still there.
+    assert [row["step"] for row in rows if "loss" in row] == [1, 7]
+
+
+def test_metrics_are_read_after_the_next_step_is_on_its_way(tmp_path):
+    events: list[str] = []
+
+    class Probe:
+        def __init__(self, step: int) -> None:
+            self.step = step
+
+        def __array__(self, *args: Any, **options: Any) -> np.ndarray:
+            events.append(f"read {self.step}")
+            return np.float32(self.step) * np.ones(())
+
+    def step(state, batch):
+        number = int(state["step"]) + 1
+        events.append(f"dispatch {number}")
+        return {**state, "step": state["step"] + 1}, {"loss": Probe(number)}
+
+    run(tmp_path, make_job(step=step, evaluate=None))
+    expected = ["dispatch 1"]
+    for number in range(2, STEPS + 1):
+        expected += [f"dispatch {number}", f"read {number - 1}"]
+    assert events == [*expected, f"read {STEPS}"]
+
+
+def test_first_metrics_are_checked_once(tmp_path):
+    seen = []
+    run(tmp_path / "a", make_job(check_first=seen.append), save_every=2)
+    assert len(seen) == 1
+    assert seen[0]["loss"] == pytest.approx(by_hand()[0][0])
+
+    def refuse(metrics):
+        raise ValueError("not the reference")
+
+    with pytest.raises(ValueError, match="not the reference"):
+        run(tmp_path / "b", make_job(check_first=refuse))
+
+
+def test_resume_goes_on_from_the_last_checkpoint(tmp_path):
+    class Killed(Exception):
+        pass
+
+    train_step = make_train_step(loss_fn, TX)
+
+    def dying_step(state, batch):
+        if int(state["step"]) == 5:
+            raise Killed
+        return train_step(state, batch)
+
+    whole, expected, _ = run(tmp_path / "whole", make_job(), eval_every=2)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", make_job(step=dying_step), eval_every=2, save_every=2)
+    checked = []
+    job = make_job(start=None, check_first=checked.append)
+    state, rows, shown = run(tmp_path / "killed", job, eval_every=2, save_every=2)
+    assert "Resuming after step 4 of 7." in shown
+    assert not checked  # the policy has moved, so the check for a fresh start does not apply
+    assert (np.asarray(state["params"]["w"]) == np.asarray(whole["params"]["w"])).all()
+    drop = "tokens_per_second"
+    assert [{n: v for n, v in row.items() if n != drop} for row in rows] == [
+        {n: v for n, v in row.items() if n != drop} for row in expected
+    ]
+
+
+def test_last_state_is_saved_whatever_the_interval(tmp_path):
+    run(tmp_path, make_job(), save_every=4)
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as saved:
+        assert saved.steps() == [4, STEPS]
+        _, position = saved.restore(STEPS, make_job().like)
+    assert position == {"number": STEPS}
+
+
+def test_tokens_of_a_batch():
+    mask = np.array([[True, True, False], [True, False, False]])
+    assert count_tokens({"prompt_mask": mask, "completion_mask": ~mask}) == 3 + 3
+    pair = {"prompt_mask": mask, "chosen_mask": ~mask, "rejected_mask": mask}
+    assert count_tokens(pair) == 2 * 3 + 3 + 3
