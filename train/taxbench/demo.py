@@ -31,6 +31,7 @@ from train.taxbench.methods import (
     align,
     offline_linear,
 )
+from train.taxbench.scoring import is_right
 from train.taxbench.training import Lab, Params, Tick
 from train.taxbench.trajectories import Trajectory, compare, grade, records
 
@@ -65,7 +66,7 @@ class DemoConfig:
     seed: int = 0
     base_steps: int = 1000
     sft_steps: int = 500
-    steps: int = 120
+    steps: int = 160
     eval_every: int = 10
     pairs: int = 4000
     questions: int = 100
@@ -235,14 +236,19 @@ def sample_answers(
     """The first held-out question of each family with everyone's answer, as a table."""
     models: dict[str, Params] = {"SFT model": subject.sft}
     models |= {method.label: checkpoints[method.name][-1].params for method in METHODS}
-    given = {name: lab.answers(params, subject.questions) for name, params in models.items()}
-    first = [int(np.argmax(subject.questions.families == i)) for i in range(len(tasks.FAMILIES))]
-    prompts = subject.questions.prompt_tokens
-    body = [
-        [tasks.decode(prompts[row]), *(tasks.decode(answers[row]) for answers in given.values())]
-        for row in first
-    ]
-    return ["question", *given], body
+    questions = subject.questions
+    first = np.array([np.argmax(questions.families == i) for i in range(len(tasks.FAMILIES))])
+    columns = [[tasks.decode(row[row != tasks.BOS]) for row in questions.prompt_tokens[first]]]
+    for params in models.values():
+        answers = lab.answers(params, questions)[first]
+        right = is_right(answers, questions.answers[first])
+        columns.append(
+            [
+                tasks.decode(answer) + ("" if ok else " ✗")
+                for answer, ok in zip(answers, right, strict=True)
+            ]
+        )
+    return ["question", *models], [list(row) for row in zip(*columns, strict=True)]
 
 
 def command_line(config: DemoConfig) -> str:
@@ -274,7 +280,8 @@ def run(config: DemoConfig) -> Path:
     minutes = expected_seconds(config) / 60
     console.print(
         f"The alignment tax in miniature: about [bold]{minutes:.1f} minutes[/bold] on two free CPU "
-        f"cores. Results go to {directory}"
+        f"cores. Results go to {directory}",
+        soft_wrap=True,
     )
     began, cpu = time.perf_counter(), time.process_time()
     settings: dict[str, Any] = dataclasses.asdict(config)
@@ -303,6 +310,6 @@ def run(config: DemoConfig) -> Path:
     )
     report.write_page(rows, page, figure, directory / "report.html")
     console.print(report.table(rows, config.reward, config.steps))
-    console.print(report.headline(rows, config.reward))
-    console.print(f"{page.cost}. Report: {directory / 'report.html'}")
+    console.print(report.headline(rows, config.reward), highlight=False)
+    console.print(f"{page.cost}. Report: {directory / 'report.html'}", soft_wrap=True)
     return directory

@@ -1,7 +1,8 @@
 """The methods that the benchmark compares, and how each makes its trajectory.
 
-Settings were chosen on the seeds 1 and 2, four for each method, by capability where the reward first
-reaches 0.8; the demo's own seed took no part in it.
+Settings were chosen on the seeds 1 and 2 among four for each method, by mean capability where the
+reward first reaches 0.8; the demo's own seed took no part in it. The means there, in percent: OnTIES
+96.0, OnDARE 95.7, AdamW + λτ 95.5, KL 95.3, offline linear 94.5, AdamW 93.9.
 """
 
 import dataclasses
@@ -46,17 +47,17 @@ class Method:
 
 
 METHODS = (
-    Method("adamw", "AdamW", OptimizerOptions(learning_rate=5e-5)),
-    Method("kl", "AdamW, KL β 0.3", OptimizerOptions(learning_rate=1e-4), beta=0.3),
+    Method("adamw", "AdamW", OptimizerOptions(learning_rate=3e-5)),
+    Method("kl", "KL, β 0.3", OptimizerOptions(learning_rate=3e-5), beta=0.3),
     Method(
         "on_dare",
         "OnDARE",
-        OptimizerOptions(name="on_dare", learning_rate=5e-5, alpha=1e-3, density=1.0),
+        OptimizerOptions(name="on_dare", learning_rate=2e-5, alpha=1e-3, density=1.0),
     ),
     Method(
         "on_ties",
         "OnTIES",
-        OptimizerOptions(name="on_ties", learning_rate=5e-5, alpha=1e-3, density=1.0),
+        OptimizerOptions(name="on_ties", learning_rate=3e-5, alpha=1e-3, density=1.0),
     ),
 )
 OFFLINE_WEIGHTS = tuple(np.linspace(0.05, 1.0, 20).round(2).tolist())
