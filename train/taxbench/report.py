@@ -108,9 +108,9 @@ def notes(rows: Sequence[Row], level: float, seed: int) -> list[str]:
     out = [
         f"One seed ({seed}), one base model. The ± counts only the choice of questions, not the "
         "spread over training runs; run other seeds before believing a difference.",
-        "Settings were chosen on the seeds 1 and 2 among four for each method (AdamW: four learning "
-        "rates; the control: four weights), by the capability in the third column. Every method "
-        "sees the same batches for the same number of steps.",
+        "Settings were chosen in two other training runs among four for each method (AdamW: four "
+        "learning rates; the control: four weights), by the capability in the third column. Every "
+        "method sees the same batches for the same number of steps.",
         "α·T, the merging weight times the number of steps, is what matters for the pull towards "
         "the reference; a constant α keeps adding τ as long as training goes on.",
         "The last-step columns compare models of different reward. Training past the point where "
