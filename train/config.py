@@ -168,8 +168,8 @@ class OptimizerOptions(AdamWOptions):
         election: Sign vote of TIES: unweighted (the authors' code) or weighted (the paper).
         seed: Seed of the random masks.
         delta_dtype: Type in which the delta is held. Unset: that of the parameters.
-        diagnostics: Log what the merge does under merge/..., at the cost of a few passes over the
-            parameters in every step.
+        diagnostics: Steps from one full set of merge/... metrics to the next (1 for every step); a
+            set costs a few passes over the parameters. Unset: only merge/alpha and alpha_total.
     """
 
     name: OptimizerName = "adamw"
@@ -182,7 +182,7 @@ class OptimizerOptions(AdamWOptions):
     election: Literal["unweighted", "weighted"] | None = None
     seed: int | None = None
     delta_dtype: DType | None = None
-    diagnostics: bool | None = None
+    diagnostics: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
