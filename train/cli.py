@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from train.config import DPOConfig, EvalConfig, ExportConfig, SFTConfig, UserError
+from train.config import DPOConfig, ExportConfig, SFTConfig, UserError
+from train.config_eval import EvalConfig
 
 
 def _run_sft(config: SFTConfig) -> None:
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command and flags; those of the process when None.
 
     Returns:
-        Exit status: 0, or 2 when the user gave something that cannot be used.
+        Exit status: 0, 2 when the user gave something that cannot be used, 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -111,6 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted; the same command resumes a training run.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -282,67 +282,6 @@ class DPOConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceEvalOptions(RecordOptions):
-    """Preference accuracy and margins against a reference, on the held-out part of the records.
-
-    Without `eval_fraction` all records count.
-
-    Attributes:
-        reference: Directory or hub name of the reference, which is the SFT model.
-        beta: Factor of the rewards, as in training.
-    """
-
-    reference: str
-    beta: float = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskOptions:
-    """Multiple choice by log-likelihood on the records of a file.
-
-    Attributes:
-        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub.
-        prompt: Python format string over a record's fields, for example "{Body} {Question}".
-        answer: Format string of the right answer, for example "{Answer:g}".
-        choices: Candidate answers to a question: the right one, and others drawn from the rest of
-            the file.
-        limit: Use only the first so many records.
-        chat_template: Put the prompt into the tokenizer's chat template; otherwise the answer
-            follows it as plain text, after one space.
-        seed: Seed of the draw of wrong answers.
-    """
-
-    path: str
-    prompt: str
-    answer: str
-    choices: int = 4
-    limit: int | None = None
-    chat_template: bool = True
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Held-out preference accuracy and multiple-choice tasks for one model.
-
-    Attributes:
-        model: Directory in Hugging Face format, or a hub name.
-        output: JSON file to write; it must not exist yet.
-        preferences: Preference data to evaluate on.
-        tasks: Tasks by name. In flags: ``--tasks.NAME.path FILE``.
-        batch_size: Pairs or questions scored at once.
-        dtype: Type of the computations.
-    """
-
-    model: str
-    output: str
-    preferences: PreferenceEvalOptions | None = None
-    tasks: dict[str, TaskOptions] = field(default_factory=dict)
-    batch_size: int = 32
-    dtype: DType = "float32"
-
-
-@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """A run's checkpoint as a model directory in Hugging Face format.
 
@@ -400,7 +339,7 @@ def check(config: SFTConfig | DPOConfig) -> None:
     positive = (
         "optimizer.learning_rate trainer.steps trainer.epochs trainer.batch_size "
         "trainer.eval_batch_size trainer.eval_every trainer.save_every trainer.keep "
-        "trainer.log_every trainer.fsdp"
+        "trainer.log_every trainer.fsdp optimizer.eps"
     )
     for name in positive.split():
         require(flat[name] is None or flat[name] > 0, name, flat[name], "positive")
@@ -408,6 +347,9 @@ def check(config: SFTConfig | DPOConfig) -> None:
     require(not isinstance(chunk, int) or chunk > 0, "loss.vocab_chunk", chunk, "positive")
     for name in ("optimizer.weight_decay", "optimizer.max_grad_norm", "schedule.warmup_steps"):
         require(flat[name] >= 0, name, flat[name], "0 or larger")
+    for name in ("trainer.seed", "data.split_seed", "optimizer.seed"):
+        value = flat.get(name)
+        require(value is None or 0 <= value < 2**32, name, value, "in [0, 2**32)")
     for name in ("optimizer.b1", "optimizer.b2"):
         require(flat[name] is None or 0 <= flat[name] < 1, name, flat[name], "in [0, 1)")
     require(

@@ -36,7 +36,8 @@ def export_run(
     for partial in output.path.glob(f".{output.export.name}.partial-*"):
         shutil.rmtree(partial)  # left by a kill in the middle of an earlier export
     model = merge_model(graphdef, params)
-    to_hf(model, output.export, like=options.path, dtype=options.export_dtype)
+    with blamed_on("export (the checkpoint is complete; the same command tries again)"):
+        to_hf(model, output.export, like=options.path, dtype=options.export_dtype)
 
 
 def run(config: ExportConfig) -> None:

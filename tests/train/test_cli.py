@@ -9,7 +9,8 @@ import pytest
 
 from tests.train.tiny_runs import flags
 from train.cli import COMMANDS, configured, main
-from train.config import DPOConfig, EvalConfig, SFTConfig
+from train.config import DPOConfig, SFTConfig
+from train.config_eval import EvalConfig
 
 REQUIRED_FLAGS = flags(
     {

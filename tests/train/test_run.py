@@ -1,0 +1,48 @@
+"""What SFT and preference training share, before any weight is read."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.train.tiny_runs import make_model_dir
+from train.config import ModelOptions, TrainerOptions, UserError
+from train.prepare import blamed_on, check_model, hash_model
+from train.run import count_steps
+
+
+def test_steps_or_epochs_of_whole_batches():
+    assert count_steps(TrainerOptions(batch_size=4, steps=9), rows=10) == 9
+    assert count_steps(TrainerOptions(batch_size=4, epochs=1), rows=10) == 2
+    assert count_steps(TrainerOptions(batch_size=4, epochs=2.5), rows=10) == 5
+    with pytest.raises(UserError, match=r"trainer\.epochs 0\.1 makes no step of 10 rows"):
+        count_steps(TrainerOptions(batch_size=4, epochs=0.1), rows=10)
+    with pytest.raises(UserError, match=r"trainer\.batch_size is 11, but there are only 10"):
+        count_steps(TrainerOptions(batch_size=11, steps=1), rows=10)
+
+
+def test_configuration_takes_the_types_of_the_run(tmp_path):
+    path = make_model_dir(tmp_path)
+    options = ModelOptions(path=str(path), dtype="bfloat16", param_dtype="float32", remat=True)
+    config = check_model(options)
+    assert (config.dtype.name, config.param_dtype.name) == ("bfloat16", "float32")
+    assert config.remat
+    assert config.hidden_size == 32
+
+
+def test_hash_follows_the_content_of_weights_and_configuration(tmp_path):
+    path = make_model_dir(tmp_path / "a", 1)
+    same, other = make_model_dir(tmp_path / "b", 1), make_model_dir(tmp_path / "c", 2)
+    assert hash_model(str(path)) == hash_model(str(same))
+    assert hash_model(str(path)) != hash_model(str(other))
+    config = same / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert hash_model(str(path)) != hash_model(str(same))
+
+
+def test_errors_are_blamed_on_the_field():
+    with pytest.raises(UserError, match=r"^data\.path: no such file$"), blamed_on("data.path"):
+        raise FileNotFoundError("no such file")
+    with pytest.raises(UserError, match="^already clear$"), blamed_on("data.path"):
+        raise UserError("already clear")
+    with pytest.raises(RuntimeError), blamed_on("data.path"):
+        raise RuntimeError("a defect of ours keeps its traceback")
