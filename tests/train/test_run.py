@@ -42,7 +42,7 @@ def test_hash_follows_the_content_of_weights_and_configuration(tmp_path):
 def test_errors_are_blamed_on_the_field():
     with pytest.raises(UserError, match=r"^data\.path: no such file$"), blamed_on("data.path"):
         raise FileNotFoundError("no such file")
-    with pytest.raises(UserError, match="^already clear$"), blamed_on("data.path"):
+    with pytest.raises(UserError, match=r"^already clear$"), blamed_on("data.path"):
         raise UserError("already clear")
     with pytest.raises(RuntimeError), blamed_on("data.path"):
         raise RuntimeError("a defect of ours keeps its traceback")
