@@ -289,11 +289,13 @@ class ExportConfig:
         run: Output directory of the run.
         output: Directory to write; it must be absent or empty.
         step: Step of the checkpoint. Unset: the last one.
+        dtype: Type of the exported weights. Unset: what the run's `model.export_dtype` says.
     """
 
     run: str
     output: str
     step: int | None = None
+    dtype: DType | None = None
 
 
 # Fields that change what is written or shown, not what is learned: a resumed run may change them.

@@ -172,3 +172,25 @@ def test_export_command_writes_any_checkpoint(run, inputs, tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
     assert main(["export", "--run", str(output), "--output", "x", "--step", "1"]) == 2
     assert "no checkpoint 1 in" in capsys.readouterr().err
+
+
+def dtypes(directory: Path) -> set[str]:
+    return {tensor.dtype.name for tensor in read_tensors(directory).values()}
+
+
+def test_export_command_writes_the_type_that_the_run_was_given(run, tmp_path, capsys):
+    output, _ = run
+    settings = output / "config.yaml"
+    text = settings.read_text()
+    assert "export_dtype: null" in text
+    settings.write_text(text.replace("export_dtype: null", "export_dtype: float16"))
+    command = ["export", "--run", str(output), "--output"]
+    assert main([*command, str(tmp_path / "recorded")]) == 0
+    assert dtypes(tmp_path / "recorded") == {"float16"}
+    assert main([*command, str(tmp_path / "given"), "--dtype", "float32"]) == 0
+    assert dtypes(tmp_path / "given") == {"float32"}
+    settings.unlink()
+    assert main([*command, str(tmp_path / "unknown")]) == 2
+    message = capsys.readouterr().err
+    assert "run: model.export_dtype cannot be read from" in message
+    assert "give dtype" in message
