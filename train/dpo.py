@@ -98,6 +98,9 @@ class _Alignment:
                 mesh=this.mesh,
                 **settings,
             )
+        if this.resumes:
+            # Nothing will ask for the weights that scored the reference: the state is restored.
+            self.loaded = None
         this.train(
             preference_loss(this.graphdef, vocab_chunk=loss.vocab_chunk, **settings),
             self.tx,

@@ -17,6 +17,7 @@ import pytest
 from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
 from train.checkpoint import Checkpoints
 from train.cli import main
+from train.run import Run
 
 STEPS, EVERY = 48, 4
 SETTINGS = {
@@ -144,6 +145,23 @@ def test_export_that_was_killed_is_made_up_for(run):
     found = read_tensors(output / "export")
     assert all((expected[name] == found[name]).all() for name in expected)
     assert not list(output.glob(".export.partial*"))
+
+
+def test_resume_that_scores_the_reference_again_lets_go_of_its_weights(run, monkeypatch, capsys):
+    output, arguments = run
+    (output / "summary.json").unlink()
+    shutil.rmtree(output / "reference")
+    held = []
+    monkeypatch.setattr(
+        Run, "train", lambda self, loss, tx, start, **rest: held.append(start.__self__.loaded)
+    )
+    assert main(arguments) == 0
+    assert "Loading the model" in capsys.readouterr().out
+    shutil.rmtree(output / "checkpoints")
+    shutil.rmtree(output / "reference")
+    assert main(arguments) == 0
+    assert held[0] is None
+    assert held[1] is not None  # a new start has a use for them
 
 
 def test_resume_refuses_changed_weights(run, inputs, capsys):
