@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,29 @@ def open_output(command: str, config: Any) -> OutputDir:
         raise UserError(f"{run_file} cannot be read as a run's record ({error}).") from error
     summary = json.loads(summary_file.read_text()) if summary_file.exists() else None
     return OutputDir(path, identity, started=True, summary=summary)
+
+
+def check_place(path: Path, name: str) -> None:
+    """Checks that `path` can be made or written, by a file without a name that vanishes again.
+
+    Args:
+        path: A file or directory that may not exist yet.
+        name: Field that gave it, for messages.
+
+    Raises:
+        UserError: its nearest existing directory cannot be written to.
+    """
+    place = path
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{name} {str(path)!r} cannot be written: {place}: {error.strerror}. Choose a place "
+            "that can be written to."
+        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
