@@ -33,7 +33,8 @@ class ModelOptions:
         path: Directory in Hugging Face format (config.json, *.safetensors, tokenizer), or a hub
             name.
         dtype: Type of the computations (activations).
-        param_dtype: Type of the parameters and of the optimizer state.
+        param_dtype: Type of the parameters and of the optimizer state, float32 or bfloat16. With
+            bfloat16 updates below about 1/512 of a parameter are lost to rounding.
         remat: Recompute each layer's activations in the backward pass: less memory, about a third
             more time.
         export_dtype: Type of the exported weights. Unset: as stored at `path`, so float32 results
@@ -360,6 +361,11 @@ def check(config: SFTConfig | DPOConfig) -> None:
         flat["schedule.final_scale"],
         "in [0, 1]",
     )
+    if config.model.param_dtype == "float16":
+        raise UserError(
+            "model.param_dtype is float16, in which the optimizer's moments underflow; use float32 "
+            "(model.dtype may be lower)."
+        )
     data = config.data
     if data.eval_path is not None and data.eval_fraction is not None:
         raise UserError(

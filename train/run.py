@@ -147,6 +147,13 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
     check(config)
     check_optimizer(config.optimizer)
     output = open_output(command, config)
+    if config.model.param_dtype == "bfloat16":
+        console.print(
+            "Warning: model.param_dtype bfloat16 loses small updates to rounding (for merging "
+            "optimizers, optimizer.diagnostics logs the share as merge/rounding_lost).",
+            highlight=False,
+            soft_wrap=True,
+        )
     if output.summary is not None:
         console.print(f"{output.path} holds this run, finished: nothing to do.", soft_wrap=True)
         show_summary(output.summary, console)

@@ -77,6 +77,13 @@ def test_ranges(field, value, expected):
     assert str(caught.value) == f"{field} must be {expected}, got {value!r}."
 
 
+def test_parameters_in_float16():
+    with pytest.raises(UserError, match=r"model\.param_dtype is float16.*use float32"):
+        check(changed("model.param_dtype", "float16"))
+    check(changed("model.dtype", "float16"))
+    check(changed("model.param_dtype", "bfloat16"))
+
+
 def test_two_ways_to_hold_out():
     with pytest.raises(UserError, match=r"data\.eval_path and data\.eval_fraction are both set"):
         check(changed("data.eval_path", "held_out.jsonl"))
