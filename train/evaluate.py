@@ -57,7 +57,7 @@ def run(config: EvalConfig) -> Results:
         everything, held_out = split_records(config.preferences, "preferences")
         records = everything if held_out is None else held_out
         pairs = tokenized(
-            records, config.preferences, "preferences", tokenize_preference, tokenizer
+            records, config.preferences, "preferences.path", tokenize_preference, tokenizer
         )
         console.print(f"preferences: {pairs.report}", highlight=False)
     results = _evaluate(config, abstract_model(model, None)[0], questions, pairs, tokenizer)

@@ -120,6 +120,14 @@ def test_preference_file_with_a_broken_line(refused, tmp_path):
     assert "data.path: broken.jsonl line 3: not valid JSON" in message
 
 
+def test_evaluation_file_is_named_by_its_own_field(refused, tmp_path):
+    records = make_records(4)
+    records[1]["chosen"] = "  "
+    file = write_jsonl(tmp_path / "empty.jsonl", records)
+    message = refused(data__eval_fraction=None, data__eval_path=file)
+    assert "data.eval_path: empty.jsonl line 2: field 'chosen' is empty" in message
+
+
 def test_empty_completion(refused, tmp_path):
     records = make_records(4)
     records[1]["chosen"] = "  "
