@@ -372,6 +372,16 @@ def check(config: SFTConfig | DPOConfig) -> None:
             "data.eval_path and data.eval_fraction are both set; give the file to evaluate on, or "
             "the share to hold out."
         )
+    if config.trainer.eval_every is not None and not (data.eval_path or data.eval_fraction):
+        raise UserError(
+            f"trainer.eval_every is {config.trainer.eval_every}, but there is nothing to evaluate "
+            "on; give data.eval_fraction or data.eval_path, or unset it."
+        )
+    if config.schedule.type == "constant" and config.schedule.final_scale:
+        raise UserError(
+            f"schedule.final_scale is {config.schedule.final_scale}, but a constant schedule has "
+            "no use for it; unset it, or choose another schedule.type."
+        )
     check_records(data, "data")
     if (config.trainer.steps is None) == (config.trainer.epochs is None):
         raise UserError("Give exactly one of trainer.steps and trainer.epochs.")
