@@ -33,7 +33,8 @@ class ModelOptions:
         path: Directory in Hugging Face format (config.json, *.safetensors, tokenizer), or a hub
             name.
         dtype: Type of the computations (activations).
-        param_dtype: Type of the parameters and of the optimizer state.
+        param_dtype: Type of the parameters and of the optimizer state, float32 or bfloat16. With
+            bfloat16 updates below about 1/512 of a parameter are lost to rounding.
         remat: Recompute each layer's activations in the backward pass: less memory, about a third
             more time.
         export_dtype: Type of the exported weights. Unset: as stored at `path`, so float32 results
@@ -289,11 +290,13 @@ class ExportConfig:
         run: Output directory of the run.
         output: Directory to write; it must be absent or empty.
         step: Step of the checkpoint. Unset: the last one.
+        dtype: Type of the exported weights. Unset: what the run's `model.export_dtype` says.
     """
 
     run: str
     output: str
     step: int | None = None
+    dtype: DType | None = None
 
 
 # Fields that change what is written or shown, not what is learned: a resumed run may change them.
@@ -358,11 +361,26 @@ def check(config: SFTConfig | DPOConfig) -> None:
         flat["schedule.final_scale"],
         "in [0, 1]",
     )
+    if config.model.param_dtype == "float16":
+        raise UserError(
+            "model.param_dtype is float16, in which the optimizer's moments underflow; use float32 "
+            "(model.dtype may be lower)."
+        )
     data = config.data
     if data.eval_path is not None and data.eval_fraction is not None:
         raise UserError(
             "data.eval_path and data.eval_fraction are both set; give the file to evaluate on, or "
             "the share to hold out."
+        )
+    if config.trainer.eval_every is not None and not (data.eval_path or data.eval_fraction):
+        raise UserError(
+            f"trainer.eval_every is {config.trainer.eval_every}, but there is nothing to evaluate "
+            "on; give data.eval_fraction or data.eval_path, or unset it."
+        )
+    if config.schedule.type == "constant" and config.schedule.final_scale:
+        raise UserError(
+            f"schedule.final_scale is {config.schedule.final_scale}, but a constant schedule has "
+            "no use for it; unset it, or choose another schedule.type."
         )
     check_records(data, "data")
     if (config.trainer.steps is None) == (config.trainer.epochs is None):

@@ -57,7 +57,7 @@ class EvalConfig:
         preferences: Preference data to evaluate on.
         tasks: Tasks by name. In flags: ``--tasks.NAME.path FILE``.
         batch_size: Pairs or questions scored at once.
-        dtype: Type of the computations.
+        dtype: Type of the computations; parameters stay float32.
     """
 
     model: str

@@ -46,12 +46,16 @@ def run(config: DPOConfig) -> None:
     if base is not None:
         inputs["base"] = hash_model(base)
         if inputs["base"] == inputs["model"]:
-            raise UserError(
-                "model.base holds the same weights as model.path, so there is no delta to merge "
-                "with. Give the model that model.path was fine-tuned from."
-            )
+            raise _no_delta()
     this.begin(**inputs)
     _Alignment(config, this, inputs["model"]).train()
+
+
+def _no_delta(as_held: str = "") -> UserError:
+    return UserError(
+        f"model.base holds the same weights as model.path{as_held}, so there is no delta to merge "
+        "with. Give the model that model.path was fine-tuned from."
+    )
 
 
 def _check(config: DPOConfig) -> None:
@@ -98,6 +102,9 @@ class _Alignment:
                 mesh=this.mesh,
                 **settings,
             )
+        if this.resumes:
+            # Nothing will ask for the weights that scored the reference: the state is restored.
+            self.loaded = None
         this.train(
             preference_loss(this.graphdef, vocab_chunk=loss.vocab_chunk, **settings),
             self.tx,
@@ -157,6 +164,10 @@ class _Alignment:
             base = self.run.load(self.config.model.base, "model.base")
             delta, size = jax.jit(self._delta_and_size)(params, base)
             del base
+            if size == 0:
+                # The same weights in other files, or a difference that the types have no room for.
+                types = [self.config.model.param_dtype, self.config.optimizer.delta_dtype]
+                raise _no_delta(f" in {' and '.join(dict.fromkeys(filter(None, types)))}")
             self.run.console.print(f"Reference delta: {size:.3g} of the norm of the weights.")
         self.loaded = None
         return self._make_state(params, delta)

@@ -17,7 +17,7 @@ from train.data import TokenDataset, tokenize_preference
 from train.held_out import Score, evaluate_preferences, pair_logps
 from train.models import from_hf, split_model
 from train.multiple_choice import Question, choice_scorer, measure, read_questions
-from train.output_dir import write_atomically
+from train.output_dir import check_place, write_atomically
 from train.prepare import (
     blamed_on,
     check_model,
@@ -57,13 +57,16 @@ def run(config: EvalConfig) -> Results:
         everything, held_out = split_records(config.preferences, "preferences")
         records = everything if held_out is None else held_out
         pairs = tokenized(
-            records, config.preferences, "preferences", tokenize_preference, tokenizer
+            records, config.preferences, "preferences.path", tokenize_preference, tokenizer
         )
         console.print(f"preferences: {pairs.report}", highlight=False)
     results = _evaluate(config, abstract_model(model, None)[0], questions, pairs, tokenizer)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, json.dumps(results, indent=2))
+    # Shown first: whatever keeps the file from being written, the work is not lost.
     console.print(_table(results))
+    with blamed_on("output"):
+        _check_new(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, json.dumps(results, indent=2))
     console.print(f"Written to {output}", highlight=False, soft_wrap=True)
     return results
 
@@ -77,9 +80,14 @@ def _check(config: EvalConfig) -> Path:
         beta = config.preferences.beta
         require(beta > 0, "preferences.beta", beta, "positive")
     output = Path(config.output)
-    if output.exists():
-        raise UserError(f"output: {config.output!r} exists; nothing is overwritten.")
+    _check_new(output)
+    check_place(output, "output")
     return output
+
+
+def _check_new(output: Path) -> None:
+    if output.exists():
+        raise UserError(f"output: {str(output)!r} exists; nothing is overwritten.")
 
 
 def _evaluate(
@@ -134,7 +142,10 @@ def _with_reference(config: EvalConfig, score: Score, pairs: TokenDataset) -> To
 
 def _load(path: str, config: EvalConfig, name: str) -> Any:
     with blamed_on(name):
-        return split_model(from_hf(path, dtype=np.dtype(config.dtype)))[1]
+        # Parameters stay float32, as in training: only the computation takes the type.
+        return split_model(
+            from_hf(path, dtype=np.dtype(config.dtype), param_dtype=np.dtype("float32"))
+        )[1]
 
 
 def _table(results: Results) -> Table:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
 from flax import nnx
 from rich.console import Console
 
@@ -53,6 +54,7 @@ def run(config: ExportConfig) -> None:
     fields = {item.name for item in dataclasses.fields(ModelOptions)}
     model = {name: settings.get(f"model.{name}") for name in fields}
     options = ModelOptions(**model)
+    dtype = _run_dtype(Path(config.run)) if config.dtype is None else config.dtype
     with blamed_on("output"):
         check_writable(Path(config.output))
     graphdef, like = abstract_model(check_model(options), None)
@@ -66,5 +68,16 @@ def run(config: ExportConfig) -> None:
             raise UserError(f"step: no checkpoint {step} in {config.run!r}; there are {found}.")
     params = restore_params(checkpoints, step, like)
     with blamed_on("output"):
-        to_hf(merge_model(graphdef, params), config.output, like=options.path)
+        to_hf(merge_model(graphdef, params), config.output, like=options.path, dtype=dtype)
     Console().print(f"Step {step} written to {config.output}", highlight=False)
+
+
+def _run_dtype(directory: Path) -> str | None:
+    """The run's own `model.export_dtype`; run.json leaves out what a resumed run may change."""
+    file = directory / "config.yaml"
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["export_dtype"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(
+            f"run: model.export_dtype cannot be read from {str(file)!r} ({error}); give dtype."
+        ) from error

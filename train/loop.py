@@ -6,6 +6,7 @@ host. Only where an evaluation or a checkpoint is due does the host wait for the
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from rich.progress import (
 )
 
 from train.checkpoint import Checkpoints
-from train.config import TrainerOptions
+from train.config import TrainerOptions, UserError
 from train.metrics_log import MetricsLog
 from train.output_dir import OutputDir
 from train.sharding import put_batch
@@ -82,6 +83,10 @@ def fit(job: Job, options: TrainerOptions, output: OutputDir, console: Console) 
 
     Returns:
         The final state, which is also the last checkpoint.
+
+    Raises:
+        UserError: the loss is no longer finite, at a step that is logged or that an evaluation or a
+            checkpoint follows. Earlier checkpoints stay.
     """
     steps = len(job.learning_rates)
     with Checkpoints(output.checkpoints, every=options.save_every, keep=options.keep) as saved:
@@ -134,12 +139,14 @@ class _Reporter:
         if self.first:
             self.first = False
             if self.job.check_first is not None:
-                self.job.check_first(_read(metrics))
+                row = _read(metrics)
+                _check_finite(step, row)
+                self.job.check_first(row)
 
     def flush(self) -> None:
         """Waits for the last step dispatched and reports it."""
         previous, self.pending = self.pending, None
-        self._report(previous)
+        self._report(previous, waited_for=True)
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         self.log.write(step, metrics)
@@ -150,17 +157,20 @@ class _Reporter:
         """Leaves what happened since the last report out of the throughput."""
         self.tokens, self.since = 0, time.perf_counter()
 
-    def _report(self, pending: tuple[int, Metrics] | None) -> None:
+    def _report(self, pending: tuple[int, Metrics] | None, *, waited_for: bool = False) -> None:
         if pending is None:
             return
         step, metrics = pending
         if step % self.options.log_every and step not in (1, len(self.job.learning_rates)):
+            if waited_for:  # what follows is not to save or to evaluate lost weights
+                _check_finite(step, _read(metrics))
             self.progress.update(self.task, completed=step)
             return
         row = _read(metrics)
         rate = self.tokens / (time.perf_counter() - self.since)
         learning_rate = float(self.job.learning_rates[step - 1])
         self.log.write(step, {**row, "learning_rate": learning_rate, "tokens_per_second": rate})
+        _check_finite(step, row)
         self.skip_time()
         figures = f"{_figures(row)}  {rate:,.0f} tok/s"
         self.progress.update(self.task, completed=step, figures=figures)
@@ -175,6 +185,16 @@ def count_tokens(batch: Mapping[str, np.ndarray]) -> int:
 
 def _read(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+
+
+def _check_finite(step: int, row: Mapping[str, float]) -> None:
+    loss = row["loss"]
+    if not math.isfinite(loss):
+        raise UserError(
+            f"loss is {loss} at step {step}, so training stopped and nothing is exported. Lower "
+            "optimizer.learning_rate, in a new output_dir; metrics.jsonl shows how it came about "
+            "(grad_norm), and the checkpoints before it stay."
+        )
 
 
 _SHOWN = {

@@ -33,8 +33,8 @@ class MetricsLog:
         path = directory / "metrics.jsonl"
         keep_until(path, resume_step)
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        purge = resume_step + 1 if resume_step else None
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+        # For a new run too: one killed before its first checkpoint starts again at step 1.
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line, ``{"step": step, **metrics}``."""

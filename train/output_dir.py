@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class OutputDir:
             inputs: Content hash by name of what the run reads.
 
         Raises:
-            UserError: an input's content changed since the run began.
+            UserError: an input's content changed since the run began, or nothing can be written.
         """
         run_file = self.path / "run.json"
         if self.started:
@@ -73,10 +74,13 @@ class OutputDir:
                     "other content than now. Bring it back, or choose a new output_dir."
                 )
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_file, json.dumps({**self.identity, "inputs": inputs}, indent=2))
         settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-        write_atomically(self.path / "config.yaml", settings)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(run_file, json.dumps({**self.identity, "inputs": inputs}, indent=2))
+            write_atomically(self.path / "config.yaml", settings)
+        except OSError as error:
+            raise _unusable("output_dir", self.path, error) from error
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Marks the run as complete."""
@@ -94,14 +98,17 @@ def open_output(command: str, config: Any) -> OutputDir:
         The directory, with `started` and `summary` telling what it holds.
 
     Raises:
-        UserError: it holds another run (the differing fields are named) or files that no run wrote.
+        UserError: it holds another run (the differing fields are named) or files that no run wrote,
+            or it cannot be read or written.
     """
     path = Path(config.output_dir).expanduser().absolute()
     settings = {key: value for key, value in flatten(config).items() if key not in FREE_FIELDS}
     identity = {"command": command, "settings": settings}
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path's, it answers where a directory cannot be entered
         raise UserError(f"output_dir {str(path)!r} is a file; choose a directory.")
     run_file, summary_file = path / "run.json", path / "summary.json"
+    if not os.path.exists(summary_file):
+        check_place(path, "output_dir")
     if not run_file.exists():
         found = sorted(item.name for item in path.iterdir()) if path.exists() else []
         found = [name for name in found if not name.endswith(_PARTIAL)]
@@ -118,6 +125,32 @@ def open_output(command: str, config: Any) -> OutputDir:
         raise UserError(f"{run_file} cannot be read as a run's record ({error}).") from error
     summary = json.loads(summary_file.read_text()) if summary_file.exists() else None
     return OutputDir(path, identity, started=True, summary=summary)
+
+
+def check_place(path: Path, name: str) -> None:
+    """Checks that `path` can be made or written, by a file without a name that vanishes again.
+
+    Args:
+        path: A file or directory that may not exist yet.
+        name: Field that gave it, for messages.
+
+    Raises:
+        UserError: its nearest existing directory cannot be written to.
+    """
+    place = path
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise _unusable(name, path, error) from error
+
+
+def _unusable(name: str, path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{name} {str(path)!r} cannot be written ({error.strerror}); choose a place that can be."
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -120,15 +120,13 @@ def load_data(
     if options.eval_path is not None:
         with blamed_on("data.eval_path"):
             held_out = read_records(options.eval_path, options.split)
-    parts = {"Training records": records, "Held-out records": held_out}
-    train, evaluation = (
-        None if part is None else tokenized(part, options, "data", tokenize, tokenizer)
-        for part in parts.values()
-    )
-    for label, dataset in zip(parts, (train, evaluation), strict=True):
-        if dataset is not None:
-            console.print(f"{label}: {dataset.report}", highlight=False)
-    assert train is not None
+    train, evaluation = tokenized(records, options, "data.path", tokenize, tokenizer), None
+    if held_out is not None:
+        name = "data.path" if options.eval_path is None else "data.eval_path"
+        evaluation = tokenized(held_out, options, name, tokenize, tokenizer)
+    console.print(f"Training records: {train.report}", highlight=False)
+    if evaluation is not None:
+        console.print(f"Held-out records: {evaluation.report}", highlight=False)
     return train, evaluation
 
 
@@ -162,8 +160,8 @@ def tokenized(
     tokenize: Tokenize,
     tokenizer: PreTrainedTokenizerBase,
 ) -> TokenDataset:
-    """Rows of tokens. Raises `UserError` for records that cannot be used as they are."""
-    with blamed_on(f"{name}.path"):
+    """Rows of tokens. Raises `UserError`, naming the field `name` that the records are from."""
+    with blamed_on(name):
         return tokenize(
             records,
             tokenizer,

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from train.checkpoint import abstract
+from train.checkpoint import Checkpoints, abstract
 from train.config import DPOConfig, SFTConfig, TrainerOptions, UserError, check
 from train.data import TokenDataset, make_loader
 from train.export import export_run
@@ -66,6 +66,14 @@ class Run:
     def eval_batch_size(self) -> int:
         """Rows in an evaluation batch."""
         return self.config.trainer.eval_batch_size or self.config.trainer.batch_size
+
+    @property
+    def resumes(self) -> bool:
+        """Whether training goes on from a checkpoint."""
+        if not self.output.checkpoints.is_dir():
+            return False
+        with Checkpoints(self.output.checkpoints, read_only=True) as saved:
+            return saved.latest() is not None
 
     def begin(self, **inputs: str) -> None:
         """Claims the output directory; `inputs` are content hashes besides those of the data."""
@@ -139,6 +147,13 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
     check(config)
     check_optimizer(config.optimizer)
     output = open_output(command, config)
+    if config.model.param_dtype == "bfloat16":
+        console.print(
+            "Warning: model.param_dtype bfloat16 loses small updates to rounding (for merging "
+            "optimizers, optimizer.diagnostics logs the share as merge/rounding_lost).",
+            highlight=False,
+            soft_wrap=True,
+        )
     if output.summary is not None:
         console.print(f"{output.path} holds this run, finished: nothing to do.", soft_wrap=True)
         show_summary(output.summary, console)

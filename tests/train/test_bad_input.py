@@ -70,6 +70,17 @@ def test_base_equal_to_the_model(refused, inputs):
     assert "model.base holds the same weights as model.path" in message
 
 
+def test_base_with_the_weights_of_the_model_in_another_file(inputs, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(inputs["model"], copy)
+    save_file(load_file(copy / "model.safetensors"), copy / "model.safetensors", {"by": "me"})
+    run = tmp_path / "run"
+    assert main(["dpo", *run_flags(inputs, run, model__base=copy)]) == 2
+    message = capsys.readouterr().err
+    assert "model.base holds the same weights as model.path in float32" in message
+    assert not (run / "export").exists()
+
+
 def test_base_for_an_optimizer_that_does_not_merge(refused):
     message = refused(optimizer__name="adamw", optimizer__alpha=None, optimizer__density=None)
     assert "model.base is set to" in message
@@ -107,6 +118,14 @@ def test_preference_file_with_a_broken_line(refused, tmp_path):
     file.write_text("\n".join(lines))
     message = refused(data__path=file)
     assert "data.path: broken.jsonl line 3: not valid JSON" in message
+
+
+def test_evaluation_file_is_named_by_its_own_field(refused, tmp_path):
+    records = make_records(4)
+    records[1]["chosen"] = "  "
+    file = write_jsonl(tmp_path / "empty.jsonl", records)
+    message = refused(data__eval_fraction=None, data__eval_path=file)
+    assert "data.eval_path: empty.jsonl line 2: field 'chosen' is empty" in message
 
 
 def test_empty_completion(refused, tmp_path):

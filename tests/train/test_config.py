@@ -77,9 +77,34 @@ def test_ranges(field, value, expected):
     assert str(caught.value) == f"{field} must be {expected}, got {value!r}."
 
 
+def test_parameters_in_float16():
+    with pytest.raises(UserError, match=r"model\.param_dtype is float16.*use float32"):
+        check(changed("model.param_dtype", "float16"))
+    check(changed("model.dtype", "float16"))
+    check(changed("model.param_dtype", "bfloat16"))
+
+
 def test_two_ways_to_hold_out():
     with pytest.raises(UserError, match=r"data\.eval_path and data\.eval_fraction are both set"):
         check(changed("data.eval_path", "held_out.jsonl"))
+
+
+def test_interval_of_evaluations_without_records():
+    config = changed("data.eval_fraction", None)
+    check(config)
+    trainer = dataclasses.replace(GOOD.trainer, eval_every=5)
+    with pytest.raises(UserError, match=r"trainer\.eval_every is 5, but .* nothing to evaluate on"):
+        check(dataclasses.replace(config, trainer=trainer))
+    check(dataclasses.replace(GOOD, trainer=trainer))
+
+
+def test_final_scale_of_a_constant_rate():
+    config = changed("schedule.final_scale", 0.1)
+    check(config)
+    schedule = dataclasses.replace(config.schedule, type="constant")
+    with pytest.raises(UserError, match=r"schedule\.final_scale is 0\.1, but a constant schedule"):
+        check(dataclasses.replace(config, schedule=schedule))
+    check(changed("schedule.type", "constant"))
 
 
 @pytest.mark.parametrize("values", [{"steps": None}, {"epochs": 1.0}])

@@ -125,6 +125,30 @@ def test_a_template_that_renders_the_prompt_alone_differently(chat_tokenizer):
     assert chat_tokenizer.decode(rows_of(dataset, "chosen")[0]) == "five<|im_end|>"
 
 
+# The first is Llama 3.2's; the second asks the clock whatever it is given, as SmolLM3's does.
+LLAMA_DATE = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}"
+    "{%- set date_string = '26 Jul 2024' %}{%- endif %}{%- endif %}{{- date_string + '\n' }}"
+)
+CLOCK_DATE = "{{- strftime_now('%-d %B %Y, %Y-%m-%d, %F') + '\n' }}"
+
+
+@pytest.mark.parametrize(
+    ("date", "expected"),
+    [(LLAMA_DATE, "26 Jul 2024\n"), (CLOCK_DATE, "26 July 2024, 2024-07-26, 2024-07-26\n")],
+)
+def test_a_template_with_a_date_makes_the_same_tokens_every_day(chat_tokenizer, date, expected):
+    chat_tokenizer.chat_template = date + chat_tokenizer.chat_template
+    dataset = tokenize_preference(CONVERSATIONS, chat_tokenizer, **LIMITS)
+    prompts = [chat_tokenizer.decode(row) for row in rows_of(dataset, "prompt")]
+    assert all(prompt.startswith(f"{expected}<|im_start|>") for prompt in prompts)
+    assert dataset.report.boundaries_moved == 0
+    messages = CONVERSATIONS[0]["prompt"]
+    today = chat_tokenizer.apply_chat_template(messages, tokenize=False)
+    assert not today.startswith(expected)  # so the template does have a clock
+
+
 def test_instructions_and_wrapped_strings_are_user_turns(chat_tokenizer):
     wrapped = tokenize_sft(
         [{"prompt": "Add.\n\n1 1", "completion": "2"}], chat_tokenizer, template="chat", **LIMITS

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from train.checkpoint import Checkpoints, abstract
-from train.config import TrainerOptions
+from train.config import TrainerOptions, UserError
 from train.loop import Job, count_tokens, fit
 from train.metrics_log import read_metrics
 from train.output_dir import OutputDir
@@ -145,6 +145,35 @@ def test_first_metrics_are_checked_once(tmp_path):
 
     with pytest.raises(ValueError, match="not the reference"):
         run(tmp_path / "b", make_job(check_first=refuse))
+
+
+@pytest.mark.parametrize(
+    ("bad", "options", "found"),
+    [
+        (4, {"save_every": 2}, [2]),  # logged
+        (4, {"save_every": 2, "log_every": 100}, [2]),  # not logged, but saved behind it
+        (3, {"save_every": 2, "log_every": 5}, [2]),  # neither, so seen at the next one saved
+        (1, {}, []),
+        (STEPS, {"save_every": 3, "log_every": 100}, [3, 6]),
+    ],
+)
+def test_loss_that_is_not_finite_stops_the_run(tmp_path, bad, options, found):
+    train_step = make_train_step(loss_fn, TX)
+
+    def step(state, batch):
+        number = int(state["step"]) + 1
+        state, metrics = train_step(state, batch)
+        return state, {**metrics, "loss": metrics["loss"] * (np.nan if number >= bad else 1)}
+
+    seen = bad if bad != 3 else 4
+    with pytest.raises(UserError, match=rf"loss is nan at step {seen}.*optimizer\.learning_rate"):
+        run(tmp_path, make_job(step=step, check_first=refuse_nan), **options)
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as saved:
+        assert saved.steps() == found
+
+
+def refuse_nan(metrics):
+    assert not np.isnan(metrics["loss"]), "its message would lead astray"
 
 
 def test_resume_goes_on_from_the_last_checkpoint(tmp_path):

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 
-from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.event_pb2 import (  # pyright: ignore[reportAttributeAccessIssue]
+    Event,
+    SessionLog,
+)
 
 from train.metrics_log import MetricsLog, keep_until, read_metrics
 
 
 def scalars(directory) -> dict[tuple[str, int], float]:
-    """What TensorBoard reads from its files."""
+    """What TensorBoard shows: a session's start hides what earlier ones logged from its step on."""
     found = {}
     for path in sorted(directory.glob("events*")):
         data, start = path.read_bytes(), 0
         while start < len(data):
             length = int.from_bytes(data[start : start + 8], "little")
             event = Event.FromString(data[start + 12 : start + 12 + length])
+            if event.session_log.status == SessionLog.START:
+                found = {key: value for key, value in found.items() if key[1] < event.step}
             for value in event.summary.value:
                 found[value.tag, event.step] = value.simple_value
             start += 16 + length
@@ -52,6 +57,18 @@ def test_resume_drops_later_steps(tmp_path):
         log.write(4, {"loss": 40.0})
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_new_start_hides_what_a_killed_run_logged(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in range(1, 4):
+            log.write(step, {"loss": float(step)})
+    # One file per second and process; the second run's comes later.
+    (before,) = (tmp_path / "tensorboard").iterdir()
+    before.rename(before.with_name("events.out.tfevents.0"))
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {"loss": 10.0})
+    assert scalars(tmp_path / "tensorboard") == {("loss", 1): 10.0}
 
 
 def test_resume_drops_a_line_that_was_cut_off(tmp_path):

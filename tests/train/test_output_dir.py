@@ -88,6 +88,25 @@ def test_file_in_place_of_the_directory(tmp_path):
         open_output("dpo", at(file))
 
 
+def test_place_that_cannot_be_written(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    message = r"output_dir '.*file/run' cannot be written \(Not a directory\); choose a place"
+    with pytest.raises(UserError, match=message):
+        open_output("dpo", at(file / "run"))
+    output = open_output("dpo", at(tmp_path / "late" / "run"))
+    (tmp_path / "late").write_text("mine")  # in the way since the check
+    with pytest.raises(UserError, match=r"late/run' cannot be written \(Not a directory\)"):
+        output.begin(at(output.path), {})
+
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("train.output_dir.tempfile.TemporaryFile", refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
+        open_output("dpo", at(tmp_path))
+
+
 def test_damaged_record(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run\.json cannot be read as a run's record"):

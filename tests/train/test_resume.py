@@ -17,6 +17,7 @@ import pytest
 from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
 from train.checkpoint import Checkpoints
 from train.cli import main
+from train.run import Run
 
 STEPS, EVERY = 48, 4
 SETTINGS = {
@@ -146,6 +147,23 @@ def test_export_that_was_killed_is_made_up_for(run):
     assert not list(output.glob(".export.partial*"))
 
 
+def test_resume_that_scores_the_reference_again_lets_go_of_its_weights(run, monkeypatch, capsys):
+    output, arguments = run
+    (output / "summary.json").unlink()
+    shutil.rmtree(output / "reference")
+    held = []
+    monkeypatch.setattr(
+        Run, "train", lambda self, loss, tx, start, **rest: held.append(start.__self__.loaded)
+    )
+    assert main(arguments) == 0
+    assert "Loading the model" in capsys.readouterr().out
+    shutil.rmtree(output / "checkpoints")
+    shutil.rmtree(output / "reference")
+    assert main(arguments) == 0
+    assert held[0] is None
+    assert held[1] is not None  # a new start has a use for them
+
+
 def test_resume_refuses_changed_weights(run, inputs, capsys):
     output, arguments = run
     (output / "summary.json").unlink()  # as if it had been killed before the end
@@ -172,3 +190,25 @@ def test_export_command_writes_any_checkpoint(run, inputs, tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
     assert main(["export", "--run", str(output), "--output", "x", "--step", "1"]) == 2
     assert "no checkpoint 1 in" in capsys.readouterr().err
+
+
+def dtypes(directory: Path) -> set[str]:
+    return {tensor.dtype.name for tensor in read_tensors(directory).values()}
+
+
+def test_export_command_writes_the_type_that_the_run_was_given(run, tmp_path, capsys):
+    output, _ = run
+    settings = output / "config.yaml"
+    text = settings.read_text()
+    assert "export_dtype: null" in text
+    settings.write_text(text.replace("export_dtype: null", "export_dtype: float16"))
+    command = ["export", "--run", str(output), "--output"]
+    assert main([*command, str(tmp_path / "recorded")]) == 0
+    assert dtypes(tmp_path / "recorded") == {"float16"}
+    assert main([*command, str(tmp_path / "given"), "--dtype", "float32"]) == 0
+    assert dtypes(tmp_path / "given") == {"float32"}
+    settings.unlink()
+    assert main([*command, str(tmp_path / "unknown")]) == 2
+    message = capsys.readouterr().err
+    assert "run: model.export_dtype cannot be read from" in message
+    assert "give dtype" in message

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from tests.train.test_config import GOOD
 from tests.train.tiny_runs import make_model_dir
 from train.config import ModelOptions, TrainerOptions, UserError
+from train.data import tokenize_preference
 from train.prepare import blamed_on, check_model, hash_model
-from train.run import count_steps
+from train.run import count_steps, set_up
 
 
 def test_steps_or_epochs_of_whole_batches():
@@ -18,6 +22,19 @@ def test_steps_or_epochs_of_whole_batches():
         count_steps(TrainerOptions(batch_size=4, epochs=0.1), rows=10)
     with pytest.raises(UserError, match=r"trainer\.batch_size is 11, but there are only 10"):
         count_steps(TrainerOptions(batch_size=11, steps=1), rows=10)
+
+
+def test_parameters_in_bfloat16_are_warned_about(tmp_path, capsys):
+    shown = {}
+    for name in ("float32", "bfloat16"):
+        options = dataclasses.replace(GOOD.model, path=str(tmp_path), param_dtype=name)
+        config = dataclasses.replace(GOOD, output_dir=str(tmp_path / "run"), model=options)
+        with pytest.raises(UserError, match=r"model\.path"):
+            set_up("dpo", config, tokenize_preference)
+        shown[name] = capsys.readouterr().out
+    assert shown["float32"] == ""
+    assert shown["bfloat16"].count("\n") == 1
+    assert "loses small updates to rounding" in shown["bfloat16"]
 
 
 def test_configuration_takes_the_types_of_the_run(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -171,6 +172,61 @@ def test_eval_repeats_what_the_run_measured(inputs, sft, dpo, tmp_path, capsys):
     assert "accuracy_per_token" in shown
     assert main(["eval", *arguments]) == 2
     assert "exists; nothing is overwritten" in capsys.readouterr().err
+
+
+def eval_flags(inputs, model: Path, output: Path) -> list[str]:
+    return flags(
+        {
+            "model": model,
+            "output": output,
+            "preferences.reference": model,
+            "preferences.path": inputs["pairs"],
+            "preferences.max_prompt_length": 64,
+            "preferences.max_completion_length": 16,
+        }
+    )
+
+
+def test_eval_shows_results_that_cannot_be_written(inputs, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "results.json"
+
+    def evaluate(*args):
+        output.write_text("mine")  # by another process in the meantime
+        return {"model": "m", "preferences": {"margin": 0.25}, "tasks": {}}
+
+    monkeypatch.setattr("train.evaluate._evaluate", evaluate)
+    assert main(["eval", *eval_flags(inputs, Path(inputs["model"]), output)]) == 2
+    shown = capsys.readouterr()
+    assert "0.2500" in shown.out
+    assert "exists; nothing is overwritten" in shown.err
+    assert output.read_text() == "mine"
+
+
+def test_eval_looks_at_its_output_before_any_work(inputs, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    output = tmp_path / "file" / "results.json"
+    assert main(["eval", *eval_flags(inputs, Path(inputs["model"]), output)]) == 2
+    shown = capsys.readouterr()
+    assert "preferences:" not in shown.out
+    assert "error: output " in shown.err
+    assert "Not a directory" in shown.err
+
+
+def test_eval_computes_in_its_type_with_whole_parameters(inputs, tmp_path, monkeypatch):
+    held = []
+
+    def evaluate_preferences(*args, **rest):
+        def evaluate(params):
+            held.extend(leaf.dtype.name for leaf in jax.tree.leaves(params))
+            return {"eval_margin": 0.0}
+
+        return evaluate
+
+    monkeypatch.setattr("train.evaluate.evaluate_preferences", evaluate_preferences)
+    monkeypatch.setattr("train.evaluate._with_reference", lambda config, score, pairs: pairs)
+    arguments = eval_flags(inputs, Path(inputs["model"]), tmp_path / "results.json")
+    assert main(["eval", *arguments, "--dtype", "bfloat16"]) == 0
+    assert set(held) == {"float32"}
 
 
 def test_eval_wants_something_to_do(sft, tmp_path, capsys):

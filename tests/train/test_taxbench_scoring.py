@@ -1,5 +1,6 @@
 """Scores, matched rewards and reports against cases worked out by hand."""
 
+import dataclasses
 import io
 import json
 
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from train.taxbench import plot, report
 from train.taxbench.examples import Questions
+from train.taxbench.methods import METHODS
 from train.taxbench.scoring import is_right, style_score
 from train.taxbench.tasks import EOS, HOPE, PAD, SMILE, SURE
 from train.taxbench.trajectories import (
@@ -147,6 +149,22 @@ def test_terminal_table_holds_every_row():
     printed = stream.getvalue()
     for expected in ("ADAMW", "70.0", "ON_TIES", "85.0", "+15.0", "not reached (best 0.30)"):
         assert expected in printed
+
+
+def test_density_of_one_is_said_in_table_and_notes():
+    for method in METHODS:
+        assert ("(p = 1)" in method.label) == (method.optimizer.density == 1)
+
+    def said(rows) -> tuple[bool, bool]:
+        stream = io.StringIO()
+        Console(file=stream, width=160).print(report.table(rows, 0.5, 20))
+        in_table = "neither masks nor thresholds" in " ".join(stream.getvalue().split())
+        return in_table, any("every entry is kept" in note for note in report.notes(rows, 0.5, 0))
+
+    adamw, ties, *others = rows()
+    assert said([adamw, ties, *others]) == (False, False)
+    whole = dataclasses.replace(ties.trajectory, label="OnTIES (p = 1)")
+    assert said([adamw, dataclasses.replace(ties, trajectory=whole), *others]) == (True, True)
 
 
 def test_headline_says_what_was_measured():

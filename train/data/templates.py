@@ -8,13 +8,16 @@ The rules, for every completion:
 - it starts where the tokens of the prompt and those of prompt and answer together part. Usually
   that is the end of the prompt; where tokens merge across it, the start moves back, as in TRL;
 - BOS stands once at the start of the prompt when the tokeniser or the template puts it there, and
-  nowhere inside a completion.
+  nowhere inside a completion;
+- a chat template that writes today's date (Llama 3.2) gets a fixed one, so that the tokens, and
+  with them resumed runs and cached log-probabilities, are the same on every day.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +30,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Template = Literal["auto", "chat"]
+
+TODAY = datetime(2024, 7, 26)
+"""Today in chat templates: what Llama 3.1 and 3.2 write when there is no clock."""
+
+# Llama's templates take this variable; others ask the function `strftime_now` whatever is given.
+# transformers lets no function be passed in its place, but a macro of that name hides it. The line
+# break belongs to the macro: blocks lose the one behind them.
+_DATE_STRING = TODAY.strftime("%d %b %Y")
+_CODES = [f"%{letter}" for letter in ("-d", "-m", *"aAbBdeFHIjmMpSyY")]
+_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace({code!r}, {TODAY.strftime(code)!r})" for code in _CODES)
+    + " }}{% endmacro %}\n"
+)
 
 
 @dataclass(frozen=True)
@@ -119,16 +136,25 @@ class Encoder:
             )
         try:
             return [
-                self._tokenizer.apply_chat_template(
-                    prompt, tokenize=False, add_generation_prompt=True
-                ),
-                *(
-                    self._tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
-                    for answer in answers
-                ),
+                self._apply(prompt, add_generation_prompt=True),
+                *(self._apply([*prompt, *answer]) for answer in answers),
             ]
         except jinja2.TemplateError as error:
             raise DataError(f"{where}: the chat template refuses the messages: {error}.") from error
+
+    def _apply(self, messages: Sequence[Any], *, add_generation_prompt: bool = False) -> str:
+        return self._tokenizer.apply_chat_template(
+            messages,
+            chat_template=self._chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            date_string=_DATE_STRING,
+        )
+
+    @cached_property
+    def _chat_template(self) -> str:
+        template = self._tokenizer.get_chat_template()
+        return _CLOCK + template if "strftime_now" in template else template
 
     def _encoded(
         self, prompt: list[int], wholes: list[list[int]], conversation: bool

@@ -27,7 +27,7 @@ class Method:
 
     Attributes:
         name: identifier.
-        label: name in tables and plots.
+        label: name in tables and plots; "(p = 1)" where the density is 1 and nothing is dropped.
         optimizer: its optimizer, as for `python -m train dpo`.
         beta: strength of DPO's pull towards the reference.
     """
@@ -51,12 +51,12 @@ METHODS = (
     Method("kl", "KL, β 0.3", OptimizerOptions(learning_rate=3e-5), beta=0.3),
     Method(
         "on_dare",
-        "OnDARE",
+        "OnDARE (p = 1)",
         OptimizerOptions(name="on_dare", learning_rate=2e-5, alpha=1e-3, density=1.0),
     ),
     Method(
         "on_ties",
-        "OnTIES",
+        "OnTIES (p = 1)",
         OptimizerOptions(name="on_ties", learning_rate=3e-5, alpha=1e-3, density=1.0),
     ),
 )

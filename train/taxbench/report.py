@@ -56,11 +56,13 @@ def table(rows: Sequence[Row], level: float, steps: int) -> Table:
         steps: the fixed last step.
     """
     start = rows[0].trajectory.points[0]
-    out = Table(
-        caption=f"SFT model: reward {start.reward:.2f}, capability {_percent(start.capability)} %. "
-        "± is one standard error over the questions, not over training runs.",
-        caption_justify="left",
+    caption = (
+        f"SFT model: reward {start.reward:.2f}, capability {_percent(start.capability)} %. "
+        "± is one standard error over the questions, not over training runs."
     )
+    if _whole(rows):
+        caption += " p = 1: no entry is dropped, so neither masks nor thresholds are at work."
+    out = Table(caption=caption, caption_justify="left")
     # The settings are on the page; a terminal has no room for them.
     for index, heading in enumerate(_without_settings(_headings(level, steps))):
         out.add_column(heading, justify="right" if index else "left")
@@ -69,6 +71,11 @@ def table(rows: Sequence[Row], level: float, steps: int) -> Table:
             *_without_settings(_cells(row)), style="dim" if row.trajectory.control else None
         )
     return out
+
+
+def _whole(rows: Sequence[Row]) -> list[str]:
+    """Labels of the methods that merge at density 1."""
+    return [row.trajectory.label for row in rows if "(p = 1)" in row.trajectory.label]
 
 
 def _without_settings(cells: Sequence[str]) -> list[str]:
@@ -120,6 +127,13 @@ def notes(rows: Sequence[Row], level: float, seed: int) -> list[str]:
         "A model of 85 000 parameters on synthetic tasks shows the mechanism. It says nothing "
         "about the size of the effect in a language model.",
     ]
+    if _whole(rows):
+        out.insert(
+            2,
+            f"{' and '.join(_whole(rows))}: at density p = 1 every entry is kept, so the random "
+            "masks of OnDARE and the magnitude threshold of OnTIES are not tried here, only the "
+            "blend with τ and the sign vote of OnTIES.",
+        )
     control = by_name.get("adamw_plus_delta")
     online = [by_name[name] for name in ("on_dare", "on_ties") if name in by_name]
     if control is not None and control.matched is not None:
