@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from omerge_jax.state import merge_states
 
+# Set off from the names of hyperparameters, by which optax.tree.get finds things.
+_PREFIX = "merge_"
 # The sums over all entries of a leaf from which the metrics are made, in the order of `leaf_sums`.
 _SUMS = (
     "proposed",
@@ -35,7 +37,12 @@ _NAMES = (
 def zero_scalars(diagnostics: int) -> dict[str, jax.Array]:
     """Returns the scalars of a state before its first step."""
     names = ("alpha", "alpha_total", *(_NAMES if diagnostics else ()))
-    return {name: jnp.zeros([], jnp.float32) for name in names}
+    return prefixed({name: jnp.zeros([], jnp.float32) for name in names})
+
+
+def prefixed(scalars: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns the scalars by the names they have in the state."""
+    return {_PREFIX + name: value for name, value in scalars.items()}
 
 
 def leaf_sums(
@@ -47,7 +54,7 @@ def leaf_sums(
     param: jax.Array | None,
     alpha: jax.Array,
 ) -> jax.Array:
-    """Returns the sums of one leaf, float32 [len(_SUMS)], in one reduction.
+    """Returns the sums of one leaf, float32 [len(_SUMS)].
 
     Args:
       update: Δθ [...].
@@ -60,7 +67,7 @@ def leaf_sums(
     """
     both = (kept != 0) & (kept_delta != 0)
     moving = merged != 0
-    lost = jnp.zeros_like(moving) if param is None else moving & (param + merged == param)
+    lost = jnp.zeros_like(moving) if param is None else moving & (move(param, merged) == 0)
     terms = [
         update != 0,
         kept != 0,
@@ -75,13 +82,27 @@ def leaf_sums(
         moving,
         lost,
     ]
-    terms = [jnp.asarray(term).astype(jnp.float32) for term in terms]
+    return jnp.stack([_total(term) for term in terms])
 
-    def add(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
-        return [a + b for a, b in zip(left, right, strict=True)]
 
-    zeros = [jnp.float32(0)] * len(terms)
-    return jnp.stack(jax.lax.reduce(terms, zeros, add, tuple(range(update.ndim))))
+def move(param: jax.Array, update: jax.Array) -> jax.Array:
+    """What adding ``update`` moves ``param`` by once the sum is rounded to its dtype.
+
+    Rounded explicitly: a compiler may carry a bfloat16 sum on in float32, where nothing is lost.
+    """
+    wide = jnp.promote_types(param.dtype, jnp.float32)
+    kind = jnp.finfo(param.dtype)
+    total = param.astype(wide) + update.astype(wide)
+    return jax.lax.reduce_precision(total, kind.nexp, kind.nmant) - param.astype(wide)
+
+
+def _total(term: jax.Array) -> jax.Array:
+    """Sum over all entries, float32; by rows first, for a running float32 sum stops at 2**24."""
+    if term.ndim and term.dtype == jnp.bool_:
+        term = jnp.sum(term, axis=-1, dtype=jnp.uint32)
+    elif term.ndim:
+        term = jnp.sum(term, axis=-1)
+    return jnp.sum(term.astype(jnp.float32))
 
 
 def scalars_from_sums(sums: jax.Array, *, knows_params: bool) -> dict[str, jax.Array]:
@@ -136,10 +157,10 @@ def merge_metrics(opt_state: Any) -> dict[str, jax.Array]:
       ['alpha', 'alpha_total']
     """
     states = merge_states(opt_state)
-    if len(states) == 1:
-        return dict(states[0].merge_scalars)
+    suffixes = [""] if len(states) == 1 else [f"/{i}" for i in range(len(states))]
+    # Copies, so that they can still be read once the state has been donated to the next step.
     return {
-        f"{name}/{i}": value
-        for i, state in enumerate(states)
+        name.removeprefix(_PREFIX) + suffix: jnp.array(value, copy=True)
+        for state, suffix in zip(states, suffixes, strict=True)
         for name, value in state.merge_scalars.items()
     }

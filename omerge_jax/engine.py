@@ -10,7 +10,7 @@ import optax
 
 from omerge_jax import sparsify
 from omerge_jax.consensus import Consensus
-from omerge_jax.diagnostics import leaf_sums, scalars_from_sums, sums_width
+from omerge_jax.diagnostics import leaf_sums, move, prefixed, scalars_from_sums, sums_width
 from omerge_jax.paths import LayerAxes, Path, leaves_by_path, path_names, resolve_layer_axes
 from omerge_jax.sparsify import FittedSparsifier, Sparsifier, SparsifyContext
 from omerge_jax.state import OnlineMergeState
@@ -114,6 +114,14 @@ def fit_once(merge: Merge, state: OnlineMergeState) -> jax.Array | None:
     )
 
 
+def _realised(param: jax.Array | None, update: jax.Array, dtype: Any) -> jax.Array:
+    """What adding ``update`` moves the parameter by, which rounding can make nothing in bfloat16.
+
+    Step-K rolls the span back: rolling back more than was moved would drive parameters away.
+    """
+    return (update if param is None else move(param, update)).astype(dtype)
+
+
 class MergeStep:
     """One step of the merge over all leaves."""
 
@@ -140,7 +148,8 @@ class MergeStep:
     ) -> tuple[optax.Updates, dict[str, jax.Array]]:
         """Returns the merged updates (less what is cached) and the scalars of this step."""
         before = self.state.merge_scalars
-        scalars = {"alpha": self.alpha, "alpha_total": before["alpha_total"] + self.alpha}
+        total = before["merge_alpha_total"] + self.alpha
+        scalars = {"merge_alpha": self.alpha, "merge_alpha_total": total}
         if not self.diagnostics:
             return self._merge_leaves(updates, cached)[0], scalars
         if self.diagnostics == 1 or cached is not None:
@@ -161,7 +170,7 @@ class MergeStep:
     ) -> tuple[optax.Updates, dict[str, jax.Array]]:
         merged, sums = self._merge_leaves(updates, cached, measure=True)
         total = sum(sums, jnp.zeros([sums_width()], jnp.float32))
-        return merged, scalars_from_sums(total, knows_params=self.params is not None)
+        return merged, prefixed(scalars_from_sums(total, knows_params=self.params is not None))
 
     def _merge_leaves(
         self,
@@ -209,7 +218,7 @@ class MergeStep:
         self, every_k: chex.Numeric, updates: optax.Updates
     ) -> tuple[optax.Updates, Any, dict[str, jax.Array]]:
         """Step-K: merges where the step's number is a multiple of K, else passes and caches."""
-        cached = self.state.cached_delta
+        cached, params = self.state.cached_delta, self.params
 
         def merge(updates: Any, cached: Any) -> tuple[Any, Any, dict[str, jax.Array]]:
             merged, scalars = self.merge(updates, leaves_by_path(cached))
@@ -219,7 +228,11 @@ class MergeStep:
             new = leaves_by_path(updates)
 
             def add(key_path: tuple[Any, ...], total: jax.Array) -> jax.Array:
-                return total + new[path_names(key_path)].astype(total.dtype)
+                path = path_names(key_path)
+                if path not in new:
+                    return total
+                param = None if params is None else params[path]
+                return total + _realised(param, new[path], total.dtype)
 
             summed = jax.tree_util.tree_map_with_path(add, cached)
             return updates, summed, self.state.merge_scalars

@@ -34,7 +34,7 @@ def _check(
             "alpha is the weight of the reference delta (the update gets 1 - alpha) and must be in "
             f"[0, 1], got alpha = {alpha}"
         )
-    if isinstance(every_k, (int, float)) and (every_k < 1 or int(every_k) != every_k):
+    if isinstance(every_k, (int, float, np.number)) and (every_k < 1 or int(every_k) != every_k):
         raise ValueError(
             "every_k is the number of optimizer steps from one merge to the next and must be an "
             f"integer of at least 1, got every_k = {every_k}"
@@ -46,6 +46,11 @@ def _check(
             "diagnostics must be a bool or a non-negative Python int (under optax.inject_hyperparams "
             f"name it in static_args), got diagnostics = {diagnostics}"
         )
+
+
+def _zero_cache(param: Any) -> jax.Array:
+    # zeros_like, not zeros: a sharded parameter gets a cache that is sharded alike.
+    return jnp.zeros_like(param, dtype=wide_dtype(param.dtype))
 
 
 def _is_literal(value: Any, literal: int) -> bool:
@@ -93,12 +98,13 @@ def online_merge(
         (or float64) arrays.
       consensus: ⊕, a callable ``(update, delta, alpha) -> array``.
       alpha: weight of the reference in [0, 1]; a float, a schedule of the optimizer step, or traced.
-        The literal 0 needs and keeps no delta.
+        The literal 0 needs and keeps no delta, and takes no consensus: what is emitted is F(Δθ).
       delta: τ_r, copied into the state by ``init``; None to set it later with `with_delta`, which
         keeps it out of the compiled ``init``.
       every_k: K, at least 1. Anything but a Python int (as under ``optax.inject_hyperparams`` without
         ``static_args``) also works but always keeps the sum of updates in memory.
-      delta_mask: ``"fixed"`` sparsifies τ_r once (step 0 of the mask), ``"fresh"`` at every step.
+      delta_mask: ``"fixed"`` sparsifies τ_r once (step 0 of the mask, and of a density schedule; an
+        injected density counts as it is at each step), ``"fresh"`` at every step.
       layer_axes: which leading axes index separate tensors, where layers are stacked: None, an int,
         a callable of the path names, or a tree prefix of ints.
       diagnostics: True for the full `merge_metrics` at every merge, an int n for every n-th step (with
@@ -106,7 +112,9 @@ def online_merge(
 
     Returns:
       A transformation with `OnlineMergeState`. Emitted updates keep their dtype; the merge is
-      computed in float32 (float64 for float64 updates).
+      computed in float32 (float64 for float64 updates). Whatever is smaller than half a unit in the
+      last place of its parameter is lost when the update is added: with alpha near 1e-7 that is
+      most of the reference term, and ``rounding_lost`` in `merge_metrics` shows it.
 
     Raises:
       ValueError: an argument out of range; and, when ``update`` is traced, a missing delta.
@@ -139,7 +147,7 @@ def online_merge(
             merge_count=jnp.zeros([], jnp.int32),
             reference_delta=reference,
             delta_fit=jnp.full([entries], -1.0, jnp.float32) if merge.fits else None,
-            cached_delta=None if plain else like(lambda p: jnp.zeros(p.shape, wide_dtype(p.dtype))),
+            cached_delta=None if plain else like(_zero_cache),
             merge_scalars=zero_scalars(diagnostics),
         )
 

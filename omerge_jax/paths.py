@@ -69,6 +69,11 @@ def resolve_layer_axes(layer_axes: LayerAxes, path: Path, ndim: int) -> int:
         entry for the leaf.
     """
     axes: int = 0
+    if isinstance(layer_axes, jax.Array):
+        raise ValueError(
+            "layer_axes must be known when the program is traced; under optax.inject_hyperparams name "
+            "it in static_args"
+        )
     if isinstance(layer_axes, int):
         axes = layer_axes
     elif callable(layer_axes):

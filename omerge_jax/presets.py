@@ -87,6 +87,8 @@ def _decay_merged(
         rate = learning_rate(state.decay_count) if callable(learning_rate) else learning_rate
 
         def decay(u: jax.Array, p: jax.Array) -> jax.Array:
+            if not jnp.issubdtype(u.dtype, jnp.inexact):
+                return u
             wide = jnp.promote_types(u.dtype, jnp.float32)
             u32, p32 = u.astype(wide), p.astype(wide)
             return (u32 - rate * weight_decay * (p32 + u32)).astype(u.dtype)

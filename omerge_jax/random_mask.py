@@ -40,12 +40,13 @@ def mask_key(
     """
     digest = hashlib.blake2b("\0".join((role, *path)).encode(), digest_size=8).digest()
     name = [int.from_bytes(digest[i : i + 4], "little") for i in (0, 4)]
-    words = [jnp.asarray(seed), jnp.asarray(step), *(jnp.uint32(word) for word in name)]
+    seed = seed % _WORD if isinstance(seed, int) else seed
+    words = [jnp.asarray(word, jnp.uint32) for word in (seed, step, *name)]
     keys = []
     for stream in (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35):
         state = jnp.uint32(stream)
         for word in words:
-            state = _mix((state ^ word.astype(jnp.uint32)) + jnp.uint32(stream))
+            state = _mix((state ^ word) + jnp.uint32(stream))
         keys.append(state)
     return keys[0], keys[1], keys[2]
 

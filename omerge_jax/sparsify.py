@@ -144,8 +144,9 @@ def random(
       density: share kept, in (0, 1]; a float, a schedule of the step, or traced.
       rescale: ``"inverse"`` divides kept entries by ``density`` (unbiased; the authors' code, which
         uses dropout). ``"norm"`` gives the kept update the L1 norm of the dense one, per tensor (the
-        authors' ``rescale`` flag; the delta is still divided by ``density``). ``"none"`` leaves them
-        (the paper's text, Eq. 3).
+        authors' ``rescale`` flag; the delta is still divided by ``density``; as there,
+        1e-6 is added to the norm divided by, which shrinks updates of a smaller norm). ``"none"``
+        leaves them (the paper's text, Eq. 3).
       clip: the delta, and with ``"norm"`` the update, is clamped to ±clip; None for no clamp.
       seed: integer that, with the step, the leaf's path and the element's index, fixes the mask.
       draw: another source of masks, ``(x, density, ctx) -> bool array``; None for the counter-based
@@ -197,7 +198,8 @@ class _Magnitude:
             count = int(density * entries)
             return jnp.uint32(count if count >= 1 else entries)
         # The product of a float32 density is exact enough, but may round up to 2**32.
-        count = jnp.minimum(jnp.floor(density * entries), 4294967040.0).astype(jnp.uint32)
+        share = jnp.asarray(density, jnp.float32)
+        count = jnp.minimum(jnp.floor(share * entries), 4294967040.0).astype(jnp.uint32)
         return jnp.where(count >= 1, jnp.minimum(count, jnp.uint32(entries)), jnp.uint32(entries))
 
 
@@ -218,7 +220,7 @@ def magnitude(
 
     Args:
       density: share kept, in (0, 1]; a float, a schedule of the step, or traced. Only a Python float
-        gives the count exactly in tensors of more than 2**24 entries.
+        gives the count exactly; others are multiplied in float32.
       rescale: ``"norm"`` gives what is kept the L1 norm it had before, per tensor.
 
     Returns:

@@ -46,8 +46,6 @@ def top_k_threshold(x: jax.Array, k: jax.typing.ArrayLike, layer_axes: int = 0) 
         )
     layers = x.shape[:layer_axes]
     bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32)
-    if bits.ndim == layer_axes:
-        bits = bits[..., None]
     wanted = jnp.broadcast_to(jnp.asarray(k).astype(jnp.uint32), layers)
 
     def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
@@ -85,12 +83,10 @@ def _count_reaching(
     vectorises a reduction of several outputs where it does not vectorise a single one.
     """
     trailing = (1,) * (bits.ndim - layer_axes)
-    reached = [(bits >= c.reshape(c.shape + trailing)).astype(jnp.int32) for c in candidates]
-    zeros = [jnp.int32(0)] * len(reached)
+    reached = [(bits >= c.reshape(c.shape + trailing)).astype(jnp.uint32) for c in candidates]
+    zeros = [jnp.uint32(0)] * len(reached)
 
     def add(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
         return [a + b for a, b in zip(left, right, strict=True)]
 
-    rows = jax.lax.reduce(reached, zeros, add, (bits.ndim - 1,))
-    axes = tuple(range(layer_axes, bits.ndim - 1))
-    return [jnp.sum(row.astype(jnp.uint32), axis=axes, dtype=jnp.uint32) for row in rows]
+    return jax.lax.reduce(reached, zeros, add, tuple(range(layer_axes, bits.ndim)))

@@ -92,14 +92,35 @@ def test_params_delta_and_state_can_all_be_donated(merge):
 
 
 @each_merge
-def test_abstract_init_and_no_large_constant(merge):
-    big = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
+def test_abstract_init_gives_the_structure_of_the_real_one(merge):
+    params = tree(0)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     tx = optax.chain(optax.adamw(RATE), merge())
-    state = jax.eval_shape(lambda p, d: om.with_delta(tx.init(p), d), big, big)
-    real = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), big)
-    assert jax.tree.structure(om.with_delta(tx.init(real), real)) == jax.tree.structure(state)
-    lowered = jax.jit(tx.update).lower(big, state, big)
-    assert len(lowered.as_text()) < 400_000
+    made = om.with_delta(tx.init(params), params)
+    shapes = jax.eval_shape(lambda p, d: om.with_delta(tx.init(p), d), abstract, abstract)
+    assert jax.tree.structure(made) == jax.tree.structure(shapes)
+    assert [x.shape for x in jax.tree.leaves(made)] == [x.shape for x in jax.tree.leaves(shapes)]
+
+
+@each_merge
+def test_the_delta_is_no_constant_of_the_update(merge):
+    """A megabyte of weights would be two megabytes of program text."""
+    params = {"w": jnp.sin(jnp.arange(2.0**18)).reshape(512, 512)}
+    tx = optax.chain(optax.adamw(RATE), merge(delta=params))
+    lowered = jax.jit(tx.update).lower(params, tx.init(params), params)
+    assert len(lowered.as_text()) < 300_000
+
+
+@each_merge
+def test_scalars_can_be_read_after_the_state_was_donated(merge):
+    params = tree(0)
+    tx = merge(diagnostics=2)
+    state = om.with_delta(tx.init(params), params)
+    update = jax.jit(tx.update, donate_argnums=1)
+    _, state = update(params, state, params)
+    metrics = om.merge_metrics(state)
+    update(params, state, params)
+    assert all(np.isfinite(float(value)) for value in metrics.values())
 
 
 @each_merge
@@ -256,6 +277,24 @@ def test_param_shardings_apply_to_state_subtrees(merge):
 
 
 @each_merge
+@pytest.mark.parametrize("every_k", [1, 2])
+def test_a_leaf_without_an_update_stays_without(merge, every_k):
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    tx = merge(every_k=every_k)
+    state = om.with_delta(tx.init(params), params)
+    for _ in range(2):
+        updates, state = tx.update({"a": params["a"], "b": None}, state, params)
+    assert updates["b"] is None
+
+
+def test_layer_axes_under_injection_says_how():
+    tx = optax.inject_hyperparams(om.on_ties)(0.1, 0.5, layer_axes=1)
+    params = {"w": jnp.ones((2, 3))}
+    with pytest.raises(ValueError, match=r"layer_axes must be known .* static_args"):
+        tx.init(params)
+
+
+@each_merge
 def test_empty_trees_none_leaves_and_extra_arguments(merge):
     tx = merge()
     updates, _ = tx.update({}, tx.init({}), {}, value=1.0)
@@ -289,6 +328,45 @@ def test_renaming_the_order_of_leaves_changes_nothing():
     a, _ = train(om.on_dare(0.1, 0.5), params, delta)
     b, _ = train(om.on_dare(0.1, 0.5), backwards, delta)
     assert_same(a, b)
+
+
+MESHES = """
+import re, jax, jax.numpy as jnp, numpy as np, optax, omerge_jax as om
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from omerge_jax.threshold import top_k_threshold
+values = np.sin(np.arange(64.0 * 32) ** 2).reshape(64, 32).astype(np.float32)
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    for spec in (P("x"), P(None, "x")):
+        with jax.set_mesh(mesh):
+            place = NamedSharding(mesh, spec)
+            params = {"w": jax.device_put(values, place)}
+            tx = optax.chain(om.on_dare(0.1, 0.5), om.on_ties(0.1, 0.5, every_k=2))
+            state = om.with_delta(tx.init(params), params)
+            assert state[1].cached_delta["w"].sharding.is_equivalent_to(place, 2)
+            update = jax.jit(tx.update)
+            for _ in range(3):
+                updates, state = update(params, state, params)
+            assert updates["w"].sharding.is_equivalent_to(place, 2)
+            program = jax.jit(top_k_threshold, static_argnums=1).lower(params["w"], 99).compile()
+            gathers = [line for line in program.as_text().splitlines() if " all-gather(" in line]
+            shapes = [s for line in gathers for s in re.findall(r"\\w+\\[([\\d,]+)\\]", line)]
+            # One count per device and candidate, whatever the size of the tensor.
+            assert all(np.prod([int(n) for n in s.split(",")]) <= 8 * 15 for s in shapes), shapes
+        print(float(jnp.sum(jnp.abs(jax.device_get(updates["w"])))))
+"""
+
+
+def test_any_mesh_keeps_its_layout_and_gathers_nothing():
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", MESHES], env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert len(set(run.stdout.split())) == 1
 
 
 RESUME = """

@@ -1,5 +1,6 @@
 """The metrics of a merge against numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -43,7 +44,7 @@ def test_rounding_lost_counts_updates_that_move_nothing():
     tx = om.child_tuning(1.0, diagnostics=True)
     params = {"w": jnp.ones(4, jnp.bfloat16)}
     updates = {"w": jnp.asarray([1e-4, 0.1, -1e-4, 0.0], jnp.bfloat16)}
-    _, state = tx.update(updates, tx.init(params), params)
+    _, state = jax.jit(tx.update)(updates, tx.init(params), params)
     assert float(om.merge_metrics(state)["rounding_lost"]) == pytest.approx(2 / 3)
     _, state = tx.update(updates, tx.init(params))
     assert np.isnan(float(om.merge_metrics(state)["rounding_lost"]))
@@ -89,3 +90,13 @@ def test_measuring_every_few_steps_changes_no_update(every_k):
 def test_a_bad_period_is_refused():
     with pytest.raises(ValueError, match="diagnostics must be a bool or a non-negative Python int"):
         om.on_dare(0.1, 0.5, diagnostics=-1)
+
+
+def test_counts_do_not_stop_at_the_last_exact_float():
+    entries = 2**25 + 2**12
+    tx = om.child_tuning(0.5, diagnostics=True, rescale="none")
+    params = {"w": jnp.ones((2**13 + 1, 2**12), jnp.bfloat16)}
+    _, state = jax.jit(tx.update)(params, tx.init(params))
+    metrics = om.merge_metrics(state)
+    assert float(metrics["kept_share"]) == pytest.approx(0.5, abs=1e-3)
+    assert float(metrics["update_norm"]) == pytest.approx((entries / 2) ** 0.5, rel=1e-3)

@@ -261,3 +261,40 @@ def test_preset_adam_is_the_authors_adam():
             m, v = 0.8 * m + 0.2 * g64, 0.95 * v + 0.05 * g64**2
             theta = theta - RATE * np.sqrt(1 - 0.95**t) / (1 - 0.8**t) * m / (np.sqrt(v) + 0.1)
             np.testing.assert_allclose(trajectory[t - 1][name], theta, rtol=1e-6, atol=1e-6)
+
+
+def test_step_k_in_bfloat16_does_not_roll_back_what_never_moved():
+    """Updates too small for bfloat16 are lost; rolling them back would drive parameters down."""
+    params = {"w": jnp.ones(100, jnp.bfloat16)}
+    updates = {"w": jnp.full(100, 1e-3, jnp.bfloat16)}
+    tx = om.child_tuning(0.5, every_k=5, rescale="none")
+    state = tx.init(params)
+    for _ in range(20):
+        merged, state = tx.update(updates, state, params)
+        params = optax.apply_updates(params, merged)
+    assert float(params["w"].astype(jnp.float32).min()) >= 1
+
+
+def test_decay_leaves_integer_parameters_alone():
+    params = {"w": jnp.ones(3), "n": jnp.int32(1000)}
+    tx = om.on_dare_adamw(0.1, weight_decay=0.1, alpha=0, density=1.0)
+    grads = {"w": jnp.ones(3), "n": jnp.int32(0)}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert int(updates["n"]) == 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_an_injected_density_of_low_precision_still_sparsifies(dtype):
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=200_000), dtype)}
+    tx = optax.inject_hyperparams(om.on_ties)(alpha=0.1, density=0.1)
+    state = om.with_delta(tx.init(params), {"w": jnp.zeros(200_000)})
+    updates, _ = tx.update(params, state, params)
+    assert float((updates["w"] != 0).mean()) < 0.12
+
+
+@pytest.mark.parametrize("seed", [2**31, 2**40 + 3, -1])
+def test_any_integer_is_a_seed(seed):
+    params = {"w": jnp.ones(64)}
+    tx = om.child_tuning(0.5, seed=seed)
+    updates, _ = tx.update(params, tx.init(params))
+    assert 10 < int((updates["w"] != 0).sum()) < 54
