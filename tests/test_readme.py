@@ -32,6 +32,6 @@ def test_every_name_in_the_table_exists():
 
 def test_every_command_and_configuration_exists():
     commands = set(re.findall(r"python -m train ([\w-]+)", README))
-    assert {"sft", "dpo", "eval", "fetch-smollm2"} <= commands <= set(COMMANDS)
+    assert {"sft", "dpo", "eval"} <= commands <= set(COMMANDS)
     for path in re.findall(r"train/configs/[\w./-]+\.yaml", README):
         assert (ROOT / path).is_file(), path
