@@ -82,7 +82,23 @@ def leaf_sums(
         moving,
         lost,
     ]
-    return jnp.stack([_total(term) for term in terms])
+    terms = [term.astype(jnp.float32) for term in terms]
+    if update.ndim:
+        terms = _row_sums(terms)
+    return jnp.stack([jnp.sum(term) for term in terms])
+
+
+def _row_sums(terms: list[jax.Array]) -> list[jax.Array]:
+    """Sums over the last axis, all terms in one reduction: what they share is computed once.
+
+    Not over all axes: such a sum runs in float32 from entry to entry, and a count stops at 2**24.
+    """
+
+    def add(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
+        return [a + b for a, b in zip(left, right, strict=True)]
+
+    zeros = [jnp.float32(0)] * len(terms)
+    return jax.lax.reduce(terms, zeros, add, (terms[0].ndim - 1,))
 
 
 def move(param: jax.Array, update: jax.Array) -> jax.Array:
@@ -94,15 +110,6 @@ def move(param: jax.Array, update: jax.Array) -> jax.Array:
     kind = jnp.finfo(param.dtype)
     total = param.astype(wide) + update.astype(wide)
     return jax.lax.reduce_precision(total, kind.nexp, kind.nmant) - param.astype(wide)
-
-
-def _total(term: jax.Array) -> jax.Array:
-    """Sum over all entries, float32; by rows first, for a running float32 sum stops at 2**24."""
-    if term.ndim and term.dtype == jnp.bool_:
-        term = jnp.sum(term, axis=-1, dtype=jnp.uint32)
-    elif term.ndim:
-        term = jnp.sum(term, axis=-1)
-    return jnp.sum(term.astype(jnp.float32))
 
 
 def scalars_from_sums(sums: jax.Array, *, knows_params: bool) -> dict[str, jax.Array]:
