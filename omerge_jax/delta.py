@@ -5,6 +5,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from omerge_jax.numerics import wide_dtype
 from omerge_jax.paths import leaves_by_path, path_names, show
 
 
@@ -53,7 +54,7 @@ def task_vector(
     def subtract(key_path: tuple[Any, ...], leaf: Any) -> jax.Array:
         path = path_names(key_path)
         ours = jnp.asarray(leaf)
-        wide = jnp.promote_types(ours.dtype, jnp.float32)
+        wide = wide_dtype(ours.dtype)
         theirs = base_leaves.get(path)
         if theirs is None:
             problems.append(f"{show(path)} is missing in base")

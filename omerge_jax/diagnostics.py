@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from omerge_jax.numerics import sum_together, wide_dtype
 from omerge_jax.state import merge_states
 
 # Set off from the names of hyperparameters, by which optax.tree.get finds things.
@@ -84,21 +85,9 @@ def leaf_sums(
     ]
     terms = [term.astype(jnp.float32) for term in terms]
     if update.ndim:
-        terms = _row_sums(terms)
+        # By rows: over all axes a float32 sum runs from entry to entry, and a count stops at 2**24.
+        terms = sum_together(terms, (update.ndim - 1,))
     return jnp.stack([jnp.sum(term) for term in terms])
-
-
-def _row_sums(terms: list[jax.Array]) -> list[jax.Array]:
-    """Sums over the last axis, all terms in one reduction: what they share is computed once.
-
-    Not over all axes: such a sum runs in float32 from entry to entry, and a count stops at 2**24.
-    """
-
-    def add(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
-        return [a + b for a, b in zip(left, right, strict=True)]
-
-    zeros = [jnp.float32(0)] * len(terms)
-    return jax.lax.reduce(terms, zeros, add, (terms[0].ndim - 1,))
 
 
 def move(param: jax.Array, update: jax.Array) -> jax.Array:
@@ -106,7 +95,7 @@ def move(param: jax.Array, update: jax.Array) -> jax.Array:
 
     Rounded explicitly: a compiler may carry a bfloat16 sum on in float32, where nothing is lost.
     """
-    wide = jnp.promote_types(param.dtype, jnp.float32)
+    wide = wide_dtype(param.dtype)
     kind = jnp.finfo(param.dtype)
     total = param.astype(wide) + update.astype(wide)
     return jax.lax.reduce_precision(total, kind.nexp, kind.nmant) - param.astype(wide)

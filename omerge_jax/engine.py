@@ -11,14 +11,10 @@ import optax
 from omerge_jax import sparsify
 from omerge_jax.consensus import Consensus
 from omerge_jax.diagnostics import leaf_sums, move, prefixed, scalars_from_sums, sums_width
+from omerge_jax.numerics import wide_dtype
 from omerge_jax.paths import LayerAxes, Path, leaves_by_path, path_names, resolve_layer_axes
 from omerge_jax.sparsify import FittedSparsifier, Sparsifier, SparsifyContext
 from omerge_jax.state import OnlineMergeState
-
-
-def wide_dtype(dtype: jax.typing.DTypeLike) -> Any:
-    """The dtype in which leaves of ``dtype`` are merged: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 class Merge:
@@ -100,11 +96,12 @@ def _split_fit(
     return parts
 
 
-def fit_once(merge: Merge, state: OnlineMergeState) -> jax.Array | None:
+def _fit_once(
+    merge: Merge, state: OnlineMergeState, shapes: dict[Path, tuple[int, ...]]
+) -> jax.Array | None:
     """Returns the fit of the fixed delta, computed at the first step that needs it."""
     if state.delta_fit is None or state.delta_fit.size == 0:
         return state.delta_fit
-    shapes = merge.fit_shapes(state.reference_delta)
     return jax.lax.cond(
         state.delta_fit[0] < 0,
         lambda delta, fit: merge.fit_all(leaves_by_path(delta), shapes),
@@ -129,7 +126,6 @@ class MergeStep:
         self,
         merge: Merge,
         state: OnlineMergeState,
-        fit: jax.Array | None,
         alpha: jax.Array,
         params: optax.Params | None,
         diagnostics: int,
@@ -139,8 +135,9 @@ class MergeStep:
         self.alpha = alpha
         self.diagnostics = diagnostics
         self.deltas = leaves_by_path(state.reference_delta)
-        shapes = {} if fit is None else merge.fit_shapes(state.reference_delta)
-        self.fitted = _split_fit(fit, shapes)
+        shapes = merge.fit_shapes(state.reference_delta)
+        self.fit = _fit_once(merge, state, shapes)
+        self.fitted = _split_fit(self.fit, shapes)
         self.params = None if params is None else leaves_by_path(params)
 
     def merge(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from omerge_jax.numerics import wide_dtype
 from omerge_jax.paths import leaves_by_path, path_names, show
 
 _METHODS = ("linear", "task_arithmetic")
@@ -56,7 +57,7 @@ def offline_merge(
         leaves = [_matching(other, path, ours, i) for i, other in enumerate(others)]
         if not jnp.issubdtype(ours.dtype, jnp.inexact):
             return ours
-        wide = jnp.promote_types(ours.dtype, jnp.float32)
+        wide = wide_dtype(ours.dtype)
         origin = ours.astype(wide) if method == "task_arithmetic" else jnp.zeros([], wide)
         terms = [w * (t.astype(wide) - origin) for w, t in zip(weights, leaves, strict=True)]
         total = sum(terms[1:], terms[0])

@@ -18,7 +18,8 @@ from omerge_jax import consensus as consensus_lib
 from omerge_jax import sparsify
 from omerge_jax.consensus import Consensus
 from omerge_jax.diagnostics import zero_scalars
-from omerge_jax.engine import Merge, MergeStep, fit_once, wide_dtype
+from omerge_jax.engine import Merge, MergeStep
+from omerge_jax.numerics import wide_dtype
 from omerge_jax.paths import LayerAxes, path_names, show
 from omerge_jax.sparsify import Sparsifier
 from omerge_jax.state import OnlineMergeState, UnsetDelta, place_delta
@@ -160,8 +161,7 @@ def online_merge(
         del extra_args
         _require_delta(state.reference_delta)
         rate = jnp.asarray(alpha(state.merge_count) if callable(alpha) else alpha, jnp.float32)
-        fit = fit_once(merge, state)
-        step = MergeStep(merge, state, fit, rate, params, diagnostics)
+        step = MergeStep(merge, state, rate, params, diagnostics)
         if plain:
             merged, scalars = step.merge(updates, None)
             cached = None
@@ -169,7 +169,7 @@ def online_merge(
             merged, cached, scalars = step.merge_every(every_k, updates)
         return merged, state._replace(
             merge_count=optax.safe_increment(state.merge_count),
-            delta_fit=fit,
+            delta_fit=step.fit,
             cached_delta=cached,
             merge_scalars=scalars,
         )

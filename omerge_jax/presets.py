@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from omerge_jax import sparsify
+from omerge_jax.numerics import wide_dtype
 from omerge_jax.online import DeltaMask, on_dare, on_ties
 from omerge_jax.paths import LayerAxes
 
@@ -89,7 +90,7 @@ def _decay_merged(
         def decay(u: jax.Array, p: jax.Array) -> jax.Array:
             if not jnp.issubdtype(u.dtype, jnp.inexact):
                 return u
-            wide = jnp.promote_types(u.dtype, jnp.float32)
+            wide = wide_dtype(u.dtype)
             u32, p32 = u.astype(wide), p.astype(wide)
             return (u32 - rate * weight_decay * (p32 + u32)).astype(u.dtype)
 

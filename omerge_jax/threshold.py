@@ -11,6 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from omerge_jax.numerics import sum_together
+
 _DIGIT_BITS = 4
 _CANDIDATES = 2**_DIGIT_BITS - 1
 
@@ -77,16 +79,7 @@ def top_k_threshold(x: jax.Array, k: jax.typing.ArrayLike, layer_axes: int = 0) 
 def _count_reaching(
     bits: jax.Array, candidates: list[jax.Array], layer_axes: int
 ) -> list[jax.Array]:
-    """Counts the entries of each tensor that reach each candidate, in one pass.
-
-    All counts are outputs of one reduction: the tensor is read once, and the CPU compiler
-    vectorises a reduction of several outputs where it does not vectorise a single one.
-    """
+    """Counts the entries of each tensor that reach each candidate, in one pass."""
     trailing = (1,) * (bits.ndim - layer_axes)
     reached = [(bits >= c.reshape(c.shape + trailing)).astype(jnp.uint32) for c in candidates]
-    zeros = [jnp.uint32(0)] * len(reached)
-
-    def add(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
-        return [a + b for a, b in zip(left, right, strict=True)]
-
-    return jax.lax.reduce(reached, zeros, add, tuple(range(layer_axes, bits.ndim)))
+    return sum_together(reached, tuple(range(layer_axes, bits.ndim)))
