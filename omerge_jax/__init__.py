@@ -4,12 +4,15 @@ Blend every optimizer update with the delta between a fine-tuned model and its p
 that alignment does not cost what the model already knew (https://arxiv.org/abs/2405.17931).
 """
 
+from omerge_jax.alpha import Relative, relative
 from omerge_jax.consensus import Consensus, linear, sign
 from omerge_jax.delta import task_vector
 from omerge_jax.diagnostics import merge_metrics
+from omerge_jax.fused import FusedChainState, fused_chain
 from omerge_jax.offline import offline_merge
 from omerge_jax.online import child_tuning, on_dare, on_ties, online_merge
 from omerge_jax.presets import on_dare_adamw, on_ties_adamw
+from omerge_jax.ranked import band, magnitude_ranked
 from omerge_jax.sparsify import (
     FittedSparsifier,
     Sparsifier,
@@ -25,13 +28,18 @@ __version__ = "0.1.0"
 __all__ = [
     "Consensus",
     "FittedSparsifier",
+    "FusedChainState",
     "OnlineMergeState",
+    "Relative",
     "Sparsifier",
     "SparsifyContext",
+    "band",
     "child_tuning",
+    "fused_chain",
     "identity",
     "linear",
     "magnitude",
+    "magnitude_ranked",
     "merge_metrics",
     "offline_merge",
     "on_dare",
@@ -40,6 +48,7 @@ __all__ = [
     "on_ties_adamw",
     "online_merge",
     "random",
+    "relative",
     "sign",
     "task_vector",
     "with_delta",

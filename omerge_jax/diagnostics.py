@@ -1,5 +1,6 @@
 """What a merge does, as scalars."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ _NAMES = (
 )
 
 
-def zero_scalars(diagnostics: int) -> dict[str, jax.Array]:
+def zero_scalars(diagnostics: bool) -> dict[str, jax.Array]:
     """Returns the scalars of a state before its first step."""
     names = ("alpha", "alpha_total", *(_NAMES if diagnostics else ()))
     return prefixed({name: jnp.zeros([], jnp.float32) for name in names})
@@ -46,11 +47,15 @@ def prefixed(scalars: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {_PREFIX + name: value for name, value in scalars.items()}
 
 
+SAMPLE_ENTRIES = 2.0**18
+"""Entries of each tensor that the metrics are estimated from."""
+
+
 def leaf_sums(
     update: jax.Array,
+    delta: jax.Array | None,
     kept: jax.Array,
-    delta: jax.Array,
-    kept_delta: jax.Array,
+    kept_delta: jax.Array | None,
     merged: jax.Array,
     param: jax.Array | None,
     alpha: jax.Array,
@@ -59,13 +64,15 @@ def leaf_sums(
 
     Args:
       update: Δθ [...].
+      delta: τ_r [...]; None where there is none.
       kept: F(Δθ) [...].
-      delta: τ_r [...], or zeros where there is none.
-      kept_delta: F(τ_r) [...].
+      kept_delta: F(τ_r) [...]; None where there is none.
       merged: the update that is emitted [...], in its final dtype.
       param: the parameter [...], or None when it is unknown.
       alpha: float32 scalar.
     """
+    delta = jnp.zeros_like(update) if delta is None else delta
+    kept_delta = jnp.zeros_like(update) if kept_delta is None else kept_delta
     both = (kept != 0) & (kept_delta != 0)
     moving = merged != 0
     lost = jnp.zeros_like(moving) if param is None else moving & (move(param, merged) == 0)
@@ -101,9 +108,10 @@ def move(param: jax.Array, update: jax.Array) -> jax.Array:
     return jax.lax.reduce_precision(total, kind.nexp, kind.nmant) - param.astype(wide)
 
 
-def scalars_from_sums(sums: jax.Array, *, knows_params: bool) -> dict[str, jax.Array]:
-    """Returns the metrics of one step from the sums over all leaves, float32 [len(_SUMS)]."""
-    s = dict(zip(_SUMS, sums, strict=True))
+def scalars_from_sums(leaves: Sequence[jax.Array], *, knows_params: bool) -> dict[str, jax.Array]:
+    """Returns the metrics of one step from the sums of every leaf, float32 [len(_SUMS)] each."""
+    total = sum(leaves, jnp.zeros([len(_SUMS)], jnp.float32))
+    s = dict(zip(_SUMS, total, strict=True))
 
     def share(part: jax.Array, whole: jax.Array) -> jax.Array:
         return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
@@ -118,11 +126,6 @@ def scalars_from_sums(sums: jax.Array, *, knows_params: bool) -> dict[str, jax.A
     }
 
 
-def sums_width() -> int:
-    """Number of sums of a leaf."""
-    return len(_SUMS)
-
-
 def merge_metrics(opt_state: Any) -> dict[str, jax.Array]:
     """Returns what the last merge did, as float32 scalars.
 
@@ -133,15 +136,17 @@ def merge_metrics(opt_state: Any) -> dict[str, jax.Array]:
       A dict of scalars, empty where there is no online merge; where there are several (as with
       ``optax.partition``), the names get the suffix ``/0``, ``/1`` … in tree order. Always there:
 
-      - ``alpha``: weight of the reference term at the last merge.
+      - ``alpha``: weight of the reference term at the last merge (with `relative` per tensor, its mean
+        over entries).
       - ``alpha_total``: Σ alpha over the merges so far; how far the reference has been re-applied.
 
-      With ``diagnostics`` also, of the last measured step:
+      With ``diagnostics`` also, of the last merge; from a sample of about 262144 entries of each larger
+      tensor (1/64 of it at least), other ones at every step, so that no tensor is read once more:
 
       - ``kept_share``: entries of F(Δθ) that are not 0, among those of Δθ.
       - ``sign_agreement``: share of equal signs where F(Δθ) and F(τ_r) are both not 0.
       - ``reference_ratio``: ‖α·F(τ_r)‖ ÷ ‖(1−α)·F(Δθ)‖.
-      - ``cosine``: cosine of Δθ and τ_r.
+      - ``cosine``: cosine of Δθ and τ_r (F(τ_r) where the state holds that, ``storage="sparse"``).
       - ``update_norm``: norm of the emitted update.
       - ``rounding_lost``: share of non-zero updates that leave their parameter as it was, lost to
         rounding; NaN where ``update`` was called without params.

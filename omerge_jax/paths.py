@@ -40,14 +40,18 @@ def show(path: Path) -> str:
     return "/".join(path) or "<root>"
 
 
-def leaves_by_path(tree: Any) -> dict[Path, Any]:
+def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[Path, Any]:
     """Returns the leaves of ``tree`` by the names on their path.
+
+    Args:
+      tree: any pytree.
+      is_leaf: what else counts as a leaf, as in ``jax.tree.map``.
 
     Raises:
       ValueError: two leaves share a name (for example the keys ``1`` and ``"1"`` of one dict).
     """
     leaves: dict[Path, Any] = {}
-    for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]:
         path = path_names(key_path)
         if path in leaves:
             raise ValueError(f"two leaves of the tree are both called {show(path)}; rename one")
@@ -79,14 +83,28 @@ def resolve_layer_axes(layer_axes: LayerAxes, path: Path, ndim: int) -> int:
     elif callable(layer_axes):
         axes = int(layer_axes(path))  # pyright: ignore[reportArgumentType]
     elif layer_axes is not None:
-        prefix = leaves_by_path(layer_axes)
-        hits = [path[:n] for n in range(len(path), -1, -1) if path[:n] in prefix]
-        if not hits:
-            raise ValueError(f"layer_axes has no entry for the parameter {show(path)}")
-        axes = int(prefix[hits[0]])
+        axes = int(from_prefix(layer_axes, path, "layer_axes"))
     if not 0 <= axes <= ndim:
         raise ValueError(
             f"layer_axes must be between 0 and the number of axes, got {axes} for the parameter "
             f"{show(path)} with {ndim} axes"
         )
     return axes
+
+
+def from_prefix(prefix: Any, path: Path, name: str) -> Any:
+    """Returns what a tree whose structure is a prefix of the parameters' says of one leaf.
+
+    Args:
+      prefix: the tree.
+      path: the leaf's path names.
+      name: what the tree is called in messages.
+
+    Raises:
+      ValueError: it says nothing of the leaf.
+    """
+    leaves = leaves_by_path(prefix)
+    for length in range(len(path), -1, -1):
+        if path[:length] in leaves:
+            return leaves[path[:length]]
+    raise ValueError(f"{name} has no entry for the parameter {show(path)}")

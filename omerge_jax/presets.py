@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from omerge_jax import sparsify
-from omerge_jax.numerics import wide_dtype
-from omerge_jax.online import DeltaMask, on_dare, on_ties
+from omerge_jax import consensus, sparsify
+from omerge_jax.fused import fused_chain
 from omerge_jax.paths import LayerAxes
+from omerge_jax.rounding import Rounding
+from omerge_jax.rule import Finish
+from omerge_jax.storage import Storage
+from omerge_jax.transformation import Alpha, DeltaMask, merge_transformation
 
 Mask = Any | Callable[[optax.Params], Any] | None
 
@@ -61,63 +64,18 @@ def _one_minus_power(base: chex.Numeric, exponent: jax.Array) -> jax.Array:
     return -jnp.expm1(exponent * jnp.asarray(log, jnp.float32))
 
 
-class DecayMergedState(NamedTuple):
-    """State of the weight decay after a merge.
-
-    Attributes:
-      decay_count: int32 scalar, steps taken.
-    """
-
-    decay_count: jax.Array
-
-
 def _decay_merged(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: chex.Numeric
-) -> optax.GradientTransformation:
-    """Decays what the update leads to: θ ← (θ + u)·(1 − lr·wd)."""
+    learning_rate: optax.ScalarOrSchedule, weight_decay: chex.Numeric, mask: Mask
+) -> Finish | None:
+    """Decays what an update leads to: θ ← (θ + u)·(1 − lr·wd); None for no decay."""
+    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+        return None
 
-    def init(params: optax.Params) -> DecayMergedState:
-        del params
-        return DecayMergedState(jnp.zeros([], jnp.int32))
+    def decay(update: jax.Array, param: jax.Array, step: jax.Array) -> jax.Array:
+        rate = learning_rate(step) if callable(learning_rate) else learning_rate
+        return update - rate * weight_decay * (param.astype(update.dtype) + update)
 
-    def update(
-        updates: optax.Updates, state: DecayMergedState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, DecayMergedState]:
-        if params is None:
-            raise ValueError("weight decay needs the parameters: call update(grads, state, params)")
-        rate = learning_rate(state.decay_count) if callable(learning_rate) else learning_rate
-
-        def decay(u: jax.Array, p: jax.Array) -> jax.Array:
-            if not jnp.issubdtype(u.dtype, jnp.inexact):
-                return u
-            wide = wide_dtype(u.dtype)
-            u32, p32 = u.astype(wide), p.astype(wide)
-            return (u32 - rate * weight_decay * (p32 + u32)).astype(u.dtype)
-
-        decayed = jax.tree.map(decay, updates, params)
-        return decayed, DecayMergedState(jnp.asarray(optax.safe_increment(state.decay_count)))
-
-    return optax.GradientTransformation(init, update)  # pyright: ignore
-
-
-def _adam_merge_decay(
-    merge: optax.GradientTransformationExtraArgs,
-    learning_rate: optax.ScalarOrSchedule,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: chex.Numeric,
-    mask: Mask,
-    mu_dtype: jax.typing.DTypeLike | None,
-) -> optax.GradientTransformationExtraArgs:
-    steps = [
-        _adam(learning_rate, b1, b2, eps, mu_dtype),
-        merge,
-    ]
-    if not isinstance(weight_decay, (int, float)) or weight_decay != 0:
-        decay = _decay_merged(learning_rate, weight_decay)
-        steps.append(decay if mask is None else optax.masked(decay, mask))
-    return optax.chain(*steps)  # pyright: ignore
+    return Finish(decay, mask)
 
 
 def on_dare_adamw(
@@ -127,16 +85,18 @@ def on_dare_adamw(
     eps: float = 1e-6,
     weight_decay: chex.Numeric = 0.0,
     *,
-    alpha: optax.ScalarOrSchedule,
+    alpha: Alpha,
     density: optax.ScalarOrSchedule,
     delta: Any = None,
     every_k: chex.Numeric = 1,
     rescale: Literal["inverse", "norm", "none"] = "inverse",
-    delta_mask: DeltaMask = "fixed",
+    delta_mask: DeltaMask = "fresh",
     clip: chex.Numeric | None = 1.0,
+    storage: Storage = "dense",
+    rounding: Rounding = "stochastic",
     seed: chex.Numeric = 0,
     layer_axes: LayerAxes = None,
-    diagnostics: bool | int = False,
+    diagnostics: bool = False,
     draw: sparsify.Draw | None = None,
     mask: Mask = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -160,6 +120,8 @@ def on_dare_adamw(
       rescale: see `on_dare`.
       delta_mask: see `on_dare`.
       clip: see `on_dare`.
+      storage: see `on_dare`.
+      rounding: see `on_dare`.
       seed: see `on_dare`.
       layer_axes: see `on_dare`.
       diagnostics: see `on_dare`.
@@ -180,20 +142,21 @@ def on_dare_adamw(
     References:
       Lu et al., https://arxiv.org/abs/2405.17931, Algorithm 1, and its published code.
     """
-    merge = on_dare(
-        alpha,
-        density,
+    merge = merge_transformation(
+        sparsify.random(density, rescale=rescale, clip=clip, seed=seed, draw=draw),
+        consensus.linear(),
+        alpha=alpha,
         delta=delta,
         every_k=every_k,
-        rescale=rescale,
         delta_mask=delta_mask,
-        clip=clip,
+        storage=storage,
+        rounding=rounding,
         seed=seed,
         layer_axes=layer_axes,
         diagnostics=diagnostics,
-        draw=draw,
+        finish=_decay_merged(learning_rate, weight_decay, mask),
     )
-    return _adam_merge_decay(merge, learning_rate, b1, b2, eps, weight_decay, mask, mu_dtype)
+    return fused_chain(_adam(learning_rate, b1, b2, eps, mu_dtype), merge)
 
 
 def on_ties_adamw(
@@ -203,14 +166,18 @@ def on_ties_adamw(
     eps: float = 1e-6,
     weight_decay: chex.Numeric = 0.0,
     *,
-    alpha: optax.ScalarOrSchedule,
+    alpha: Alpha,
     density: optax.ScalarOrSchedule,
     delta: Any = None,
     every_k: chex.Numeric = 1,
     rescale: Literal["none", "norm"] = "none",
     election: Literal["unweighted", "weighted"] = "unweighted",
+    threshold: Literal["exact", "sampled"] = "exact",
+    storage: Storage = "dense",
+    rounding: Rounding = "stochastic",
+    seed: chex.Numeric = 0,
     layer_axes: LayerAxes = None,
-    diagnostics: bool | int = False,
+    diagnostics: bool = False,
     mask: Mask = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -228,6 +195,10 @@ def on_ties_adamw(
       every_k: see `on_ties`.
       rescale: see `on_ties`.
       election: see `on_ties`.
+      threshold: see `on_ties`.
+      storage: see `on_ties`.
+      rounding: see `on_ties`.
+      seed: see `on_ties`.
       layer_axes: see `on_ties`.
       diagnostics: see `on_ties`.
       mask: which parameters decay, as in ``optax.adamw``.
@@ -246,14 +217,18 @@ def on_ties_adamw(
     References:
       Lu et al., https://arxiv.org/abs/2405.17931, Algorithm 1, and its published code.
     """
-    merge = on_ties(
-        alpha,
-        density,
+    merge = merge_transformation(
+        sparsify.magnitude(density, rescale=rescale, threshold=threshold, seed=seed),
+        consensus.sign(election),
+        alpha=alpha,
         delta=delta,
         every_k=every_k,
-        rescale=rescale,
-        election=election,
+        delta_mask="fixed",
+        storage=storage,
+        rounding=rounding,
+        seed=seed,
         layer_axes=layer_axes,
         diagnostics=diagnostics,
+        finish=_decay_merged(learning_rate, weight_decay, mask),
     )
-    return _adam_merge_decay(merge, learning_rate, b1, b2, eps, weight_decay, mask, mu_dtype)
+    return fused_chain(_adam(learning_rate, b1, b2, eps, mu_dtype), merge)

@@ -27,8 +27,13 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+# Odd multipliers: the bits of a role are a bijection of the bits of the element, and any two or all
+# three roles fill their square or cube evenly, so that one hash serves every draw of a step.
+_STREAMS = {"update": None, "delta": 0x9E3779B9, "rounding": 0xC4CEB9FF}
+
+
 def mask_key(
-    seed: jax.typing.ArrayLike, step: jax.typing.ArrayLike, path: Path, role: str
+    seed: jax.typing.ArrayLike, step: jax.typing.ArrayLike, path: Path, role: str = ""
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the three uint32 scalars that key the draws of one leaf at one step.
 
@@ -36,7 +41,7 @@ def mask_key(
       seed: integer scalar.
       step: integer scalar, the optimizer step.
       path: the leaf's path names.
-      role: what the mask is for, ``"update"`` or ``"delta"``.
+      role: what the draws are for.
     """
     digest = hashlib.blake2b("\0".join((role, *path)).encode(), digest_size=8).digest()
     name = [int.from_bytes(digest[i : i + 4], "little") for i in (0, 4)]
@@ -116,6 +121,61 @@ def hash_index(
     return x ^ (x >> 16)
 
 
+def random_bits(
+    shape: Sequence[int],
+    *,
+    seed: jax.typing.ArrayLike,
+    step: jax.typing.ArrayLike,
+    path: Path = (),
+    role: str = "update",
+    coordinates: Sequence[jax.Array] | None = None,
+) -> jax.Array:
+    """Returns 32 uniform bits per element, see `bernoulli` for the arguments.
+
+    Args:
+      shape: shape of the whole leaf.
+      seed: integer scalar.
+      step: integer scalar.
+      path: path names of the leaf.
+      role: what the bits are for. The roles of one merge ("update", "delta", "rounding") share a hash,
+        which the compiler computes once.
+      coordinates: uint32 coordinates per axis of the elements that are asked for; None for all.
+    """
+    if coordinates is None:
+        axes = range(len(shape))
+        coordinates = [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in axes]
+    high, low = element_index(coordinates, shape)
+    key = mask_key(seed, step, path, "" if role in _STREAMS else role)
+    bits = hash_index(key, high, low)
+    stream = _STREAMS.get(role)
+    return bits if stream is None else bits * jnp.uint32(stream)
+
+
+def spread_order(
+    shape: Sequence[int],
+    *,
+    seed: jax.typing.ArrayLike,
+    step: jax.typing.ArrayLike,
+    path: Path,
+    coordinates: Sequence[jax.Array],
+) -> jax.Array:
+    """Returns a different uint32 for every element of a tensor of at most 2**32 elements.
+
+    The elements beyond any limit are spread evenly over the tensor (multiples of an odd number near
+    2**32 divided by the golden ratio), and are others at every step. One multiplication per element.
+
+    Args:
+      shape: shape of the tensor.
+      seed: integer scalar.
+      step: integer scalar.
+      path: path names of the leaf.
+      coordinates: uint32 coordinates per axis of the elements that are asked for.
+    """
+    _, low = element_index(coordinates, shape)
+    start, _, _ = mask_key(seed, step, path, "order")
+    return low * jnp.uint32(0x9E3779B9) + start
+
+
 def bernoulli(
     shape: Sequence[int],
     density: jax.typing.ArrayLike,
@@ -124,32 +184,36 @@ def bernoulli(
     step: jax.typing.ArrayLike,
     path: Path = (),
     role: str = "update",
+    coordinates: Sequence[jax.Array] | None = None,
 ) -> jax.Array:
     """Draws a mask that keeps each element with probability ``density``.
 
     Args:
-      shape: shape of the mask.
-      density: probability of True, in (0, 1]; a float or a (traced) scalar.
+      shape: shape of the whole leaf.
+      density: probability of True, in (0, 1]; a float, or a (traced) array that broadcasts to the
+        mask, one probability per element.
       seed: integer scalar.
       step: integer scalar; another step is another draw.
       path: path names of the leaf; another path is another draw.
       role: what the mask is for; another role is another draw.
+      coordinates: uint32 coordinates per axis of the elements that are asked for; None for all.
 
     Returns:
-      bool array of ``shape``. The same arguments give the same mask under any sharding.
+      bool array of ``shape`` (or of the shape of the coordinates). The same arguments give the same
+      mask under any sharding.
 
     Raises:
-      ValueError: a single axis of ``shape`` exceeds 2**32 elements.
+      ValueError: a single axis of ``shape`` exceeds 2**32 elements, or ``density`` does not broadcast.
 
     Example:
       >>> mask = bernoulli((1000, 1000), 0.01, seed=0, step=0, path=("kernel",))
       >>> bool(abs(mask.mean() - 0.01) < 1e-3)
       True
     """
-    coordinates = [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
-    high, low = element_index(coordinates, shape)
-    bits = hash_index(mask_key(seed, step, path, role), high, low)
+    bits = random_bits(shape, seed=seed, step=step, path=path, role=role, coordinates=coordinates)
     share = jnp.asarray(density, jnp.float32)
+    if share.ndim:
+        share = jnp.broadcast_to(share, bits.shape)
     # The largest float32 below 2**32: beyond it the conversion to uint32 is undefined.
     limit = jnp.minimum(share * float(_WORD), 4294967040.0).astype(jnp.uint32)
     return (bits < limit) | (share >= 1.0)

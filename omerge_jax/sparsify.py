@@ -3,12 +3,14 @@
 A sparsifier is any callable ``(x, ctx) -> array`` of the same shape. One whose choice rests on a few
 numbers per tensor (a threshold, a scale) may also offer ``fit(x, ctx)`` and ``apply(x, fitted, ctx)``
 with ``sparsifier(x, ctx) == apply(x, fit(x, ctx), ctx)``; the fit of a fixed delta is then computed
-once and kept in the optimizer state instead of every step.
+once and kept in the optimizer state instead of every step. One with a true attribute
+``takes_samples`` can also be applied to a sample of a leaf (``ctx.sample``), by ``ctx.coordinates`` and
+``ctx.leaf_shape``. One with ``capacity(entries)`` says how many entries it keeps at most.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import jax
@@ -17,9 +19,8 @@ import optax
 
 from omerge_jax import random_mask
 from omerge_jax.paths import Path
-from omerge_jax.threshold import top_k_threshold
-
-Role = Literal["update", "delta"]
+from omerge_jax.sample import Sample, choose_sample
+from omerge_jax.threshold import is_beyond, per_layer, top_k_edge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +30,26 @@ class SparsifyContext:
     Attributes:
       step: int32 scalar, the optimizer steps taken before this one; 0 for a fixed delta.
       path: path names of the leaf.
-      role: ``"update"`` for Δθ, ``"delta"`` for τ_r.
+      role: ``"update"`` for Δθ, ``"delta"`` for τ_r; in `offline_merge` ``"model0"``, ``"model1"`` …
       layer_axes: number of leading axes of the leaf that index separate tensors.
+      sample: set where ``x`` is not the whole leaf but this sample of it.
     """
 
     step: jax.Array
     path: Path
-    role: Role
+    role: str
     layer_axes: int = 0
+    sample: Sample | None = None
+
+    def coordinates(self, x: jax.Array) -> list[jax.Array]:
+        """Returns, per axis of the leaf, the uint32 coordinates of the entries of ``x``."""
+        if self.sample is not None:
+            return self.sample.coordinates()
+        return [jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) for axis in range(x.ndim)]
+
+    def leaf_shape(self, x: jax.Array) -> Sequence[int]:
+        """Returns the shape of the leaf that ``x`` is, or is a sample of."""
+        return x.shape if self.sample is None else self.sample.shape
 
 
 Sparsifier = Callable[[jax.Array, SparsifyContext], jax.Array]
@@ -52,11 +65,23 @@ class FittedSparsifier(Protocol):
         ...
 
     def fit(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array | None:
-        """Returns non-negative float32 [*layers, m], or None where nothing is to be fitted."""
+        """Returns non-negative float32 [*layers, m], or None where nothing is to be fitted.
+
+        ``x`` may be a sample of the leaf (``ctx.sample``).
+        """
         ...
 
     def apply(self, x: jax.Array, fitted: jax.Array | None, ctx: SparsifyContext) -> jax.Array:
         """Sparsifies ``x`` with what was fitted."""
+        ...
+
+
+@runtime_checkable
+class SampledSparsifier(FittedSparsifier, Protocol):
+    """A fitted sparsifier that would rather fit a sample of an update than all of it."""
+
+    def choose_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
+        """Returns the sample to fit, of a leaf of ``shape``; None for all of it."""
         ...
 
 
@@ -68,11 +93,13 @@ def check_density(density: optax.ScalarOrSchedule) -> None:
         )
 
 
-def _density_at(density: optax.ScalarOrSchedule, step: jax.Array) -> jax.typing.ArrayLike:
+def density_at(density: optax.ScalarOrSchedule, step: jax.Array) -> jax.typing.ArrayLike:
+    """Returns the density at a step, where it is a schedule."""
     return density(step) if callable(density) else density
 
 
-def _keeps_all(density: optax.ScalarOrSchedule) -> bool:
+def keeps_all(density: optax.ScalarOrSchedule) -> bool:
+    """Whether a density is the literal 1."""
     return isinstance(density, (int, float)) and density == 1
 
 
@@ -80,24 +107,34 @@ def _tensor_sums(x: jax.Array, layer_axes: int) -> jax.Array:
     return jnp.sum(x, axis=tuple(range(layer_axes, x.ndim)))
 
 
-def _per_layer(values: jax.Array, x: jax.Array) -> jax.Array:
-    return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
-
-
 # The authors' code adds this to the norm of the masked update that it divides by.
 _RANDOM_NORM_EPS = 1e-6
 
 
-def _norm_ratio(dense: jax.Array, kept: jax.Array, layer_axes: int, eps: float) -> jax.Array:
+def norm_ratio(dense: jax.Array, kept: jax.Array, layer_axes: int, eps: float) -> jax.Array:
     """Per tensor, the factor that gives ``kept`` the L1 norm of ``dense``; 0 where none is kept."""
     before = _tensor_sums(jnp.abs(dense), layer_axes)
     after = _tensor_sums(jnp.abs(kept), layer_axes) + eps
     return jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Identity:
+    takes_samples = True
+
+    def __call__(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
+        return x
+
+
 def identity() -> Sparsifier:
-    """Keeps everything."""
-    return lambda x, ctx: x
+    """Keeps everything.
+
+    Example:
+      >>> ctx = SparsifyContext(step=jnp.int32(0), path=("w",), role="update")
+      >>> identity()(jnp.array([1.0, 0.0]), ctx).tolist()
+      [1.0, 0.0]
+    """
+    return _Identity()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +145,19 @@ class _Random:
     seed: jax.typing.ArrayLike
     draw: Draw | None
 
+    @property
+    def takes_samples(self) -> bool:
+        return self.draw is None
+
     def __call__(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        density = _density_at(self.density, ctx.step)
+        density = density_at(self.density, ctx.step)
         kept = x
-        if not _keeps_all(self.density):
+        if not keeps_all(self.density):
             kept = jnp.where(self._mask(x, density, ctx), x, 0)
             kept = kept if self.rescale == "none" else kept / density
         normed = self.rescale == "norm" and ctx.role == "update"
         if normed:
-            kept = kept * _per_layer(_norm_ratio(x, kept, ctx.layer_axes, _RANDOM_NORM_EPS), x)
+            kept = kept * per_layer(norm_ratio(x, kept, ctx.layer_axes, _RANDOM_NORM_EPS), x)
         if self.clip is not None and (ctx.role == "delta" or normed):
             limit = jnp.asarray(self.clip, kept.dtype)
             kept = jnp.clip(kept, -limit, limit)
@@ -126,8 +167,17 @@ class _Random:
         if self.draw is not None:
             return self.draw(x, density, ctx)
         return random_mask.bernoulli(
-            x.shape, density, seed=self.seed, step=ctx.step, path=ctx.path, role=ctx.role
+            ctx.leaf_shape(x),
+            density,
+            seed=self.seed,
+            step=ctx.step,
+            path=ctx.path,
+            role=ctx.role,
+            coordinates=ctx.coordinates(x),
         )
+
+    def capacity(self, entries: int) -> int:
+        return random_capacity(self.density, entries)
 
 
 def random(
@@ -158,6 +208,11 @@ def random(
     Raises:
       ValueError: a density outside (0, 1] or an unknown ``rescale``.
 
+    Example:
+      >>> ctx = SparsifyContext(step=jnp.int32(0), path=("w",), role="update")
+      >>> sorted(set(random(0.5)(jnp.ones(100), ctx).tolist()))
+      [0.0, 2.0]
+
     References:
       Yu et al., Language Models are Super Mario, https://arxiv.org/abs/2311.03099; Lu et al.,
       https://arxiv.org/abs/2405.17931, Eq. 3.
@@ -168,66 +223,137 @@ def random(
     return _Random(density, rescale, clip, seed, draw)
 
 
+def random_capacity(density: optax.ScalarOrSchedule, entries: int) -> int:
+    """Entries a Bernoulli mask keeps at most: eight standard deviations above the mean."""
+    share = static_density(density)
+    spread = math.sqrt(entries * share * (1 - share))
+    return min(entries, math.ceil(entries * share + 8 * spread + 8))
+
+
+def static_density(density: optax.ScalarOrSchedule) -> float:
+    """Returns a density that is a Python number.
+
+    Raises:
+      ValueError: it is a schedule or an array, so that nobody knows how many entries it keeps.
+    """
+    if not isinstance(density, (int, float)):
+        raise ValueError(
+            "storage='sparse' needs a density that is a Python number (under "
+            f"optax.inject_hyperparams name it in static_args), got density = {density!r}"
+        )
+    return density
+
+
+# With a share p kept, 1/p times as many entries are looked at: the share that is really kept is then
+# off by half a percent of p (one standard deviation).
+_SAMPLE_ENTRIES = 2.0**15
+# For a density that is not a Python number.
+_DENSITY_IF_UNKNOWN = 0.1
+
+
 @dataclasses.dataclass(frozen=True)
 class _Magnitude:
     density: optax.ScalarOrSchedule
     rescale: Literal["none", "norm"]
+    threshold: Literal["exact", "sampled"]
+    seed: jax.typing.ArrayLike
+    takes_samples = True
 
     def __call__(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
         return self.apply(x, self.fit(x, ctx), ctx)
 
-    def fit(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array | None:
-        if _keeps_all(self.density):
+    def choose_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
+        if self.threshold == "exact" or keeps_all(self.density):
             return None
-        threshold = top_k_threshold(x, self._count(x, ctx), ctx.layer_axes)
+        density = self.density
+        share = density if isinstance(density, (int, float)) else _DENSITY_IF_UNKNOWN
+        return choose_sample(shape, ctx.layer_axes, _SAMPLE_ENTRIES / share, ctx.step)
+
+    def fit(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array | None:
+        if keeps_all(self.density):
+            return None
+        if ctx.sample is None and (sample := self.choose_sample(x.shape, ctx)) is not None:
+            x, ctx = sample.take(x), dataclasses.replace(ctx, sample=sample)
+        order = tie_order(x, ctx, self.seed)
+        fitted = top_k_edge(x, self._count(x, ctx), order, ctx.layer_axes)
         if self.rescale == "none":
-            return threshold[..., None]
-        scale = _norm_ratio(x, _keep_large(x, threshold), ctx.layer_axes, 0.0)
-        return jnp.stack([threshold, scale.astype(jnp.float32)], axis=-1)
+            return fitted
+        scale = norm_ratio(x, self._keep(x, fitted, ctx), ctx.layer_axes, 0.0)
+        return jnp.concatenate([fitted, scale.astype(jnp.float32)[..., None]], axis=-1)
 
     def apply(self, x: jax.Array, fitted: jax.Array | None, ctx: SparsifyContext) -> jax.Array:
         if fitted is None:
             return x
-        kept = _keep_large(x, fitted[..., 0])
-        return kept if self.rescale == "none" else kept * _per_layer(fitted[..., 1], x)
+        kept = self._keep(x, fitted, ctx)
+        return kept if self.rescale == "none" else kept * per_layer(fitted[..., 3], x)
+
+    def capacity(self, entries: int) -> int:
+        return _count_of(static_density(self.density), entries)
+
+    def _keep(self, x: jax.Array, fitted: jax.Array, ctx: SparsifyContext) -> jax.Array:
+        return jnp.where(is_beyond(x, fitted[..., :3], tie_order(x, ctx, self.seed)), x, 0)
 
     def _count(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
         entries = math.prod(x.shape[ctx.layer_axes :])
-        density = _density_at(self.density, ctx.step)
+        density = density_at(self.density, ctx.step)
         if isinstance(density, (int, float)):
-            count = int(density * entries)
-            return jnp.uint32(count if count >= 1 else entries)
+            return jnp.uint32(_count_of(density, entries))
         # The product of a float32 density is exact enough, but may round up to 2**32.
         share = jnp.asarray(density, jnp.float32)
         count = jnp.minimum(jnp.floor(share * entries), 4294967040.0).astype(jnp.uint32)
         return jnp.where(count >= 1, jnp.minimum(count, jnp.uint32(entries)), jnp.uint32(entries))
 
 
-def _keep_large(x: jax.Array, threshold: jax.Array) -> jax.Array:
-    """Keeps what reaches the threshold; compares bits, since floats may flush subnormals to 0."""
-    bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32)
-    limit = jax.lax.bitcast_convert_type(threshold.astype(jnp.float32), jnp.uint32)
-    return jnp.where(bits >= _per_layer(limit, x), x, 0)
+def tie_order(x: jax.Array, ctx: SparsifyContext, seed: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the order in which equal magnitudes are kept, uint32 that broadcasts to ``x``."""
+    layers = ctx.layer_axes
+    return random_mask.spread_order(
+        ctx.leaf_shape(x)[layers:],
+        seed=seed,
+        step=ctx.step,
+        path=ctx.path,
+        coordinates=ctx.coordinates(x)[layers:],
+    )
+
+
+def _count_of(density: float, entries: int) -> int:
+    count = int(density * entries)
+    return count if count >= 1 else entries
 
 
 def magnitude(
-    density: optax.ScalarOrSchedule, *, rescale: Literal["none", "norm"] = "none"
+    density: optax.ScalarOrSchedule,
+    *,
+    rescale: Literal["none", "norm"] = "none",
+    threshold: Literal["exact", "sampled"] = "exact",
+    seed: jax.typing.ArrayLike = 0,
 ) -> FittedSparsifier:
     """Keeps the ``int(density * n)`` entries of largest magnitude of each tensor (TIES).
 
-    Entries equal to the smallest kept one are all kept. A tensor too small to keep one entry is left
-    dense, as in the authors' code.
+    Exactly so many: of entries that tie with the smallest kept magnitude (all of them after a sign
+    optimizer such as ``optax.lion``) a choice spread evenly over the tensor is kept, another one at
+    every step. A tensor too small to keep one entry is left dense, as in the authors' code.
 
     Args:
       density: share kept, in (0, 1]; a float, a schedule of the step, or traced. Only a Python float
         gives the count exactly; others are multiplied in float32.
       rescale: ``"norm"`` gives what is kept the L1 norm it had before, per tensor.
+      threshold: ``"exact"`` finds the threshold in at most eight passes over the tensor; ``"sampled"``
+        takes it from about 32768 / density entries of each tensor, at least 1/64 of them, in rows that
+        change from step to step: no pass over all of it, and a share kept that is off by about half a
+        percent of itself. Tensors hardly larger than their sample are done exactly.
+      seed: integer that, with the step, path and index, orders equal magnitudes.
 
     Returns:
       A sparsifier with ``fit`` and ``apply``.
 
     Raises:
-      ValueError: a density outside (0, 1] or an unknown ``rescale``.
+      ValueError: a density outside (0, 1], an unknown ``rescale`` or ``threshold``.
+
+    Example:
+      >>> ctx = SparsifyContext(step=jnp.int32(0), path=("w",), role="update")
+      >>> magnitude(0.5)(jnp.array([0.1, -5.0, 2.0, -0.3]), ctx).tolist()
+      [0.0, -5.0, 2.0, 0.0]
 
     References:
       Yadav et al., TIES-Merging, https://arxiv.org/abs/2306.01708; Lu et al.,
@@ -236,4 +362,6 @@ def magnitude(
     check_density(density)
     if rescale not in ("none", "norm"):
         raise ValueError(f"rescale must be 'none' or 'norm', got rescale = {rescale!r}")
-    return _Magnitude(density, rescale)
+    if threshold not in ("exact", "sampled"):
+        raise ValueError(f"threshold must be 'exact' or 'sampled', got threshold = {threshold!r}")
+    return _Magnitude(density, rescale, threshold, seed)

@@ -1,6 +1,5 @@
 """The state of an online merge, and how its reference delta is set."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import chex
@@ -8,18 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from omerge_jax.paths import leaves_by_path, path_names, show
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class UnsetDelta:
-    """Marks, without any array, where a leaf of the reference delta belongs.
-
-    Attributes:
-      shape: shape of the parameter.
-    """
-
-    shape: tuple[int, ...]
+from omerge_jax.storage import Recipe, is_delta_leaf
 
 
 class OnlineMergeState(NamedTuple):
@@ -28,11 +16,14 @@ class OnlineMergeState(NamedTuple):
     Attributes:
       merge_count: int32 scalar, optimizer steps taken.
       reference_delta: τ_r with the structure of the parameters; ``UnsetDelta`` leaves until a delta
-        is set, None where alpha is 0.
+        is set, ``SparseDelta`` leaves with ``storage="sparse"``; None where alpha is 0 and with
+        ``storage="recompute"``.
       delta_fit: float32 [m], what the sparsifier fitted to the fixed delta, -1 until the first merge;
         None where it fits nothing.
       cached_delta: float32 sums of the updates since the last merge with the structure of the
         parameters; None for ``every_k=1``.
+      rounding_residual: what rounding cut off so far, float32 with the structure of the parameters;
+        None unless ``rounding="compensated"``.
       merge_scalars: float32 scalars by name, see `merge_metrics`.
     """
 
@@ -40,6 +31,7 @@ class OnlineMergeState(NamedTuple):
     reference_delta: Any
     delta_fit: jax.Array | None
     cached_delta: Any
+    rounding_residual: Any
     merge_scalars: dict[str, jax.Array]
 
 
@@ -55,12 +47,15 @@ def merge_states(opt_state: Any) -> list[OnlineMergeState]:
 
 
 def place_delta(template: Any, delta: Any) -> Any:
-    """Returns ``delta`` in the structure of ``template``, leaves matched by path and copied.
+    """Returns ``delta`` in the structure of ``template``, matched by path, copied, held alike.
 
     Args:
-      template: a tree whose leaves have a ``shape``: parameters, ``UnsetDelta`` or an older delta.
+      template: the delta of a state: ``UnsetDelta`` leaves, or an older delta.
       delta: the reference delta in any containers; leaves the template lacks (masked ones) are left
         out.
+
+    Returns:
+      A tree like ``template``.
 
     Raises:
       ValueError: the delta lacks a leaf or has one of another shape.
@@ -81,12 +76,17 @@ def place_delta(template: Any, delta: Any) -> Any:
                 f"delta leaf {show(path)} has shape {tuple(leaf.shape)}, the parameter has "
                 f"{tuple(wanted.shape)}"
             )
-        # A copy, so that the state and whatever the delta came from can both be donated.
-        return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf, copy=True)
+        recipe = wanted.recipe if is_delta_leaf(wanted) else _recipe_of_array(wanted)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.eval_shape(recipe.encode, leaf)
+        return recipe.encode(jnp.asarray(leaf))
 
-    return jax.tree_util.tree_map_with_path(
-        pick, template, is_leaf=lambda node: isinstance(node, UnsetDelta)
-    )
+    return jax.tree_util.tree_map_with_path(pick, template, is_leaf=is_delta_leaf)
+
+
+def _recipe_of_array(leaf: Any) -> Recipe:
+    kind = getattr(getattr(leaf, "sharding", None), "memory_kind", None)
+    return Recipe("pinned_host" if kind == "pinned_host" else "dense")
 
 
 def with_delta(opt_state: chex.ArrayTree, delta: Any) -> Any:
@@ -119,7 +119,8 @@ def with_delta(opt_state: chex.ArrayTree, delta: Any) -> Any:
     if not states:
         raise ValueError(
             "opt_state holds no online merge that takes a delta; chain omerge_jax.on_dare or on_ties "
-            "(with alpha > 0) after the optimizer and call with_delta on its state"
+            "(with alpha > 0, and another storage than 'recompute') after the optimizer and call "
+            "with_delta on its state"
         )
 
     def fill(node: Any) -> Any:

@@ -163,14 +163,20 @@ class OptimizerOptions(AdamWOptions):
         every_k: Merge on every k-th step only.
         rescale: What makes up for dropped entries: inverse (divide by density), norm (keep the L1
             norm), none.
-        delta_mask: fixed (one random mask on the delta) or fresh (a new one at each step).
+        delta_mask: fresh (a new random mask on the delta at each step) or fixed (one for the whole
+            run, as in the authors' code).
         clip: Bound on the entries of the sparsified delta, and with rescale norm of the update; 0
             turns it off.
         election: Sign vote of TIES: unweighted (the authors' code) or weighted (the paper).
-        seed: Seed of the random masks.
+        threshold: How TIES finds the largest entries: exact, or sampled (faster; the share kept is
+            off by about half a percent of itself).
+        storage: How the delta is held: dense, sparse (kept entries alone; with random masks it needs
+            delta_mask fixed) or pinned_host (in the host's memory, on an accelerator).
+        rounding: stochastic or compensated (the reference term arrives, however small) or nearest.
+        seed: Seed of the random masks and of the rounding.
         delta_dtype: Type in which the delta is held. Unset: that of the parameters.
-        diagnostics: Steps from one full set of merge/... metrics to the next (1 for every step); a
-            set costs a few passes over the parameters. Unset: only merge/alpha and alpha_total.
+        diagnostics: Whether to log the full set of merge/... metrics. Unset: only merge/alpha and
+            alpha_total.
     """
 
     name: OptimizerName = "adamw"
@@ -181,9 +187,12 @@ class OptimizerOptions(AdamWOptions):
     delta_mask: Literal["fixed", "fresh"] | None = None
     clip: float | None = None
     election: Literal["unweighted", "weighted"] | None = None
+    threshold: Literal["exact", "sampled"] | None = None
+    storage: Literal["dense", "sparse", "pinned_host"] | None = None
+    rounding: Literal["stochastic", "compensated", "nearest"] | None = None
     seed: int | None = None
     delta_dtype: DType | None = None
-    diagnostics: int | None = None
+    diagnostics: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

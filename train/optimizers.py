@@ -20,11 +20,10 @@ from train.config import (
     require,
 )
 
-_MERGE = ("density", "every_k", "rescale", "diagnostics")
-_RANDOM = ("clip", "seed")
-_DELTA = ("alpha", "delta_dtype")
-_DARE = (*_DELTA, *_MERGE, *_RANDOM, "delta_mask")
-_TIES = (*_DELTA, *_MERGE, "election")
+_MERGE = ("density", "every_k", "rescale", "seed", "diagnostics")
+_DELTA = ("alpha", "delta_dtype", "storage", "rounding")
+_DARE = (*_DELTA, *_MERGE, "clip", "delta_mask")
+_TIES = (*_DELTA, *_MERGE, "election", "threshold")
 
 FIELDS: dict[OptimizerName, tuple[str, ...]] = {
     "adamw": (),
@@ -32,7 +31,7 @@ FIELDS: dict[OptimizerName, tuple[str, ...]] = {
     "on_dare_adamw": _DARE,
     "on_ties": _TIES,
     "on_ties_adamw": _TIES,
-    "child_tuning": (*_MERGE, *_RANDOM),
+    "child_tuning": (*_MERGE, "clip"),
 }
 """Fields beyond those of AdamW that each optimizer has a use for."""
 
@@ -48,6 +47,13 @@ def takes_delta(options: OptimizerOptions) -> bool:
 def needs_delta(options: OptimizerOptions) -> bool:
     """Whether it cannot work without one: at alpha 0 nothing of the reference is added."""
     return takes_delta(options) and options.alpha != 0
+
+
+def rounds_updates(options: AdamWOptions) -> bool:
+    """Whether updates arrive in parameters that cannot hold them, at least on average."""
+    if not isinstance(options, OptimizerOptions) or not needs_delta(options):
+        return False
+    return options.rounding != "nearest"
 
 
 def check_optimizer(options: AdamWOptions) -> None:
@@ -154,11 +160,11 @@ def _transformation(
         merge["clip"] = None
     match options.name:
         case "on_dare":
-            return optax.chain(optax.adamw(schedule, **adam), om.on_dare(**merge))
+            return om.fused_chain(optax.adamw(schedule, **adam), om.on_dare(**merge))
         case "on_ties":
-            return optax.chain(optax.adamw(schedule, **adam), om.on_ties(**merge))
+            return om.fused_chain(optax.adamw(schedule, **adam), om.on_ties(**merge))
         case "child_tuning":
-            return optax.chain(optax.adamw(schedule, **adam), om.child_tuning(**merge))
+            return om.fused_chain(optax.adamw(schedule, **adam), om.child_tuning(**merge))
         case "on_dare_adamw":
             return om.on_dare_adamw(schedule, **adam, **merge)
         case "on_ties_adamw":

@@ -18,7 +18,7 @@ from train.export import export_run
 from train.held_out import Evaluate
 from train.loop import Job, fit
 from train.models import ModelConfig, from_hf, split_model
-from train.optimizers import check_optimizer, learning_rates, make_schedule
+from train.optimizers import check_optimizer, learning_rates, make_schedule, rounds_updates
 from train.output_dir import OutputDir, open_output
 from train.prepare import (
     Tokenize,
@@ -147,10 +147,10 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
     check(config)
     check_optimizer(config.optimizer)
     output = open_output(command, config)
-    if config.model.param_dtype == "bfloat16":
+    if config.model.param_dtype == "bfloat16" and not rounds_updates(config.optimizer):
         console.print(
-            "Warning: model.param_dtype bfloat16 loses small updates to rounding (for merging "
-            "optimizers, optimizer.diagnostics logs the share as merge/rounding_lost).",
+            "Warning: model.param_dtype bfloat16 loses small updates to rounding; a merging optimizer "
+            "with optimizer.rounding stochastic does not.",
             highlight=False,
             soft_wrap=True,
         )

@@ -110,7 +110,7 @@ def test_the_delta_is_no_constant_of_the_update(merge):
 @each_merge
 def test_scalars_can_be_read_after_the_state_was_donated(merge):
     params = tree(0)
-    tx = merge(diagnostics=2)
+    tx = merge(diagnostics=True)
     state = om.with_delta(tx.init(params), params)
     update = jax.jit(tx.update, donate_argnums=1)
     _, state = update(params, state, params)

@@ -76,8 +76,9 @@ def masks_of(path, shape, density, step, role, seed=0):
 def test_on_dare_follows_the_formula(semantics):
     alpha, density = 0.2, 0.4
     params, delta, grads = make(0), make(1), [make(2), make(3), make(4)]
-    paper = {"rescale": "none", "delta_mask": "fresh", "clip": None}
-    tx = om.on_dare(alpha, density, **(paper if semantics == "paper" else {}))
+    paper = {"rescale": "none", "clip": None}
+    authors = {"delta_mask": "fixed", "rounding": "nearest"}
+    tx = om.on_dare(alpha, density, **(paper if semantics == "paper" else authors))
     trajectory, _ = run(optax.chain(optax.sgd(RATE), tx), params, grads, delta)
     for name in params:
         theta = np.asarray(params[name], np.float64)
@@ -110,8 +111,8 @@ def test_fixed_delta_mask_stays_and_fresh_one_moves():
     for mode, changes in [("fixed", False), ("fresh", True)]:
         tx = om.on_dare(0.5, 0.3, delta_mask=mode, clip=None)
         state = om.with_delta(tx.init(zero), delta)
-        first, state = tx.update(zero, state)
-        second, _ = tx.update(zero, state)
+        first, state = tx.update(zero, state, zero)
+        second, _ = tx.update(zero, state, zero)
         assert bool((first["w"] != second["w"]).any()) == changes
         assert 0.25 < float((first["w"] != 0).mean()) < 0.35
 
@@ -122,9 +123,9 @@ def test_step_k_is_algorithm_2(name):
     every, alpha, density = 3, 0.3, 0.5
     params, delta, grads = make(0), make(1), [make(i) for i in range(2, 11)]
     factory = om.on_dare if name == "dare" else om.on_ties
-    tx = optax.chain(optax.sgd(RATE), factory(alpha, density, every_k=every))
+    tx = optax.chain(optax.sgd(RATE), factory(alpha, density, every_k=every, rounding="nearest"))
     trajectory, state = run(tx, params, grads, delta)
-    merge_once = factory(alpha, density)
+    merge_once = factory(alpha, density, rounding="nearest")
     rolled_back = params
     for step, _ in enumerate(grads):
         if (step + 1) % every:
@@ -148,14 +149,16 @@ def test_schedules_are_evaluated_at_the_optimizer_step(factory):
     params, delta, grads = make(0), make(1), [make(i) for i in range(2, 6)]
     alpha = optax.linear_schedule(0.4, 0.0, 4)
     density = optax.linear_schedule(0.8, 0.4, 4)
-    scheduled, state = run(factory(alpha, density), params, grads, delta)
+    fixed = {"delta_mask": "fixed"} if factory is om.on_dare else {}
+    scheduled, state = run(factory(alpha, density, **fixed), params, grads, delta)
     # The fixed delta is sparsified once, at the density of step 0.
     theta = params
     for step, g in enumerate(grads):
         value = jnp.float32(density(step))
-        tx = factory(jnp.float32(alpha(step)), lambda s, v=value: jnp.where(s == 0, 0.8, v))
+        at_step = [jnp.float32(alpha(step)), lambda s, v=value: jnp.where(s == 0, 0.8, v)]
+        tx = factory(*at_step, **fixed)
         single = om.with_delta(tx.init(params), delta)._replace(merge_count=jnp.int32(step))
-        updates, _ = tx.update(g, single)
+        updates, _ = tx.update(g, single, theta)
         theta = optax.apply_updates(theta, updates)
         for name in params:
             np.testing.assert_allclose(scheduled[step][name], theta[name], rtol=1e-6, atol=1e-6)
@@ -190,6 +193,14 @@ def test_top_share_is_taken_per_stacked_layer():
         (lambda: om.on_ties(0.1, 0.5, rescale="inverse"), "rescale must be 'none' or 'norm'"),
         (lambda: om.on_dare(0.1, 0.5, delta_mask="x"), "delta_mask must be 'fixed' or 'fresh'"),
         (lambda: om.on_ties(0.1, 0.5, election="x"), "election must be 'unweighted' or 'weighted'"),
+        (lambda: om.on_ties(0.1, 0.5, threshold="x"), "threshold must be 'exact' or 'sampled'"),
+        (
+            lambda: om.on_ties(0.1, 0.5, rounding="x"),
+            "rounding must be 'stochastic', 'compensated'",
+        ),
+        (lambda: om.on_ties(0.1, 0.5, storage="x"), "storage must be 'dense', 'sparse'"),
+        (lambda: om.relative(1.5), r"share.*\[0, 1\], got share = 1.5"),
+        (lambda: om.relative(0.5, scope="x"), "scope must be 'global' or 'tensor'"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
@@ -223,9 +234,9 @@ def test_a_new_delta_is_fitted_anew():
     zero = {"w": jnp.zeros(100)}
     tx = om.on_ties(0.5, 0.1)
     state = om.with_delta(tx.init(zero), {"w": jnp.arange(100.0)})
-    _, state = tx.update(zero, state)
+    _, state = tx.update(zero, state, zero)
     state = om.with_delta(state, {"w": -jnp.arange(100.0) / 1e3})
-    updates, _ = tx.update(zero, state)
+    updates, _ = tx.update(zero, state, zero)
     assert int((updates["w"] != 0).sum()) == 10
 
 

@@ -44,12 +44,14 @@ class Recorded:
             "density": run["reserve_p"],
             "weight_decay": run.get("weight_decay", 0.0),
             "every_k": run.get("online_step", 1),
+            "rounding": "nearest",
         }
         if run["cls"] == "OnTIES":
             rescale = "norm" if run.get("rescale") else "none"
             return om.on_ties_adamw(run["lr"], rescale=rescale, **common)
         rescale = "norm" if run.get("rescale") else "inverse"
-        return om.on_dare_adamw(run["lr"], rescale=rescale, draw=self.draw, **common)
+        random = {"rescale": rescale, "delta_mask": "fixed", "draw": self.draw}
+        return om.on_dare_adamw(run["lr"], **random, **common)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run["name"])

@@ -111,7 +111,14 @@ def test_weight_decay_is_merged_or_not(name):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("seed", 1), ("delta_mask", "fresh"), ("clip", 1e-3), ("rescale", "none"), ("every_k", 2)],
+    [
+        ("seed", 1),
+        ("delta_mask", "fixed"),
+        ("clip", 1e-3),
+        ("rescale", "none"),
+        ("every_k", 2),
+        ("rounding", "nearest"),
+    ],
 )
 def test_fields_of_on_dare_are_read(field, value):
     usual, other = options("on_dare", **MERGE), options("on_dare", **MERGE, **{field: value})
@@ -140,7 +147,14 @@ def test_clip_of_zero_is_none():
         (options("child_tuning"), "optimizer.density is not set; child_tuning needs it"),
         (options(alpha=0.1), "optimizer.alpha is set to 0.1, but adamw has no use for it"),
         (options("child_tuning", density=0.5, alpha=0.1), "(only on_dare, on_dare_adamw, on_ties"),
-        (options("on_ties", seed=0, **MERGE), "optimizer.seed is set to 0, but on_ties has no use"),
+        (
+            options("on_ties", clip=1.0, **MERGE),
+            "optimizer.clip is set to 1.0, but on_ties has no use",
+        ),
+        (
+            options("on_dare", storage="sparse", **MERGE),
+            "on_dare: storage='sparse' holds F(τ) once",
+        ),
         (
             options("on_dare", alpha=-0.1, density=0.5),
             "optimizer.alpha must be in [0, 1], got -0.1",

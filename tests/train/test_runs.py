@@ -62,7 +62,7 @@ def dpo(inputs, sft, cache, tmp_path_factory) -> Path:
         sft,
         output,
         optimizer__name="on_ties_adamw",
-        optimizer__diagnostics="1",
+        optimizer__diagnostics="true",
         optimizer__delta_dtype="bfloat16",
         reference_cache=cache,
     )

@@ -1,0 +1,75 @@
+"""The weight of the reference relative to the step, instead of an absolute number."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Scope = Literal["global", "tensor"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Relative:
+    """What `relative` returns: a share of the step's norm, to be turned into alpha at every step.
+
+    Attributes:
+      share: a float, a schedule of the step, or traced.
+      scope: what the norms are taken over.
+    """
+
+    share: optax.ScalarOrSchedule
+    scope: Scope
+
+    def alpha(self, update_norm: jax.Array, delta_norm: jax.Array, step: jax.Array) -> jax.Array:
+        """Returns the alpha that gives the reference term its share; 0 where a norm is 0.
+
+        Args:
+          update_norm: ‖F(Δθ)‖, float32 of any shape.
+          delta_norm: ‖F(τ_r)‖, same shape.
+          step: int32 scalar.
+        """
+        share = self.share(step) if callable(self.share) else self.share
+        share = jnp.asarray(share, jnp.float32)
+        # α·‖F(τ)‖ = share · (α·‖F(τ)‖ + (1 − α)·‖F(Δθ)‖), solved for α.
+        ours, theirs = share * update_norm, (1 - share) * delta_norm
+        known = (update_norm > 0) & (delta_norm > 0)
+        return jnp.where(known, ours / jnp.where(known, ours + theirs, 1), 0)
+
+
+def relative(share: optax.ScalarOrSchedule, *, scope: Scope = "global") -> Relative:
+    """An alpha that follows the size of the steps.
+
+    A fixed alpha has to be searched over decades (5e-7 in the paper), because it weighs a step of the
+    size of the learning rate against a delta that is a thousand times larger. Here the reference term
+    gets a fixed share of what is added at every step,
+    ``‖α·F(τ)‖ = share · (‖α·F(τ)‖ + ‖(1 − α)·F(Δθ)‖)``, whatever the learning rate, and fades with it.
+    It costs one more pass over the updates and the delta.
+
+    Args:
+      share: the reference's share of the norm, in [0, 1]; a float, a schedule of the optimizer step,
+        or traced. 0.05 is one part of reference to 19 of update.
+      scope: ``"global"``: one alpha, from norms over all parameters. ``"tensor"``: one per tensor (per
+        layer, with ``layer_axes``), which also moves tensors that the optimizer hardly touches in
+        proportion.
+
+    Returns:
+      What takes the place of ``alpha`` in `online_merge`, `on_dare`, `on_ties` and the ready-made
+      optimizers. ``merge_metrics`` reports the alpha that it led to (its mean over tensors).
+
+    Raises:
+      ValueError: a share outside [0, 1] or an unknown scope.
+
+    Example:
+      >>> import optax, omerge_jax as om
+      >>> tx = optax.chain(optax.adamw(1e-6), om.on_dare(alpha=om.relative(0.05), density=0.5))
+    """
+    if isinstance(share, (int, float)) and not 0 <= share <= 1:
+        raise ValueError(
+            "share is the part of a step's norm that the reference term gets and must be in [0, 1], "
+            f"got share = {share}"
+        )
+    if scope not in ("global", "tensor"):
+        raise ValueError(f"scope must be 'global' or 'tensor', got scope = {scope!r}")
+    return Relative(share, scope)

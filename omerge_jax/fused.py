@@ -1,0 +1,172 @@
+"""An elementwise optimizer and a merge, chained so that statistics cost no pass of their own."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from omerge_jax.paths import Path, path_names
+from omerge_jax.sample import Sample
+
+# What moves values from entry to entry, or puts several of them together.
+_MIXING = (
+    "reduce",
+    "arg",
+    "cum",
+    "dot_general",
+    "conv",
+    "sort",
+    "top_k",
+    "gather",
+    "scatter",
+    "transpose",
+    "reshape",
+    "rev",
+    "slice",
+    "dynamic_",
+    "concatenate",
+    "pad",
+    "fft",
+    "iota",
+    "random_",
+    "threefry",
+    "cholesky",
+    "qr",
+    "svd",
+    "eig",
+    "while",
+    "scan",
+)
+_SHAPELESS = ("reduce_precision",)
+
+
+class FusedChainState(NamedTuple):
+    """State of `fused_chain`.
+
+    Attributes:
+      inner_state: state of the optimizer.
+      merge_state: state of the merge.
+    """
+
+    inner_state: Any
+    merge_state: Any
+
+
+def fused_chain(
+    inner: optax.GradientTransformation, merge: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.chain(inner, merge)`` for an elementwise inner optimizer, with cheaper statistics.
+
+    A sampled threshold and the metrics of a merge look at a small part of every update. In a plain
+    chain the compiler computes the whole update first, writes it out and reads it again, because two
+    things use it. Here the few entries are computed a second time from the same entries of the
+    gradients, moments and parameters, so that the whole step stays one pass over memory and needs no
+    temporary array.
+
+    Args:
+      inner: an optimizer whose update of an entry depends on that entry alone, such as ``optax.adamw``,
+        ``optax.lion`` or ``optax.sgd``; put ``clip_by_global_norm`` before this chain.
+      merge: what `online_merge`, `on_dare`, `on_ties` return, also inside ``optax.masked``.
+
+    Returns:
+      A transformation that emits what ``optax.chain(inner, merge)`` emits, up to which entries a
+      sampled threshold looked at. `with_delta` and `merge_metrics` find the merge in its state.
+
+    Raises:
+      ValueError: when ``update`` is traced, ``inner`` mixes entries of a parameter (a norm, a matrix
+        product); the operation is named.
+
+    Example:
+      >>> import optax, omerge_jax as om
+      >>> tx = optax.chain(
+      ...     optax.clip_by_global_norm(1.0),
+      ...     om.fused_chain(
+      ...         optax.adamw(1e-6), om.on_ties(5e-7, density=0.1, threshold="sampled")
+      ...     ),
+      ... )
+    """
+    inner = optax.with_extra_args_support(inner)
+    merge = optax.with_extra_args_support(merge)
+
+    def init(params: optax.Params) -> FusedChainState:
+        return FusedChainState(inner.init(params), merge.init(params))
+
+    def update(
+        updates: optax.Updates,
+        state: FusedChainState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, FusedChainState]:
+        def step(grads: Any, inner_state: Any, params: Any) -> tuple[Any, Any]:
+            return inner.update(grads, inner_state, params, **extra_args)
+
+        def samples_of_updates(samples: dict[Path, Sample]) -> dict[Path, jax.Array]:
+            if not samples:
+                return {}
+            arguments = (updates, state.inner_state, params)
+            _require_elementwise(step, arguments)
+            take = _taker(samples)
+            sampled_state = optax.tree.map_params(inner, take, state.inner_state, _paths(updates))
+            grads = jax.tree.map(take, updates, _paths(updates))
+            taken = None if params is None else jax.tree.map(take, params, _paths(params))
+            sampled = step(grads, sampled_state, taken)[0]
+            leaves = jax.tree_util.tree_flatten_with_path(sampled)[0]
+            named = {path_names(key_path): leaf for key_path, leaf in leaves}
+            return {path: named[path] for path in samples}
+
+        proposed, inner_state = step(updates, state.inner_state, params)
+        merged, merge_state = merge.update(
+            proposed, state.merge_state, params, update_samples=samples_of_updates, **extra_args
+        )
+        return merged, FusedChainState(inner_state, merge_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _taker(samples: dict[Path, Sample]) -> Callable[[jax.Array, "_Named"], jax.Array]:
+    def take(x: jax.Array, name: "_Named") -> jax.Array:
+        sample = samples.get(name.path)
+        return x if sample is None else sample.take(x)
+
+    return take
+
+
+class _Named:
+    """The path of a leaf, as a leaf of a tree."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+
+def _paths(tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: _Named(path_names(path)), tree)
+
+
+def _require_elementwise(step: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Raises ValueError where an update of an entry depends on other entries."""
+    jaxpr = jax.make_jaxpr(step)(*arguments)
+    for name in _primitives(jaxpr.jaxpr):
+        if name.startswith(_MIXING) and name not in _SHAPELESS:
+            raise ValueError(
+                f"fused_chain needs an inner optimizer that treats every entry on its own, but it uses "
+                f"{name!r}: move what does (such as clip_by_global_norm) in front of fused_chain, or "
+                "use optax.chain"
+            )
+
+
+def _primitives(jaxpr: Any) -> set[str]:
+    """Returns the names of the operations on arrays that are no scalars."""
+    names = set()
+    for equation in jaxpr.eqns:
+        inner = [p for value in equation.params.values() for p in _jaxprs(value)]
+        for sub in inner:
+            names |= _primitives(sub)
+        if not inner and any(getattr(v.aval, "ndim", 0) for v in equation.invars):
+            names.add(equation.primitive.name)
+    return names
+
+
+def _jaxprs(value: Any) -> list[Any]:
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return [getattr(v, "jaxpr", v) for v in values if hasattr(getattr(v, "jaxpr", v), "eqns")]

@@ -1,0 +1,92 @@
+"""How an update is rounded to what its parameter can hold.
+
+A parameter θ moves in steps of one unit in the last place (ulp). The reference term α·τ is often
+smaller: 5e-10 against an ulp of 1.9e-9 for a float32 weight of 0.02, or of 1.2e-4 in bfloat16. Adding
+it rounds to nearest, which gives nothing, however many steps are taken.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from omerge_jax.numerics import wide_dtype
+
+Rounding = Literal["stochastic", "compensated", "nearest"]
+
+
+def _grid(param: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the ulp, in the dtype of ``param``, of the larger of two values, and its inverse.
+
+    Args:
+      param: the parameter, any float dtype.
+      update: what is to be added to it, float32 or float64 of the same shape.
+
+    Returns:
+      Two powers of two per entry, in the dtype of ``update``.
+    """
+    kind, wide = jnp.finfo(param.dtype), jnp.finfo(update.dtype)
+    eps, word = float(kind.eps), jnp.uint32 if wide.bits == 32 else jnp.uint64
+    largest = jnp.maximum(jnp.abs(param.astype(update.dtype)), jnp.abs(update))
+    # Small values have a fixed ulp; without it, it would be lost below the normal numbers.
+    floor = max(float(kind.smallest_normal), float(wide.smallest_normal) / eps)
+    bits = jax.lax.bitcast_convert_type(jnp.maximum(largest, floor), word)
+    mantissa = word((1 << wide.nmant) - 1)
+    exponent = bits & ~mantissa
+    # Twice the exponent of 1 less the exponent of a power of two is that of its inverse.
+    one = (1 << (wide.nexp - 1)) - 1
+    inverse = word(2 * one << wide.nmant) - exponent
+
+    def power(exponent: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(exponent, update.dtype)
+
+    return power(exponent) * eps, power(inverse) * (1 / eps)
+
+
+def round_stochastically(update: jax.Array, param: jax.Array, bits: jax.Array) -> jax.Array:
+    """Rounds an update to a multiple of its parameter's ulp, up or down at random, without bias.
+
+    Args:
+      update: float32 or float64 [...].
+      param: the parameter [...].
+      bits: uint32 [...], uniform.
+
+    Returns:
+      The rounded update, in the dtype of ``update``; its mean over ``bits`` is ``update``.
+
+    References:
+      Zamirai et al., Revisiting BFloat16 Training, https://arxiv.org/abs/2010.06192.
+    """
+    step, inverse = _grid(param, update)
+    uniform = (bits >> 8).astype(jnp.int32).astype(update.dtype) * 2.0**-24
+    steps = update * inverse
+    whole = jnp.floor(steps)
+    # Compared, not added: the sum would be rounded once more, and upwards near the next whole.
+    return step * jnp.where(uniform < steps - whole, whole + 1, whole)
+
+
+def round_compensated(
+    update: jax.Array, residual: jax.Array, param: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Rounds an update to its parameter's ulp and keeps what was cut off for the next step.
+
+    Args:
+      update: float32 or float64 [...].
+      residual: what earlier steps cut off [...], same dtype.
+      param: the parameter [...].
+
+    Returns:
+      ``(rounded, residual)``; ``rounded + residual`` is what was due.
+
+    References:
+      Kahan summation; Zamirai et al., https://arxiv.org/abs/2010.06192.
+    """
+    due = update + residual
+    step, inverse = _grid(param, due)
+    rounded = step * jnp.round(due * inverse)
+    return rounded, due - rounded
+
+
+def zero_residual(param: jax.Array) -> jax.Array:
+    """Returns the residual before the first step; sharded like a sharded parameter."""
+    return jnp.zeros_like(param, dtype=wide_dtype(param.dtype))
