@@ -55,7 +55,10 @@ class Recipe:
         if self.storage != "sparse" or not isinstance(self.sparsifier, BoundedSparsifier):
             return None
         entries = math.prod(shape[self.layer_axes :])
-        capacity = self.sparsifier.capacity(entries)
+        capacity = max(1, self.sparsifier.capacity(entries))
+        # Rounded up by an eighth at most, so that meshes can divide it.
+        unit = 1 << max(0, capacity.bit_length() - 4)
+        capacity = -(-capacity // unit) * unit
         return capacity if 3 * capacity < entries else None
 
     def encode(self, delta: jax.Array) -> Any:

@@ -123,7 +123,7 @@ def test_a_large_leaf_is_estimated_from_a_sample(name, fused):
 
 def test_diagnostics_is_a_bool():
     with pytest.raises(
-        ValueError, match="diagnostics must be True or False .* got diagnostics = 10"
+        ValueError, match=r"diagnostics must be True or False .* got diagnostics = 10"
     ):
         om.on_dare(0.1, 0.5, diagnostics=10)
 
