@@ -14,15 +14,17 @@ else
 MAKE_VENV := $(PYTHON) -m venv $(VENV)
 INSTALL := $(PY) -m pip install --quiet
 endif
+NVIDIA := $(shell command -v nvidia-smi 2>/dev/null)
 
-.PHONY: help demo test test-slow bench lint clean
+.PHONY: help demo test test-slow bench lint docs clean
 
 help:
 	@echo "make demo       the alignment tax in miniature: trains, compares, writes demo-output/run-NNN/report.html"
 	@echo "make test       lint, types and the short tests"
 	@echo "make test-slow  the long tests"
-	@echo "make bench      cost of merging next to optax.adamw"
+	@echo "make bench      cost of merging next to optax.adamw (BENCH_ARGS=--help lists options)"
 	@echo "make models/smollm2  a small language model as a Hugging Face directory, without a hub"
+	@echo "make docs       the API page, docs/api/omerge_jax.html"
 	@echo "make clean      remove the virtual environment and outputs"
 
 $(PY):
@@ -62,8 +64,19 @@ test: lint
 test-slow: $(VENV)/.test
 	$(PY) -m pytest -m slow
 
-bench: $(VENV)/.train
-	$(PY) -m train.bench
+# The TPU compiler is not built for every platform; without it the benchmark goes on and says so.
+$(VENV)/.bench: $(VENV)/.train $(VENV)/.torch
+	$(INSTALL) -e ".[tpu]" || echo "The TPU compiler could not be installed."
+ifdef NVIDIA
+	$(INSTALL) -e ".[cuda]"
+endif
+	@touch $@
+
+bench: $(VENV)/.bench
+	$(PY) -m train.bench $(BENCH_ARGS)
+
+docs: $(VENV)/.test
+	$(PY) -m pdoc omerge_jax -d google -o docs/api
 
 clean:
-	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo-output docs/api .pytest_cache .ruff_cache

@@ -1,16 +1,26 @@
 """Consensus ⊕: how a sparsified update and a sparsified reference delta become one update."""
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 
-Consensus = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+class Consensus(Protocol):
+    """⊕: any elementwise callable that makes one update of two terms."""
+
+    def __call__(self, update: jax.Array, delta: jax.Array, alpha: jax.Array, /) -> jax.Array:
+        """Returns the merge of F(Δθ) and F(τ_r); ``alpha`` broadcasts against both."""
+        ...
 
 
 def linear() -> Consensus:
-    """Weighted sum ``(1 - alpha) * update + alpha * delta`` (Eq. 4 of arXiv 2405.17931)."""
+    """Weighted sum ``(1 - alpha) * update + alpha * delta`` (Eq. 4 of arXiv 2405.17931).
+
+    Example:
+      >>> linear()(jnp.array([2.0]), jnp.array([10.0]), jnp.float32(0.25)).tolist()
+      [4.0]
+    """
     return lambda update, delta, alpha: (1 - alpha) * update + alpha * delta
 
 
@@ -28,6 +38,13 @@ def sign(election: Literal["unweighted", "weighted"] = "unweighted") -> Consensu
 
     Raises:
       ValueError: an unknown election.
+
+    Example:
+      >>> update, delta, alpha = jnp.array([1.0, -1.0]), jnp.array([4.0, 2.0]), jnp.float32(0.25)
+      >>> sign()(update, delta, alpha).tolist()
+      [1.75, 0.5]
+      >>> sign("weighted")(update, delta, alpha).tolist()
+      [1.75, -0.75]
     """
     if election not in ("unweighted", "weighted"):
         raise ValueError(

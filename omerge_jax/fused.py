@@ -15,7 +15,7 @@ _MIXING = (
     "arg",
     "cum",
     "dot_general",
-    "conv",
+    "conv_general",
     "sort",
     "top_k",
     "gather",
@@ -107,7 +107,9 @@ def fused_chain(
             arguments = (updates, state.inner_state, params)
             _require_elementwise(step, arguments)
             take = _taker(samples)
-            sampled_state = optax.tree.map_params(inner, take, state.inner_state, _paths(updates))
+            sampled_state = optax.tree.map_params(
+                inner, take, state.inner_state, _paths(updates), is_leaf=_is_masked
+            )
             grads = jax.tree.map(take, updates, _paths(updates))
             taken = None if params is None else jax.tree.map(take, params, _paths(params))
             sampled = step(grads, sampled_state, taken)[0]
@@ -124,12 +126,17 @@ def fused_chain(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _taker(samples: dict[Path, Sample]) -> Callable[[jax.Array, "_Named"], jax.Array]:
-    def take(x: jax.Array, name: "_Named") -> jax.Array:
-        sample = samples.get(name.path)
+def _taker(samples: dict[Path, Sample]) -> Callable[[Any, Any], Any]:
+    def take(x: Any, name: Any) -> Any:
+        # Where the inner optimizer is masked there is no array, and names of a whole subtree.
+        sample = None if _is_masked(x) else samples.get(name.path)
         return x if sample is None else sample.take(x)
 
     return take
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 class _Named:

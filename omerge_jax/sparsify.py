@@ -52,7 +52,14 @@ class SparsifyContext:
         return x.shape if self.sample is None else self.sample.shape
 
 
-Sparsifier = Callable[[jax.Array, SparsifyContext], jax.Array]
+class Sparsifier(Protocol):
+    """F: any callable that keeps some entries of an array, see the module's text."""
+
+    def __call__(self, x: jax.Array, ctx: SparsifyContext, /) -> jax.Array:
+        """Returns ``x`` with what is not kept set to 0; what is kept may be rescaled."""
+        ...
+
+
 Draw = Callable[[jax.Array, jax.typing.ArrayLike, SparsifyContext], jax.Array]
 
 

@@ -126,10 +126,10 @@ def with_delta(opt_state: chex.ArrayTree, delta: Any) -> Any:
     def fill(node: Any) -> Any:
         if not is_merge_state(node) or node.reference_delta is None:
             return node
-        fit = node.delta_fit
+        # Mapped, as nnx.Optimizer wraps the arrays of a state.
         return node._replace(
             reference_delta=place_delta(node.reference_delta, delta),
-            delta_fit=None if fit is None else jnp.full(fit.shape, -1.0, fit.dtype),
+            delta_fit=jax.tree.map(lambda fit: jnp.full_like(fit, -1.0), node.delta_fit),
         )
 
     return jax.tree.map(fill, opt_state, is_leaf=is_merge_state)

@@ -169,7 +169,7 @@ def check_storage(storage: Storage, sparsifier: Sparsifier, stands_still: bool) 
     except TypeError as error:
         raise ValueError(
             "storage='sparse' needs a sparsifier made of Python numbers (under "
-            f"optax.inject_hyperparams name density and seed in static_args), got {sparsifier!r}"
+            f"optax.inject_hyperparams name density, seed and clip in static_args), got {sparsifier!r}"
         ) from error
 
 

@@ -1,0 +1,1 @@
+"""What merging costs next to ``optax.adamw``: ``make bench``."""

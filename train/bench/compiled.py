@@ -1,0 +1,250 @@
+"""Figures of the TPU compiler for one optimizer step, compiled ahead of time without a TPU."""
+
+import concurrent.futures
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import omerge_jax as om
+from omerge_jax.sparsify import SampledSparsifier, SparsifyContext
+from train.bench.cases import (
+    PINNED,
+    TIES_DENSITY,
+    Case,
+    count,
+    initial_state,
+    layer_axes,
+    make_step,
+)
+
+_DIGIT_BITS = 4
+_DIGITS = 32 // _DIGIT_BITS
+
+
+def make_mesh(topology: str) -> Mesh:
+    """Returns a mesh of one axis over the chips of a topology such as ``v5p:2x2x1``."""
+    chips = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+    return Mesh(np.array(chips).reshape(-1), ("fsdp",))
+
+
+class Placement:
+    """Abstract arrays sharded on their last axis over a mesh, for a step to be compiled with."""
+
+    def __init__(self, mesh: Mesh, shapes: Any):
+        self.mesh = mesh
+        self.params = jax.tree.map(self.place, shapes)
+
+    def place(self, x: Any, dtype: Any = None, memory: str = "device") -> jax.ShapeDtypeStruct:
+        """Returns the shape with its sharding."""
+        spec = PartitionSpec(*([None] * (x.ndim - 1) + ["fsdp"] if x.ndim > 1 else []))
+        sharding = NamedSharding(self.mesh, spec, memory_kind=memory)
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
+
+    def opt_state(self, case: Case) -> Any:
+        """Returns the state of a case."""
+        held = jnp.bfloat16 if case.delta == "bfloat16" else jnp.float32
+        delta = jax.tree.map(lambda x: self.place(x, held), self.params)
+        state = jax.eval_shape(lambda p, d: initial_state(case, p, d), self.params, delta)
+        memory = "pinned_host" if case.name == PINNED else "device"
+
+        def place(node: Any) -> Any:
+            if not isinstance(node, om.OnlineMergeState):
+                return self.place(node)
+            held = jax.tree.map(lambda x: self.place(x, memory=memory), node.reference_delta)
+            placed = jax.tree.map(self.place, node._replace(reference_delta=None))
+            return placed._replace(reference_delta=held)
+
+        return jax.tree.map(place, state, is_leaf=_is_merge)
+
+    def extra(self, case: Case) -> dict[str, Any]:
+        """Returns the further arguments of ``update``."""
+        models = ("reference_params", "base_params")
+        return dict.fromkeys(models, self.params) if case.delta == "recompute" else {}
+
+
+def _is_merge(node: Any) -> bool:
+    return isinstance(node, om.OnlineMergeState)
+
+
+def _later(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the step as it is from the second merge on, with the delta's threshold found.
+
+    The first merge finds it in a branch, which the compiler's figures would count at every step.
+    """
+
+    def settle(node: Any) -> Any:
+        if not _is_merge(node) or node.delta_fit is None:
+            return node
+        return node._replace(delta_fit=jnp.ones(node.delta_fit.shape, node.delta_fit.dtype))
+
+    def later(params: Any, opt_state: Any, *rest: Any) -> Any:
+        return step(params, jax.tree.map(settle, opt_state, is_leaf=_is_merge), *rest)
+
+    return later
+
+
+def _finds_a_fit(opt_state: Any) -> bool:
+    nodes = jax.tree.leaves(opt_state, is_leaf=_is_merge)
+    return any(_is_merge(node) and node.delta_fit is not None for node in nodes)
+
+
+def _compile(step: Callable[..., Any], placement: Placement, case: Case) -> Any:
+    arguments = (placement.params, placement.opt_state(case), placement.params)
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    return jitted.lower(*arguments, placement.extra(case)).compile()
+
+
+def step_figures(
+    topology: str, shapes: Any, compared: list[Case], passes: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Compiles a step of every case for a TPU topology.
+
+    Args:
+      topology: such as ``v5p:2x2x1``.
+      shapes: tree of the parameters' shapes.
+      compared: the cases, the baseline first.
+      passes: passes of an exact threshold. The compiler counts the body of their loop once, so the
+        others are added: each reads what it searches, in float32.
+      say: is given the name of every case before it is compiled.
+
+    Returns:
+      A row per case with figures per chip. Ratios are to the first case.
+    """
+    placement = Placement(make_mesh(topology), shapes)
+
+    def figures(case: Case) -> dict[str, Any]:
+        say(case.name)
+        return _figures(case, placement, passes)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(figures, compared))
+    for row in rows:
+        for name in ("bytes", "bytes_8_passes", "bytes_16_passes", "flops"):
+            row[name + "_ratio"] = row[name] / rows[0][name]
+    return rows
+
+
+def _figures(case: Case, placement: Placement, passes: int) -> dict[str, Any]:
+    step = make_step(case)
+    first = later = _compile(step, placement, case)
+    if _finds_a_fit(placement.opt_state(case)):
+        later = _compile(_later(step), placement, case)
+    cost, memory = later.cost_analysis(), first.memory_analysis()
+    once = float(cost["bytes accessed"])
+    searched = 4 * searched_entries(case, placement.params) / placement.mesh.size
+    return {
+        "optimizer": case.name,
+        "bytes": once + (passes - 1) * searched,
+        "bytes_8_passes": once + (_DIGITS - 1) * searched,
+        "bytes_16_passes": once + (2 * _DIGITS - 1) * searched,
+        "bytes_loop_body_once": once,
+        "bytes_first_step_loop_body_once": float(first.cost_analysis()["bytes accessed"]),
+        "flops": float(cost["flops"]),
+        "temp_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "host_argument_bytes": memory.host_argument_size_in_bytes,
+        "parameters": count(placement.params) / placement.mesh.size,
+    }
+
+
+def searched_entries(case: Case, shapes: Any) -> float:
+    """Returns how many entries one pass of the search for a threshold reads."""
+    if case.threshold is None:
+        return 0.0
+    sparsifier = om.magnitude(TIES_DENSITY, threshold=case.threshold)
+    assert isinstance(sparsifier, SampledSparsifier)
+    total = 0.0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
+        layers = layer_axes((path[0].key,))
+        ctx = SparsifyContext(jnp.int32(0), (path[0].key,), "update", layers)
+        sample = sparsifier.choose_sample(leaf.shape, ctx)
+        total += leaf.size * (1.0 if sample is None else sample.width / sample.block)
+    return total
+
+
+def search_passes(entries: int, density: float, seed: int = 0) -> int:
+    """Measures the passes that an exact threshold takes over one tensor of normal entries.
+
+    A pass fixes four bits of the threshold, and the search stops once these separate the entries
+    that are kept from the others. Magnitudes that tie are told apart by an order, digit by digit.
+
+    Args:
+      entries: entries of the tensor.
+      density: share kept.
+      seed: of the entries.
+    """
+    rng = np.random.default_rng(seed)
+    bits = np.abs(rng.standard_normal(entries, np.float32)).view(np.uint32)
+    kept = max(1, int(density * entries))
+    if kept >= entries:
+        return 0
+    bits.partition((entries - kept - 1, entries - kept))
+    below, edge = int(bits[entries - kept - 1]), int(bits[entries - kept])
+    if below != edge:
+        return _separating_digits(below, edge)
+    ties = np.sort(rng.integers(2**32, size=int((bits == edge).sum()), dtype=np.uint32))
+    beyond = kept - int((bits > edge).sum())
+    return _DIGITS + _separating_digits(int(ties[-beyond - 1]), int(ties[-beyond]))
+
+
+def _separating_digits(low: int, high: int) -> int:
+    return _DIGITS - ((low ^ high).bit_length() - 1) // _DIGIT_BITS
+
+
+def train_step_figures(topology: str, shapes: Any, compared: list[Case]) -> list[dict[str, Any]]:
+    """Compiles whole training steps: a small network's gradients, then the optimizer.
+
+    What an optimizer needs between its operations may reuse what the backward pass has left.
+
+    Args:
+      topology: such as ``v5p:2x2x1``.
+      shapes: tree of the parameters' shapes.
+      compared: the cases, the baseline first.
+
+    Returns:
+      A row per case with the temporary bytes and the bytes accessed per chip.
+    """
+    placement = Placement(make_mesh(topology), shapes)
+    batch = NamedSharding(placement.mesh, PartitionSpec())
+    tokens = jax.ShapeDtypeStruct((4, 512), jnp.int32, sharding=batch)
+    rows = []
+    for case in compared:
+        update = make_step(case)
+
+        def step(params: Any, opt_state: Any, tokens: Any, update: Any = update) -> Any:
+            return update(params, opt_state, jax.grad(_loss)(params, tokens), {})
+
+        jitted = jax.jit(step, donate_argnums=(0, 1))
+        compiled: Any = jitted.lower(placement.params, placement.opt_state(case), tokens).compile()
+        rows.append(
+            {
+                "optimizer": case.name,
+                "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+                "bytes_once": float(compiled.cost_analysis()["bytes accessed"]),
+            }
+        )
+    return rows
+
+
+def _loss(params: Any, tokens: jax.Array) -> jax.Array:
+    def block(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
+        width = x.shape[-1]
+        hidden = (x @ weight.astype(x.dtype))[..., :width]
+        return x + jnp.tanh(hidden), None
+
+    x = params["embed"][tokens].astype(jnp.bfloat16)
+    x, _ = jax.lax.scan(jax.checkpoint(block), x, params["layers"]["up"])
+    x = x * params["norm"].astype(x.dtype)
+    logits = x @ params["embed"].T.astype(x.dtype)[:, :2048]
+    return jnp.mean(jnp.square(logits.astype(jnp.float32)))
+
+
+def leaf_bytes(shapes: Any, chips: int) -> float:
+    """Returns the bytes per chip, in float32, of the smallest leaf that is a matrix or more."""
+    return 4 * min(leaf.size for leaf in jax.tree.leaves(shapes) if leaf.ndim > 1) / chips
