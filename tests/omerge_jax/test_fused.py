@@ -95,12 +95,12 @@ def test_a_sampled_threshold_halves_ties_too():
 )
 def test_an_optimizer_that_mixes_entries_is_refused(inner, operation):
     tx = om.fused_chain(inner, om.on_ties(0.1, 0.3, threshold="sampled"))
-    params = tree(0)
-    state = om.with_delta(tx.init(params), tree(1))
+    params, delta, grads = ({"w": tree(seed)["layers"][0]} for seed in range(3))
+    state = om.with_delta(tx.init(params), delta)
     with pytest.raises(
         ValueError, match=f"treats every entry on its own, but it uses '({operation})"
     ):
-        tx.update(tree(2), state, params)
+        tx.update(grads, state, params)
 
 
 def test_it_works_behind_clipping_inside_masked_and_with_nnx():
