@@ -10,12 +10,16 @@ from flax import nnx
 import omerge_jax as om
 
 RATE = 1e-2
+# With a usual eps all magnitudes of Adam's first update agree to the last digits, and which of them
+# are the largest depends on how the compiler rounds.
 INNER = {
-    "adamw": lambda: optax.adamw(RATE),
+    "adamw": lambda: optax.adamw(RATE, eps=0.1),
     "lion": lambda: optax.lion(RATE),
     "momentum": lambda: optax.sgd(RATE, momentum=0.9, nesterov=True),
     "rmsprop": lambda: optax.rmsprop(RATE),
-    "schedule": lambda: optax.adam(optax.linear_schedule(RATE, 0, 10), mu_dtype=jnp.bfloat16),
+    "schedule": lambda: optax.adam(
+        optax.linear_schedule(RATE, 0, 10), eps=0.1, mu_dtype=jnp.bfloat16
+    ),
 }
 
 
@@ -55,7 +59,7 @@ def test_it_emits_what_the_chain_emits(inner, threshold):
     for name in chained:
         # Computed twice, a threshold may come out an ulp apart and keep one entry more or less.
         same = np.isclose(fused[name], chained[name], rtol=1e-5, atol=1e-6)
-        assert same.mean() > 0.999, name
+        assert same.mean() > 0.9999, name
     assert jax.tree.structure(tuple(after)) == jax.tree.structure(before)
 
 
