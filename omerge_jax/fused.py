@@ -153,13 +153,14 @@ def _paths(tree: Any) -> Any:
 def _require_elementwise(step: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """Raises ValueError where an update of an entry depends on other entries."""
     jaxpr = jax.make_jaxpr(step)(*arguments)
-    for name in _primitives(jaxpr.jaxpr):
-        if name.startswith(_MIXING) and name not in _SHAPELESS:
-            raise ValueError(
-                f"fused_chain needs an inner optimizer that treats every entry on its own, but it uses "
-                f"{name!r}: move what does (such as clip_by_global_norm) in front of fused_chain, or "
-                "use optax.chain"
-            )
+    used = sorted(_primitives(jaxpr.jaxpr))
+    mixing = [name for name in used if name.startswith(_MIXING) and name not in _SHAPELESS]
+    if mixing:
+        raise ValueError(
+            "fused_chain needs an inner optimizer that treats every entry on its own, but it uses "
+            f"{', '.join(map(repr, mixing))}: move what does (such as clip_by_global_norm) in front of "
+            "fused_chain, or use optax.chain"
+        )
 
 
 def _primitives(jaxpr: Any) -> set[str]:

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from train.config import DPOConfig, ExportConfig, SFTConfig, UserError
-from train.config_eval import EvalConfig
+from train.config import DPOConfig, EvalConfig, ExportConfig, SFTConfig, UserError
 
 
 def _run_sft(config: SFTConfig) -> None:

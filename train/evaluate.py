@@ -11,8 +11,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from train.config import ModelOptions, UserError, check_records, require
-from train.config_eval import EvalConfig
+from train.config import EvalConfig, ModelOptions, UserError, check_records, require
 from train.data import TokenDataset, tokenize_preference
 from train.held_out import Score, evaluate_preferences, pair_logps
 from train.models import from_hf, split_model

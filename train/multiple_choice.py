@@ -17,8 +17,7 @@ import numpy as np
 from flax import nnx
 from rich.progress import Progress
 
-from train.config import UserError, require
-from train.config_eval import TaskOptions
+from train.config import TaskOptions, UserError, require
 from train.data.dataset import pad_left, pad_right
 from train.data.formats import read_records, where_of
 from train.data.templates import Encoded, Encoder, Row

@@ -93,7 +93,7 @@ def test_a_sampled_threshold_halves_ties_too():
     [
         (optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE)), "reduce"),
         (optax.adafactor(RATE), "reduce"),
-        (optax.contrib.muon(RATE), "dot_general|transpose|reduce"),
+        (optax.contrib.muon(RATE), "dot_general"),
     ],
     ids=["clip", "adafactor", "muon"],
 )
@@ -102,7 +102,7 @@ def test_an_optimizer_that_mixes_entries_is_refused(inner, operation):
     params, delta, grads = ({"w": tree(seed)["layers"][0]} for seed in range(3))
     state = om.with_delta(tx.init(params), delta)
     with pytest.raises(
-        ValueError, match=f"treats every entry on its own, but it uses '({operation})"
+        ValueError, match=f"treats every entry on its own, but it uses .*'{operation}"
     ):
         tx.update(grads, state, params)
 

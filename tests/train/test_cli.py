@@ -9,8 +9,7 @@ import pytest
 
 from tests.train.tiny_runs import flags
 from train.cli import COMMANDS, configured, main
-from train.config import DPOConfig, SFTConfig
-from train.config_eval import EvalConfig
+from train.config import DPOConfig, EvalConfig, SFTConfig
 
 REQUIRED_FLAGS = flags(
     {

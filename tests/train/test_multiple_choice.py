@@ -8,8 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.train.tiny_runs import make_model_dir, make_records, make_tokenizer, write_jsonl
-from train.config import UserError
-from train.config_eval import TaskOptions
+from train.config import TaskOptions, UserError
 from train.data.dataset import pad_left, pad_right
 from train.models import from_hf, split_model
 from train.multiple_choice import Question, choice_scorer, measure, read_questions

@@ -1,10 +1,11 @@
-"""Settings of ``python -m train eval``; see `train.config`."""
+"""Settings of ``python -m train eval``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from train.config import DType, RecordOptions
+from train.config.base import DType
+from train.config.data import RecordOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,44 @@
+"""Settings of every command as dataclasses; their docstrings are the command line's help.
+
+A settings file (YAML) and flags fill the same fields: ``--trainer.steps 10`` is ``trainer: {steps:
+10}``. Nothing heavy is imported here, so that ``--help`` and a misspelt field answer at once. The
+ranges are checked by `check`, which every command calls before it reads a weight; fields that
+belong to one optimizer are checked in `train.optimizers`.
+"""
+
+from train.config.base import DType, UserError, flatten, require
+from train.config.commands import FREE_FIELDS, DPOConfig, ExportConfig, SFTConfig
+from train.config.data import DataOptions, RecordOptions, check_records
+from train.config.evaluation import EvalConfig, PreferenceEvalOptions, TaskOptions
+from train.config.loss import PreferenceLossOptions, SFTLossOptions
+from train.config.model import ModelOptions, PolicyOptions
+from train.config.optimizer import AdamWOptions, OptimizerName, OptimizerOptions, ScheduleOptions
+from train.config.ranges import check
+from train.config.trainer import TrainerOptions
+
+__all__ = [
+    "FREE_FIELDS",
+    "AdamWOptions",
+    "DPOConfig",
+    "DType",
+    "DataOptions",
+    "EvalConfig",
+    "ExportConfig",
+    "ModelOptions",
+    "OptimizerName",
+    "OptimizerOptions",
+    "PolicyOptions",
+    "PreferenceEvalOptions",
+    "PreferenceLossOptions",
+    "RecordOptions",
+    "SFTConfig",
+    "SFTLossOptions",
+    "ScheduleOptions",
+    "TaskOptions",
+    "TrainerOptions",
+    "UserError",
+    "check",
+    "check_records",
+    "flatten",
+    "require",
+]

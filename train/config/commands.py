@@ -1,0 +1,95 @@
+"""Settings of the commands that train and export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from train.config.base import DType
+from train.config.data import DataOptions
+from train.config.loss import PreferenceLossOptions, SFTLossOptions
+from train.config.model import ModelOptions, PolicyOptions
+from train.config.optimizer import AdamWOptions, OptimizerOptions, ScheduleOptions
+from train.config.trainer import TrainerOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning of a model on prompts with answers.
+
+    Attributes:
+        output_dir: Directory of the run: settings, checkpoints, logs and the exported model. The
+            same command given again resumes what it holds; it never holds two runs.
+        model: The model.
+        data: The data.
+        optimizer: The optimizer.
+        trainer: The training run.
+        loss: The loss.
+        schedule: The schedule.
+    """
+
+    output_dir: str
+    model: ModelOptions
+    data: DataOptions
+    optimizer: AdamWOptions
+    trainer: TrainerOptions
+    loss: SFTLossOptions = field(default_factory=SFTLossOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    """Alignment of an SFT model on pairs of a chosen and a rejected answer.
+
+    Attributes:
+        output_dir: Directory of the run: settings, checkpoints, logs and the exported model. The
+            same command given again resumes what it holds; it never holds two runs.
+        model: The model.
+        data: The data.
+        optimizer: The optimizer.
+        trainer: The training run.
+        loss: The loss.
+        schedule: The schedule.
+        reference_cache: Directory for the reference's log-probabilities, keyed by the content of
+            model and data, so that several runs can share it. Unset: inside `output_dir`.
+    """
+
+    output_dir: str
+    model: PolicyOptions
+    data: DataOptions
+    optimizer: OptimizerOptions
+    trainer: TrainerOptions
+    loss: PreferenceLossOptions = field(default_factory=PreferenceLossOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    reference_cache: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """A run's checkpoint as a model directory in Hugging Face format.
+
+    Attributes:
+        run: Output directory of the run.
+        output: Directory to write; it must be absent or empty.
+        step: Step of the checkpoint. Unset: the last one.
+        dtype: Type of the exported weights. Unset: what the run's `model.export_dtype` says.
+    """
+
+    run: str
+    output: str
+    step: int | None = None
+    dtype: DType | None = None
+
+
+# Fields that change what is written or shown, not what is learned: a resumed run may change them.
+FREE_FIELDS = frozenset(
+    {
+        "output_dir",
+        "reference_cache",
+        "model.export_dtype",
+        "trainer.eval_batch_size",
+        "trainer.eval_every",
+        "trainer.save_every",
+        "trainer.keep",
+        "trainer.log_every",
+    }
+)

@@ -1,0 +1,57 @@
+"""Which records a command reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from train.config.base import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions:
+    """Records, and how they become tokens.
+
+    Attributes:
+        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub.
+        split: Split of a hub data set.
+        eval_fraction: Share of `path` held out for evaluation, by prompt: a prompt never lands on
+            both sides. Unset: nothing is held out.
+        split_seed: Seed of that split, apart from `trainer.seed` so that runs share their held-out
+            records.
+        max_prompt_length: Tokens a prompt may have, the chat template included; longer ones lose
+            their beginning, and are counted.
+        max_completion_length: Tokens an answer may have, the end mark included; longer ones lose
+            their end, and are counted.
+        template: auto (messages through the tokenizer's chat template, strings as they are) or chat
+            (strings too become turns of a conversation).
+    """
+
+    path: str
+    split: str = "train"
+    eval_fraction: float | None = None
+    split_seed: int = 0
+    max_prompt_length: int = 512
+    max_completion_length: int = 512
+    template: Literal["auto", "chat"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(RecordOptions):
+    """Training records, and those to evaluate on.
+
+    Attributes:
+        eval_path: A separate file to evaluate on, instead of `eval_fraction`. With neither nothing
+            is evaluated.
+    """
+
+    eval_path: str | None = None
+
+
+def check_records(options: RecordOptions, name: str) -> None:
+    """Checks the ranges of a group of record fields. Raises `UserError`."""
+    for field_name in ("max_prompt_length", "max_completion_length"):
+        value = getattr(options, field_name)
+        require(value > 0, f"{name}.{field_name}", value, "positive")
+    share = options.eval_fraction
+    require(share is None or 0 < share < 1, f"{name}.eval_fraction", share, "between 0 and 1")

@@ -1,0 +1,94 @@
+"""Optimizers and learning-rate schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from train.config.base import DType
+
+OptimizerName = Literal[
+    "adamw", "on_dare", "on_ties", "on_dare_adamw", "on_ties_adamw", "child_tuning"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWOptions:
+    """AdamW with gradient clipping.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        b1: Decay of the first moment. Unset: the optimizer's own default, as for the two below.
+        b2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        max_grad_norm: Gradients of a larger global norm are scaled down to it; 0 turns clipping
+            off.
+    """
+
+    learning_rate: float
+    b1: float | None = None
+    b2: float | None = None
+    eps: float | None = None
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions(AdamWOptions):
+    """The optimizer. A field that the chosen one has no use for must stay unset.
+
+    Attributes:
+        name: adamw; on_dare or on_ties (merging after optax.adamw, whose weight decay is merged
+            too); on_dare_adamw or on_ties_adamw (the authors' order: weight decay after the merge);
+            child_tuning (random masks alone).
+        alpha: Weight of the reference delta, 0 to 1; the policy's update gets 1 − alpha.
+        density: Share of the entries that are kept, in (0, 1].
+        every_k: Merge on every k-th step only.
+        rescale: What makes up for dropped entries: inverse (divide by density), norm (keep the L1
+            norm), none.
+        delta_mask: fresh (a new random mask on the delta at each step) or fixed (one for the whole
+            run, as in the authors' code).
+        clip: Bound on the entries of the sparsified delta, and with rescale norm of the update; 0
+            turns it off.
+        election: Sign vote of TIES: unweighted (the authors' code) or weighted (the paper).
+        threshold: How TIES finds the largest entries: exact, or sampled (faster; the share kept is
+            off by about half a percent of itself).
+        storage: How the delta is held: dense, sparse (kept entries alone; with random masks it needs
+            delta_mask fixed) or pinned_host (in the host's memory, on an accelerator).
+        rounding: stochastic or compensated (the reference term arrives, however small) or nearest.
+        seed: Seed of the random masks and of the rounding.
+        delta_dtype: Type in which the delta is held. Unset: that of the parameters.
+        diagnostics: Whether to log the full set of merge/... metrics. Unset: only merge/alpha and
+            alpha_total.
+    """
+
+    name: OptimizerName = "adamw"
+    alpha: float | None = None
+    density: float | None = None
+    every_k: int | None = None
+    rescale: Literal["inverse", "norm", "none"] | None = None
+    delta_mask: Literal["fixed", "fresh"] | None = None
+    clip: float | None = None
+    election: Literal["unweighted", "weighted"] | None = None
+    threshold: Literal["exact", "sampled"] | None = None
+    storage: Literal["dense", "sparse", "pinned_host"] | None = None
+    rounding: Literal["stochastic", "compensated", "nearest"] | None = None
+    seed: int | None = None
+    delta_dtype: DType | None = None
+    diagnostics: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """Learning rate over time.
+
+    Attributes:
+        type: Shape after the warm-up.
+        warmup_steps: Steps in which the rate rises linearly from 0.
+        final_scale: Share of the peak that is left at the last step (linear and cosine).
+    """
+
+    type: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = 0
+    final_scale: float = 0.0
