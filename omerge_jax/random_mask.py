@@ -144,40 +144,37 @@ def random_bits(
         compiler computes once.
       coordinates: uint32 coordinates per axis of the elements that are asked for; None for all.
     """
-    high, low = element_index(coordinates or _all_coordinates(shape), shape)
+    high, low = element_index(coordinates or all_coordinates(shape), shape)
     key = mask_key(seed, step, path, "" if role in _STREAMS else role)
     bits = hash_index(key, high, low)
     stream = _STREAMS.get(role)
     return bits if stream is None else bits * jnp.uint32(stream)
 
 
-def _all_coordinates(shape: Sequence[int]) -> list[jax.Array]:
+def all_coordinates(shape: Sequence[int]) -> list[jax.Array]:
+    """Returns, per axis, the uint32 coordinates of all elements."""
     return [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
 
 
+def order_start(seed: jax.typing.ArrayLike, step: jax.typing.ArrayLike, path: Path) -> jax.Array:
+    """Returns where a leaf's order begins at a step, a uint32 scalar, see `spread_order`."""
+    return mask_key(seed, step, path, "order")[0]
+
+
 def spread_order(
-    shape: Sequence[int],
-    *,
-    seed: jax.typing.ArrayLike,
-    step: jax.typing.ArrayLike,
-    path: Path,
-    coordinates: Sequence[jax.Array],
+    start: jax.Array, coordinates: Sequence[jax.Array], shape: Sequence[int]
 ) -> jax.Array:
     """Returns a different uint32 for every element of a tensor of at most 2**32 elements.
 
     The elements beyond any limit are spread evenly over the tensor (multiples of an odd number near
-    2**32 divided by the golden ratio), and are others at every step. One multiplication per element.
+    2**32 times the fractional part of the square root of 2). One multiplication per element.
 
     Args:
-      shape: shape of the tensor.
-      seed: integer scalar.
-      step: integer scalar.
-      path: path names of the leaf.
+      start: uint32 scalar; another one puts other elements first.
       coordinates: uint32 coordinates per axis of the elements that are asked for.
+      shape: shape of the tensor.
     """
-    _, low = element_index(coordinates, shape)
-    start, _, _ = mask_key(seed, step, path, "order")
-    return low * jnp.uint32(_GOLDEN) + start
+    return element_index(coordinates, shape)[1] * jnp.uint32(_SILVER) + start
 
 
 def rounding_bits(
@@ -200,9 +197,9 @@ def rounding_bits(
       path: path names of the leaf.
       coordinates: uint32 coordinates per axis of the elements that are asked for; None for all.
     """
-    _, low = element_index(coordinates or _all_coordinates(shape), shape)
+    _, low = element_index(coordinates or all_coordinates(shape), shape)
     start, _, _ = mask_key(seed, step, path, "rounding")
-    return low * jnp.uint32(_SILVER) + start
+    return low * jnp.uint32(_GOLDEN) + start
 
 
 def bernoulli(
