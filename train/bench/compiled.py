@@ -187,7 +187,7 @@ def search_passes(entries: int, density: float, seed: int = 0) -> dict[str, int]
     passes = {}
     for threshold in ("exact", "sampled"):
         keep: Any = om.magnitude(density, threshold=threshold)
-        passes[threshold] = int(jax.jit(keep.passes)(x, ctx))
+        passes[threshold] = int(jax.jit(lambda x, keep=keep: keep.passes(x, ctx))(x))
     return passes
 
 
