@@ -16,6 +16,7 @@ from train.data import TokenDataset, tokenize_preference
 from train.held_out import Score, evaluate_preferences, pair_logps
 from train.models import from_hf, split_model
 from train.multiple_choice import Question, choice_scorer, measure, read_questions
+from train.objectives import reference_logps_fn
 from train.output_dir import check_place, write_atomically
 from train.prepare import (
     blamed_on,
@@ -26,7 +27,6 @@ from train.prepare import (
     tokenized,
 )
 from train.sharding import abstract_model
-from train.step import reference_logps_fn
 
 Results = dict[str, Any]
 

@@ -79,7 +79,7 @@ def pair_logps(
     """Summed log-probabilities of the chosen and the rejected answers, each float32 ``[rows]``.
 
     Args:
-        score: From `train.step.reference_logps_fn`.
+        score: From `train.objectives.reference_logps_fn`.
         params: Of the model that scores.
         dataset: Preferences.
         batch_size: Pairs scored at once.
@@ -110,7 +110,7 @@ def evaluate_preferences(
     """Makes ``f(params) -> {"eval_loss", "eval_rewards/accuracies", …}`` for preferences.
 
     Args:
-        score: From `train.step.reference_logps_fn`.
+        score: From `train.objectives.reference_logps_fn`.
         dataset: Preferences with `reference_chosen_logps` and `reference_rejected_logps`.
         loss_type: See `train.losses.pair_loss`, as for the two below.
         beta: Factor of the rewards.
@@ -148,7 +148,7 @@ def evaluate_sft(
     """Makes ``f(params) -> {"eval_loss", "eval_mean_token_accuracy"}``: means over all tokens.
 
     Args:
-        loss_fn: From `train.step.sft_loss`.
+        loss_fn: From `train.objectives.sft_loss`.
         dataset: Held-out rows.
         batch_size: Rows scored at once.
         mesh: Where batches go.
