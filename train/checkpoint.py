@@ -21,6 +21,7 @@ from train.step import State
 
 # Orbax writes into it once more after `_seal`; a restore does not need it.
 _TIMES = "_CHECKPOINT_METADATA"
+_LOG = logging.getLogger(__name__)
 _policies = ocp.checkpoint_managers
 Warn = Callable[[str], None]
 
@@ -53,7 +54,7 @@ class Checkpoints:
         every: int | None = None,
         keep: int = 1,
         read_only: bool = False,
-        warn: Warn = logging.getLogger(__name__).warning,
+        warn: Warn = _LOG.warning,
     ) -> None:
         self._directory, self._every, self._read_only = directory.absolute(), every, read_only
         self._preserve, self._warn = _Preserve(keep), warn
@@ -203,7 +204,9 @@ class Checkpoints:
             if is_first():
                 place.mkdir(exist_ok=True)
                 taken = {path.name for path in place.iterdir()}
-                names = (f"{step}-{count}" if count else str(step) for count in range(len(taken) + 1))
+                names = (
+                    f"{step}-{count}" if count else str(step) for count in range(len(taken) + 1)
+                )
                 name = next(name for name in names if name not in taken)
                 (self._directory / str(step)).rename(place / name)
             self._warn(

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -107,23 +108,30 @@ def fit(job: Job, options: TrainerOptions, output: OutputDir, console: Console) 
             state = job.start()
         with MetricsLog(output.path, done) as log, _progress(console) as progress:
             reporter = _Reporter(job, options, log, progress, done, warn)
-            watch = Watch(options, read_metrics(output.path / "metrics.jsonl"))
+            watch = Watch(options, _rows_until(done, output.path / "metrics.jsonl"))
             training = _Training(job, options, saved, signals, reporter, watch)
-            state, done = training.run(state, done)
+            state, done, stopped = training.run(state, done)
         saved.wait()
         if saved.latest() != done:
             raise UserError(
                 f"step {done} is not saved, so nothing is exported. Make room in {output.path}; the "
                 f"same command goes on from step {saved.latest() or 0}."
             )
-    if signals.received is not None:
-        raise Stopped(
-            f"Stopped by {signals.received.name} and saved after step {done} of "
-            f"{len(job.learning_rates)}; the same command goes on from there."
-        )
-    if watch.reason is not None:
+        if stopped or signals.agreed():
+            raise Stopped(
+                f"Stopped and saved after step {done} of {len(job.learning_rates)}; the same command "
+                "goes on from there."
+            )
+    if watch.reason is not None and done < len(job.learning_rates):
         console.print(f"Stopped early: {watch.reason}.", highlight=False, soft_wrap=True)
     return state
+
+
+def _rows_until(step: int, path: Path) -> list[dict[str, float]]:
+    """What a run that goes on after `step` has logged."""
+    if step == 0 or not path.exists():
+        return []
+    return [row for row in read_metrics(path) if row["step"] <= step]
 
 
 @dataclass
@@ -137,15 +145,19 @@ class _Training:
     reporter: _Reporter
     watch: Watch
 
-    def run(self, state: State, done: int) -> tuple[State, int]:
-        """Trains on after `done` steps; returns the final state, saved or being saved, its step."""
+    def run(self, state: State, done: int) -> tuple[State, int, bool]:
+        """Trains on after `done` steps.
+
+        Returns:
+            The final state, saved or being saved; its step; whether a signal ended it.
+        """
         job, steps = self.job, len(self.job.learning_rates)
         # A run that was stopped may owe the evaluation of its last step.
-        if self.watch.wants_start if done == 0 else self._evaluation_is_due(done):
+        if self._evaluation_is_due(done) or (self.watch.wants_start and done == 0):
             self._evaluate(done, state)
         for step in range(done + 1, steps + 1):
             if self.watch.reason is not None:  # and was so before it was resumed
-                return state, done
+                break
             batch = next(job.loader)
             state, metrics = job.step(state, put_batch(batch, job.mesh))
             done = step
@@ -155,12 +167,12 @@ class _Training:
             last = step == steps or stopped or self.watch.reason is not None
             if self.saved.due(step) or best or last:
                 self._save(step, state)
-            if last:
-                break
-        return state, done
+            if stopped:
+                return state, step, True
+        return state, done, False
 
     def _evaluation_is_due(self, step: int) -> bool:
-        every = self.options.eval_every
+        every = self.options.eval_every if step else None
         due = step == len(self.job.learning_rates) or (every is not None and step % every == 0)
         return due and self.job.evaluate is not None and step not in self.watch.evaluated
 
@@ -258,7 +270,7 @@ class _Reporter:
                 "stay. Lower optimizer.learning_rate or look at the records, in a new output_dir; "
                 "metrics.jsonl shows how it came about."
             )
-        if self.skipped is not None and total > self.skipped or in_a_row:
+        if in_a_row or (self.skipped is not None and total > self.skipped):
             self.warn(f"{total:.0f} steps skipped up to step {step}: not finite ({found}).")
         self.skipped = total
 

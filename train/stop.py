@@ -59,7 +59,9 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self.received is not None
         self.received = signal.Signals(number)
-        what = "exiting at once" if again else "saving after this step; a second signal exits at once"
+        what = (
+            "exiting at once" if again else "saving after this step; a second signal exits at once"
+        )
         # Not print, which may be in the middle of a line.
         os.write(2, f"\n{self.received.name}: {what}.\n".encode())
         if again:

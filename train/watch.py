@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from train.config import TrainerOptions, UserError
+from train.metrics_log import read_metrics
 
 
 def lower_is_better(metric: str) -> bool:
@@ -102,9 +104,7 @@ class Watch:
         return bool(crossed)
 
 
-def _score(
-    metric: str, metrics: Mapping[str, float], field: str, mode: str | None = None
-) -> float:
+def _score(metric: str, metrics: Mapping[str, float], field: str, mode: str | None = None) -> float:
     """The value, with its sign turned where lower is better; the worst one where it is NaN."""
     if metric not in metrics:
         names = ", ".join(sorted(name for name in metrics if name.startswith("eval_")))
@@ -112,3 +112,13 @@ def _score(
     value = float(metrics[metric])
     lower = lower_is_better(metric) if mode is None else mode == "min"
     return -math.inf if math.isnan(value) else -value if lower else value
+
+
+def best_step(options: TrainerOptions, metrics_file: Path) -> int | None:
+    """Step of the best evaluation in a log, or None when none can be exported.
+
+    Args:
+        options: With `export_best`.
+        metrics_file: metrics.jsonl of the run.
+    """
+    return Watch(options, read_metrics(metrics_file)).best_step

@@ -147,33 +147,65 @@ def test_first_metrics_are_checked_once(tmp_path):
         run(tmp_path / "b", make_job(check_first=refuse))
 
 
+class BadLoader(CountingLoader):
+    """NaN in the batches of some numbers."""
+
+    def __init__(self, *bad: int) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = super().__next__()
+        return {**batch, "x": batch["x"] * np.float32(np.nan if self.number in self.bad else 1)}
+
+
+class LessLoader(CountingLoader):
+    """Without the batches of some numbers."""
+
+    def __init__(self, *bad: int) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = super().__next__()
+        return batch if self.number not in self.bad else next(self)
+
+
+@pytest.mark.parametrize("bad", [(1,), (3,), (2, 3, 6)])
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, bad):
+    checked = []
+    job = make_job(loader=BadLoader(*bad), check_first=checked.append)
+    state, rows, shown = run(tmp_path / "bad", job)
+    fewer = np.linspace(0.1, 0.7, STEPS)[: STEPS - len(bad)]
+    expected, _, _ = run(tmp_path / "less", make_job(loader=LessLoader(*bad), learning_rates=fewer))
+    for name in ("params", "opt_state"):  # as if the batches had not been there
+        jax.tree.map(np.testing.assert_array_equal, state[name], expected[name])
+    assert int(state["step"]) == STEPS
+    counts = [sum(number <= step for number in bad) for step in range(1, STEPS + 1)]
+    assert [row["skipped_steps"] for row in rows if "loss" in row] == counts
+    assert f"{len(bad)} steps skipped up to step {bad[-1]}: not finite (loss nan" in shown
+    assert np.isfinite(checked[0]["loss"])  # the check of the start waits for a step that counts
+
+
 @pytest.mark.parametrize(
-    ("bad", "options", "found"),
+    ("options", "seen", "found"),
     [
-        (4, {"save_every": 2}, [2]),  # logged
-        (4, {"save_every": 2, "log_every": 100}, [2]),  # not logged, but saved behind it
-        (3, {"save_every": 2, "log_every": 5}, [2]),  # neither, so seen at the next one saved
-        (1, {}, []),
-        (STEPS, {"save_every": 3, "log_every": 100}, [3, 6]),
+        ({"max_skipped_steps": 2}, 5, [2, 4]),
+        ({"max_skipped_steps": 2, "log_every": 100}, 6, [2, 4]),  # at every second one
+        ({"max_skipped_steps": 0}, 3, [2]),
+        ({"max_skipped_steps": 3, "log_every": 100}, 6, [2, 4]),  # seen before it would be saved
     ],
 )
-def test_loss_that_is_not_finite_stops_the_run(tmp_path, bad, options, found):
-    train_step = make_train_step(loss_fn, TX)
-
-    def step(state, batch):
-        number = int(state["step"]) + 1
-        state, metrics = train_step(state, batch)
-        return state, {**metrics, "loss": metrics["loss"] * (np.nan if number >= bad else 1)}
-
-    seen = bad if bad != 3 else 4
-    with pytest.raises(UserError, match=rf"loss is nan at step {seen}.*optimizer\.learning_rate"):
-        run(tmp_path, make_job(step=step, check_first=refuse_nan), **options)
+def test_too_many_skipped_steps_end_the_run(tmp_path, options, seen, found):
+    job = make_job(loader=BadLoader(*range(3, STEPS + 1)), evaluate=None)
+    message = rf"up to step {seen} were not finite \(loss nan.*optimizer\.learning_rate"
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, job, save_every=2, keep=3, **options)
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as saved:
         assert saved.steps() == found
-
-
-def refuse_nan(metrics):
-    assert not np.isnan(metrics["loss"]), "its message would lead astray"
+        good, _ = saved.restore(found[0], job.like)
+    expected, _, _ = run(tmp_path / "two", make_job(learning_rates=np.linspace(0.1, 0.2, 2)))
+    np.testing.assert_array_equal(good["params"]["w"], expected["params"]["w"])
 
 
 def test_resume_goes_on_from_the_last_checkpoint(tmp_path):
