@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import pytest
 from rich.console import Console
 
 from train.checkpoint import Checkpoints, abstract
-from train.config import TrainerOptions, UserError
+from train.config import EarlyStopOptions, TrainerOptions, UserError
 from train.loop import Job, count_tokens, fit
 from train.metrics_log import read_metrics
 from train.output_dir import OutputDir
 from train.step import init_state, make_train_step
+from train.stop import Stopped
 
 STEPS = 7
 TX = optax.adam(0.1)
@@ -232,6 +235,84 @@ def test_resume_goes_on_from_the_last_checkpoint(tmp_path):
     assert [{n: v for n, v in row.items() if n != drop} for row in rows] == [
         {n: v for n, v in row.items() if n != drop} for row in expected
     ]
+
+
+def test_signal_saves_at_the_end_of_the_step_and_the_run_goes_on(tmp_path):
+    train_step = make_train_step(loss_fn, TX)
+
+    def signalled_step(state, batch):
+        if int(state["step"]) == 3:  # in step 4
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(state, batch)
+
+    whole, expected, _ = run(tmp_path / "whole", make_job(), eval_every=2)
+    with pytest.raises(Stopped, match=r"saved after step 4 of 7; the same command goes on"):
+        run(tmp_path / "stopped", make_job(step=signalled_step), eval_every=2)
+    with Checkpoints(tmp_path / "stopped" / "checkpoints", read_only=True) as saved:
+        assert saved.steps() == [4]
+    state, rows, shown = run(tmp_path / "stopped", make_job(start=None), eval_every=2)
+    assert "Resuming after step 4 of 7." in shown
+    np.testing.assert_array_equal(state["params"]["w"], whole["params"]["w"])
+    # The evaluation of step 4, for which there was no time, is made up for.
+    rates = ("tokens_per_second",)
+    assert [{n: v for n, v in row.items() if n not in rates} for row in rows] == [
+        {n: v for n, v in row.items() if n not in rates} for row in expected
+    ]
+
+
+def make_evaluate(values: list[float]):
+    """Held-out losses that come one after the other, the first before training."""
+    following = iter(values)
+    return lambda params: {"eval_loss": next(following)}
+
+
+def test_early_stop_keeps_the_best_checkpoint(tmp_path):
+    options = {
+        "eval_every": 1,
+        "keep": 1,
+        "early_stop": EarlyStopOptions(metric="eval_loss", patience=2),
+        "export_best": "eval_loss",
+    }
+    evaluate = make_evaluate([9, 5, 3, 4, 6])
+    state, rows, shown = run(tmp_path, make_job(evaluate=evaluate), **options)
+    assert int(state["step"]) == 4
+    assert "Stopped early: eval_loss has not improved in the last 2 evaluations" in shown
+    assert [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row] == [
+        (0, 9),
+        (1, 5),
+        (2, 3),
+        (3, 4),
+        (4, 6),
+    ]
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as saved:
+        assert saved.steps() == [2, 4]  # the best, and the last
+    # Started again, for example after a kill during the export, it stays where it stopped.
+    again, _, _ = run(tmp_path, make_job(start=None, evaluate=None), **options)
+    assert int(again["step"]) == 4
+
+
+def test_full_disk_under_the_log_stops_with_a_message(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    os.symlink("/dev/full", path)
+    monkeypatch.setattr("train.metrics_log.keep_until", lambda path, step: None)
+    monkeypatch.setattr("train.loop.read_metrics", lambda path: [])
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written \(No space left"):
+        run(tmp_path, make_job())
+
+
+def test_run_whose_last_checkpoint_fails_is_not_finished(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    run(tmp_path, make_job(learning_rates=np.linspace(0.1, 0.3, 3)))
+    with monkeypatch.context() as broken:
+        broken.setattr("train.checkpoint.write_manifest", refuse)
+        message = r"step 7 is not saved, so nothing is exported\. .* goes on from step 3"
+        with pytest.raises(UserError, match=message):
+            run(tmp_path, make_job(start=None))
+    state, rows, _ = run(tmp_path, make_job(start=None))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    assert int(state["step"]) == STEPS
 
 
 def test_last_state_is_saved_whatever_the_interval(tmp_path):
