@@ -16,13 +16,14 @@ INSTALL := $(PY) -m pip install --quiet
 endif
 NVIDIA := $(shell command -v nvidia-smi 2>/dev/null)
 
-.PHONY: help demo test test-slow bench lint docs clean
+.PHONY: help demo test test-slow bench faults lint docs clean
 
 help:
 	@echo "make demo       the alignment tax in miniature: trains, compares, writes demo-output/run-NNN/report.html"
 	@echo "make test       lint, types and the short tests"
 	@echo "make test-slow  the long tests"
 	@echo "make bench      cost of merging next to optax.adamw (BENCH_ARGS=--help lists options)"
+	@echo "make faults     kills, full disks, damaged checkpoints, bad data: docs/faults.md (FAULTS_ARGS=--help)"
 	@echo "make models/smollm2  a small language model as a Hugging Face directory, without a hub"
 	@echo "make docs       the API page, docs/api/omerge_jax.html"
 	@echo "make clean      remove the virtual environment and outputs"
@@ -74,6 +75,9 @@ endif
 
 bench: $(VENV)/.bench
 	$(PY) -m train.bench $(BENCH_ARGS)
+
+faults: $(VENV)/.test
+	$(PY) -m tests.faults $(FAULTS_ARGS)
 
 docs: $(VENV)/.test
 	$(PY) -m pdoc omerge_jax -d google -o docs/api

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,21 +15,31 @@ import jax
 import orbax.checkpoint as ocp
 
 from train.config import UserError
+from train.manifest import find_damage, write_manifest
+from train.processes import first_says, is_first, meet
 from train.step import State
+
+# Orbax writes into it once more after `_seal`; a restore does not need it.
+_TIMES = "_CHECKPOINT_METADATA"
+_LOG = logging.getLogger(__name__)
+_policies = ocp.checkpoint_managers
+Warn = Callable[[str], None]
 
 
 class Checkpoints:
-    """Saves and restores ``{"params", "opt_state", "step"}`` together with the loader's state.
+    """Saves and restores the training state together with the loader's state.
 
-    A checkpoint is written under a temporary name and renamed when it is complete, and an older one
-    is deleted only after that, so a kill at any moment leaves the last complete one in place. What
-    a killed save left behind is removed when the directory is opened again.
+    A checkpoint is written under a temporary name, with the checksums of its files, and renamed
+    when it is complete; an older one is deleted only after that. So a kill or a full disk at any
+    moment leaves the last good one in place, and damage that comes later is found before a restore.
+    What a killed save left behind is removed when the directory is opened again.
 
     Args:
         directory: Made when it does not exist.
         every: Save at multiples of this step; None: only when told to.
         keep: Newest checkpoints that stay.
         read_only: Leave the directory as it is; nothing can be saved.
+        warn: Told of a save that failed and of a damaged checkpoint.
 
     Example:
         >>> with Checkpoints(directory, every=100, keep=2) as checkpoints:  # doctest: +SKIP
@@ -33,20 +48,34 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: Path, *, every: int | None = None, keep: int = 1, read_only: bool = False
+        self,
+        directory: Path,
+        *,
+        every: int | None = None,
+        keep: int = 1,
+        read_only: bool = False,
+        warn: Warn = _LOG.warning,
     ) -> None:
-        policies = ocp.checkpoint_managers
+        self._directory, self._every, self._read_only = directory.absolute(), every, read_only
+        self._preserve, self._warn = _Preserve(keep), warn
+        self._saving: int | None = None
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
         interval = (
-            policies.FixedIntervalPolicy(every) if every else policies.SpecificStepsPolicy(())
+            _policies.FixedIntervalPolicy(self._every)
+            if self._every
+            else _policies.SpecificStepsPolicy(())
         )
         options = ocp.CheckpointManagerOptions(
             save_decision_policy=interval,
-            preservation_policy=policies.LatestN(keep),
+            preservation_policy=self._preserve,
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            cleanup_tmp_directories=not self._read_only,
+            read_only=self._read_only,
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        return ocp.CheckpointManager(self._directory, options=options)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
@@ -60,18 +89,57 @@ class Checkpoints:
         """Whether `step` is one to save at."""
         return self._manager.should_save(step)
 
-    def save(self, step: int, state: State, position: dict[str, Any]) -> None:
+    def save(
+        self, step: int, state: State, position: dict[str, Any], *, also_keep: Collection[int] = ()
+    ) -> None:
         """Starts writing a checkpoint; the state may be donated as soon as this returns.
+
+        A save that fails is warned about, here or at the next call; earlier checkpoints stay.
 
         Args:
             step: Updates done so far.
             state: The training state.
             position: The loader's state, JSON.
+            also_keep: Steps whose checkpoints stay besides the newest ones.
         """
+        self.wait()
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position)
         )
-        self._manager.save(step, args=arguments, force=True)
+        self._preserve.also, self._saving = frozenset(also_keep), step
+        try:
+            self._manager.save(step, args=arguments, force=True)
+        except Exception as error:  # of Orbax, TensorStore or the system
+            self._failed(error)
+
+    def wait(self) -> bool:
+        """Returns when everything is on disk.
+
+        Returns:
+            Whether it is: False after a save that failed, which is warned about.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failed(error)
+            return False
+        self._saving = None
+        return True
+
+    def _failed(self, error: Exception) -> None:
+        step, self._saving = self._saving, None
+        with contextlib.suppress(Exception):  # what went wrong is known
+            self._manager.close()
+        self._manager = self._open()  # which removes the remains, and frees their space
+        last = self.latest()
+        kept = "there is no earlier one" if last is None else f"the one of step {last} stays"
+        self._warn(f"the checkpoint of step {step} could not be written ({_brief(error)}); {kept}.")
+
+    def _seal(self) -> None:
+        """Called by Orbax when all files are written, before they get their final name."""
+        if is_first():
+            for partial in self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+                write_manifest(partial, ignore=_TIMES)
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """Reads a checkpoint.
@@ -84,8 +152,11 @@ class Checkpoints:
             The state, placed like `like`, and the loader's state.
 
         Raises:
-            UserError: the files do not hold such a state.
+            UserError: the files are damaged or do not hold such a state.
         """
+        damage = self.damage(step)
+        if damage is not None:
+            raise UserError(f"checkpoint {step} in {self._directory} is damaged: {damage}.")
         arguments = ocp.args.Composite(
             state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
         )
@@ -93,13 +164,58 @@ class Checkpoints:
             restored = self._manager.restore(step, args=arguments)
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(
-                f"checkpoint {step} in {self._manager.directory} cannot be restored: {error}"
+                f"checkpoint {step} in {self._directory} cannot be restored: {error}"
             ) from error
         return restored["state"], restored["data"]
 
-    def wait(self) -> None:
-        """Returns when everything is on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+    def damage(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint, or None. The first process reads them."""
+        found = find_damage(self._directory / str(step)) if is_first() else None
+        return None if first_says(found is None) else found or "see the first process"
+
+    def newest_intact(self) -> int | None:
+        """Step of the newest checkpoint without damage; None when there is no checkpoint.
+
+        Newer ones are warned about and moved to ``damaged-checkpoints`` beside the directory, so
+        that their steps can be saved again.
+
+        Raises:
+            UserError: there are checkpoints, and all are damaged; they stay where they are.
+        """
+        self.wait()
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            damage = self.damage(step)
+            if damage is None:
+                self._set_aside(damaged, step)
+                return step
+            damaged[step] = damage
+        if damaged:
+            listed = "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
+            raise UserError(
+                f"every checkpoint in {self._directory} is damaged ({listed}). Bring one back, or "
+                "start again in a new output_dir."
+            )
+        return None
+
+    def _set_aside(self, damaged: dict[int, str], intact: int) -> None:
+        place = self._directory.with_name(f"damaged-{self._directory.name}")
+        for step, damage in damaged.items():
+            if is_first():
+                place.mkdir(exist_ok=True)
+                taken = {path.name for path in place.iterdir()}
+                names = (
+                    f"{step}-{count}" if count else str(step) for count in range(len(taken) + 1)
+                )
+                name = next(name for name in names if name not in taken)
+                (self._directory / str(step)).rename(place / name)
+            self._warn(
+                f"the checkpoint of step {step} is damaged ({damage}); going back to the one of "
+                f"step {intact}. The damaged one is now in {place}."
+            )
+        if damaged:
+            meet("damaged checkpoints moved")
+            self._manager.reload()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -110,7 +226,39 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.wait()
         self._manager.close()
+
+
+class _Preserve(_policies.PreservationPolicy):
+    """The newest checkpoints, and named ones. Orbax asks before a save and deletes after it."""
+
+    def __init__(self, keep: int) -> None:
+        self.keep, self.also = keep, frozenset[int]()
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: _policies.PreservationContext
+    ) -> Sequence[bool]:
+        newest = {info.step for info in checkpoints[-self.keep :]}
+        return [info.step in newest or info.step in self.also for info in checkpoints]
+
+
+def _brief(error: Exception) -> str:
+    """The operating system's words where an error has them, from under those of TensorStore."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code is not None:
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _reported_here(record: logging.LogRecord) -> bool:
+    return record.exc_info is None or "orbax" not in record.pathname
+
+
+# Orbax logs the traceback of a failed save, which `Checkpoints` reports.
+logging.getLogger("absl").addFilter(_reported_here)
 
 
 def restore_params(directory: Path, step: int, like: Any) -> Any:

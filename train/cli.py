@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jsonargparse import ArgumentParser
 
 from train.config import DPOConfig, EvalConfig, ExportConfig, SFTConfig, UserError
+from train.stop import EXIT_STATUS, Stopped
 
 
 def _run_sft(config: SFTConfig) -> None:
@@ -95,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command and flags; those of the process when None.
 
     Returns:
-        Exit status: 0, 2 when the user gave something that cannot be used, 130 when interrupted.
+        Exit status: 0, 2 when the user gave something that cannot be used, 75 when a signal stopped a
+        run that can go on, 130 when interrupted before there was anything to save.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -111,6 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return EXIT_STATUS
     except KeyboardInterrupt:
         print("Interrupted; the same command resumes a training run.", file=sys.stderr)
         return 130

@@ -1,7 +1,8 @@
 """The training loop: feeds, logs, evaluates, saves and resumes.
 
 Step k is dispatched before the metrics of step k − 1 are read, so the device never waits for the
-host. Only where an evaluation or a checkpoint is due does the host wait for the device.
+host. Only where an evaluation or a checkpoint is due does the host wait for the device. A signal to
+stop counts at the end of a step.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -27,10 +29,12 @@ from rich.progress import (
 
 from train.checkpoint import Checkpoints
 from train.config import TrainerOptions, UserError
-from train.metrics_log import MetricsLog
+from train.metrics_log import MetricsLog, read_metrics
 from train.output_dir import OutputDir
 from train.sharding import put_batch
 from train.step import Batch, Metrics, State
+from train.stop import Stopped, StopSignals
+from train.watch import Watch
 
 
 class Loader(Protocol):
@@ -73,7 +77,7 @@ class Job:
 
 
 def fit(job: Job, options: TrainerOptions, output: OutputDir, console: Console) -> State:
-    """Trains from the start or from the last checkpoint to the end.
+    """Trains from the start or from the last intact checkpoint to the end.
 
     Args:
         job: What to train.
@@ -85,62 +89,141 @@ def fit(job: Job, options: TrainerOptions, output: OutputDir, console: Console) 
         The final state, which is also the last checkpoint.
 
     Raises:
-        UserError: the loss is no longer finite, at a step that is logged or that an evaluation or a
-            checkpoint follows. Earlier checkpoints stay.
+        Stopped: SIGTERM or SIGINT came; everything is saved.
+        UserError: too many steps in a row were not finite, or the disk has no room. Earlier
+            checkpoints stay.
     """
-    steps = len(job.learning_rates)
-    with Checkpoints(output.checkpoints, every=options.save_every, keep=options.keep) as saved:
-        done = saved.latest() or 0
+
+    def warn(message: str) -> None:
+        console.print(f"Warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+
+    saving: dict[str, Any] = {"every": options.save_every, "keep": options.keep, "warn": warn}
+    with Checkpoints(output.checkpoints, **saving) as saved, StopSignals() as signals:
+        done = saved.newest_intact() or 0
         if done:
             state, position = saved.restore(done, job.like)
             job.loader.set_state(position)
-            console.print(f"Resuming after step {done} of {steps}.")
+            console.print(f"Resuming after step {done} of {len(job.learning_rates)}.")
         else:
             state = job.start()
         with MetricsLog(output.path, done) as log, _progress(console) as progress:
-            reporter = _Reporter(job, options, log, progress, done)
-            for step in range(done + 1, steps + 1):
-                batch = next(job.loader)
-                state, metrics = job.step(state, put_batch(batch, job.mesh))
-                reporter.dispatched(step, metrics, batch)
-                last = step == steps
-                due = options.eval_every is not None and step % options.eval_every == 0
-                if job.evaluate is not None and (due or last):
-                    reporter.flush()
-                    reporter.evaluated(step, job.evaluate(state["params"]))
-                if saved.due(step) or last:
-                    # The log is complete up to a checkpoint before that checkpoint exists.
-                    reporter.flush()
-                    saved.save(step, state, job.loader.get_state())
-                    reporter.skip_time()
-            saved.wait()
+            reporter = _Reporter(job, options, log, progress, done, warn)
+            watch = Watch(options, _rows_until(done, output.path / "metrics.jsonl"))
+            training = _Training(job, options, saved, signals, reporter, watch)
+            state, done, stopped = training.run(state, done)
+        saved.wait()
+        if saved.latest() != done:
+            raise UserError(
+                f"step {done} is not saved, so nothing is exported. Make room in {output.path}; the "
+                f"same command goes on from step {saved.latest() or 0}."
+            )
+        if stopped or signals.agreed():
+            raise Stopped(
+                f"Stopped and saved after step {done} of {len(job.learning_rates)}; the same command "
+                "goes on from there."
+            )
+    if watch.reason is not None and done < len(job.learning_rates):
+        console.print(f"Stopped early: {watch.reason}.", highlight=False, soft_wrap=True)
     return state
+
+
+def _rows_until(step: int, path: Path) -> list[dict[str, float]]:
+    """What a run that goes on after `step` has logged."""
+    if step == 0 or not path.exists():
+        return []
+    return [row for row in read_metrics(path) if row["step"] <= step]
+
+
+@dataclass
+class _Training:
+    """The steps, and what happens between them."""
+
+    job: Job
+    options: TrainerOptions
+    saved: Checkpoints
+    signals: StopSignals
+    reporter: _Reporter
+    watch: Watch
+
+    def run(self, state: State, done: int) -> tuple[State, int, bool]:
+        """Trains on after `done` steps.
+
+        Returns:
+            The final state, saved or being saved; its step; whether a signal ended it.
+        """
+        job, steps = self.job, len(self.job.learning_rates)
+        # A run that was stopped may owe the evaluation of its last step.
+        if self._evaluation_is_due(done) or (self.watch.wants_start and done == 0):
+            self._evaluate(done, state)
+        for step in range(done + 1, steps + 1):
+            if self.watch.reason is not None:  # and was so before it was resumed
+                break
+            batch = next(job.loader)
+            state, metrics = job.step(state, put_batch(batch, job.mesh))
+            done = step
+            self.reporter.dispatched(step, metrics, batch)
+            stopped = self.signals.agreed()
+            best = not stopped and self._evaluation_is_due(step) and self._evaluate(step, state)
+            last = step == steps or stopped or self.watch.reason is not None
+            if self.saved.due(step) or best or last:
+                self._save(step, state)
+            if stopped:
+                return state, step, True
+        return state, done, False
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        every = self.options.eval_every if step else None
+        due = step == len(self.job.learning_rates) or (every is not None and step % every == 0)
+        return due and self.job.evaluate is not None and step not in self.watch.evaluated
+
+    def _evaluate(self, step: int, state: State) -> bool:
+        """Returns whether the step is the best so far."""
+        assert self.job.evaluate is not None
+        self.reporter.flush()
+        metrics = self.job.evaluate(state["params"])
+        self.reporter.evaluated(step, metrics)
+        return self.watch.see(step, metrics)
+
+    def _save(self, step: int, state: State) -> None:
+        # The log is complete up to a checkpoint before that checkpoint exists.
+        self.reporter.flush()
+        best = self.watch.best_step
+        also_keep = () if best is None else (best,)
+        self.saved.save(step, state, self.job.loader.get_state(), also_keep=also_keep)
+        self.reporter.skip_time()
 
 
 class _Reporter:
     """Reads the metrics of a step once the next one is on its way, and writes them."""
 
     def __init__(
-        self, job: Job, options: TrainerOptions, log: MetricsLog, progress: Progress, done: int
+        self,
+        job: Job,
+        options: TrainerOptions,
+        log: MetricsLog,
+        progress: Progress,
+        done: int,
+        warn: Callable[[str], None],
     ) -> None:
         self.job, self.options, self.log, self.progress = job, options, log, progress
-        self.first = done == 0
+        self.first, self.warn = done == 0, warn
         self.pending: tuple[int, Metrics] | None = None
+        self.skipped: float | None = None
         self.tokens = 0
         self.since = time.perf_counter()
         self.task: TaskID = progress.add_task(
-            "training", total=len(job.learning_rates), completed=done, figures=""
+            "training", total=len(job.learning_rates), completed=done, rate="", figures=""
         )
 
     def dispatched(self, step: int, metrics: Metrics, batch: Mapping[str, np.ndarray]) -> None:
         previous, self.pending = self.pending, (step, metrics)
         self._report(previous)
         self.tokens += count_tokens(batch)
-        if self.first:
-            self.first = False
-            if self.job.check_first is not None:
-                row = _read(metrics)
-                _check_finite(step, row)
+        if self.first and self.job.check_first is not None:
+            row = _read(metrics)
+            # A step that was skipped says nothing, and leaves the next one to be the first.
+            self.first = row.get(_IN_A_ROW, 0) > 0
+            if not self.first:
                 self.job.check_first(row)
 
     def flush(self) -> None:
@@ -161,19 +244,35 @@ class _Reporter:
         if pending is None:
             return
         step, metrics = pending
+        self.progress.update(self.task, completed=step)
         if step % self.options.log_every and step not in (1, len(self.job.learning_rates)):
-            if waited_for:  # what follows is not to save or to evaluate lost weights
-                _check_finite(step, _read(metrics))
-            self.progress.update(self.task, completed=step)
+            # What follows is not to save or to evaluate in vain; otherwise seldom enough.
+            if waited_for or step % max(1, self.options.max_skipped_steps) == 0:
+                self._check_skips(step, _read(metrics))
             return
         row = _read(metrics)
         rate = self.tokens / (time.perf_counter() - self.since)
+        shown = {name: value for name, value in row.items() if name != _IN_A_ROW}
         learning_rate = float(self.job.learning_rates[step - 1])
-        self.log.write(step, {**row, "learning_rate": learning_rate, "tokens_per_second": rate})
-        _check_finite(step, row)
+        self.log.write(step, {**shown, "learning_rate": learning_rate, "tokens_per_second": rate})
+        self._check_skips(step, row)
         self.skip_time()
-        figures = f"{_figures(row)}  {rate:,.0f} tok/s"
-        self.progress.update(self.task, completed=step, figures=figures)
+        self.progress.update(self.task, rate=f"{rate:,.0f} tok/s", figures=_figures(row))
+
+    def _check_skips(self, step: int, row: Mapping[str, float]) -> None:
+        total, in_a_row = row.get("skipped_steps", 0), row.get(_IN_A_ROW, 0)
+        found = f"loss {row['loss']:.4g}, grad_norm {row.get('grad_norm', math.nan):.4g}"
+        if in_a_row > self.options.max_skipped_steps:
+            raise UserError(
+                f"the last {in_a_row:.0f} steps up to step {step} were not finite ({found}), so "
+                "training stopped and nothing is exported; trainer.max_skipped_steps is "
+                f"{self.options.max_skipped_steps}. They changed no weight, and the checkpoints "
+                "stay. Lower optimizer.learning_rate or look at the records, in a new output_dir; "
+                "metrics.jsonl shows how it came about."
+            )
+        if in_a_row or (self.skipped is not None and total > self.skipped):
+            self.warn(f"{total:.0f} steps skipped up to step {step}: not finite ({found}).")
+        self.skipped = total
 
 
 def count_tokens(batch: Mapping[str, np.ndarray]) -> int:
@@ -187,16 +286,7 @@ def _read(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
 
 
-def _check_finite(step: int, row: Mapping[str, float]) -> None:
-    loss = row["loss"]
-    if not math.isfinite(loss):
-        raise UserError(
-            f"loss is {loss} at step {step}, so training stopped and nothing is exported. Lower "
-            "optimizer.learning_rate, in a new output_dir; metrics.jsonl shows how it came about "
-            "(grad_norm), and the checkpoints before it stay."
-        )
-
-
+_IN_A_ROW = "skipped_in_a_row"
 _SHOWN = {
     "loss": "loss",
     "eval_loss": "eval loss",
@@ -205,6 +295,7 @@ _SHOWN = {
     "eval_rewards/accuracies": "eval accuracy",
     "mean_token_accuracy": "token accuracy",
     "eval_mean_token_accuracy": "eval token accuracy",
+    "merge/reference_ratio": "merge share",
 }
 
 
@@ -218,6 +309,7 @@ def _progress(console: Console) -> Progress:
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]}"),
         TextColumn("{task.fields[figures]}"),
         console=console,
     )

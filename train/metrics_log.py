@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from types import TracebackType
 
 import jax
 from tensorboardX import SummaryWriter
+
+from train.config import UserError
 
 
 class MetricsLog:
@@ -37,11 +40,21 @@ class MetricsLog:
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line, ``{"step": step, **metrics}``."""
+        """Appends one line, ``{"step": step, **metrics}``.
+
+        Raises:
+            UserError: the disk is full, or cannot be written to for another reason.
+        """
         if self._file is None:
             return
         row = {name: float(value) for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, **row}) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self._file.name} cannot be written ({error.strerror}), so training stopped. Make "
+                "room; the same command goes on from the last checkpoint."
+            ) from error
         for name, value in row.items():
             self._board.add_scalar(name, value, step)
 
@@ -54,8 +67,12 @@ class MetricsLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._file is not None:
+        if self._file is None:
+            return
+        # Where a line could not be written, the error is on its way already.
+        with contextlib.suppress(OSError):
             self._file.close()
+        with contextlib.suppress(OSError):
             self._board.close()
 
 
@@ -69,7 +86,7 @@ def keep_until(path: Path, step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:  # cut off by the kill, so the last line
             break
-        if row["step"] <= step:
+        if row["step"] <= step and step:  # a run without a checkpoint starts again
             kept.append(line + "\n")
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept), encoding="utf-8")

@@ -9,9 +9,11 @@
     reference/      cached log-probabilities of the reference
     export/         the trained model in Hugging Face format
     summary.json    written last: the run is complete
+    .lock           held by the process that writes here
 
 Nothing is ever overwritten: a directory that holds another run, or files that no run wrote, is
-refused.
+refused, and so is one that another process is writing to. On several hosts the first process writes
+all but the checkpoints.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from typing import Any
 import yaml
 
 from train.config import FREE_FIELDS, UserError, flatten
+from train.lock import LOCK_FILE, hold, refuse_if_held
+from train.processes import first_says, is_first, meet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +61,23 @@ class OutputDir:
     def begin(self, config: Any, inputs: dict[str, str]) -> None:
         """Creates the directory, or checks that the inputs of the run that it holds are unchanged.
 
+        From then on the directory is locked, until `train.lock.release` or the end of the process.
+
         Args:
             config: The settings, written to config.yaml.
             inputs: Content hash by name of what the run reads.
 
         Raises:
-            UserError: an input's content changed since the run began, or nothing can be written.
+            UserError: an input's content changed since the run began, another process is writing
+                here, or nothing can be written.
         """
         run_file = self.path / "run.json"
+        try:
+            if is_first():
+                self.path.mkdir(parents=True, exist_ok=True)
+            hold(self.path)
+        except OSError as error:
+            raise _unusable("output_dir", self.path, error) from error
         if self.started:
             before = json.loads(run_file.read_text())["inputs"]
             changed = [name for name in inputs if before.get(name) != inputs[name]]
@@ -73,18 +86,32 @@ class OutputDir:
                     f"output_dir {str(self.path)!r} holds a run whose {', '.join(changed)} had "
                     "other content than now. Bring it back, or choose a new output_dir."
                 )
-            return
-        settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(run_file, json.dumps({**self.identity, "inputs": inputs}, indent=2))
-            write_atomically(self.path / "config.yaml", settings)
-        except OSError as error:
-            raise _unusable("output_dir", self.path, error) from error
+        elif first_says(run_file.exists()):
+            raise UserError(
+                f"output_dir {str(self.path)!r}: another process has begun a run there in the "
+                "meantime. Start again, or choose a new output_dir."
+            )
+        if is_first():
+            try:
+                self._record(config, inputs)
+            except OSError as error:
+                raise _unusable("output_dir", self.path, error) from error
+        meet("output directory begun")
+
+    def _record(self, config: Any, inputs: dict[str, str]) -> None:
+        """Writes what is not there yet; a kill may have come between the two files."""
+        if not self.started:
+            record = json.dumps({**self.identity, "inputs": inputs}, indent=2)
+            write_atomically(self.path / "run.json", record)
+        settings_file = self.path / "config.yaml"
+        if not settings_file.exists():
+            settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+            write_atomically(settings_file, settings)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Marks the run as complete."""
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2))
+        if is_first():
+            write_atomically(self.path / "summary.json", json.dumps(summary, indent=2))
 
 
 def open_output(command: str, config: Any) -> OutputDir:
@@ -99,7 +126,7 @@ def open_output(command: str, config: Any) -> OutputDir:
 
     Raises:
         UserError: it holds another run (the differing fields are named) or files that no run wrote,
-            or it cannot be read or written.
+            another process is writing to it, or it cannot be read or written.
     """
     path = Path(config.output_dir).expanduser().absolute()
     settings = {key: value for key, value in flatten(config).items() if key not in FREE_FIELDS}
@@ -109,9 +136,10 @@ def open_output(command: str, config: Any) -> OutputDir:
     run_file, summary_file = path / "run.json", path / "summary.json"
     if not os.path.exists(summary_file):
         check_place(path, "output_dir")
+        refuse_if_held(path)
     if not run_file.exists():
         found = sorted(item.name for item in path.iterdir()) if path.exists() else []
-        found = [name for name in found if not name.endswith(_PARTIAL)]
+        found = [name for name in found if not name.endswith(_PARTIAL) and name != LOCK_FILE]
         if found:
             raise UserError(
                 f"output_dir {str(path)!r} is not empty and holds no run (found {found[0]!r}); "

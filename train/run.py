@@ -11,11 +11,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from train.checkpoint import Checkpoints, abstract
+from train.checkpoint import Checkpoints, abstract, restore_params
 from train.config import DPOConfig, SFTConfig, TrainerOptions, UserError, check
 from train.data import TokenDataset, make_loader
 from train.export import export_run
 from train.held_out import Evaluate
+from train.lock import release
 from train.loop import Job, fit
 from train.models import ModelConfig, from_hf, split_model
 from train.optimizers import check_optimizer, learning_rates, make_schedule, rounds_updates
@@ -30,6 +31,7 @@ from train.prepare import (
 from train.sharding import Params, abstract_model, check_batch, make_mesh
 from train.step import LossFn, State, make_train_step, state_shardings
 from train.summary import show_summary, summarise
+from train.watch import best_step
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,26 @@ class Run:
             data: Training rows with all the columns that the loss reads.
             evaluate: Held-out metrics.
             check_first: See `train.loop.Job`.
+
+        Raises:
+            Stopped: by a signal; the run is saved.
+            UserError: training ended, and said why; nothing is exported.
         """
+        try:
+            self._train(loss_fn, tx, start, like, data, evaluate, check_first)
+        finally:
+            release(self.output.path)
+
+    def _train(
+        self,
+        loss_fn: LossFn,
+        tx: optax.GradientTransformation,
+        start: Callable[[], State],
+        like: State,
+        data: TokenDataset,
+        evaluate: Evaluate | None,
+        check_first: Callable[[Mapping[str, float]], None] | None,
+    ) -> None:
         trainer = self.config.trainer
         shardings = state_shardings(like, self.shapes)
         job = Job(
@@ -123,10 +144,29 @@ class Run:
             mesh=self.mesh,
         )
         state = fit(job, trainer, self.output, self.console)
-        export_run(self.output, self.config.model, self.graphdef, state["params"])
-        summary = summarise(self.output)
+        step, params = self._to_export(state, job.like)
+        export_run(self.output, self.config.model, self.graphdef, params)
+        summary = summarise(self.output, exported=step)
         self.output.finish(summary)
         show_summary(summary, self.console)
+
+    def _to_export(self, state: State, like: State) -> tuple[int, Params]:
+        """The step and the parameters that the settings choose: the last ones or the best."""
+        trainer, last = self.config.trainer, int(state["step"])
+        if trainer.export_best is None:
+            return last, state["params"]
+        step = best_step(trainer, self.output.path / "metrics.jsonl")
+        if step is None or step == last:
+            return last, state["params"]
+        with Checkpoints(self.output.checkpoints, read_only=True) as saved:
+            damage = saved.damage(step)
+        if damage is not None:
+            raise UserError(
+                f"the checkpoint of step {step}, the best by {trainer.export_best}, is damaged "
+                f"({damage}). `python -m train export --step {last}` writes the last one."
+            )
+        self.console.print(f"Best by {trainer.export_best}: step {step}.", highlight=False)
+        return step, restore_params(self.output.checkpoints, step, like["params"])
 
 
 def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> Run | None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 import omerge_jax as om
+from train.finite import keep_if_not_finite, no_skips
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
@@ -75,14 +76,16 @@ def init_state(params: Any, tx: optax.GradientTransformation, delta: Any = None)
         the optimizer has no use for one.
 
     Returns:
-      `{"params", "opt_state", "step"}`; `step` is an int32 scalar.
+      `{"params", "opt_state", "step", "skipped"}`; `step` is an int32 scalar and `skipped` holds
+      the counters of `train.finite`.
     """
 
     def init(params: Any, delta: Any) -> State:
         opt_state: Any = tx.init(params)
         if delta is not None:
             opt_state = om.with_delta(opt_state, delta)
-        state = {"params": params, "opt_state": opt_state, "step": jnp.zeros([], jnp.int32)}
+        counters = {"step": jnp.zeros([], jnp.int32), "skipped": no_skips()}
+        state = {"params": params, "opt_state": opt_state, **counters}
         # Without the copy, jit hands an input that is returned as it is back as the same buffer.
         return jax.tree.map(jnp.copy, state)
 
@@ -103,8 +106,10 @@ def make_train_step(
 
     Returns:
       A function whose metrics are float32 scalars on the device: `loss`, `grad_norm` (global norm
-      before any clipping), those of `loss_fn`, and `merge/<name>` for every scalar of
-      `omerge_jax.merge_metrics` when the optimizer merges.
+      before any clipping), those of `loss_fn`, `merge/<name>` for every scalar of
+      `omerge_jax.merge_metrics` when the optimizer merges, and `skipped_steps` and
+      `skipped_in_a_row` of `train.finite`: a step whose loss or gradient is not finite changes
+      neither parameters nor optimizer.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -113,8 +118,10 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         merge = {f"merge/{name}": value for name, value in om.merge_metrics(opt_state).items()}
-        metrics = {"loss": loss, "grad_norm": _global_norm(grads), **metrics, **merge}
+        grad_norm = _global_norm(grads)
         new_state = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        new_state, skips = keep_if_not_finite(loss, grad_norm, new_state, state)
+        metrics = {"loss": loss, "grad_norm": grad_norm, **metrics, **merge, **skips}
         return new_state, jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), metrics)
 
     out_shardings = None if shardings is None else (shardings, None)

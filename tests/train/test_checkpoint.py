@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,3 +108,156 @@ def test_other_shapes_are_refused(tmp_path):
         pytest.raises(UserError, match=r"checkpoint 1 in .* cannot be restored"),
     ):
         saved.restore(1, like)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> Path:
+    """Checkpoints of steps 1, 2 and 3, with other states each."""
+    directory = tmp_path_factory.mktemp("three") / "checkpoints"
+    with Checkpoints(directory, keep=3) as saved:
+        for step in (1, 2, 3):
+            saved.save(step, make_state(step), {"step": step})
+    return directory
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def largest_file(directory: Path) -> Path:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(three, tmp_path, damage):
+    directory, warnings = tmp_path / "checkpoints", []
+    shutil.copytree(three, directory)
+    damaged = largest_file(directory / "3")
+    damage(damaged)
+    left = sorted(path.name for path in (directory / "3").rglob("*"))
+    with Checkpoints(directory, keep=3, warn=warnings.append) as saved:
+        with pytest.raises(UserError, match=r"checkpoint 3 in .* is damaged"):
+            saved.restore(3, abstract(jax.eval_shape(make_state)))
+        assert saved.newest_intact() == 2
+        state, position = saved.restore(2, abstract(jax.eval_shape(make_state)))
+        saved.save(3, make_state(3), {})  # its place is free
+        assert saved.wait()
+        assert saved.damage(3) is None
+    assert_same(state, make_state(2))
+    assert position == {"step": 2}
+    assert len(warnings) == 1
+    assert damaged.name in warnings[0]
+    assert "the checkpoint of step 3 is damaged" in warnings[0]
+    assert "going back to the one of step 2" in warnings[0]
+    aside = tmp_path / "damaged-checkpoints" / "3"
+    assert sorted(path.name for path in aside.rglob("*")) == left  # nothing is deleted
+
+
+def test_names_of_damaged_checkpoints_never_clash(three, tmp_path):
+    directory = tmp_path / "checkpoints"
+    for _ in range(3):
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(three, directory)
+        flip(largest_file(directory / "3"))
+        with Checkpoints(directory, keep=3, warn=lambda message: None) as saved:
+            assert saved.newest_intact() == 2
+    aside = tmp_path / "damaged-checkpoints"
+    assert sorted(path.name for path in aside.iterdir()) == ["3", "3-1", "3-2"]
+
+
+def test_all_damaged_is_an_error_that_moves_nothing(three, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(three, directory)
+    for step in "123":
+        cut(largest_file(directory / step))
+    with (
+        Checkpoints(directory, keep=3) as saved,
+        pytest.raises(UserError, match=r"every checkpoint .* is damaged \(step 3: .*; step 1: "),
+    ):
+        saved.newest_intact()
+    assert sorted(path.name for path in directory.iterdir()) == ["1", "2", "3"]
+
+
+def test_named_steps_stay(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as saved:
+        saved.save(1, make_state(), {})
+        for step in (2, 3):
+            saved.save(step, make_state(), {}, also_keep={1})
+        saved.wait()
+        assert saved.steps() == [1, 3]
+        saved.save(4, make_state(), {})
+        saved.wait()
+        assert saved.steps() == [4]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for one checkpoint and a half."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def make_large_state():
+    return init_state({"w": jax.random.normal(jax.random.key(0), (32_000,))}, optax.adamw(1e-3))
+
+
+def test_full_disk_costs_the_new_checkpoint_alone(small_disk, capfd):
+    warnings: list[str] = []
+    state = make_large_state()
+    with Checkpoints(small_disk / "c", keep=1, warn=warnings.append) as saved:
+        saved.save(1, state, {})
+        assert saved.wait()
+        for step in (2, 3):
+            (small_disk / "filler").write_bytes(os.urandom(150_000))
+            saved.save(step, state, {})
+            assert not saved.wait()
+            assert saved.steps() == [1]
+            assert saved.damage(1) is None
+        (small_disk / "filler").unlink()
+        saved.save(4, state, {})
+        assert saved.wait()  # once there is room, all is well again
+        assert saved.steps() == [4]
+        assert_same(saved.restore(4, abstract(jax.eval_shape(make_large_state)))[0], state)
+    assert warnings == [
+        f"the checkpoint of step {step} could not be written (No space left on device); the one of "
+        "step 1 stays."
+        for step in (2, 3)
+    ]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["at once", "at the end"])
+def test_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, when):
+    def refuse(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    warnings: list[str] = []
+    with Checkpoints(tmp_path, keep=1, warn=warnings.append) as saved:
+        saved.save(1, make_state(1), {})
+        assert saved.wait()
+        with monkeypatch.context() as broken:
+            if when == "at once":
+                broken.setattr("orbax.checkpoint.CheckpointManager.save", refuse)
+            else:
+                broken.setattr("train.checkpoint.write_manifest", refuse)
+            saved.save(2, make_state(2), {})
+            saved.wait()
+        assert saved.steps() == [1]
+        assert saved.damage(1) is None
+        saved.save(3, make_state(3), {})
+        assert saved.wait()
+        assert saved.steps() == [3]
+    assert len(warnings) == 1
+    assert "step 2 could not be written (No space left on device)" in warnings[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import pytest
 from rich.console import Console
 
 from train.checkpoint import Checkpoints, abstract
-from train.config import TrainerOptions, UserError
+from train.config import EarlyStopOptions, TrainerOptions, UserError
 from train.loop import Job, count_tokens, fit
 from train.metrics_log import read_metrics
 from train.output_dir import OutputDir
 from train.step import init_state, make_train_step
+from train.stop import Stopped
 
 STEPS = 7
 TX = optax.adam(0.1)
@@ -147,33 +150,65 @@ def test_first_metrics_are_checked_once(tmp_path):
         run(tmp_path / "b", make_job(check_first=refuse))
 
 
+class BadLoader(CountingLoader):
+    """NaN in the batches of some numbers."""
+
+    def __init__(self, *bad: int) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = super().__next__()
+        return {**batch, "x": batch["x"] * np.float32(np.nan if self.number in self.bad else 1)}
+
+
+class LessLoader(CountingLoader):
+    """Without the batches of some numbers."""
+
+    def __init__(self, *bad: int) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = super().__next__()
+        return batch if self.number not in self.bad else next(self)
+
+
+@pytest.mark.parametrize("bad", [(1,), (3,), (2, 3, 6)])
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, bad):
+    checked = []
+    job = make_job(loader=BadLoader(*bad), check_first=checked.append)
+    state, rows, shown = run(tmp_path / "bad", job)
+    fewer = np.linspace(0.1, 0.7, STEPS)[: STEPS - len(bad)]
+    expected, _, _ = run(tmp_path / "less", make_job(loader=LessLoader(*bad), learning_rates=fewer))
+    for name in ("params", "opt_state"):  # as if the batches had not been there
+        jax.tree.map(np.testing.assert_array_equal, state[name], expected[name])
+    assert int(state["step"]) == STEPS
+    counts = [sum(number <= step for number in bad) for step in range(1, STEPS + 1)]
+    assert [row["skipped_steps"] for row in rows if "loss" in row] == counts
+    assert f"{len(bad)} steps skipped up to step {bad[-1]}: not finite (loss nan" in shown
+    assert np.isfinite(checked[0]["loss"])  # the check of the start waits for a step that counts
+
+
 @pytest.mark.parametrize(
-    ("bad", "options", "found"),
+    ("options", "seen", "found"),
     [
-        (4, {"save_every": 2}, [2]),  # logged
-        (4, {"save_every": 2, "log_every": 100}, [2]),  # not logged, but saved behind it
-        (3, {"save_every": 2, "log_every": 5}, [2]),  # neither, so seen at the next one saved
-        (1, {}, []),
-        (STEPS, {"save_every": 3, "log_every": 100}, [3, 6]),
+        ({"max_skipped_steps": 2}, 5, [2, 4]),
+        ({"max_skipped_steps": 2, "log_every": 100}, 6, [2, 4]),  # at every second one
+        ({"max_skipped_steps": 0}, 3, [2]),
+        ({"max_skipped_steps": 3, "log_every": 100}, 6, [2, 4]),  # seen before it would be saved
     ],
 )
-def test_loss_that_is_not_finite_stops_the_run(tmp_path, bad, options, found):
-    train_step = make_train_step(loss_fn, TX)
-
-    def step(state, batch):
-        number = int(state["step"]) + 1
-        state, metrics = train_step(state, batch)
-        return state, {**metrics, "loss": metrics["loss"] * (np.nan if number >= bad else 1)}
-
-    seen = bad if bad != 3 else 4
-    with pytest.raises(UserError, match=rf"loss is nan at step {seen}.*optimizer\.learning_rate"):
-        run(tmp_path, make_job(step=step, check_first=refuse_nan), **options)
+def test_too_many_skipped_steps_end_the_run(tmp_path, options, seen, found):
+    job = make_job(loader=BadLoader(*range(3, STEPS + 1)), evaluate=None)
+    message = rf"up to step {seen} were not finite \(loss nan.*optimizer\.learning_rate"
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, job, save_every=2, keep=3, **options)
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as saved:
         assert saved.steps() == found
-
-
-def refuse_nan(metrics):
-    assert not np.isnan(metrics["loss"]), "its message would lead astray"
+        good, _ = saved.restore(found[0], job.like)
+    expected, _, _ = run(tmp_path / "two", make_job(learning_rates=np.linspace(0.1, 0.2, 2)))
+    np.testing.assert_array_equal(good["params"]["w"], expected["params"]["w"])
 
 
 def test_resume_goes_on_from_the_last_checkpoint(tmp_path):
@@ -200,6 +235,84 @@ def test_resume_goes_on_from_the_last_checkpoint(tmp_path):
     assert [{n: v for n, v in row.items() if n != drop} for row in rows] == [
         {n: v for n, v in row.items() if n != drop} for row in expected
     ]
+
+
+def test_signal_saves_at_the_end_of_the_step_and_the_run_goes_on(tmp_path):
+    train_step = make_train_step(loss_fn, TX)
+
+    def signalled_step(state, batch):
+        if int(state["step"]) == 3:  # in step 4
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(state, batch)
+
+    whole, expected, _ = run(tmp_path / "whole", make_job(), eval_every=2)
+    with pytest.raises(Stopped, match=r"saved after step 4 of 7; the same command goes on"):
+        run(tmp_path / "stopped", make_job(step=signalled_step), eval_every=2)
+    with Checkpoints(tmp_path / "stopped" / "checkpoints", read_only=True) as saved:
+        assert saved.steps() == [4]
+    state, rows, shown = run(tmp_path / "stopped", make_job(start=None), eval_every=2)
+    assert "Resuming after step 4 of 7." in shown
+    np.testing.assert_array_equal(state["params"]["w"], whole["params"]["w"])
+    # The evaluation of step 4, for which there was no time, is made up for.
+    rates = ("tokens_per_second",)
+    assert [{n: v for n, v in row.items() if n not in rates} for row in rows] == [
+        {n: v for n, v in row.items() if n not in rates} for row in expected
+    ]
+
+
+def make_evaluate(values: list[float]):
+    """Held-out losses that come one after the other, the first before training."""
+    following = iter(values)
+    return lambda params: {"eval_loss": next(following)}
+
+
+def test_early_stop_keeps_the_best_checkpoint(tmp_path):
+    options = {
+        "eval_every": 1,
+        "keep": 1,
+        "early_stop": EarlyStopOptions(metric="eval_loss", patience=2),
+        "export_best": "eval_loss",
+    }
+    evaluate = make_evaluate([9, 5, 3, 4, 6])
+    state, rows, shown = run(tmp_path, make_job(evaluate=evaluate), **options)
+    assert int(state["step"]) == 4
+    assert "Stopped early: eval_loss has not improved in the last 2 evaluations" in shown
+    assert [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row] == [
+        (0, 9),
+        (1, 5),
+        (2, 3),
+        (3, 4),
+        (4, 6),
+    ]
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as saved:
+        assert saved.steps() == [2, 4]  # the best, and the last
+    # Started again, for example after a kill during the export, it stays where it stopped.
+    again, _, _ = run(tmp_path, make_job(start=None, evaluate=None), **options)
+    assert int(again["step"]) == 4
+
+
+def test_full_disk_under_the_log_stops_with_a_message(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    os.symlink("/dev/full", path)
+    monkeypatch.setattr("train.metrics_log.keep_until", lambda path, step: None)
+    monkeypatch.setattr("train.loop.read_metrics", lambda path: [])
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written \(No space left"):
+        run(tmp_path, make_job())
+
+
+def test_run_whose_last_checkpoint_fails_is_not_finished(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    run(tmp_path, make_job(learning_rates=np.linspace(0.1, 0.3, 3)))
+    with monkeypatch.context() as broken:
+        broken.setattr("train.checkpoint.write_manifest", refuse)
+        message = r"step 7 is not saved, so nothing is exported\. .* goes on from step 3"
+        with pytest.raises(UserError, match=message):
+            run(tmp_path, make_job(start=None))
+    state, rows, _ = run(tmp_path, make_job(start=None))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    assert int(state["step"]) == STEPS
 
 
 def test_last_state_is_saved_whatever_the_interval(tmp_path):

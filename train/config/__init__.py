@@ -14,7 +14,7 @@ from train.config.loss import PreferenceLossOptions, SFTLossOptions
 from train.config.model import ModelOptions, PolicyOptions
 from train.config.optimizer import AdamWOptions, OptimizerName, OptimizerOptions, ScheduleOptions
 from train.config.ranges import check
-from train.config.trainer import TrainerOptions
+from train.config.trainer import EarlyStopOptions, TrainerOptions
 
 __all__ = [
     "FREE_FIELDS",
@@ -22,6 +22,7 @@ __all__ = [
     "DPOConfig",
     "DType",
     "DataOptions",
+    "EarlyStopOptions",
     "EvalConfig",
     "ExportConfig",
     "ModelOptions",

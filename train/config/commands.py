@@ -80,7 +80,8 @@ class ExportConfig:
     dtype: DType | None = None
 
 
-# Fields that change what is written or shown, not what is learned: a resumed run may change them.
+# Fields that change what is written or shown or where it is computed, not what is learned: a resumed
+# run may change them.
 FREE_FIELDS = frozenset(
     {
         "output_dir",
@@ -91,5 +92,7 @@ FREE_FIELDS = frozenset(
         "trainer.save_every",
         "trainer.keep",
         "trainer.log_every",
+        "trainer.fsdp",
+        "trainer.max_skipped_steps",
     }
 )

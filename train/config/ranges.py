@@ -5,6 +5,7 @@ from __future__ import annotations
 from train.config.base import UserError, flatten, require
 from train.config.commands import DPOConfig, SFTConfig
 from train.config.data import check_records
+from train.config.trainer import TrainerOptions
 
 
 def check(config: SFTConfig | DPOConfig) -> None:
@@ -23,7 +24,11 @@ def check(config: SFTConfig | DPOConfig) -> None:
         require(flat[name] is None or flat[name] > 0, name, flat[name], "positive")
     chunk = config.loss.vocab_chunk
     require(not isinstance(chunk, int) or chunk > 0, "loss.vocab_chunk", chunk, "positive")
-    for name in ("optimizer.weight_decay", "optimizer.max_grad_norm", "schedule.warmup_steps"):
+    not_negative = (
+        "optimizer.weight_decay optimizer.max_grad_norm schedule.warmup_steps "
+        "trainer.max_skipped_steps"
+    )
+    for name in not_negative.split():
         require(flat[name] >= 0, name, flat[name], "0 or larger")
     for name in ("trainer.seed", "data.split_seed", "optimizer.seed"):
         value = flat.get(name)
@@ -57,6 +62,7 @@ def check(config: SFTConfig | DPOConfig) -> None:
             f"schedule.final_scale is {config.schedule.final_scale}, but a constant schedule has "
             "no use for it; unset it, or choose another schedule.type."
         )
+    check_held_out_use(config.trainer)
     check_records(data, "data")
     if (config.trainer.steps is None) == (config.trainer.epochs is None):
         raise UserError("Give exactly one of trainer.steps and trainer.epochs.")
@@ -69,3 +75,24 @@ def check(config: SFTConfig | DPOConfig) -> None:
             loss.label_smoothing,
             "in [0, 0.5)",
         )
+
+
+def check_held_out_use(trainer: TrainerOptions) -> None:
+    """Checks early stop and the choice of a checkpoint by held-out metrics. Raises `UserError`."""
+    stop = trainer.early_stop
+    for name, used in (("early_stop", stop), ("export_best", trainer.export_best)):
+        if used is not None and trainer.eval_every is None:
+            raise UserError(
+                f"trainer.{name} is set, but trainer.eval_every is not, so that nothing is evaluated "
+                "before the end; give it, or unset the former."
+            )
+    if stop is None:
+        return
+    if stop.metric is None and not stop.floors:
+        raise UserError(
+            "trainer.early_stop has neither a metric nor floors; give one, or unset early_stop."
+        )
+    require(stop.patience > 0, "trainer.early_stop.patience", stop.patience, "positive")
+    require(stop.min_delta >= 0, "trainer.early_stop.min_delta", stop.min_delta, "0 or larger")
+    if stop.mode is not None and stop.metric is None:
+        raise UserError("trainer.early_stop.mode is set without a metric; give one, or unset mode.")

@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopOptions:
+    """When to end before the last step. Held-out metrics have the names they are logged under.
+
+    Attributes:
+        metric: Held-out metric that must go on improving, such as eval_rewards/margins or
+            eval_loss. Unset: `floors` alone decide.
+        mode: max or min, the direction that is better. Unset: min for names that end in loss or
+            perplexity, otherwise max.
+        patience: Evaluations in a row without an improvement that end the run.
+        min_delta: Smallest change that is an improvement.
+        floors: Metrics with the worst value that each may have, such as the accuracy of a task:
+            the run ends at the first evaluation that is below (above, for losses), and
+            `trainer.export_best` never takes such a step.
+    """
+
+    metric: str | None = None
+    mode: Literal["min", "max"] | None = None
+    patience: int = 3
+    min_delta: float = 0.0
+    floors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +41,16 @@ class TrainerOptions:
         eval_every: Evaluate after every so many steps, besides at the end. Unset: only at the end.
         save_every: Write a checkpoint after every so many steps, besides at the end. Unset: only at
             the end.
-        keep: Checkpoints to keep.
+        keep: Checkpoints to keep. With 2 or more, a damaged one can be done without.
         log_every: Steps from one line of metrics to the next.
         seed: Seed of the order of the records.
         fsdp: Devices over which parameters and batches are split. Unset: all of them.
+        max_skipped_steps: A step whose loss or gradient is not finite is skipped and counted; more
+            of them in a row end the run. 0: the first one does.
+        early_stop: When to end before the last step.
+        export_best: Held-out metric by which the checkpoint to export is chosen (the lowest value
+            of names that end in loss or perplexity, the highest of others). That checkpoint is
+            kept. Unset: the last step is exported.
     """
 
     batch_size: int
@@ -33,3 +63,6 @@ class TrainerOptions:
     log_every: int = 1
     seed: int = 0
     fsdp: int | None = None
+    max_skipped_steps: int = 10
+    early_stop: EarlyStopOptions | None = None
+    export_best: str | None = None

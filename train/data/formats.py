@@ -102,7 +102,8 @@ def _parse(data: bytes, where: str) -> Any:
         raise DataError(
             f"{where}: not valid UTF-8 ({error.reason} at byte {error.start})."
         ) from None
-    except json.JSONDecodeError as error:
+    # Not only its own errors: numbers of thousands of digits, and nesting without end.
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}).") from None
 
 

@@ -168,6 +168,7 @@ def _field(record: Mapping[str, Any], name: str, formats: str) -> Text:
         )
     value = record[name]
     if isinstance(value, str):
+        _check_characters(value, name, where)
         _check_not_empty(value, name, where)
         return value
     if not isinstance(value, list):
@@ -189,6 +190,17 @@ def _string(record: Mapping[str, Any], name: str, formats: str) -> str:
     return value
 
 
+def _check_characters(text: str, name: str, where: str) -> None:
+    """JSON may hold halves of characters, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: field {name!r} holds half a character, {text[error.start]!a} at position "
+            f"{error.start}. Write the whole one or remove the record."
+        ) from None
+
+
 def _check_not_empty(text: str, name: str, where: str) -> None:
     if not text.strip():
         raise DataError(f"{where}: field {name!r} is empty. Give it a text or remove the record.")
@@ -205,6 +217,7 @@ def _check_message(message: Any, name: str, where: str) -> None:
             raise DataError(
                 f"{where}: {name}[{key!r}] must be a string, found {type(message[key]).__name__}."
             )
+        _check_characters(message[key], f"{name}[{key!r}]", where)
     # Only a system turn may be empty: some data sets write one to say that there is none.
     if message["role"] != "system":
         _check_not_empty(message["content"], name, where)

@@ -1,0 +1,1 @@
+"""Faults put into real runs, and what becomes of them: `make faults`."""

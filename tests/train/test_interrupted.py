@@ -1,0 +1,178 @@
+"""Whole runs that are stopped, go on elsewhere, end early, or meet another process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
+from train import lock, loop
+from train.cli import main
+from train.metrics_log import read_metrics
+
+SETTINGS = {"trainer__steps": 8, "trainer__eval_every": 4}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, str]:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert main(["dpo", *run_flags(inputs, output, **SETTINGS)]) == 0
+    return output
+
+
+def assert_same_export(one: Path, other: Path) -> None:
+    left, right = read_tensors(one / "export"), read_tensors(other / "export")
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        np.testing.assert_array_equal(tensor, right[name], err_msg=name)
+
+
+def test_signal_stops_with_its_own_status_and_nothing_is_lost(
+    inputs, undisturbed, tmp_path, monkeypatch, capfd
+):
+    command = ["dpo", *run_flags(inputs, tmp_path / "run", **SETTINGS)]
+    batches = iter(range(1, 9))
+
+    def put_batch(batch, mesh, put=loop.put_batch):
+        if next(batches) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put(batch, mesh)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("train.loop.put_batch", put_batch)
+        assert main(command) == 75
+    shown = capfd.readouterr().err
+    assert "SIGTERM: saving after this step" in shown
+    assert "Stopped and saved after step 5 of 8; the same command goes on from there." in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "run" / "export").exists()
+    assert main(command) == 0
+    assert "Resuming after step 5 of 8." in capfd.readouterr().out
+    assert_same_export(tmp_path / "run", undisturbed)
+
+
+def test_run_that_another_process_holds_is_refused(inputs, undisturbed, tmp_path, capsys):
+    output = tmp_path / "run"
+    output.mkdir()
+    program = f"import pathlib, train.lock as l; l.hold(pathlib.Path({str(output)!r})); input()"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, env=environment
+    ) as other:
+        while not (output / lock.LOCK_FILE).exists() or not (output / lock.LOCK_FILE).read_text():
+            assert other.poll() is None
+        assert main(["dpo", *run_flags(inputs, output, **SETTINGS)]) == 2
+        assert f"is in use by process {other.pid} on host" in capsys.readouterr().err
+        assert [path.name for path in output.iterdir()] == [lock.LOCK_FILE]
+        other.kill()
+    lock.refuse_if_held(output)
+
+
+def test_best_checkpoint_is_exported(inputs, undisturbed, tmp_path, monkeypatch, capsys):
+    # Values by evaluation, the first before training; step 4 of 12 is the best, 8 the last.
+    values = iter([0.1, 0.5, 0.3, 0.2])
+
+    def make_evaluate(*args, **settings):
+        return lambda params: {"eval_rewards/margins": next(values)}
+
+    monkeypatch.setattr("train.dpo.evaluate_preferences", make_evaluate)
+    stop = {
+        "trainer__export_best": "eval_rewards/margins",
+        "trainer__early_stop__metric": "eval_rewards/margins",
+        "trainer__early_stop__patience": 1,
+    }
+    flags = run_flags(inputs, tmp_path / "run", **SETTINGS, **stop, trainer__keep=1)
+    assert main(["dpo", *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "Best by eval_rewards/margins: step 4." in shown
+    assert "Model of step 4" in shown
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["exported_step"]) == (8, 4)
+    exports = [str(tmp_path / name) for name in ("best", "last")]
+    for step, output in zip("48", exports, strict=True):
+        command = ["export", "--run", str(tmp_path / "run"), "--output", output, "--step", step]
+        assert main(command) == 0
+    best, last = (read_tensors(Path(path)) for path in exports)
+    exported = read_tensors(tmp_path / "run" / "export")
+    assert all((exported[name] == best[name]).all() for name in best)
+    assert any((exported[name] != last[name]).any() for name in best)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"trainer__export_best": "eval_loss", "trainer__eval_every": None},
+            "trainer.export_best is set, but trainer.eval_every is not",
+        ),
+        ({"trainer__early_stop__patience": 2}, "has neither a metric nor floors"),
+        (
+            {"trainer__early_stop__metric": "eval_loss", "trainer__early_stop__patience": 0},
+            "trainer.early_stop.patience must be positive, got 0",
+        ),
+        ({"trainer__max_skipped_steps": -1}, "trainer.max_skipped_steps must be 0 or larger"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(inputs, tmp_path, capsys, changes, message):
+    flags = run_flags(inputs, tmp_path / "run", **(SETTINGS | changes))
+    assert main(["dpo", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# Virtual devices have to be asked for before jax starts.
+ON_A_MESH = """
+import sys
+import jax
+import train.cli, train.run
+from jax.sharding import AxisType
+shape = tuple(map(int, sys.argv[1].split("x")))
+def make_mesh(*settings):
+    devices = jax.devices()[: shape[0] * shape[1]]
+    return jax.make_mesh(shape, ("fsdp", "tensor"), (AxisType.Auto,) * 2, devices=devices)
+train.run.make_mesh = make_mesh
+stop = int(sys.argv[2])
+if stop:
+    import os, signal, train.loop as loop
+    real, numbers = loop.put_batch, iter(range(int(sys.argv[3]) + 1, 99))
+    def put_batch(batch, mesh):
+        if next(numbers) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(batch, mesh)
+    loop.put_batch = put_batch
+sys.exit(train.cli.main(sys.argv[4:]))
+"""
+
+
+@pytest.mark.slow
+def test_run_goes_on_from_mesh_to_mesh(inputs, undisturbed, tmp_path):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = ["dpo", *run_flags(inputs, tmp_path / "run", **SETTINGS)]
+    for mesh, first, stop, status in (("8x1", 0, 3, 75), ("4x1", 3, 6, 75), ("2x4", 6, 0, 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", ON_A_MESH, mesh, str(stop), str(first), *command],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=300,
+        )
+        assert done.returncode == status, done.stderr
+    expected, found = (
+        {row["step"]: row["loss"] for row in read_metrics(path / "metrics.jsonl") if "loss" in row}
+        for path in (undisturbed, tmp_path / "run")
+    )
+    assert list(found) == list(range(1, 9))
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)

@@ -1,0 +1,56 @@
+"""What the processes of one run tell each other, apart from arrays of the training step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes the files of which there is one."""
+    return jax.process_index() == 0
+
+
+def first_says(value: bool) -> bool:
+    """The value that the first process gives, on every process; all of them must call this.
+
+    Args:
+        value: Counts on the first process alone.
+    """
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def meet(name: str) -> None:
+    """Returns when all processes have come here.
+
+    Args:
+        name: The same on all of them.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_says(flag: bool) -> jax.Array:
+    """Whether the flag is up on any process; all of them must call this.
+
+    Returns:
+        A bool scalar, the same everywhere. Only reading it waits for the others.
+    """
+    mesh, combine = _any_over_devices()
+    mine = np.full(jax.local_device_count(), flag)
+    rows = NamedSharding(mesh, PartitionSpec("device"))
+    return combine(jax.make_array_from_process_local_data(rows, mine))
+
+
+@functools.cache
+def _any_over_devices() -> tuple[Mesh, Callable[[jax.Array], jax.Array]]:
+    mesh = Mesh(np.asarray(jax.devices()), ("device",))
+    return mesh, jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
