@@ -27,6 +27,7 @@ from rich.progress import (
 
 from train.checkpoint import Checkpoints
 from train.config import TrainerOptions, UserError
+from train.data import padding_share
 from train.metrics_log import MetricsLog
 from train.output_dir import OutputDir
 from train.sharding import put_batch
@@ -125,7 +126,7 @@ class _Reporter:
     ) -> None:
         self.job, self.options, self.log, self.progress = job, options, log, progress
         self.first = done == 0
-        self.pending: tuple[int, Metrics] | None = None
+        self.pending: tuple[int, Mapping[str, Any]] | None = None
         self.tokens = 0
         self.since = time.perf_counter()
         self.task: TaskID = progress.add_task(
@@ -133,7 +134,8 @@ class _Reporter:
         )
 
     def dispatched(self, step: int, metrics: Metrics, batch: Mapping[str, np.ndarray]) -> None:
-        previous, self.pending = self.pending, (step, metrics)
+        shown = {**metrics, "padding_share": padding_share(batch)}
+        previous, self.pending = self.pending, (step, shown)
         self._report(previous)
         self.tokens += count_tokens(batch)
         if self.first:
@@ -157,7 +159,9 @@ class _Reporter:
         """Leaves what happened since the last report out of the throughput."""
         self.tokens, self.since = 0, time.perf_counter()
 
-    def _report(self, pending: tuple[int, Metrics] | None, *, waited_for: bool = False) -> None:
+    def _report(
+        self, pending: tuple[int, Mapping[str, Any]] | None, *, waited_for: bool = False
+    ) -> None:
         if pending is None:
             return
         step, metrics = pending

@@ -51,9 +51,7 @@ def _shared(model: Decoder, batch: Mapping[str, Any], vocab_chunk: int | None) -
     positions, visible = attention_of_parts(parts)
     hidden = model.hidden(batch["joined_ids"], positions=positions, visible=visible)
     hidden = jnp.take_along_axis(hidden, batch["scored_from"][..., None], axis=1)
-    logps = token_logps(
-        hidden, model.unembedding(), batch["scored_ids"], vocab_chunk=vocab_chunk
-    )
+    logps = token_logps(hidden, model.unembedding(), batch["scored_ids"], vocab_chunk=vocab_chunk)
     # Back to a row for each answer: the rejected one starts where the chosen one ends.
     number = jnp.arange(batch["chosen_mask"].shape[1])
     chosen = jnp.sum(batch["chosen_mask"], axis=1, keepdims=True, dtype=jnp.int32)

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from train.config import DataOptions, ModelOptions, RecordOptions, UserError
-from train.data import Record, TokenDataset, read_records, split_by_prompt
+from train.data import (
+    Record,
+    TokenDataset,
+    answer_names,
+    read_records,
+    saves_by_sharing,
+    split_by_prompt,
+)
 from train.models import ModelConfig, check_hf_compatible, resolve_model_dir
 
 if TYPE_CHECKING:
@@ -162,13 +169,20 @@ def tokenized(
 ) -> TokenDataset:
     """Rows of tokens. Raises `UserError`, naming the field `name` that the records are from."""
     with blamed_on(name):
-        return tokenize(
+        dataset = tokenize(
             records,
             tokenizer,
             max_prompt_length=options.max_prompt_length,
             max_completion_length=options.max_completion_length,
             template=options.template,
         )
+    wanted = options.prefix_sharing
+    if wanted is True and answer_names(dataset.arrays) != ["chosen", "rejected"]:
+        raise UserError(
+            "data.prefix_sharing is true, but these records have one answer each; unset it."
+        )
+    shares = saves_by_sharing(dataset.arrays) if wanted == "auto" else wanted
+    return dataclasses.replace(dataset, share_prompts=shares)
 
 
 def hash_model(path: str) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from train.checkpoint import Checkpoints, abstract
 from train.config import DPOConfig, SFTConfig, TrainerOptions, UserError, check
-from train.data import TokenDataset, make_loader
+from train.data import TokenDataset, make_buckets, make_loader
 from train.export import export_run
 from train.held_out import Evaluate
 from train.loop import Job, fit
@@ -116,7 +116,13 @@ class Run:
             start=start,
             like=abstract(like, shardings),
             step=make_train_step(loss_fn, tx, shardings=shardings),
-            loader=make_loader(data, trainer.batch_size, seed=trainer.seed, shard=_process()),
+            loader=make_loader(
+                data,
+                trainer.batch_size,
+                seed=trainer.seed,
+                shard=_process(),
+                buckets=make_buckets(data, trainer.batch_size, self.config.data.buckets),
+            ),
             evaluate=evaluate,
             check_first=check_first,
             learning_rates=learning_rates(self.schedule, self.steps),
@@ -168,6 +174,8 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
     tokenizer = load_tokenizer(config.model.path, "model.path")
     data, held_out = load_data(config.data, tokenize, tokenizer, console)
     steps = count_steps(config.trainer, len(data))
+    buckets = make_buckets(data, config.trainer.batch_size, config.data.buckets)
+    console.print(f"Batches: {buckets.describe(data.arrays)}", highlight=False)
     mesh = make_mesh(config.trainer.fsdp)
     check_batch("trainer.batch_size", config.trainer.batch_size, mesh)
     if config.trainer.eval_batch_size is not None:

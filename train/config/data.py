@@ -25,6 +25,8 @@ class RecordOptions:
             their end, and are counted.
         template: auto (messages through the tokenizer's chat template, strings as they are) or chat
             (strings too become turns of a conversation).
+        prefix_sharing: Compute the prompt of a pair once for both answers, which a mask keeps apart;
+            true, false, or auto: where prompts are at least a tenth of the tokens.
     """
 
     path: str
@@ -34,6 +36,7 @@ class RecordOptions:
     max_prompt_length: int = 512
     max_completion_length: int = 512
     template: Literal["auto", "chat"] = "auto"
+    prefix_sharing: bool | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +46,13 @@ class DataOptions(RecordOptions):
     Attributes:
         eval_path: A separate file to evaluate on, instead of `eval_fraction`. With neither nothing
             is evaluated.
+        buckets: Shapes of batches, at most: records of similar length are batched together, so that
+            little padding is computed, and every shape is compiled once. 1: batches of any records,
+            as wide as the longest. Unset: up to 12, fewer where there are few batches.
     """
 
     eval_path: str | None = None
+    buckets: int | None = None
 
 
 def check_records(options: RecordOptions, name: str) -> None:

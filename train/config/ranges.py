@@ -58,6 +58,7 @@ def check(config: SFTConfig | DPOConfig) -> None:
             "no use for it; unset it, or choose another schedule.type."
         )
     check_records(data, "data")
+    require(data.buckets is None or data.buckets > 0, "data.buckets", data.buckets, "positive")
     if (config.trainer.steps is None) == (config.trainer.epochs is None):
         raise UserError("Give exactly one of trainer.steps and trainer.epochs.")
     if isinstance(config, DPOConfig):

@@ -38,7 +38,6 @@ class TokenReport:
         there the completion starts where the two part.
       prompts: Lengths of the prompts.
       completions: Lengths of all completions.
-      padding_share: Share of padding among the positions the model computes.
     """
 
     records: int
@@ -49,14 +48,13 @@ class TokenReport:
     boundaries_moved: int
     prompts: Lengths
     completions: Lengths
-    padding_share: float
 
     def __str__(self) -> str:
         """A few lines for the log."""
         lines = [
             f"{self.rows} of {self.records} records; tokens per prompt {self.prompts.mean:.1f} "
             f"(largest {self.prompts.largest}), per completion {self.completions.mean:.1f} "
-            f"(largest {self.completions.largest}); padding {self.padding_share:.0%}"
+            f"(largest {self.completions.largest})"
         ]
         lines += [f"dropped {count}: {reason}" for reason, count in self.dropped.items()]
         for count, what in (
@@ -79,10 +77,13 @@ class TokenDataset:
         `chosen_tokens` and `rejected_tokens`) int32 `[rows, C]` with their masks, padded on the
         right; `index` int32 `[rows]`, the row's own number.
       report: What became of the records.
+      share_prompts: Whether batches hold a prompt once for both answers of a pair, see
+        `train.data.layout.share_prompt`.
     """
 
     arrays: Mapping[str, np.ndarray]
     report: TokenReport
+    share_prompts: bool = False
 
     def __len__(self) -> int:
         return len(self.arrays["index"])

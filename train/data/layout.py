@@ -15,9 +15,6 @@ import numpy as np
 
 Columns = Mapping[str, np.ndarray]
 
-WIDTH_MULTIPLE = 8
-"""Widths of batches are multiples of this."""
-
 
 class RowLengths(NamedTuple):
     """Real tokens of every row, each int `[rows]`.

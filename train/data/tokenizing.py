@@ -196,8 +196,6 @@ def _report(
 ) -> TokenReport:
     prompts = arrays["prompt_mask"]
     answers = np.concatenate([arrays[f"{name}_mask"] for name in names])
-    # Every answer is computed behind its own copy of the prompt.
-    real = len(names) * prompts.sum() + answers.sum()
     return TokenReport(
         records=records,
         rows=len(rows),
@@ -207,5 +205,4 @@ def _report(
         boundaries_moved=sum(row.moved for row in rows),
         prompts=Lengths.of(prompts),
         completions=Lengths.of(answers),
-        padding_share=float(1 - real / (len(names) * prompts.size + answers.size)),
     )
