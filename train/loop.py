@@ -118,6 +118,9 @@ def fit(job: Job, options: TrainerOptions, output: OutputDir, console: Console) 
     return state
 
 
+_Pending = tuple[int, Mapping[str, Any]] | None
+
+
 class _Reporter:
     """Reads the metrics of a step once the next one is on its way, and writes them."""
 
@@ -126,7 +129,7 @@ class _Reporter:
     ) -> None:
         self.job, self.options, self.log, self.progress = job, options, log, progress
         self.first = done == 0
-        self.pending: tuple[int, Mapping[str, Any]] | None = None
+        self.pending: _Pending = None
         self.tokens = 0
         self.since = time.perf_counter()
         self.task: TaskID = progress.add_task(
@@ -159,9 +162,7 @@ class _Reporter:
         """Leaves what happened since the last report out of the throughput."""
         self.tokens, self.since = 0, time.perf_counter()
 
-    def _report(
-        self, pending: tuple[int, Mapping[str, Any]] | None, *, waited_for: bool = False
-    ) -> None:
+    def _report(self, pending: _Pending, *, waited_for: bool = False) -> None:
         if pending is None:
             return
         step, metrics = pending

@@ -66,10 +66,11 @@ def test_an_epoch_holds_every_row_once_whole_and_with_little_padding(share_promp
     assert shares[0] < (0.25 if share_prompts else 0.55)
     assert shares[1] > shares[0] + 0.2
     figure = buckets.padding_share(data.arrays)
-    sizes = [batch["joined_ids" if share_prompts else "chosen_tokens"].size for batch in batches]
-    if share_prompts:
-        mean = np.average([padding_share(batch) for batch in batches], weights=sizes)
-        assert figure == pytest.approx(mean, abs=0.03)  # batches that span buckets add some
+    columns = ["joined_ids"] if share_prompts else ["prompt_mask", "chosen_mask"]
+    sizes = [sum(batch[name].size for name in columns) for batch in batches]
+    mean = np.average([padding_share(batch) for batch in batches], weights=sizes)
+    # Which bucket's rows meet those of the next one differs by the draw.
+    assert figure == pytest.approx(mean, abs=0.02)
 
 
 def test_batches_are_a_function_of_seed_and_position():

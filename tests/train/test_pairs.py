@@ -20,9 +20,9 @@ LENGTHS = [(7, 5, 3), (1, 1, 6), (4, 6, 6), (9, 2, 1)]  # prompt, chosen, reject
 
 def make_batch(seed=0):
     rng = np.random.default_rng(seed)
-    columns = [[rng.integers(3, VOCAB, n).tolist() for n in part] for part in zip(*LENGTHS)]
     batch = {}
-    for name, rows in zip(("prompt", "chosen", "rejected"), columns, strict=True):
+    for part, name in enumerate(("prompt", "chosen", "rejected")):
+        rows = [rng.integers(3, VOCAB, lengths[part]).tolist() for lengths in LENGTHS]
         pad = pad_left if name == "prompt" else pad_right
         batch[f"{name}_tokens"], batch[f"{name}_mask"] = pad(rows, 12 if name == "prompt" else 8, 0)
     return batch

@@ -43,20 +43,23 @@ class Buckets:
       of_row: Bucket of every row, int `[rows]`.
       widths: Of each bucket, by growing length; a last entry fits every row.
       share_prompts: Whether batches hold a prompt once for both answers.
+      batch_size: Rows in a batch, over all processes together.
     """
 
     of_row: np.ndarray
     widths: tuple[Widths, ...]
     share_prompts: bool
+    batch_size: int
 
-    def group(self, rows: np.ndarray, batch_size: int) -> np.ndarray:
+    def group(self, rows: np.ndarray) -> np.ndarray:
         """Batches of rows of one bucket, as far as they go: int `[batches, batch_size]`.
 
         Args:
-          rows: Numbers of rows, a multiple of `batch_size`; within a bucket their order is kept.
-          batch_size: Rows in a batch.
+          rows: Numbers of rows; within a bucket their order is kept. The last ones that fill no
+            batch are left out.
         """
-        return rows[np.argsort(self.of_row[rows], kind="stable")].reshape(-1, batch_size)
+        rows = rows[: len(rows) // self.batch_size * self.batch_size]
+        return rows[np.argsort(self.of_row[rows], kind="stable")].reshape(-1, self.batch_size)
 
     def widths_of(self, rows: np.ndarray) -> Widths:
         """The shape of a batch: its bucket's, or the first that fits where rows of several meet."""
@@ -64,19 +67,21 @@ class Buckets:
         return next(one for one in self.widths if (np.array(one) >= needed).all())
 
     def padding_share(self, columns: Columns) -> float:
-        """Share of padding among the positions computed in an epoch of one batch a row.
+        """Share of padding among the positions computed in an epoch.
 
         Args:
           columns: Those of the data set.
         """
         lengths, answers = row_lengths(columns), len(answer_names(columns))
         copies = 1 if self.share_prompts else answers
-        real = copies * int(lengths.prompt.sum()) + int(lengths.scored.sum())
+        batches = self.group(np.arange(len(self.of_row)))
+        real = (copies * lengths.prompt + lengths.scored)[batches].sum()
+        widths = [self.widths_of(rows) for rows in batches]
         positions = [
             one.joined if self.share_prompts else answers * (one.prompt + one.answer)
-            for one in self.widths
+            for one in widths
         ]
-        return 1 - real / int(np.array(positions)[self.of_row].sum())
+        return float(1 - real / (self.batch_size * sum(positions)))
 
     def describe(self, columns: Columns) -> str:
         """A line for the log: number of shapes, padding, and how prompts are computed."""
@@ -129,7 +134,7 @@ def make_buckets(dataset: TokenDataset, batch_size: int, count: int | None = Non
     everything = np.ones(len(total), bool)
     parts = [of_row == bucket for bucket in range(of_row.max() + 1)]
     widths = [_widths(lengths, rows) for rows in [*parts, everything]]
-    return Buckets(of_row, tuple(dict.fromkeys(widths)), share_prompts)
+    return Buckets(of_row, tuple(dict.fromkeys(widths)), share_prompts, batch_size)
 
 
 def saves_by_sharing(columns: Columns, least: float = 0.1) -> bool:

@@ -38,9 +38,9 @@ def make_loader(
       drop_remainder: Leave out the rows at the end of an epoch that do not fill a batch (with
         `shuffle`, other rows each time). `False` gives a last batch of fewer rows.
       shard: `(index, count)` of this process, such as `(jax.process_index(), jax.process_count())`.
-      buckets: From `make_buckets`: rows of similar length are batched together and cut to their bucket's
-        shape; which rows, and in which order batches come, is drawn anew in every epoch. `None`
-        makes batches of any rows, as wide as the data set.
+      buckets: From `make_buckets`, for the same batch size: rows of similar length are batched
+        together and cut to their bucket's shape; which rows meet, and in which order batches come,
+        is drawn anew in every epoch. `None` makes batches of any rows, as wide as the data set.
 
     Returns:
       An iterator of dicts of arrays `[batch_size / count, …]`. `get_state()` gives a small dict
@@ -70,7 +70,7 @@ def make_loader(
         batches = rows.batch(batch_size, drop_remainder=drop_remainder).repeat(num_epochs)
     else:
         per_epoch = len(dataset) // batch_size
-        plan = lru_cache(2)(lambda epoch: _plan(buckets, batch_size, per_epoch, [spread, epoch]))
+        plan = lru_cache(2)(lambda epoch: _plan(buckets, [spread, epoch]))
         batches = (
             grain.MapDataset.range(per_epoch)
             .repeat(num_epochs)
@@ -80,14 +80,13 @@ def make_loader(
     return iter(batches.map(gather).to_iter_dataset(options))
 
 
-def _plan(buckets: Buckets, batch_size: int, batches: int, entropy: list[int]) -> np.ndarray:
+def _plan(buckets: Buckets, entropy: list[int]) -> np.ndarray:
     """Rows of every batch of an epoch, int `[batches, batch_size]`.
 
-    Which rows are left over is drawn before they are sorted, so it does not depend on their length.
+    Which rows are left over is drawn before they are grouped, so it does not depend on their length.
     """
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
-    rows = random.permutation(len(buckets.of_row))[: batches * batch_size]
-    return random.permutation(buckets.group(rows, batch_size))
+    return random.permutation(buckets.group(random.permutation(len(buckets.of_row))))
 
 
 def _check(
