@@ -173,7 +173,7 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
         )
     tokenizer = load_tokenizer(config.model.path, "model.path")
     data, held_out = load_data(config.data, tokenize, tokenizer, console)
-    steps = count_steps(config.trainer, len(data))
+    steps = count_steps(config.trainer, data.rows_per_epoch)
     buckets = make_buckets(data, config.trainer.batch_size, config.data.buckets)
     console.print(f"Batches: {buckets.describe(data.arrays)}", highlight=False)
     mesh = make_mesh(config.trainer.fsdp)

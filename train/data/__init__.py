@@ -12,6 +12,7 @@ from train.data.layout import (
     trim,
 )
 from train.data.loader import make_loader
+from train.data.mixing import mix
 from train.data.records import (
     Example,
     Preference,
@@ -36,6 +37,7 @@ __all__ = [
     "answer_names",
     "make_buckets",
     "make_loader",
+    "mix",
     "normalise_preference",
     "normalise_sft",
     "padding_share",

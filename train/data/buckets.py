@@ -119,7 +119,7 @@ def make_buckets(dataset: TokenDataset, batch_size: int, count: int | None = Non
       count: Buckets, at most; with 1 all batches have one shape. `None` takes as many as the number
         of batches can pay for, see `default_buckets`.
     """
-    count = default_buckets(len(dataset), batch_size) if count is None else count
+    count = default_buckets(dataset.rows_per_epoch, batch_size) if count is None else count
     share_prompts = dataset.share_prompts
     lengths = row_lengths(dataset.arrays)
     scored = lengths.scored if share_prompts else lengths.answer

@@ -49,9 +49,11 @@ def make_loader(
     Raises:
       ValueError: When no batch can be made, or the processes cannot share one evenly.
     """
-    _check(len(dataset), batch_size, seed, drop_remainder, shard)
+    _check(dataset.rows_per_epoch, batch_size, seed, drop_remainder, shard)
     if buckets is not None and not (shuffle and drop_remainder):
         raise ValueError("buckets need shuffle=True and drop_remainder=True.")
+    if dataset.parts and buckets is None:
+        raise ValueError("A mixture of data sets needs buckets.")
     index, count = shard
 
     def gather(numbers: Any) -> dict[str, np.ndarray]:
@@ -69,8 +71,8 @@ def make_loader(
             rows = rows.shuffle(seed=spread)
         batches = rows.batch(batch_size, drop_remainder=drop_remainder).repeat(num_epochs)
     else:
-        per_epoch = len(dataset) // batch_size
-        plan = lru_cache(2)(lambda epoch: _plan(buckets, [spread, epoch]))
+        per_epoch = dataset.rows_per_epoch // batch_size
+        plan = lru_cache(2)(lambda epoch: _plan(dataset, buckets, [spread, epoch]))
         batches = (
             grain.MapDataset.range(per_epoch)
             .repeat(num_epochs)
@@ -80,13 +82,13 @@ def make_loader(
     return iter(batches.map(gather).to_iter_dataset(options))
 
 
-def _plan(buckets: Buckets, entropy: list[int]) -> np.ndarray:
+def _plan(dataset: TokenDataset, buckets: Buckets, entropy: list[int]) -> np.ndarray:
     """Rows of every batch of an epoch, int `[batches, batch_size]`.
 
     Which rows are left over is drawn before they are grouped, so it does not depend on their length.
     """
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
-    return random.permutation(buckets.group(random.permutation(len(buckets.of_row))))
+    return random.permutation(buckets.group(dataset.draw_epoch(random)))
 
 
 def _check(
