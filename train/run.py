@@ -14,6 +14,7 @@ from rich.console import Console
 from train.checkpoint import Checkpoints, abstract
 from train.config import DPOConfig, SFTConfig, TrainerOptions, UserError, check
 from train.data import TokenDataset, make_buckets, make_loader
+from train.dry_run import check_length, dry_run
 from train.export import export_run
 from train.held_out import Evaluate
 from train.loop import Job, fit
@@ -144,7 +145,8 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
         tokenize: Makes rows of records.
 
     Returns:
-        The run, or None when the output directory holds it already finished, which is said.
+        The run, or None when there is none to make: after a dry run, and when the output directory
+        holds it already finished, which is said.
 
     Raises:
         UserError: something given cannot be used.
@@ -164,13 +166,11 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
         console.print(f"{output.path} holds this run, finished: nothing to do.", soft_wrap=True)
         show_summary(output.summary, console)
         return None
+    if config.dry_run:
+        dry_run(config, tokenize, console)
+        return None
     model = check_model(config.model)
-    length = config.data.max_prompt_length + config.data.max_completion_length
-    if length > model.max_position_embeddings:
-        raise UserError(
-            f"data.max_prompt_length + data.max_completion_length is {length}, but the model has "
-            f"{model.max_position_embeddings} positions."
-        )
+    check_length(config, model)
     tokenizer = load_tokenizer(config.model.path, "model.path")
     data, held_out = load_data(config.data, tokenize, tokenizer, console)
     steps = count_steps(config.trainer, data.rows_per_epoch)
