@@ -23,6 +23,7 @@ from train.prepare import (
     check_model,
     check_related,
     load_tokenizer,
+    sharing_prompts,
     split_records,
     tokenized,
 )
@@ -53,10 +54,13 @@ def run(config: EvalConfig) -> Results:
     pairs = None
     if config.preferences is not None:
         check_related(config.preferences.reference, config.model, "preferences.reference")
-        everything, held_out = split_records(config.preferences, "preferences")
+        everything, held_out = split_records(config.preferences, "preferences.path")
         records = everything if held_out is None else held_out
-        pairs = tokenized(
-            records, config.preferences, "preferences.path", tokenize_preference, tokenizer
+        pairs = sharing_prompts(
+            tokenized(
+                records, config.preferences, "preferences.path", tokenize_preference, tokenizer
+            ),
+            config.preferences,
         )
         console.print(f"preferences: {pairs.report}", highlight=False)
     results = _evaluate(config, abstract_model(model, None)[0], questions, pairs, tokenizer)

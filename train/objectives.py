@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from train import losses
-from train.logps import completion_logps, completion_statistics
+from train.logps import completion_statistics
+from train.pairs import pair_token_logps
 from train.step import Batch, LossFn, Metrics
 
 VocabChunk = int | None | Literal["auto"]
@@ -37,15 +38,8 @@ def resolve_vocab_chunk(vocab_chunk: VocabChunk, vocab_size: int) -> int | None:
 
 def _pair_token_logps(model: Any, batch: Batch, vocab_chunk: VocabChunk) -> jax.Array:
     """Per-token logps of both completions, `[2 * batch, completion]`, from one forward pass."""
-    unembedding = model.unembedding()
-    return completion_logps(
-        model,
-        jnp.concatenate([batch["prompt_tokens"]] * 2),
-        jnp.concatenate([batch["prompt_mask"]] * 2),
-        jnp.concatenate([batch["chosen_tokens"], batch["rejected_tokens"]]),
-        jnp.concatenate([batch["chosen_mask"], batch["rejected_mask"]]),
-        vocab_chunk=resolve_vocab_chunk(vocab_chunk, unembedding.shape[1]),
-    )
+    chunk = resolve_vocab_chunk(vocab_chunk, model.unembedding().shape[1])
+    return pair_token_logps(model, batch, vocab_chunk=chunk)
 
 
 def preference_loss(

@@ -64,6 +64,10 @@ def check(config: SFTConfig | DPOConfig) -> None:
         )
     check_held_out_use(config.trainer)
     check_records(data, "data")
+    for path, weight in data.mix.items():
+        require(weight > 0, f"data.mix: the weight of {path}", weight, "positive")
+    require(data.path not in data.mix, "data.mix", data.path, "of other data sets than data.path")
+    require(data.buckets is None or data.buckets > 0, "data.buckets", data.buckets, "positive")
     if (config.trainer.steps is None) == (config.trainer.epochs is None):
         raise UserError("Give exactly one of trainer.steps and trainer.epochs.")
     if isinstance(config, DPOConfig):
