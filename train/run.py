@@ -115,7 +115,12 @@ class Run:
         job = Job(
             start=start,
             like=abstract(like, shardings),
-            step=make_train_step(loss_fn, tx, shardings=shardings),
+            step=make_train_step(
+                loss_fn,
+                tx,
+                shardings=shardings,
+                accumulate=trainer.gradient_accumulation_steps,
+            ),
             loader=make_loader(data, trainer.batch_size, seed=trainer.seed, shard=_process()),
             evaluate=evaluate,
             check_first=check_first,
@@ -169,7 +174,12 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
     data, held_out = load_data(config.data, tokenize, tokenizer, console)
     steps = count_steps(config.trainer, len(data))
     mesh = make_mesh(config.trainer.fsdp)
-    check_batch("trainer.batch_size", config.trainer.batch_size, mesh)
+    check_batch(
+        "trainer.batch_size",
+        config.trainer.batch_size,
+        mesh,
+        config.trainer.gradient_accumulation_steps,
+    )
     if config.trainer.eval_batch_size is not None:
         check_batch("trainer.eval_batch_size", config.trainer.eval_batch_size, mesh)
     graphdef, shapes = abstract_model(model, mesh)

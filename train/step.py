@@ -19,6 +19,7 @@ from flax import nnx
 
 import omerge_jax as om
 from train import losses
+from train.accumulate import Parted, loss_and_gradient
 from train.logps import completion_logps, completion_statistics
 
 Batch = Mapping[str, Any]
@@ -128,7 +129,11 @@ def sft_loss(graphdef: nnx.GraphDef, *, vocab_chunk: VocabChunk = "auto") -> Los
         )
         return losses.sft(logps, mask, top1)
 
-    return loss_fn
+    def masses(batch: Batch) -> dict[str, jax.Array]:
+        tokens = jnp.sum(batch["completion_mask"], dtype=jnp.float32)
+        return {"loss": tokens, "mean_token_accuracy": tokens}
+
+    return Parted(loss_fn, masses=masses, sums=("num_tokens",))
 
 
 def reference_logps_fn(
@@ -218,7 +223,11 @@ def init_state(params: Any, tx: optax.GradientTransformation, delta: Any = None)
 
 
 def make_train_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, *, shardings: Any = None
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    shardings: Any = None,
+    accumulate: int = 1,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The jitted `step(state, batch) -> (state, metrics)`; it consumes the state it is given.
 
@@ -227,6 +236,8 @@ def make_train_step(
       tx: The optimizer `state` was made with.
       shardings: Where the new state belongs, from `state_shardings`; needed on a mesh so that a
         state keeps its layout from step to step.
+      accumulate: Parts in which the batch is looked at, one after the other, see
+        `train.accumulate.loss_and_gradient`.
 
     Returns:
       A function whose metrics are float32 scalars on the device: `loss`, `grad_norm` (global norm
@@ -234,9 +245,10 @@ def make_train_step(
       `omerge_jax.merge_metrics` when the optimizer merges.
     """
     tx = optax.with_extra_args_support(tx)
+    gradient = loss_and_gradient(loss_fn, accumulate)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"], batch)
+        (loss, metrics), grads = gradient(state["params"], batch)
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         merge = {f"merge/{name}": value for name, value in om.merge_metrics(opt_state).items()}
