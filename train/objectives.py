@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from train import losses
+from train.accumulate import Parted
 from train.logps import completion_statistics
 from train.pairs import pair_token_logps
 from train.step import Batch, LossFn, Metrics
@@ -112,7 +113,11 @@ def sft_loss(graphdef: nnx.GraphDef, *, vocab_chunk: VocabChunk = "auto") -> Los
         )
         return losses.sft(logps, mask, top1)
 
-    return loss_fn
+    def masses(batch: Batch) -> dict[str, jax.Array]:
+        tokens = jnp.sum(batch["completion_mask"], dtype=jnp.float32)
+        return {"loss": tokens, "mean_token_accuracy": tokens}
+
+    return Parted(loss_fn, masses=masses, sums=("num_tokens",))
 
 
 def reference_logps_fn(

@@ -137,7 +137,12 @@ class Run:
         job = Job(
             start=start,
             like=abstract(like, shardings),
-            step=make_train_step(loss_fn, tx, shardings=shardings),
+            step=make_train_step(
+                loss_fn,
+                tx,
+                shardings=shardings,
+                accumulate=trainer.gradient_accumulation_steps,
+            ),
             loader=make_loader(
                 data,
                 trainer.batch_size,
@@ -217,7 +222,12 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
     buckets = make_buckets(data, config.trainer.batch_size, config.data.buckets)
     console.print(f"Batches: {buckets.describe(data.arrays)}", highlight=False)
     mesh = make_mesh(config.trainer.fsdp)
-    check_batch("trainer.batch_size", config.trainer.batch_size, mesh)
+    check_batch(
+        "trainer.batch_size",
+        config.trainer.batch_size,
+        mesh,
+        config.trainer.gradient_accumulation_steps,
+    )
     if config.trainer.eval_batch_size is not None:
         check_batch("trainer.eval_batch_size", config.trainer.eval_batch_size, mesh)
     graphdef, shapes = abstract_model(model, mesh)

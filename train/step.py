@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 import omerge_jax as om
+from train.accumulate import loss_and_gradient
 from train.finite import keep_if_not_finite, no_skips
 
 Batch = Mapping[str, Any]
@@ -94,7 +95,11 @@ def init_state(params: Any, tx: optax.GradientTransformation, delta: Any = None)
 
 
 def make_train_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, *, shardings: Any = None
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    shardings: Any = None,
+    accumulate: int = 1,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The jitted `step(state, batch) -> (state, metrics)`; it consumes the state it is given.
 
@@ -103,6 +108,8 @@ def make_train_step(
       tx: The optimizer `state` was made with.
       shardings: Where the new state belongs, from `state_shardings`; needed on a mesh so that a
         state keeps its layout from step to step.
+      accumulate: Parts in which the batch is looked at, one after the other, see
+        `train.accumulate.loss_and_gradient`.
 
     Returns:
       A function whose metrics are float32 scalars on the device: `loss`, `grad_norm` (global norm
@@ -112,9 +119,10 @@ def make_train_step(
       neither parameters nor optimizer.
     """
     tx = optax.with_extra_args_support(tx)
+    gradient = loss_and_gradient(loss_fn, accumulate)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"], batch)
+        (loss, metrics), grads = gradient(state["params"], batch)
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         merge = {f"merge/{name}": value for name, value in om.merge_metrics(opt_state).items()}
