@@ -80,8 +80,9 @@ def fused_chain(
       sampled threshold looked at. `with_delta` and `merge_metrics` find the merge in its state.
 
     Raises:
-      ValueError: when ``update`` is traced, ``inner`` mixes entries of a parameter (a norm, a matrix
-        product); the operation is named.
+      ValueError: when ``update`` is traced and something is to be sampled, ``inner`` mixes entries of
+        a parameter (a norm, a matrix product); the operations are named. Where nothing is sampled (an
+        exact threshold without metrics, small leaves) this is ``optax.chain``, whatever ``inner`` is.
 
     Example:
       >>> import optax, omerge_jax as om
