@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from train.checkpoint import Checkpoints, abstract
-from train.config import DPOConfig, SFTConfig, TrainerOptions, UserError, check
+from train.config import DPOConfig, KTOConfig, SFTConfig, TrainerOptions, UserError, check
 from train.data import TokenDataset, make_loader
 from train.export import export_run
 from train.held_out import Evaluate
@@ -30,6 +30,10 @@ from train.prepare import (
 from train.sharding import Params, abstract_model, check_batch, make_mesh
 from train.step import LossFn, State, make_train_step, state_shardings
 from train.summary import show_summary, summarise
+
+Arrange = Callable[
+    [TokenDataset, TokenDataset | None, Console], tuple[TokenDataset, TokenDataset | None]
+]
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Run:
         mesh: Devices, None for a single one.
     """
 
-    config: SFTConfig | DPOConfig
+    config: SFTConfig | DPOConfig | KTOConfig
     output: OutputDir
     console: Console
     model: ModelConfig
@@ -98,6 +102,7 @@ class Run:
         data: TokenDataset,
         evaluate: Evaluate | None,
         check_first: Callable[[Mapping[str, float]], None] | None = None,
+        shuffle: bool = True,
     ) -> None:
         """Trains, exports the model and reports.
 
@@ -109,6 +114,7 @@ class Run:
             data: Training rows with all the columns that the loss reads.
             evaluate: Held-out metrics.
             check_first: See `train.loop.Job`.
+            shuffle: Draw a new order of the rows in every epoch.
         """
         trainer = self.config.trainer
         shardings = state_shardings(like, self.shapes)
@@ -116,7 +122,9 @@ class Run:
             start=start,
             like=abstract(like, shardings),
             step=make_train_step(loss_fn, tx, shardings=shardings),
-            loader=make_loader(data, trainer.batch_size, seed=trainer.seed, shard=_process()),
+            loader=make_loader(
+                data, trainer.batch_size, seed=trainer.seed, shuffle=shuffle, shard=_process()
+            ),
             evaluate=evaluate,
             check_first=check_first,
             learning_rates=learning_rates(self.schedule, self.steps),
@@ -129,13 +137,19 @@ class Run:
         show_summary(summary, self.console)
 
 
-def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> Run | None:
+def set_up(
+    command: str,
+    config: SFTConfig | DPOConfig | KTOConfig,
+    tokenize: Tokenize,
+    arrange: Arrange | None = None,
+) -> Run | None:
     """Checks everything that can be checked without weights.
 
     Args:
-        command: "sft" or "dpo".
+        command: "sft", "dpo" or "kto".
         config: The settings.
         tokenize: Makes rows of records.
+        arrange: Orders and completes the training and the held-out rows.
 
     Returns:
         The run, or None when the output directory holds it already finished, which is said.
@@ -167,6 +181,8 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
         )
     tokenizer = load_tokenizer(config.model.path, "model.path")
     data, held_out = load_data(config.data, tokenize, tokenizer, console)
+    if arrange is not None:
+        data, held_out = arrange(data, held_out, console)
     steps = count_steps(config.trainer, len(data))
     mesh = make_mesh(config.trainer.fsdp)
     check_batch("trainer.batch_size", config.trainer.batch_size, mesh)
