@@ -23,7 +23,7 @@ from train.optimizers import check_optimizer, make_optimizer, needs_delta, takes
 from train.prepare import blamed_on, check_related, hash_model
 from train.reference import Scores, cache_file, with_reference
 from train.run import Run
-from train.sharding import Params
+from train.sharding import Params, on_mesh
 from train.step import LossFn, State, init_state
 
 
@@ -85,7 +85,8 @@ def align(config: DPOConfig | KTOConfig, this: Run, objective: Objective) -> Non
         if inputs["base"] == inputs["model"]:
             raise _no_delta()
     this.begin(**inputs)
-    _Alignment(config, this, objective, inputs["model"]).train()
+    with on_mesh(this.mesh):
+        _Alignment(config, this, objective, inputs["model"]).train()
 
 
 def _no_delta(as_held: str = "") -> UserError:

@@ -11,6 +11,7 @@ from train.objectives import sft_loss
 from train.optimizers import make_optimizer
 from train.prepare import hash_model
 from train.run import set_up
+from train.sharding import on_mesh
 from train.step import State, init_state
 
 
@@ -36,4 +37,5 @@ def run(config: SFTConfig) -> None:
         return init_state(this.load(config.model.path, "model.path"), tx)
 
     like = jax.eval_shape(lambda params: init_state(params, tx), this.shapes)
-    this.train(loss_fn, tx, start, like=like, data=this.data, evaluate=evaluate)
+    with on_mesh(this.mesh):
+        this.train(loss_fn, tx, start, like=like, data=this.data, evaluate=evaluate)

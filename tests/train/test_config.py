@@ -68,7 +68,7 @@ def test_good_settings_pass():
         ("trainer.save_every", 0, "positive"),
         ("trainer.keep", 0, "positive"),
         ("trainer.log_every", 0, "positive"),
-        ("trainer.fsdp", 0, "positive"),
+        ("mesh.fsdp", 0, "positive"),
     ],
 )
 def test_ranges(field, value, expected):

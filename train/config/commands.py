@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from train.config.base import DType
 from train.config.data import DataOptions
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
+from train.config.mesh import MeshOptions
 from train.config.model import ModelOptions, PolicyOptions
 from train.config.optimizer import AdamWOptions, OptimizerOptions, ScheduleOptions
 from train.config.trainer import TrainerOptions
@@ -25,6 +26,7 @@ class SFTConfig:
         trainer: The training run.
         loss: The loss.
         schedule: The schedule.
+        mesh: The devices.
         dry_run: Show token statistics, batches and the first examples with their loss masks, and
             stop before any weight is read.
     """
@@ -36,6 +38,7 @@ class SFTConfig:
     trainer: TrainerOptions
     loss: SFTLossOptions = field(default_factory=SFTLossOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
     dry_run: bool = False
 
 
@@ -52,6 +55,7 @@ class DPOConfig:
         trainer: The training run.
         loss: The loss.
         schedule: The schedule.
+        mesh: The devices.
         reference_cache: Directory for the reference's log-probabilities, keyed by the content of
             model and data, so that several runs can share it. Unset: inside `output_dir`.
         dry_run: Show token statistics, batches and the first examples with their loss masks, and
@@ -65,6 +69,7 @@ class DPOConfig:
     trainer: TrainerOptions
     loss: PreferenceLossOptions = field(default_factory=PreferenceLossOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
     reference_cache: str | None = None
     dry_run: bool = False
 
@@ -83,6 +88,7 @@ class KTOConfig:
             epoch.
         loss: The loss.
         schedule: The schedule.
+        mesh: The devices.
         reference_cache: Directory for the reference's log-probabilities, keyed by the content of
             model and data, so that several runs can share it. Unset: inside `output_dir`.
         dry_run: Show token statistics, batches and the first examples with their loss masks, and
@@ -96,6 +102,7 @@ class KTOConfig:
     trainer: TrainerOptions
     loss: UnpairedLossOptions = field(default_factory=UnpairedLossOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
     reference_cache: str | None = None
     dry_run: bool = False
 
@@ -130,7 +137,9 @@ FREE_FIELDS = frozenset(
         "trainer.save_every",
         "trainer.keep",
         "trainer.log_every",
-        "trainer.fsdp",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
         "trainer.max_skipped_steps",
     }
 )
