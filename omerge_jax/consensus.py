@@ -29,9 +29,9 @@ def sign(election: Literal["unweighted", "weighted"] = "unweighted") -> Consensu
 
     Args:
       election: ``"unweighted"`` elects the sign of ``update + delta`` (the authors' code: the delta
-        decides wherever it is larger than the update, whatever alpha). ``"weighted"`` elects the sign
-        of the weighted sum, which keeps the larger term where the two disagree (the paper, Eq. 5-7).
-        Zero counts as positive.
+        decides wherever it is larger than the update, whatever alpha: also at the end of a schedule of
+        alpha that reaches 0). ``"weighted"`` elects the sign of the weighted sum, which keeps the
+        larger term where the two disagree (the paper, Eq. 5-7). Zero counts as positive.
 
     Returns:
       A consensus ``(update, delta, alpha) -> array``.

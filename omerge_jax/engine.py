@@ -249,12 +249,11 @@ class MergeStep:
             rounded, residual = round_compensated(merged, leaf.residual, leaf.param)
             return rounded.astype(leaf.dtype), residual
         shape = merged.shape if leaf.sample is None else leaf.sample.shape
-        bits = random_mask.random_bits(
+        bits = random_mask.rounding_bits(
             shape,
             seed=self.rule.seed,
             step=self.state.merge_count,
             path=leaf.path,
-            role="rounding",
             coordinates=None if leaf.sample is None else leaf.sample.coordinates(),
         )
         return round_stochastically(merged, leaf.param, bits).astype(leaf.dtype), None

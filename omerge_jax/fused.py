@@ -1,13 +1,19 @@
 """An elementwise optimizer and a merge, chained so that statistics cost no pass of their own."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from omerge_jax.paths import Path, path_names
+from omerge_jax.numerics import sum_together
+from omerge_jax.paths import Path, leaves_by_path, path_names
 from omerge_jax.sample import Sample
+from omerge_jax.state import merge_states
+from omerge_jax.threshold import magnitude_bits
+
+TakeSamples = Callable[[dict[Path, Sample]], dict[Path, jax.Array]]
 
 # What moves values from entry to entry, or puts several of them together.
 _MIXING = (
@@ -74,8 +80,9 @@ def fused_chain(
       sampled threshold looked at. `with_delta` and `merge_metrics` find the merge in its state.
 
     Raises:
-      ValueError: when ``update`` is traced, ``inner`` mixes entries of a parameter (a norm, a matrix
-        product); the operation is named.
+      ValueError: when ``update`` is traced and something is to be sampled, ``inner`` mixes entries of
+        a parameter (a norm, a matrix product); the operations are named. Where nothing is sampled (an
+        exact threshold without metrics, small leaves) this is ``optax.chain``, whatever ``inner`` is.
 
     Example:
       >>> import optax, omerge_jax as om
@@ -102,28 +109,66 @@ def fused_chain(
             return inner.update(grads, inner_state, params, **extra_args)
 
         def samples_of_updates(samples: dict[Path, Sample]) -> dict[Path, jax.Array]:
-            if not samples:
-                return {}
-            arguments = (updates, state.inner_state, params)
-            _require_elementwise(step, arguments)
             take = _taker(samples)
             sampled_state = optax.tree.map_params(
                 inner, take, state.inner_state, _paths(updates), is_leaf=_is_masked
             )
             grads = jax.tree.map(take, updates, _paths(updates))
             taken = None if params is None else jax.tree.map(take, params, _paths(params))
-            sampled = step(grads, sampled_state, taken)[0]
-            leaves = jax.tree_util.tree_flatten_with_path(sampled)[0]
-            named = {path_names(key_path): leaf for key_path, leaf in leaves}
-            return {path: named[path] for path in samples}
+            leaves = leaves_by_path(step(grads, sampled_state, taken)[0])
+            return {path: leaves[path] for path in samples}
 
-        proposed, inner_state = step(updates, state.inner_state, params)
-        merged, merge_state = merge.update(
-            proposed, state.merge_state, params, update_samples=samples_of_updates, **extra_args
-        )
+        def merged_with(proposed: Any, take_samples: TakeSamples) -> tuple[Any, Any]:
+            return merge.update(
+                proposed, state.merge_state, params, update_samples=take_samples, **extra_args
+            )
+
+        wanted = _wanted_samples(merged_with, updates)
+        known: dict[Path, jax.Array] = {}
+        if wanted:
+            _require_elementwise(step, (updates, state.inner_state, params))
+            count = merge_states(state.merge_state)[0].merge_count
+            known = samples_of_updates(
+                {path: dataclasses.replace(one, step=count) for path, one in wanted.items()}
+            )
+        proposed, inner_state = step(_after(known, updates), state.inner_state, params)
+        merged, merge_state = merged_with(proposed, lambda samples: {p: known[p] for p in samples})
         return merged, FusedChainState(inner_state, merge_state)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _wanted_samples(
+    merged_with: Callable[[Any, TakeSamples], Any], updates: Any
+) -> dict[Path, Sample]:
+    """Returns the samples that a merge asks for; their step is not to be used."""
+    wanted: dict[Path, Sample] = {}
+
+    def record(samples: dict[Path, Sample]) -> dict[Path, jax.Array]:
+        wanted.update(samples)
+        return {}
+
+    jax.eval_shape(lambda proposed: merged_with(proposed, record), updates)
+    return wanted
+
+
+def _after(samples: dict[Path, jax.Array], updates: Any) -> Any:
+    """Returns ``updates``, which are not known to the compiler before ``samples`` are.
+
+    The samples are taken of moments that the step overwrites. Where nothing orders the two, the CPU
+    compiler copies the moments first, which costs more than the step.
+    """
+
+    def add_zero(key_path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        sample = samples.get(path_names(key_path))
+        if sample is None:
+            return update
+        bits = magnitude_bits(sample)
+        low, high = sum_together([bits & 1, bits >> 31], tuple(range(bits.ndim)))
+        # No magnitude has its highest bit set.
+        return update + (low & high).astype(update.dtype)
+
+    return jax.tree_util.tree_map_with_path(add_zero, updates)
 
 
 def _taker(samples: dict[Path, Sample]) -> Callable[[Any, Any], Any]:

@@ -27,9 +27,12 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-# Odd multipliers: the bits of a role are a bijection of the bits of the element, and any two or all
-# three roles fill their square or cube evenly, so that one hash serves every draw of a step.
-_STREAMS = {"update": None, "delta": 0x9E3779B9, "rounding": 0xC4CEB9FF}
+# An odd multiplier: the bits of a role are a bijection of the bits of the element, and both roles
+# together fill their square evenly, so that one hash serves both masks of a step.
+_STREAMS = {"update": None, "delta": 0x9E3779B9}
+# Multiples of these, modulo 2**32, are spread as evenly as multiples can be: the fractional parts of
+# the golden ratio and of the square root of 2.
+_GOLDEN, _SILVER = 0x9E3779B9, 0x6A09E667
 
 
 def mask_key(
@@ -137,43 +140,66 @@ def random_bits(
       seed: integer scalar.
       step: integer scalar.
       path: path names of the leaf.
-      role: what the bits are for. The roles of one merge ("update", "delta", "rounding") share a hash,
-        which the compiler computes once.
+      role: what the bits are for. The two roles of a merge ("update", "delta") share a hash, which the
+        compiler computes once.
       coordinates: uint32 coordinates per axis of the elements that are asked for; None for all.
     """
-    if coordinates is None:
-        axes = range(len(shape))
-        coordinates = [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in axes]
-    high, low = element_index(coordinates, shape)
+    high, low = element_index(coordinates or all_coordinates(shape), shape)
     key = mask_key(seed, step, path, "" if role in _STREAMS else role)
     bits = hash_index(key, high, low)
     stream = _STREAMS.get(role)
     return bits if stream is None else bits * jnp.uint32(stream)
 
 
+def all_coordinates(shape: Sequence[int]) -> list[jax.Array]:
+    """Returns, per axis, the uint32 coordinates of all elements."""
+    return [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
+
+
+def order_start(seed: jax.typing.ArrayLike, step: jax.typing.ArrayLike, path: Path) -> jax.Array:
+    """Returns where a leaf's order begins at a step, a uint32 scalar, see `spread_order`."""
+    return mask_key(seed, step, path, "order")[0]
+
+
 def spread_order(
+    start: jax.Array, coordinates: Sequence[jax.Array], shape: Sequence[int]
+) -> jax.Array:
+    """Returns a different uint32 for every element of a tensor of at most 2**32 elements.
+
+    The elements beyond any limit are spread evenly over the tensor (multiples of an odd number near
+    2**32 times the fractional part of the square root of 2). One multiplication per element.
+
+    Args:
+      start: uint32 scalar; another one puts other elements first.
+      coordinates: uint32 coordinates per axis of the elements that are asked for.
+      shape: shape of the tensor.
+    """
+    return element_index(coordinates, shape)[1] * jnp.uint32(_SILVER) + start
+
+
+def rounding_bits(
     shape: Sequence[int],
     *,
     seed: jax.typing.ArrayLike,
     step: jax.typing.ArrayLike,
     path: Path,
-    coordinates: Sequence[jax.Array],
+    coordinates: Sequence[jax.Array] | None = None,
 ) -> jax.Array:
-    """Returns a different uint32 for every element of a tensor of at most 2**32 elements.
+    """Returns 32 bits per element for stochastic rounding; one multiplication per element.
 
-    The elements beyond any limit are spread evenly over the tensor (multiples of an odd number near
-    2**32 divided by the golden ratio), and are others at every step. One multiplication per element.
+    For every element they are uniform and independent from step to step, which is what keeps a sum
+    over steps unbiased. Within a step the elements share them out evenly instead of independently.
 
     Args:
-      shape: shape of the tensor.
+      shape: shape of the whole leaf.
       seed: integer scalar.
       step: integer scalar.
       path: path names of the leaf.
-      coordinates: uint32 coordinates per axis of the elements that are asked for.
+      coordinates: uint32 coordinates per axis of the elements that are asked for; None for all.
     """
-    _, low = element_index(coordinates, shape)
-    start, _, _ = mask_key(seed, step, path, "order")
-    return low * jnp.uint32(0x9E3779B9) + start
+    _, low = element_index(coordinates or all_coordinates(shape), shape)
+    start, _, _ = mask_key(seed, step, path, "rounding")
+    return low * jnp.uint32(_GOLDEN) + start
 
 
 def bernoulli(

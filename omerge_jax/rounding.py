@@ -52,17 +52,41 @@ def round_stochastically(update: jax.Array, param: jax.Array, bits: jax.Array) -
       bits: uint32 [...], uniform.
 
     Returns:
-      The rounded update, in the dtype of ``update``; its mean over ``bits`` is ``update``.
+      The rounded update, in the dtype of ``update``; its mean over ``bits`` is ``update``, up to the
+      last digit of ``update``. A parameter that has the digits of its update and is less than four
+      times as large gets a multiple of a coarser ulp, at most two of its own off.
 
     References:
       Zamirai et al., Revisiting BFloat16 Training, https://arxiv.org/abs/2010.06192.
     """
+    if param.dtype == update.dtype:
+        return _round_by_dither(update, param, bits)
     step, inverse = _grid(param, update)
-    uniform = (bits >> 8).astype(jnp.int32).astype(update.dtype) * 2.0**-24
-    steps = update * inverse
+    uniform = (bits >> 1).astype(jnp.int32).astype(update.dtype) * 2.0**-31
+    # Magnitudes, because fractions near 0 have more digits than fractions near 1.
+    steps = jnp.abs(update) * inverse
     whole = jnp.floor(steps)
     # Compared, not added: the sum would be rounded once more, and upwards near the next whole.
-    return step * jnp.where(uniform < steps - whole, whole + 1, whole)
+    rounded = step * jnp.where(uniform < steps - whole, whole + 1, whole)
+    return jnp.where(update < 0, -rounded, rounded)
+
+
+def _round_by_dither(update: jax.Array, param: jax.Array, bits: jax.Array) -> jax.Array:
+    """Rounds by adding noise of up to half an ulp, and a number whose ulp is the parameter's.
+
+    Half the work of computing the grid. It needs the noise to be added to the update with many more
+    digits than an ulp of the parameter has, which a narrower parameter's update does not have.
+    """
+    kind = jnp.finfo(param.dtype)
+    word = jnp.uint32 if kind.bits == 32 else jnp.uint64
+    exponent = word(((1 << kind.nexp) - 1) << kind.nmant)
+    pattern = jax.lax.bitcast_convert_type(param, word) & exponent
+    power = jax.lax.bitcast_convert_type(pattern, param.dtype)
+    # Odd numbers between -2**23 and 2**23: never half an ulp, so that nothing is rounded to nothing.
+    noise = ((bits.astype(jnp.int32) >> 8) | 1).astype(param.dtype)
+    # In the middle between two powers of two: the parameter itself may lie where the ulp changes.
+    middle = 1.5 * power
+    return (middle + (update + power * (noise * (2.0**-24 * float(kind.eps))))) - middle
 
 
 def round_compensated(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 _BLOCK = 64
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """Which entries of a leaf are in the sample.
@@ -25,14 +26,20 @@ class Sample:
       axis: the axis that is sampled.
       block: rows per block along ``axis``; divides ``shape[axis]``.
       width: rows taken of every block.
-      offset: int32 scalar, the first of them.
+      step: int32 scalar; successive steps look at other rows.
     """
 
-    shape: tuple[int, ...]
-    axis: int
-    block: int
-    width: int
-    offset: jax.Array
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    axis: int = dataclasses.field(metadata={"static": True})
+    block: int = dataclasses.field(metadata={"static": True})
+    width: int = dataclasses.field(metadata={"static": True})
+    step: jax.Array
+
+    @property
+    def offset(self) -> jax.Array:
+        """The first row taken of every block, an int32 scalar."""
+        turn = (self.step * 7) % (self.block // self.width)
+        return turn.astype(jnp.int32) * self.width
 
     def take(self, x: jax.Array) -> jax.Array:
         """Returns the sample of ``x`` [*shape] with ``axis`` split into [blocks, width]."""
@@ -71,6 +78,5 @@ def choose_sample(
         block = next(b for b in range(min(_BLOCK, shape[axis]), 0, -1) if shape[axis] % b == 0)
         width = max(1, math.ceil(share * block))
         if 2 * width <= block:
-            turn = (step * 7) % (block // width)
-            return Sample(tuple(shape), axis, block, width, turn.astype(jnp.int32) * width)
+            return Sample(tuple(shape), axis, block, width, step)
     return None

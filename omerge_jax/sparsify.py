@@ -20,7 +20,15 @@ import optax
 from omerge_jax import random_mask
 from omerge_jax.paths import Path
 from omerge_jax.sample import Sample, choose_sample
-from omerge_jax.threshold import is_beyond, per_layer, top_k_edge
+from omerge_jax.threshold import (
+    Bracket,
+    is_beyond,
+    per_layer,
+    search,
+    top_k_edge,
+    top_k_threshold,
+)
+from omerge_jax.tie_order import TieOrder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +169,8 @@ class _Random:
         kept = x
         if not keeps_all(self.density):
             kept = jnp.where(self._mask(x, density, ctx), x, 0)
-            kept = kept if self.rescale == "none" else kept / density
+            # Times the inverse, as dropout does: a division per entry would cost as much as the mask.
+            kept = kept if self.rescale == "none" else kept * jnp.asarray(1 / density, kept.dtype)
         normed = self.rescale == "norm" and ctx.role == "update"
         if normed:
             kept = kept * per_layer(norm_ratio(x, kept, ctx.layer_axes, _RANDOM_NORM_EPS), x)
@@ -254,6 +263,8 @@ def static_density(density: optax.ScalarOrSchedule) -> float:
 # With a share p kept, 1/p times as many entries are looked at: the share that is really kept is then
 # off by half a percent of p (one standard deviation).
 _SAMPLE_ENTRIES = 2.0**15
+# For where an exact threshold is looked for first.
+_BRACKET_ENTRIES = 2.0**13
 # For a density that is not a Python number.
 _DENSITY_IF_UNKNOWN = 0.1
 
@@ -272,9 +283,12 @@ class _Magnitude:
     def choose_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
         if self.threshold == "exact" or keeps_all(self.density):
             return None
+        return choose_sample(shape, ctx.layer_axes, _SAMPLE_ENTRIES / self._share, ctx.step)
+
+    @property
+    def _share(self) -> float:
         density = self.density
-        share = density if isinstance(density, (int, float)) else _DENSITY_IF_UNKNOWN
-        return choose_sample(shape, ctx.layer_axes, _SAMPLE_ENTRIES / share, ctx.step)
+        return density if isinstance(density, (int, float)) else _DENSITY_IF_UNKNOWN
 
     def fit(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array | None:
         if keeps_all(self.density):
@@ -282,11 +296,18 @@ class _Magnitude:
         if ctx.sample is None and (sample := self.choose_sample(x.shape, ctx)) is not None:
             x, ctx = sample.take(x), dataclasses.replace(ctx, sample=sample)
         order = tie_order(x, ctx, self.seed)
-        fitted = top_k_edge(x, self._count(x, ctx), order, ctx.layer_axes)
+        fitted = top_k_edge(x, self._count(x, ctx), order, ctx.layer_axes, self._bracket(x, ctx))
         if self.rescale == "none":
             return fitted
         scale = norm_ratio(x, self._keep(x, fitted, ctx), ctx.layer_axes, 0.0)
         return jnp.concatenate([fitted, scale.astype(jnp.float32)[..., None]], axis=-1)
+
+    def passes(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
+        """Returns how often `fit` reads ``x``, or its sample, an int32 scalar."""
+        if ctx.sample is None and (sample := self.choose_sample(x.shape, ctx)) is not None:
+            x, ctx = sample.take(x), dataclasses.replace(ctx, sample=sample)
+        order = tie_order(x, ctx, self.seed)
+        return search(x, self._count(x, ctx), order, ctx.layer_axes, self._bracket(x, ctx))[2]
 
     def apply(self, x: jax.Array, fitted: jax.Array | None, ctx: SparsifyContext) -> jax.Array:
         if fitted is None:
@@ -300,6 +321,22 @@ class _Magnitude:
     def _keep(self, x: jax.Array, fitted: jax.Array, ctx: SparsifyContext) -> jax.Array:
         return jnp.where(is_beyond(x, fitted[..., :3], tie_order(x, ctx, self.seed)), x, 0)
 
+    def _bracket(self, x: jax.Array, ctx: SparsifyContext) -> Bracket | None:
+        """Returns where a sample says that the threshold is; None for a tensor that is small."""
+        sample = None
+        if ctx.sample is None:
+            entries = _BRACKET_ENTRIES / self._share
+            sample = choose_sample(x.shape, ctx.layer_axes, entries, ctx.step)
+        if sample is None:
+            return None
+        looked_at = sample.take(x)
+        count = self._count(looked_at, ctx)
+        # Six standard deviations of the count that a random sample of this size has.
+        margin = jnp.ceil(6 * jnp.sqrt(count.astype(jnp.float32))).astype(jnp.uint32)
+        more = jnp.minimum(count + margin, math.prod(looked_at.shape[ctx.layer_axes :]))
+        fewer = jnp.maximum(count, margin + 1) - margin
+        return Bracket(*(top_k_threshold(looked_at, k, ctx.layer_axes) for k in (more, fewer)))
+
     def _count(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
         entries = math.prod(x.shape[ctx.layer_axes :])
         density = density_at(self.density, ctx.step)
@@ -311,16 +348,10 @@ class _Magnitude:
         return jnp.where(count >= 1, jnp.minimum(count, jnp.uint32(entries)), jnp.uint32(entries))
 
 
-def tie_order(x: jax.Array, ctx: SparsifyContext, seed: jax.typing.ArrayLike) -> jax.Array:
-    """Returns the order in which equal magnitudes are kept, uint32 that broadcasts to ``x``."""
-    layers = ctx.layer_axes
-    return random_mask.spread_order(
-        ctx.leaf_shape(x)[layers:],
-        seed=seed,
-        step=ctx.step,
-        path=ctx.path,
-        coordinates=ctx.coordinates(x)[layers:],
-    )
+def tie_order(x: jax.Array, ctx: SparsifyContext, seed: jax.typing.ArrayLike) -> TieOrder:
+    """Returns the order in which equal magnitudes of ``x`` are kept."""
+    start = random_mask.order_start(seed, ctx.step, ctx.path)
+    return TieOrder(start, tuple(ctx.leaf_shape(x)), ctx.layer_axes, ctx.sample)
 
 
 def _count_of(density: float, entries: int) -> int:
@@ -345,7 +376,7 @@ def magnitude(
       density: share kept, in (0, 1]; a float, a schedule of the step, or traced. Only a Python float
         gives the count exactly; others are multiplied in float32.
       rescale: ``"norm"`` gives what is kept the L1 norm it had before, per tensor.
-      threshold: ``"exact"`` finds the threshold in at most eight passes over the tensor; ``"sampled"``
+      threshold: ``"exact"`` finds the threshold in about six passes over the tensor; ``"sampled"``
         takes it from about 32768 / density entries of each tensor, at least 1/64 of them, in rows that
         change from step to step: no pass over all of it, and a share kept that is off by about half a
         percent of itself. Tensors hardly larger than their sample are done exactly.

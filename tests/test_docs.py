@@ -83,7 +83,7 @@ def docstrings(page):
 @pytest.fixture(scope="module")
 def api_page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("api")
-    pdoc.render.configure(docformat="google", math=True)
+    pdoc.render.configure(docformat="google")
     try:
         pdoc.pdoc("omerge_jax", output_directory=folder)
     finally:

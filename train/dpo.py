@@ -20,13 +20,14 @@ from train.data import TokenDataset, tokenize_preference
 from train.held_out import evaluate_preferences, pair_logps
 from train.losses import pair_loss
 from train.models import layer_axes
+from train.objectives import check_starts_at_reference, preference_loss
+from train.objectives import reference_logps_fn as make_score
 from train.optimizers import check_optimizer, make_optimizer, needs_delta, takes_delta
 from train.prepare import blamed_on, check_related, hash_model
 from train.reference import Scores, cache_file, with_reference
 from train.run import Run, set_up
 from train.sharding import Params
-from train.step import State, check_starts_at_reference, init_state, preference_loss
-from train.step import reference_logps_fn as make_score
+from train.step import State, init_state
 
 
 def run(config: DPOConfig) -> None:

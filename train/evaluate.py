@@ -16,17 +16,18 @@ from train.data import TokenDataset, tokenize_preference
 from train.held_out import Score, evaluate_preferences, pair_logps
 from train.models import from_hf, split_model
 from train.multiple_choice import Question, choice_scorer, measure, read_questions
+from train.objectives import reference_logps_fn
 from train.output_dir import check_place, write_atomically
 from train.prepare import (
     blamed_on,
     check_model,
     check_related,
     load_tokenizer,
+    sharing_prompts,
     split_records,
     tokenized,
 )
 from train.sharding import abstract_model
-from train.step import reference_logps_fn
 
 Results = dict[str, Any]
 
@@ -53,10 +54,13 @@ def run(config: EvalConfig) -> Results:
     pairs = None
     if config.preferences is not None:
         check_related(config.preferences.reference, config.model, "preferences.reference")
-        everything, held_out = split_records(config.preferences, "preferences")
+        everything, held_out = split_records(config.preferences, "preferences.path")
         records = everything if held_out is None else held_out
-        pairs = tokenized(
-            records, config.preferences, "preferences.path", tokenize_preference, tokenizer
+        pairs = sharing_prompts(
+            tokenized(
+                records, config.preferences, "preferences.path", tokenize_preference, tokenizer
+            ),
+            config.preferences,
         )
         console.print(f"preferences: {pairs.report}", highlight=False)
     results = _evaluate(config, abstract_model(model, None)[0], questions, pairs, tokenizer)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.progress import track
 
-from train.data import TokenDataset
+from train.data import TokenDataset, Widths, answer_names, row_lengths, share_prompt, trim
 from train.losses import PairLogps, pair_loss, pair_metrics
 from train.sharding import put_batch
 from train.step import LossFn
@@ -36,25 +36,20 @@ def bucketed_batches(
         The numbers of the rows, int ``[n]`` with ``n <= batch_size``, and the batch, whose first
         ``n`` rows they are.
     """
-    masks = {name: column for name, column in dataset.arrays.items() if name.endswith("_mask")}
-    answers = [name for name in masks if name != "prompt_mask"]
-    prompt = masks["prompt_mask"].sum(axis=1)
-    answer = np.max([masks[name].sum(axis=1) for name in answers], axis=0)
-    order = np.argsort(prompt + answer, kind="stable")
+    lengths = row_lengths(dataset.arrays)
+    total = lengths.prompt + lengths.scored
+    order = np.argsort(total, kind="stable")
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         missing = batch_size - len(rows)
         filled = np.concatenate([rows, np.repeat(rows[:1], missing)])
         batch = {name: column[filled] for name, column in dataset.arrays.items()}
-        for name in answers:
-            batch[name][len(rows) :] = False
-        widths = _width(prompt[rows].max()), _width(answer[rows].max())
-        for name in batch:
-            if name.startswith("prompt_"):
-                batch[name] = batch[name][:, -widths[0] :]
-            elif name.endswith(("_tokens", "_mask")):
-                batch[name] = batch[name][:, : widths[1]]
-        yield rows, batch
+        for name in answer_names(batch):
+            batch[f"{name}_mask"][len(rows) :] = False
+        counts = (lengths.prompt, lengths.answer, total, lengths.scored)
+        widths = Widths(*(_width(int(count[rows].max())) for count in counts))
+        batch = trim(batch, widths)
+        yield rows, share_prompt(batch, widths) if dataset.share_prompts else batch
 
 
 def _width(length: int) -> int:
@@ -79,7 +74,7 @@ def pair_logps(
     """Summed log-probabilities of the chosen and the rejected answers, each float32 ``[rows]``.
 
     Args:
-        score: From `train.step.reference_logps_fn`.
+        score: From `train.objectives.reference_logps_fn`.
         params: Of the model that scores.
         dataset: Preferences.
         batch_size: Pairs scored at once.
@@ -110,7 +105,7 @@ def evaluate_preferences(
     """Makes ``f(params) -> {"eval_loss", "eval_rewards/accuracies", …}`` for preferences.
 
     Args:
-        score: From `train.step.reference_logps_fn`.
+        score: From `train.objectives.reference_logps_fn`.
         dataset: Preferences with `reference_chosen_logps` and `reference_rejected_logps`.
         loss_type: See `train.losses.pair_loss`, as for the two below.
         beta: Factor of the rewards.
@@ -148,7 +143,7 @@ def evaluate_sft(
     """Makes ``f(params) -> {"eval_loss", "eval_mean_token_accuracy"}``: means over all tokens.
 
     Args:
-        loss_fn: From `train.step.sft_loss`.
+        loss_fn: From `train.objectives.sft_loss`.
         dataset: Held-out rows.
         batch_size: Rows scored at once.
         mesh: Where batches go.

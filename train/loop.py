@@ -29,6 +29,7 @@ from rich.progress import (
 
 from train.checkpoint import Checkpoints
 from train.config import TrainerOptions, UserError
+from train.data import padding_share
 from train.metrics_log import MetricsLog, read_metrics
 from train.output_dir import OutputDir
 from train.sharding import put_batch
@@ -193,6 +194,9 @@ class _Training:
         self.reporter.skip_time()
 
 
+_Pending = tuple[int, Mapping[str, Any]] | None
+
+
 class _Reporter:
     """Reads the metrics of a step once the next one is on its way, and writes them."""
 
@@ -207,7 +211,7 @@ class _Reporter:
     ) -> None:
         self.job, self.options, self.log, self.progress = job, options, log, progress
         self.first, self.warn = done == 0, warn
-        self.pending: tuple[int, Metrics] | None = None
+        self.pending: _Pending = None
         self.skipped: float | None = None
         self.tokens = 0
         self.since = time.perf_counter()
@@ -216,7 +220,8 @@ class _Reporter:
         )
 
     def dispatched(self, step: int, metrics: Metrics, batch: Mapping[str, np.ndarray]) -> None:
-        previous, self.pending = self.pending, (step, metrics)
+        shown = {**metrics, "padding_share": padding_share(batch)}
+        previous, self.pending = self.pending, (step, shown)
         self._report(previous)
         self.tokens += count_tokens(batch)
         if self.first and self.job.check_first is not None:
@@ -240,7 +245,7 @@ class _Reporter:
         """Leaves what happened since the last report out of the throughput."""
         self.tokens, self.since = 0, time.perf_counter()
 
-    def _report(self, pending: tuple[int, Metrics] | None, *, waited_for: bool = False) -> None:
+    def _report(self, pending: _Pending, *, waited_for: bool = False) -> None:
         if pending is None:
             return
         step, metrics = pending

@@ -23,8 +23,8 @@ from train.data.formats import read_records, where_of
 from train.data.templates import Encoded, Encoder, Row
 from train.logps import token_statistics
 from train.models import merge_model
+from train.objectives import resolve_vocab_chunk
 from train.prepare import blamed_on
-from train.step import resolve_vocab_chunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

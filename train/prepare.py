@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from train.config import DataOptions, ModelOptions, RecordOptions, UserError
-from train.data import Record, TokenDataset, read_records, split_by_prompt
+from train.data import (
+    Record,
+    TokenDataset,
+    answer_names,
+    mix,
+    read_records,
+    saves_by_sharing,
+    split_by_prompt,
+)
 from train.models import ModelConfig, check_hf_compatible, resolve_model_dir
 
 if TYPE_CHECKING:
@@ -116,18 +124,51 @@ def load_data(
     Raises:
         UserError: a file is missing, a line is broken, or a record cannot be used as it is.
     """
-    records, held_out = split_records(options, "data")
+    parts: list[TokenDataset] = []
+    evaluations: list[TokenDataset] = []
+    for path in (options.path, *options.mix):
+        name = "data.path" if path == options.path else f"data.mix: {path}"
+        source = dataclasses.replace(options, path=path)
+        records, held_out = split_records(source, name)
+        parts.append(tokenized(records, source, name, tokenize, tokenizer))
+        if options.mix:
+            console.print(f"{path}: {parts[-1].report}", highlight=False)
+        if held_out is not None:
+            evaluations.append(tokenized(held_out, source, name, tokenize, tokenizer))
     if options.eval_path is not None:
         with blamed_on("data.eval_path"):
             held_out = read_records(options.eval_path, options.split)
-    train, evaluation = tokenized(records, options, "data.path", tokenize, tokenizer), None
-    if held_out is not None:
-        name = "data.path" if options.eval_path is None else "data.eval_path"
-        evaluation = tokenized(held_out, options, name, tokenize, tokenizer)
+        evaluations.append(tokenized(held_out, options, "data.eval_path", tokenize, tokenizer))
+    with blamed_on("data.mix"):
+        train = _together(parts, [1.0, *options.mix.values()], options)
     console.print(f"Training records: {train.report}", highlight=False)
-    if evaluation is not None:
-        console.print(f"Held-out records: {evaluation.report}", highlight=False)
+    if not evaluations:
+        return train, None
+    evaluation = _together(evaluations, [1.0] * len(evaluations), options)
+    console.print(f"Held-out records: {evaluation.report}", highlight=False)
     return train, evaluation
+
+
+def _together(
+    parts: Sequence[TokenDataset], weights: Sequence[float], options: RecordOptions
+) -> TokenDataset:
+    dataset = parts[0] if len(parts) == 1 else mix(parts, weights)
+    return sharing_prompts(dataset, options)
+
+
+def sharing_prompts(dataset: TokenDataset, options: RecordOptions) -> TokenDataset:
+    """The data set with prompts computed once for both answers where `options` ask for it.
+
+    Raises:
+        UserError: they ask for it where a record has one answer.
+    """
+    wanted = options.prefix_sharing
+    if wanted is True and answer_names(dataset.arrays) != ["chosen", "rejected"]:
+        raise UserError(
+            "data.prefix_sharing is true, but these records have one answer each; unset it."
+        )
+    shares = saves_by_sharing(dataset.arrays) if wanted == "auto" else wanted
+    return dataclasses.replace(dataset, share_prompts=shares)
 
 
 def split_records(
@@ -137,7 +178,7 @@ def split_records(
 
     Args:
         options: Where they are.
-        name: Group of the fields, for messages.
+        name: Field that gave them, for messages.
 
     Returns:
         The records, and those held out, or None where nothing is to be held out.
@@ -145,11 +186,11 @@ def split_records(
     Raises:
         UserError: the file is missing or broken, or one side would be empty.
     """
-    with blamed_on(f"{name}.path"):
+    with blamed_on(name):
         records = read_records(options.path, options.split)
     if options.eval_fraction is None:
         return records, None
-    with blamed_on(f"{name}.path"):
+    with blamed_on(name):
         return split_by_prompt(records, options.eval_fraction, options.split_seed)
 
 
@@ -168,6 +209,7 @@ def tokenized(
             max_prompt_length=options.max_prompt_length,
             max_completion_length=options.max_completion_length,
             template=options.template,
+            truncation=options.truncation,
         )
 
 

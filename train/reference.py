@@ -1,8 +1,8 @@
 """Log-probabilities of the reference: computed once, kept on disk, keyed by content.
 
 With them on disk the reference model is not in memory during training. The key covers the stored
-weights, every token and mask (so the data, the template, the tokenizer and the length limits) and
-the types of the computation; a change in any of them makes another file.
+weights, every token and mask (so the data, the template, the tokenizer and the length limits), the
+types of the computation and whether prompts are shared; a change in any of them makes another file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def cache_file(directory: Path, model_hash: str, dataset: TokenDataset, dtypes: 
         dataset: Preferences.
         dtypes: Types of the computation and of the parameters.
     """
-    key = json.dumps([model_hash, dataset.fingerprint(), dtypes])
+    # Shared prompts round differently, and rewards are to start at 0 in low precision too.
+    key = json.dumps([model_hash, dataset.fingerprint(), dtypes, dataset.share_prompts])
     return directory / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
 
 

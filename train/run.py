@@ -13,7 +13,8 @@ from rich.console import Console
 
 from train.checkpoint import Checkpoints, abstract, restore_params
 from train.config import DPOConfig, SFTConfig, TrainerOptions, UserError, check
-from train.data import TokenDataset, make_loader
+from train.data import TokenDataset, make_buckets, make_loader
+from train.dry_run import check_length, dry_run
 from train.export import export_run
 from train.held_out import Evaluate
 from train.lock import release
@@ -136,8 +137,19 @@ class Run:
         job = Job(
             start=start,
             like=abstract(like, shardings),
-            step=make_train_step(loss_fn, tx, shardings=shardings),
-            loader=make_loader(data, trainer.batch_size, seed=trainer.seed, shard=_process()),
+            step=make_train_step(
+                loss_fn,
+                tx,
+                shardings=shardings,
+                accumulate=trainer.gradient_accumulation_steps,
+            ),
+            loader=make_loader(
+                data,
+                trainer.batch_size,
+                seed=trainer.seed,
+                shard=_process(),
+                buckets=make_buckets(data, trainer.batch_size, self.config.data.buckets),
+            ),
             evaluate=evaluate,
             check_first=check_first,
             learning_rates=learning_rates(self.schedule, self.steps),
@@ -178,7 +190,8 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
         tokenize: Makes rows of records.
 
     Returns:
-        The run, or None when the output directory holds it already finished, which is said.
+        The run, or None when there is none to make: after a dry run, and when the output directory
+        holds it already finished, which is said.
 
     Raises:
         UserError: something given cannot be used.
@@ -198,18 +211,23 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
         console.print(f"{output.path} holds this run, finished: nothing to do.", soft_wrap=True)
         show_summary(output.summary, console)
         return None
+    if config.dry_run:
+        dry_run(config, tokenize, console)
+        return None
     model = check_model(config.model)
-    length = config.data.max_prompt_length + config.data.max_completion_length
-    if length > model.max_position_embeddings:
-        raise UserError(
-            f"data.max_prompt_length + data.max_completion_length is {length}, but the model has "
-            f"{model.max_position_embeddings} positions."
-        )
+    check_length(config, model)
     tokenizer = load_tokenizer(config.model.path, "model.path")
     data, held_out = load_data(config.data, tokenize, tokenizer, console)
-    steps = count_steps(config.trainer, len(data))
+    steps = count_steps(config.trainer, data.rows_per_epoch)
+    buckets = make_buckets(data, config.trainer.batch_size, config.data.buckets)
+    console.print(f"Batches: {buckets.describe(data.arrays)}", highlight=False)
     mesh = make_mesh(config.trainer.fsdp)
-    check_batch("trainer.batch_size", config.trainer.batch_size, mesh)
+    check_batch(
+        "trainer.batch_size",
+        config.trainer.batch_size,
+        mesh,
+        config.trainer.gradient_accumulation_steps,
+    )
     if config.trainer.eval_batch_size is not None:
         check_batch("trainer.eval_batch_size", config.trainer.eval_batch_size, mesh)
     graphdef, shapes = abstract_model(model, mesh)

@@ -7,10 +7,11 @@ import jax
 from train.config import SFTConfig
 from train.data import tokenize_sft
 from train.held_out import evaluate_sft
+from train.objectives import sft_loss
 from train.optimizers import make_optimizer
 from train.prepare import hash_model
 from train.run import set_up
-from train.step import State, init_state, sft_loss
+from train.step import State, init_state
 
 
 def run(config: SFTConfig) -> None:

@@ -37,12 +37,15 @@ def make_mesh(fsdp: int | None) -> Mesh | None:
     return jax.make_mesh((count, 1), ("fsdp", "tensor"), axes, devices=devices[:count])
 
 
-def check_batch(name: str, batch_size: int, mesh: Mesh | None) -> None:
-    """Raises `UserError` when a batch cannot be split over the mesh."""
-    count = 1 if mesh is None else mesh.shape["fsdp"]
-    require(
-        batch_size % count == 0, name, batch_size, f"a multiple of {count} (devices of the mesh)"
-    )
+def check_batch(name: str, batch_size: int, mesh: Mesh | None, parts: int = 1) -> None:
+    """Raises `UserError` when a batch, or each of its equal parts, cannot be split over the mesh."""
+    devices = 1 if mesh is None else mesh.shape["fsdp"]
+    reasons = [f"{devices} devices of the mesh"] if parts == 1 or devices > 1 else []
+    if parts > 1:
+        reasons.append(f"{parts} trainer.gradient_accumulation_steps")
+    count = devices * parts
+    expected = f"a multiple of {count} ({' times '.join(reasons)})"
+    require(batch_size % count == 0, name, batch_size, expected)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:

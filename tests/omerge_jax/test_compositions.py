@@ -67,7 +67,7 @@ def ties_kept(update, delta, path, step):
 @functools.cache
 def tie_order(size, path, step):
     start = int(random_mask.mask_key(SEED, step, path, "order")[0])
-    return (np.arange(size, dtype=np.uint64) * 0x9E3779B9 + start) % 2**32
+    return (np.arange(size, dtype=np.uint64) * 0x6A09E667 + start) % 2**32
 
 
 class Kind(NamedTuple):

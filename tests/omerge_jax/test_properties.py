@@ -347,7 +347,7 @@ def rows_of(x, layer_axes):
 
 def ranking(x, ctx):
     """By the stated rule: entries from small to large, equal ones by their order, per tensor."""
-    order = np.broadcast_to(tie_order(jnp.asarray(x), ctx, 0), x.shape)
+    order = np.broadcast_to(tie_order(jnp.asarray(x), ctx, 0)(False), x.shape)
     pairs = zip(rows_of(x, ctx.layer_axes), rows_of(order, ctx.layer_axes), strict=True)
     return [np.lexsort((among_ties, np.abs(row))) for row, among_ties in pairs]
 

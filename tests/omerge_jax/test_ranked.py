@@ -111,7 +111,7 @@ def test_draws_follow_the_probabilities():
 
 def test_a_band_fitted_to_the_whole_applies_to_a_sample():
     x = jnp.where(normal(128, 9) > 0, 1.0, -1.0)
-    sample = Sample((128, 9), 0, block=64, width=8, offset=jnp.int32(16))
+    sample = Sample((128, 9), 0, block=64, width=8, step=jnp.int32(5))
     f, ctx = band(0.5, gamma=0.1), context()
     of_sample = f.apply(sample.take(x), f.fit(x, ctx), dataclasses.replace(ctx, sample=sample))
     np.testing.assert_array_equal(of_sample, sample.take(f(x, ctx)))

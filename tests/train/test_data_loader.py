@@ -6,7 +6,7 @@ import pytest
 
 from train.data import Lengths, TokenDataset, TokenReport, make_loader
 
-REPORT = TokenReport(10, 10, {}, 0, 0, 0, Lengths(1, 1), Lengths(1, 1), 0.0)
+REPORT = TokenReport(10, 10, {}, 0, 0, 0, Lengths(1, 1), Lengths(1, 1))
 
 
 def make_dataset(rows, width=4):

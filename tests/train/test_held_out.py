@@ -12,7 +12,7 @@ from tests.train.tiny_runs import make_model_dir, make_records, make_tokenizer
 from train.data import tokenize_preference, tokenize_sft
 from train.held_out import bucketed_batches, evaluate_preferences, evaluate_sft, pair_logps
 from train.models import from_hf, merge_model, split_model
-from train.step import reference_logps_fn, sft_loss
+from train.objectives import reference_logps_fn, sft_loss
 
 LENGTH = 80
 tokenize = partial(tokenize_preference, max_prompt_length=64, max_completion_length=16)

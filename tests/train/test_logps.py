@@ -8,6 +8,7 @@ from scipy.special import log_softmax
 from train.data.dataset import pad_left, pad_right
 from train.logps import completion_logps, completion_statistics, token_logps, token_statistics
 from train.models import Decoder, ModelConfig
+from train.step import AUTO_VOCAB_CHUNK
 
 
 def draw(vocabulary, *, scale=1.0, dtype=jnp.float32):
@@ -154,3 +155,28 @@ def test_bad_arguments_are_named():
     empty = jnp.zeros((1, 0), jnp.int32)
     with pytest.raises(ValueError, match="at least one position"):
         completion_logps(None, empty, empty.astype(bool), empty, empty.astype(bool))  # type: ignore
+
+
+def _temporary_bytes(vocabulary, length, vocab_chunk):
+    """What the compiler sets aside for the log-probabilities and their gradients."""
+
+    def total(hidden, unembedding, targets):
+        return jnp.sum(token_logps(hidden, unembedding, targets, vocab_chunk=vocab_chunk))
+
+    shapes = [
+        jax.ShapeDtypeStruct((1, length, 256), jnp.float32),
+        jax.ShapeDtypeStruct((256, vocabulary), jnp.float32),
+        jax.ShapeDtypeStruct((1, length), jnp.int32),
+    ]
+    lowered = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(*shapes)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_chunks_does_not_grow_with_the_vocabulary():
+    vocabulary, length, chunk = 151_936, 2048, AUTO_VOCAB_CHUNK
+    chunked = _temporary_bytes(vocabulary, length, chunk)
+    assert chunked < _temporary_bytes(vocabulary, length, None) / 10
+    assert _temporary_bytes(2 * vocabulary, length, chunk) == pytest.approx(chunked, rel=0.01)
+    # Half the length takes half as much, so the bound is length times chunk.
+    assert _temporary_bytes(vocabulary, length // 2, chunk) < 0.6 * chunked
+    assert chunked < 3 * 4 * length * chunk

@@ -14,18 +14,17 @@ import pytest
 from flax import nnx
 
 import omerge_jax as om
-from train import step as step_module
+from train import objectives
 from train.logps import completion_logps
 from train.models import Decoder, ModelConfig, merge_model, split_model
-from train.step import (
+from train.objectives import (
     check_starts_at_reference,
-    init_state,
-    make_train_step,
     preference_loss,
     reference_logps_fn,
     resolve_vocab_chunk,
     sft_loss,
 )
+from train.step import init_state, make_train_step
 
 VOCAB, ROWS, PROMPT, COMPLETION = 61, 4, 7, 6
 CONFIG = {
@@ -178,8 +177,8 @@ def test_sft_learns_the_completions_alone():
 
 
 def test_vocabulary_is_chunked_when_large(pairs):
-    assert resolve_vocab_chunk("auto", 2 * step_module.AUTO_VOCAB_CHUNK) is None
-    assert resolve_vocab_chunk("auto", 152_000) == step_module.AUTO_VOCAB_CHUNK
+    assert resolve_vocab_chunk("auto", 2 * objectives.AUTO_VOCAB_CHUNK) is None
+    assert resolve_vocab_chunk("auto", 152_000) == objectives.AUTO_VOCAB_CHUNK
     assert resolve_vocab_chunk(100, 152_000) == 100
     assert resolve_vocab_chunk(None, 152_000) is None
     graphdef, params, batch = pairs
@@ -225,6 +224,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tests.train.test_step import CONFIG, OPTIMIZERS, make_batch, make_model
 from train.models import ModelConfig, param_shardings
+from train.objectives import *
 from train.step import *
 
 mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)

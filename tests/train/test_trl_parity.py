@@ -17,13 +17,8 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from train.data import make_loader, tokenize_preference
 from train.models import from_hf, split_model
-from train.step import (
-    check_starts_at_reference,
-    init_state,
-    make_train_step,
-    preference_loss,
-    reference_logps_fn,
-)
+from train.objectives import check_starts_at_reference, preference_loss, reference_logps_fn
+from train.step import init_state, make_train_step
 
 STEPS, BATCH, BETA = 20, 4, 0.1
 # The epsilon keeps Adam from blowing gradients that are rounding noise, such as those of key biases,

@@ -57,7 +57,7 @@ def print_times(console: Console, title: str, rows: list[dict[str, Any]]) -> Non
 
 
 def print_compiled(
-    console: Console, topology: str, rows: list[dict[str, Any]], passes: int
+    console: Console, topology: str, rows: list[dict[str, Any]], passes: dict[str, int]
 ) -> None:
     """Prints figures of the TPU compiler."""
 
@@ -67,14 +67,12 @@ def print_compiled(
     columns = [
         _column("optimizer step", "optimizer", str),
         ratio("bytes ÷ optax.adamw", "bytes_ratio"),
-        ratio("8 passes", "bytes_8_passes_ratio"),
-        ratio("16 passes", "bytes_16_passes_ratio"),
         _column("temp MiB", "temp_bytes", _mib),
         ratio("flops ÷ optax.adamw", "flops_ratio"),
     ]
     title = (
-        f"TPU compiler, {topology}, per chip; a threshold's loop counted with {passes} passes "
-        "(measured), with 8 (the most without ties) and with 16 (the most)"
+        f"TPU compiler, {topology}, per chip; the search for an exact threshold counted with "
+        f"{passes['exact']} passes, for a sampled one with {passes['sampled']} (measured)"
     )
     _print(console, title, columns, rows)
 

@@ -25,6 +25,8 @@ class SFTConfig:
         trainer: The training run.
         loss: The loss.
         schedule: The schedule.
+        dry_run: Show token statistics, batches and the first examples with their loss masks, and
+            stop before any weight is read.
     """
 
     output_dir: str
@@ -34,6 +36,7 @@ class SFTConfig:
     trainer: TrainerOptions
     loss: SFTLossOptions = field(default_factory=SFTLossOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class DPOConfig:
         schedule: The schedule.
         reference_cache: Directory for the reference's log-probabilities, keyed by the content of
             model and data, so that several runs can share it. Unset: inside `output_dir`.
+        dry_run: Show token statistics, batches and the first examples with their loss masks, and
+            stop before any weight is read.
     """
 
     output_dir: str
@@ -61,6 +66,7 @@ class DPOConfig:
     loss: PreferenceLossOptions = field(default_factory=PreferenceLossOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     reference_cache: str | None = None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +92,7 @@ FREE_FIELDS = frozenset(
     {
         "output_dir",
         "reference_cache",
+        "dry_run",
         "model.export_dtype",
         "trainer.eval_batch_size",
         "trainer.eval_every",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from train.config.base import require
@@ -20,11 +20,15 @@ class RecordOptions:
         split_seed: Seed of that split, apart from `trainer.seed` so that runs share their held-out
             records.
         max_prompt_length: Tokens a prompt may have, the chat template included; longer ones lose
-            their beginning, and are counted.
+            tokens as `truncation` says, and are counted.
         max_completion_length: Tokens an answer may have, the end mark included; longer ones lose
             their end, and are counted.
         template: auto (messages through the tokenizer's chat template, strings as they are) or chat
             (strings too become turns of a conversation).
+        truncation: What stays of a prompt that is too long: keep_end (the last turns) or keep_start.
+            Answers always keep their start.
+        prefix_sharing: Compute the prompt of a pair once for both answers, which a mask keeps apart;
+            true, false, or auto: where prompts are at least a tenth of the tokens.
     """
 
     path: str
@@ -34,6 +38,8 @@ class RecordOptions:
     max_prompt_length: int = 512
     max_completion_length: int = 512
     template: Literal["auto", "chat"] = "auto"
+    truncation: Literal["keep_end", "keep_start"] = "keep_end"
+    prefix_sharing: bool | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +47,19 @@ class DataOptions(RecordOptions):
     """Training records, and those to evaluate on.
 
     Attributes:
+        mix: Further data sets, each with a weight: how often its records come in an epoch in which
+            those of `path` come once. 0.5 takes half of them, drawn anew in every epoch; 2 takes
+            them twice. In YAML: ``mix: {maths.jsonl: 0.5}``.
         eval_path: A separate file to evaluate on, instead of `eval_fraction`. With neither nothing
             is evaluated.
+        buckets: Shapes of batches, at most: records of similar length are batched together, so that
+            little padding is computed, and every shape is compiled once. 1: batches of any records,
+            as wide as the longest. Unset: up to 12, fewer where there are few batches.
     """
 
+    mix: dict[str, float] = field(default_factory=dict)
     eval_path: str | None = None
+    buckets: int | None = None
 
 
 def check_records(options: RecordOptions, name: str) -> None:

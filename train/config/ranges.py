@@ -18,7 +18,7 @@ def check(config: SFTConfig | DPOConfig) -> None:
     positive = (
         "optimizer.learning_rate trainer.steps trainer.epochs trainer.batch_size "
         "trainer.eval_batch_size trainer.eval_every trainer.save_every trainer.keep "
-        "trainer.log_every trainer.fsdp optimizer.eps"
+        "trainer.log_every trainer.fsdp trainer.gradient_accumulation_steps optimizer.eps"
     )
     for name in positive.split():
         require(flat[name] is None or flat[name] > 0, name, flat[name], "positive")
@@ -64,6 +64,10 @@ def check(config: SFTConfig | DPOConfig) -> None:
         )
     check_held_out_use(config.trainer)
     check_records(data, "data")
+    for path, weight in data.mix.items():
+        require(weight > 0, f"data.mix: the weight of {path}", weight, "positive")
+    require(data.path not in data.mix, "data.mix", data.path, "of other data sets than data.path")
+    require(data.buckets is None or data.buckets > 0, "data.buckets", data.buckets, "positive")
     if (config.trainer.steps is None) == (config.trainer.epochs is None):
         raise UserError("Give exactly one of trainer.steps and trainer.epochs.")
     if isinstance(config, DPOConfig):

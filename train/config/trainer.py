@@ -37,6 +37,8 @@ class TrainerOptions:
         steps: Optimizer steps. Give this or `epochs`.
         epochs: Passes over the training records.
         batch_size: Records (pairs, for preferences) in a step, over all devices.
+        gradient_accumulation_steps: Equal parts of `batch_size` that are looked at one after the other
+            before an update: the same update with less memory.
         eval_batch_size: Records in one evaluation batch. Unset: `batch_size`.
         eval_every: Evaluate after every so many steps, besides at the end. Unset: only at the end.
         save_every: Write a checkpoint after every so many steps, besides at the end. Unset: only at
@@ -56,6 +58,7 @@ class TrainerOptions:
     batch_size: int
     steps: int | None = None
     epochs: float | None = None
+    gradient_accumulation_steps: int = 1
     eval_batch_size: int | None = None
     eval_every: int | None = None
     save_every: int | None = None

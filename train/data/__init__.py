@@ -1,8 +1,18 @@
 """Data: formats, templates, tokenising, splitting and loading. Knows nothing of models."""
 
+from train.data.buckets import Buckets, make_buckets, saves_by_sharing
 from train.data.dataset import Lengths, TokenDataset, TokenReport
 from train.data.formats import DataError, Record, read_records
+from train.data.layout import (
+    Widths,
+    answer_names,
+    padding_share,
+    row_lengths,
+    share_prompt,
+    trim,
+)
 from train.data.loader import make_loader
+from train.data.mixing import mix
 from train.data.records import (
     Example,
     Preference,
@@ -14,6 +24,7 @@ from train.data.split import split_by_prompt
 from train.data.tokenizing import tokenize_preference, tokenize_sft
 
 __all__ = [
+    "Buckets",
     "DataError",
     "Example",
     "Lengths",
@@ -22,11 +33,20 @@ __all__ = [
     "TokenDataset",
     "TokenReport",
     "UnusableRecord",
+    "Widths",
+    "answer_names",
+    "make_buckets",
     "make_loader",
+    "mix",
     "normalise_preference",
     "normalise_sft",
+    "padding_share",
     "read_records",
+    "row_lengths",
+    "saves_by_sharing",
+    "share_prompt",
     "split_by_prompt",
     "tokenize_preference",
     "tokenize_sft",
+    "trim",
 ]

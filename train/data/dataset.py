@@ -32,13 +32,12 @@ class TokenReport:
       records: Records read.
       rows: Rows in the data set; `records` less those dropped.
       dropped: Number of records by the reason they were left out.
-      prompts_truncated: Prompts that lost tokens on the left.
+      prompts_truncated: Prompts that lost tokens.
       completions_truncated: Completions that lost tokens, and their end token, on the right.
       boundaries_moved: Rows whose prompt is tokenised differently alone than before its answer;
         there the completion starts where the two part.
       prompts: Lengths of the prompts.
       completions: Lengths of all completions.
-      padding_share: Share of padding among the positions the model computes.
     """
 
     records: int
@@ -49,18 +48,17 @@ class TokenReport:
     boundaries_moved: int
     prompts: Lengths
     completions: Lengths
-    padding_share: float
 
     def __str__(self) -> str:
         """A few lines for the log."""
         lines = [
             f"{self.rows} of {self.records} records; tokens per prompt {self.prompts.mean:.1f} "
             f"(largest {self.prompts.largest}), per completion {self.completions.mean:.1f} "
-            f"(largest {self.completions.largest}); padding {self.padding_share:.0%}"
+            f"(largest {self.completions.largest})"
         ]
         lines += [f"dropped {count}: {reason}" for reason, count in self.dropped.items()]
         for count, what in (
-            (self.prompts_truncated, "prompts truncated on the left"),
+            (self.prompts_truncated, "prompts truncated"),
             (self.completions_truncated, "completions truncated on the right, without end token"),
             (self.boundaries_moved, "prompts whose last token merges with the answer"),
         ):
@@ -79,13 +77,33 @@ class TokenDataset:
         `chosen_tokens` and `rejected_tokens`) int32 `[rows, C]` with their masks, padded on the
         right; `index` int32 `[rows]`, the row's own number.
       report: What became of the records.
+      share_prompts: Whether batches hold a prompt once for both answers of a pair, see
+        `train.data.layout.share_prompt`.
+      parts: For every part of a mixture `(rows, rows an epoch draws of them)`; empty when an epoch
+        is every row once.
     """
 
     arrays: Mapping[str, np.ndarray]
     report: TokenReport
+    share_prompts: bool = False
+    parts: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.arrays["index"])
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that an epoch draws, those that a mixture repeats counted as often as they come."""
+        return sum(drawn for _, drawn in self.parts) if self.parts else len(self)
+
+    def draw_epoch(self, random: np.random.Generator) -> np.ndarray:
+        """Numbers of the rows of one epoch in random order, int `[rows_per_epoch]`."""
+        drawn, start = [], 0
+        for rows, count in self.parts or ((len(self), len(self)),):
+            # np.resize goes through the order again where more are drawn than there are.
+            drawn.append(start + np.resize(random.permutation(rows), count))
+            start += rows
+        return random.permutation(np.concatenate(drawn))
 
     def with_columns(self, **columns: np.ndarray) -> TokenDataset:
         """A data set with more columns, such as `reference_chosen_logps` float32 `[rows]`.

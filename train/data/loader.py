@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import grain
 import numpy as np
 
+from train.data.buckets import Buckets
 from train.data.dataset import TokenDataset
 
 
@@ -19,6 +21,7 @@ def make_loader(
     num_epochs: int | None = None,
     drop_remainder: bool = True,
     shard: tuple[int, int] = (0, 1),
+    buckets: Buckets | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Iterate over batches of a tokenised data set.
 
@@ -35,6 +38,9 @@ def make_loader(
       drop_remainder: Leave out the rows at the end of an epoch that do not fill a batch (with
         `shuffle`, other rows each time). `False` gives a last batch of fewer rows.
       shard: `(index, count)` of this process, such as `(jax.process_index(), jax.process_count())`.
+      buckets: From `make_buckets`, for the same batch size: rows of similar length are batched
+        together and cut to their bucket's shape; which rows meet, and in which order batches come,
+        is drawn anew in every epoch. `None` makes batches of any rows, as wide as the data set.
 
     Returns:
       An iterator of dicts of arrays `[batch_size / count, …]`. `get_state()` gives a small dict
@@ -43,6 +49,51 @@ def make_loader(
     Raises:
       ValueError: When no batch can be made, or the processes cannot share one evenly.
     """
+    _check(dataset.rows_per_epoch, batch_size, seed, drop_remainder, shard)
+    if buckets is not None and not (shuffle and drop_remainder):
+        raise ValueError("buckets need shuffle=True and drop_remainder=True.")
+    if dataset.parts and buckets is None:
+        raise ValueError("A mixture of data sets needs buckets.")
+    index, count = shard
+
+    def gather(numbers: Any) -> dict[str, np.ndarray]:
+        rows = np.asarray(numbers)
+        share = len(rows) // count
+        mine = rows[index * share : (index + 1) * share]
+        batch = {name: column[mine] for name, column in dataset.arrays.items()}
+        return batch if buckets is None else buckets.shape(batch, rows)
+
+    # grain adds the epoch to the seed; spread out, seeds do not share each other's epochs.
+    spread = seed * 0x9E3779B1 % 2**32
+    if buckets is None:
+        rows = grain.MapDataset.range(len(dataset))
+        if shuffle:
+            rows = rows.shuffle(seed=spread)
+        batches = rows.batch(batch_size, drop_remainder=drop_remainder).repeat(num_epochs)
+    else:
+        per_epoch = dataset.rows_per_epoch // batch_size
+        plan = lru_cache(2)(lambda epoch: _plan(dataset, buckets, [spread, epoch]))
+        batches = (
+            grain.MapDataset.range(per_epoch)
+            .repeat(num_epochs)
+            .map_with_index(lambda position, number: plan(position // per_epoch)[number])
+        )
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(batches.map(gather).to_iter_dataset(options))
+
+
+def _plan(dataset: TokenDataset, buckets: Buckets, entropy: list[int]) -> np.ndarray:
+    """Rows of every batch of an epoch, int `[batches, batch_size]`.
+
+    Which rows are left over is drawn before they are grouped, so it does not depend on their length.
+    """
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+    return random.permutation(buckets.group(dataset.draw_epoch(random)))
+
+
+def _check(
+    rows: int, batch_size: int, seed: int, drop_remainder: bool, shard: tuple[int, int]
+) -> None:
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"shard must be (index, count) with 0 <= index < count, got {shard}.")
@@ -53,26 +104,13 @@ def make_loader(
             f"batch_size must be a positive multiple of the number of processes {count}, "
             f"got {batch_size}."
         )
-    if drop_remainder and batch_size > len(dataset):
+    if drop_remainder and batch_size > rows:
         raise ValueError(
-            f"batch_size {batch_size} is larger than the data set, which has {len(dataset)} rows. "
+            f"batch_size {batch_size} is larger than the data set, which has {rows} rows. "
             "Use a smaller batch or more data."
         )
-    if not drop_remainder and len(dataset) % batch_size % count:
+    if not drop_remainder and rows % batch_size % count:
         raise ValueError(
-            f"The last batch of {len(dataset) % batch_size} rows cannot be shared evenly among "
+            f"The last batch of {rows % batch_size} rows cannot be shared evenly among "
             f"{count} processes. Use drop_remainder=True."
         )
-    rows = grain.MapDataset.range(len(dataset))
-    if shuffle:
-        # grain adds the epoch to the seed; spread out, seeds do not share each other's epochs.
-        rows = rows.shuffle(seed=seed * 0x9E3779B1 % 2**32)
-    batches = rows.batch(batch_size, drop_remainder=drop_remainder).repeat(num_epochs)
-
-    def gather(numbers: Any) -> dict[str, np.ndarray]:
-        share = len(numbers) // count
-        mine = np.asarray(numbers)[index * share : (index + 1) * share]
-        return {name: column[mine] for name, column in dataset.arrays.items()}
-
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(batches.map(gather).to_iter_dataset(options))

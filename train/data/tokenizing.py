@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from train.data.templates import Encoded, Encoder, Row, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Truncation = Literal["keep_end", "keep_start"]
 
 WIDTH_MULTIPLE = 8
 """Widths are rounded up to a multiple of this, unless a limit comes first."""
@@ -31,11 +33,13 @@ def tokenize_preference(
     max_prompt_length: int,
     max_completion_length: int,
     template: Template = "auto",
+    truncation: Truncation = "keep_end",
 ) -> TokenDataset:
     """Tokenise preferences.
 
-    Prompts longer than their limit lose tokens on the left (BOS stays), completions on the right,
-    and with those their end token: a model must not learn to stop in the middle of a sentence.
+    Prompts longer than their limit lose tokens on the left (BOS stays) or on the right, completions
+    on the right, and with those their end token: a model must not learn to stop in the middle of a
+    sentence. No answer loses tokens to a long prompt, as TRL's `max_length` takes them.
 
     Args:
       records: In the formats of `train.data.records`.
@@ -43,6 +47,7 @@ def tokenize_preference(
       max_prompt_length: Tokens a prompt may have.
       max_completion_length: Tokens a completion may have, end token included.
       template: `"auto"` or `"chat"`, see `train.data.templates.Encoder`.
+      truncation: What stays of a long prompt: `"keep_end"`, the last turns, or `"keep_start"`.
 
     Returns:
       Columns `prompt_…`, `chosen_…`, `rejected_…` and `index`. Widths are those of the longest row,
@@ -63,7 +68,7 @@ def tokenize_preference(
         row,
         ("chosen", "rejected"),
         Encoder(tokenizer, template),
-        (max_prompt_length, max_completion_length),
+        _Limits(max_prompt_length, max_completion_length, truncation),
     )
 
 
@@ -74,6 +79,7 @@ def tokenize_sft(
     max_prompt_length: int,
     max_completion_length: int,
     template: Template = "auto",
+    truncation: Truncation = "keep_end",
 ) -> TokenDataset:
     """Tokenise SFT examples; arguments, limits and errors are those of `tokenize_preference`.
 
@@ -90,7 +96,7 @@ def tokenize_sft(
         row,
         ("completion",),
         Encoder(tokenizer, template),
-        (max_prompt_length, max_completion_length),
+        _Limits(max_prompt_length, max_completion_length, truncation),
     )
 
 
@@ -99,11 +105,9 @@ def _tokenize(
     row: Callable[[Mapping[str, Any]], Row],
     names: tuple[str, ...],
     encoder: Encoder,
-    limits: tuple[int, int],
+    limits: _Limits,
 ) -> TokenDataset:
-    for name, limit in zip(("max_prompt_length", "max_completion_length"), limits, strict=True):
-        if limit < 1:
-            raise DataError(f"{name} must be at least 1, got {limit}.")
+    limits.check()
     dropped: Counter[str] = Counter()
     rows = _normalised(records, row, dropped)
     fitted = []
@@ -142,6 +146,23 @@ def _normalised(
 
 
 @dataclass(frozen=True)
+class _Limits:
+    """How many tokens prompts and completions may have, and what stays of a longer prompt."""
+
+    prompt: int
+    completion: int
+    truncation: Truncation
+
+    def check(self) -> None:
+        for name in ("prompt", "completion"):
+            limit = getattr(self, name)
+            if limit < 1:
+                raise DataError(f"max_{name}_length must be at least 1, got {limit}.")
+        if self.truncation not in get_args(Truncation):
+            raise DataError(f"truncation must be keep_end or keep_start, got {self.truncation!r}.")
+
+
+@dataclass(frozen=True)
 class _Fitted:
     """An encoded row cut to the limits, and what that took."""
 
@@ -152,10 +173,12 @@ class _Fitted:
     moved: bool
 
 
-def _fit(encoded: Encoded, limits: tuple[int, int], encoder: Encoder) -> _Fitted | UnusableRecord:
-    prompt, (longest_prompt, longest_answer) = encoded.prompt, limits
+def _fit(encoded: Encoded, limits: _Limits, encoder: Encoder) -> _Fitted | UnusableRecord:
+    prompt, longest_prompt, longest_answer = encoded.prompt, limits.prompt, limits.completion
     prompt_cut = len(prompt) > longest_prompt
-    if prompt_cut:
+    if prompt_cut and limits.truncation == "keep_start":
+        prompt = prompt[:longest_prompt]
+    elif prompt_cut:
         start = prompt[:1] if prompt[0] == encoder.bos_id and longest_prompt > 1 else []
         prompt = start + prompt[len(prompt) - longest_prompt + len(start) :]
     answers = [answer[:longest_answer] for answer in encoded.answers]
@@ -171,14 +194,14 @@ def _width(rows: list[list[int]], limit: int) -> int:
 
 
 def _columns(
-    rows: list[_Fitted], names: tuple[str, ...], limits: tuple[int, int], encoder: Encoder
+    rows: list[_Fitted], names: tuple[str, ...], limits: _Limits, encoder: Encoder
 ) -> dict[str, np.ndarray]:
     """Pad every column to the width of the longest row."""
     prompts = [row.prompt for row in rows]
-    width = _width(prompts, limits[0])
+    width = _width(prompts, limits.prompt)
     arrays: dict[str, np.ndarray] = {}
     arrays["prompt_tokens"], arrays["prompt_mask"] = pad_left(prompts, width, encoder.pad_id)
-    width = _width([answer for row in rows for answer in row.answers], limits[1])
+    width = _width([answer for row in rows for answer in row.answers], limits.completion)
     for number, name in enumerate(names):
         arrays[f"{name}_tokens"], arrays[f"{name}_mask"] = pad_right(
             [row.answers[number] for row in rows], width, encoder.pad_id
@@ -196,8 +219,6 @@ def _report(
 ) -> TokenReport:
     prompts = arrays["prompt_mask"]
     answers = np.concatenate([arrays[f"{name}_mask"] for name in names])
-    # Every answer is computed behind its own copy of the prompt.
-    real = len(names) * prompts.sum() + answers.sum()
     return TokenReport(
         records=records,
         rows=len(rows),
@@ -207,5 +228,4 @@ def _report(
         boundaries_moved=sum(row.moved for row in rows),
         prompts=Lengths.of(prompts),
         completions=Lengths.of(answers),
-        padding_share=float(1 - real / (len(names) * prompts.size + answers.size)),
     )

@@ -87,15 +87,33 @@ class Decoder(nnx.Module):
         tokens: Array,
         mask: Array | None = None,
         positions: Array | None = None,
+        visible: Array | None = None,
     ) -> jax.Array:
         """Normed hidden states, to which the output matrix applies; see `unembedding`.
 
         Takes the arguments of calling the model. For losses that make logits a few at a time.
 
+        Args:
+            tokens: see calling the model, as for the two below.
+            mask: not given together with ``visible``.
+            positions: needed with ``visible``.
+            visible: bool ``[batch, length, length]``, True where the token of axis 1 may look at
+                that of axis 2, at one at least; instead of all earlier ones. For rows that hold
+                several sequences.
+
         Returns:
             ``[batch, length, hidden_size]`` in ``config.dtype``.
+
+        Raises:
+            ValueError: ``visible`` comes with ``mask``, or without ``positions``.
         """
         length = tokens.shape[1]
+        if visible is not None:
+            if mask is not None or positions is None:
+                raise ValueError("visible needs positions and says all, so mask must be None")
+            cos, sin = rotation_angles(self.config, positions)
+            inputs = AttentionInputs(cos, sin, jnp.asarray(visible)[:, None], causal=False)
+            return self._run(tokens, inputs, None, 0)[0]
         if positions is None:
             positions = token_positions(tokens, mask)
         keys = None

@@ -13,7 +13,7 @@ import numpy as np
 
 import omerge_jax as om
 from train.config import OptimizerOptions
-from train.step import check_starts_at_reference
+from train.objectives import check_starts_at_reference
 from train.taxbench.examples import Batch, Questions
 from train.taxbench.training import Lab, Params, Tick
 from train.taxbench.trajectories import Point, Trajectory, grade

@@ -1,0 +1,126 @@
+"""The shape of a batch: columns cut to what its rows need, prompts shared by the answers of a pair.
+
+A pair's prompt need not be computed once for each answer (Wang et al., 2024, "Accelerating Direct
+Preference Optimization with Prefix Sharing", arXiv:2410.20305). Here prompt, chosen and rejected
+answer follow each other without a gap in one row, `[prompt | chosen | rejected | padding]`, and an
+attention mask keeps the rejected answer from seeing the chosen one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+Columns = Mapping[str, np.ndarray]
+
+
+class RowLengths(NamedTuple):
+    """Real tokens of every row, each int `[rows]`.
+
+    Attributes:
+      prompt: Of the prompt.
+      answer: Of the longest answer.
+      scored: Of all answers together.
+    """
+
+    prompt: np.ndarray
+    answer: np.ndarray
+    scored: np.ndarray
+
+
+class Widths(NamedTuple):
+    """Columns that a batch has.
+
+    Attributes:
+      prompt: Columns of `prompt_tokens`.
+      answer: Columns of every answer.
+      joined: Columns of a prompt with all its answers, when they share it.
+      scored: Columns of all answers together, when they share a prompt.
+    """
+
+    prompt: int
+    answer: int
+    joined: int
+    scored: int
+
+
+def answer_names(columns: Columns) -> list[str]:
+    """The answers in a set of columns, such as `["chosen", "rejected"]`."""
+    masks = [name for name in columns if name.endswith("_mask") and name != "prompt_mask"]
+    return [name.removesuffix("_mask") for name in masks]
+
+
+def row_lengths(columns: Columns) -> RowLengths:
+    """Counts the real tokens of every row."""
+    answers = np.stack([columns[f"{name}_mask"].sum(axis=1) for name in answer_names(columns)])
+    return RowLengths(columns["prompt_mask"].sum(axis=1), answers.max(axis=0), answers.sum(axis=0))
+
+
+def trim(batch: Columns, widths: Widths) -> dict[str, np.ndarray]:
+    """Cuts padding off: prompts on the left, answers on the right.
+
+    Args:
+      batch: Columns with at least these widths.
+      widths: Not below the lengths of any row; larger than a column leaves it whole.
+    """
+    cut = dict(batch)
+    for name, column in batch.items():
+        if name in ("prompt_tokens", "prompt_mask"):
+            cut[name] = column[:, -widths.prompt :]
+        elif name.endswith(("_tokens", "_mask")):
+            cut[name] = column[:, : widths.answer]
+    return cut
+
+
+def share_prompt(batch: Columns, widths: Widths) -> dict[str, np.ndarray]:
+    """Adds the rows in which both answers of a pair follow one copy of their prompt.
+
+    Args:
+      batch: A preference batch: `prompt_…`, `chosen_…` and `rejected_…` tokens and masks.
+      widths: `joined` and `scored` columns; not below the lengths of any row.
+
+    Returns:
+      The batch with `joined_ids` int32 `[B, joined]`; `joined_parts` int32 `[B, joined]`, 0 in the
+      prompt, 1 and 2 in the answers, -1 at padding; `scored_ids` int32 `[B, scored]`, the tokens of
+      both answers; and `scored_from` int32 `[B, scored]`, the place in `joined_ids` whose hidden
+      state predicts each of them.
+    """
+    names = ("prompt", "chosen", "rejected")
+    tokens = np.concatenate([batch[f"{name}_tokens"] for name in names], axis=1)
+    mask = np.concatenate([batch[f"{name}_mask"] for name in names], axis=1)
+    parts = np.repeat(np.arange(3), [batch[f"{name}_mask"].shape[1] for name in names])
+    rows, columns = np.nonzero(mask)
+    places = (np.cumsum(mask, axis=1) - 1)[rows, columns]
+    joined = np.zeros((len(mask), widths.joined), np.int32)
+    joined_parts = np.full_like(joined, -1)
+    joined[rows, places] = tokens[rows, columns]
+    joined_parts[rows, places] = parts[columns]
+
+    prompt, chosen, rejected = (batch[f"{name}_mask"].sum(axis=1)[:, None] for name in names)
+    number = np.arange(widths.scored)
+    real = number < chosen + rejected
+    targets = np.where(real, prompt + number, 0)
+    # The first token of either answer is predicted at the end of the prompt.
+    sources = np.where(number == chosen, prompt - 1, prompt - 1 + number)
+    return {
+        **batch,
+        "joined_ids": joined,
+        "joined_parts": joined_parts,
+        "scored_ids": np.take_along_axis(joined, targets, axis=1),
+        "scored_from": np.where(real, sources, 0).astype(np.int32),
+    }
+
+
+def padding_share(batch: Columns) -> float:
+    """Share of padding among the positions that the model computes for a batch."""
+    if "joined_parts" in batch:
+        return float((batch["joined_parts"] < 0).mean())
+    names = answer_names(batch)
+    real = len(names) * batch["prompt_mask"].sum()
+    positions = len(names) * batch["prompt_mask"].size
+    for name in names:
+        real += batch[f"{name}_mask"].sum()
+        positions += batch[f"{name}_mask"].size
+    return float(1 - real / positions)

@@ -1,0 +1,187 @@
+"""``--dry_run true``: what a run would read and compute, shown before any weight is read.
+
+A hub name costs its tokenizer and ``config.json``, not its weights. Where the hub cannot be reached
+the dry run goes as far as it can and ends with what is missing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from train.config import DPOConfig, SFTConfig, UserError
+from train.data import (
+    Record,
+    TokenDataset,
+    UnusableRecord,
+    answer_names,
+    make_buckets,
+    normalise_preference,
+    normalise_sft,
+    read_records,
+)
+from train.models import ModelConfig, read_hf_config
+from train.prepare import Tokenize, blamed_on, load_data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EXAMPLES = 2
+"""Rows that are shown whole."""
+
+_PERCENTILES = (50, 90, 99)
+_HUB_FILES = "its tokenizer and config.json"
+
+
+def dry_run(config: SFTConfig | DPOConfig, tokenize: Tokenize, console: Console) -> None:
+    """Shows token statistics, batches and the first rows with their loss masks.
+
+    Args:
+        config: The settings, their ranges checked.
+        tokenize: Makes rows of records.
+        console: Where everything is shown.
+
+    Raises:
+        UserError: something given cannot be used, or the hub is needed and cannot be reached.
+    """
+    path = config.model.path
+    try:
+        tokenizer, model = _tokenizer_and_config(path)
+    except OSError as error:
+        if Path(path).exists() or path.startswith((".", "/")):
+            raise UserError(f"model.path: {error}") from error
+        _show_records(config, console)
+        raise _hub_is_needed("model.path", path, _HUB_FILES, error) from error
+    check_length(config, model)
+    data, held_out = load_data(config.data, tokenize, tokenizer, console)
+    rows = data.rows_per_epoch
+    batch = config.trainer.batch_size
+    if batch > rows:
+        raise UserError(f"trainer.batch_size is {batch}, but there are only {rows} training rows.")
+    show_data(data, config.trainer.batch_size, config.data.buckets, console)
+    show_examples(data, tokenizer, console)
+    steps = config.trainer.steps or round((config.trainer.epochs or 0) * (rows // batch))
+    console.print(
+        f"{steps} steps of {batch} rows, {steps * batch / rows:.2g} epochs; "
+        f"{0 if held_out is None else len(held_out)} rows held out. Dry run: no weight was read, "
+        "nothing was written.",
+        highlight=False,
+    )
+
+
+def check_length(config: SFTConfig | DPOConfig, model: ModelConfig) -> None:
+    """Raises `UserError` when rows may be longer than the model's positions reach."""
+    length = config.data.max_prompt_length + config.data.max_completion_length
+    if length > model.max_position_embeddings:
+        raise UserError(
+            f"data.max_prompt_length + data.max_completion_length is {length}, but the model has "
+            f"{model.max_position_embeddings} positions."
+        )
+
+
+def _tokenizer_and_config(path: str) -> tuple[PreTrainedTokenizerBase, ModelConfig]:
+    """Of a directory or a hub name. Raises `OSError` where there are none."""
+    from transformers import AutoTokenizer
+
+    directory = Path(path)
+    if not directory.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            directory = Path(hf_hub_download(path, "config.json")).parent
+        except Exception as error:  # hub, HTTP and socket errors have no common ancestor
+            raise OSError(f"{type(error).__name__}: {error}") from error
+    with blamed_on("model.path"):
+        model = ModelConfig.from_hf(read_hf_config(directory))
+    return AutoTokenizer.from_pretrained(path), model
+
+
+def _hub_is_needed(name: str, value: str, what: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0]
+    return UserError(
+        f"{name}: the dry run ends here, because {value!r} is no directory here and the hub, which "
+        f"has {what}, cannot be reached ({reason}). What is above was checked without it."
+    )
+
+
+def _show_records(config: SFTConfig | DPOConfig, console: Console) -> None:
+    """What can be said about the records without a tokenizer."""
+    normalise = normalise_preference if isinstance(config, DPOConfig) else normalise_sft
+    for path in (config.data.path, *config.data.mix):
+        with blamed_on("data.path" if path == config.data.path else f"data.mix: {path}"):
+            records = read_records(path, config.data.split)
+            unusable = sum(not _is_usable(record, normalise) for record in records)
+        console.print(
+            f"{path}: {len(records)} records, {unusable} of which cannot be used", highlight=False
+        )
+
+
+def _is_usable(record: Record, normalise: Any) -> bool:
+    try:
+        normalise(record)
+    except UnusableRecord:
+        return False
+    return True
+
+
+def show_data(data: TokenDataset, batch_size: int, buckets: int | None, console: Console) -> None:
+    """Prints tables of lengths, of what was left out, and of batches.
+
+    Args:
+        data: Training rows.
+        batch_size: Rows in a batch.
+        buckets: See `train.data.make_buckets`.
+        console: Where they are shown.
+    """
+    answers, arrays = answer_names(data.arrays), data.arrays
+    counts = {name: arrays[f"{name}_mask"].sum(axis=1) for name in ("prompt", *answers)}
+    counts["prompt and answers"] = np.sum(list(counts.values()), axis=0)
+    table = Table(title=f"Tokens of {len(data)} training rows")
+    for column in ("", "mean", *(f"{p} %" for p in _PERCENTILES), "largest", "all"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, lengths in counts.items():
+        figures = np.percentile(lengths, _PERCENTILES, method="higher")
+        cells = [f"{lengths.mean():.1f}", *map(str, figures), str(lengths.max())]
+        table.add_row(name, *cells, f"{lengths.sum():,}")
+    console.print(table)
+    report = data.report
+    for title, rows in (
+        ("Left out, by reason", report.dropped),
+        (
+            "Changed",
+            {
+                "prompts truncated": report.prompts_truncated,
+                "answers truncated, without end token": report.completions_truncated,
+                "prompts whose last token merges with the answer": report.boundaries_moved,
+            },
+        ),
+    ):
+        table = Table(title=title)
+        table.add_column("")
+        table.add_column("rows", justify="right")
+        for name, count in rows.items():
+            table.add_row(name, str(count))
+        if rows:
+            console.print(table)
+    chosen = make_buckets(data, batch_size, buckets)
+    console.print(f"Batches: {chosen.describe(arrays)}", highlight=False)
+
+
+def show_examples(data: TokenDataset, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    """Prints the first rows as the model sees them; what the loss counts is green."""
+    answers, arrays = answer_names(data.arrays), data.arrays
+    for row in range(min(EXAMPLES, len(data))):
+        texts = []
+        for name in ("prompt", *answers):
+            tokens = arrays[f"{name}_tokens"][row][arrays[f"{name}_mask"][row]]
+            learned = name != "prompt"
+            style = "green" if learned else "dim"
+            label = f"{name}, {len(tokens)} tokens{'' if learned else ', no loss'}\n"
+            texts.append(Text.assemble((label, "bold"), (str(tokenizer.decode(tokens)), style)))
+        console.print(Panel(Group(*texts), title=f"row {row}", title_align="left"))
