@@ -5,6 +5,7 @@ Only the chosen command's modules are imported, so help and mistakes in argument
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -119,6 +120,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.run(configured(name, command.config, rest) if command.config else rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(
+            f"error: {place}{error.strerror}. Make room; the same command goes on.", file=sys.stderr
+        )
         return 2
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
