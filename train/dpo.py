@@ -24,14 +24,15 @@ def run(config: DPOConfig) -> None:
     check_merge(config)
     loss = config.loss
     with blamed_on("loss"):
-        pair_loss(**_settings(loss))
+        pair_loss(**settings_of(loss))
         beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, steps=1)
     this = set_up("dpo", config, tokenize_preference)
     if this is not None:
         align(config, this, _objective(config, this))
 
 
-def _settings(loss: PreferenceLossOptions) -> dict[str, Any]:
+def settings_of(loss: PreferenceLossOptions) -> dict[str, Any]:
+    """Arguments of `train.losses.pair_loss`."""
     return {
         "loss_type": loss.type,
         "weights": loss.weights,
@@ -44,7 +45,7 @@ def _settings(loss: PreferenceLossOptions) -> dict[str, Any]:
 
 
 def _objective(config: DPOConfig, this: Run) -> Objective:
-    loss, settings = config.loss, _settings(config.loss)
+    loss, settings = config.loss, settings_of(config.loss)
     score = reference_logps_fn(this.graphdef, vocab_chunk=loss.vocab_chunk, ld_alpha=loss.ld_alpha)
     beta_at = beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, this.steps)
     return Objective(
