@@ -24,7 +24,7 @@ def run(config: DPOConfig) -> None:
     check_merge(config)
     loss = config.loss
     with blamed_on("loss"):
-        whole = set(pair_loss(**_settings(loss)).types) & set(WHOLE_BATCH)
+        whole = set(pair_loss(**settings_of(loss)).types) & set(WHOLE_BATCH)
         beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, steps=1)
     parts = config.trainer.gradient_accumulation_steps
     if whole and parts > 1:
@@ -37,7 +37,8 @@ def run(config: DPOConfig) -> None:
         align(config, this, _objective(config, this))
 
 
-def _settings(loss: PreferenceLossOptions) -> dict[str, Any]:
+def settings_of(loss: PreferenceLossOptions) -> dict[str, Any]:
+    """Arguments of `train.losses.pair_loss`."""
     return {
         "loss_type": loss.type,
         "weights": loss.weights,
@@ -50,7 +51,7 @@ def _settings(loss: PreferenceLossOptions) -> dict[str, Any]:
 
 
 def _objective(config: DPOConfig, this: Run) -> Objective:
-    loss, settings = config.loss, _settings(config.loss)
+    loss, settings = config.loss, settings_of(config.loss)
     score = reference_logps_fn(this.graphdef, vocab_chunk=loss.vocab_chunk, ld_alpha=loss.ld_alpha)
     beta_at = beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, this.steps)
     return Objective(
