@@ -73,6 +73,7 @@ def write_model(directory: Path, texts: Sequence[str], args: argparse.Namespace)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(directory)
+    special: Any = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen2Config(
         vocab_size=args.vocabulary,
         hidden_size=args.hidden,
@@ -82,8 +83,7 @@ def write_model(directory: Path, texts: Sequence[str], args: argparse.Namespace)
         num_key_value_heads=2,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special,
     )
     model = Qwen2ForCausalLM(config)
     model.save_pretrained(directory)
