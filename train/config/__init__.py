@@ -11,6 +11,7 @@ from train.config.commands import FREE_FIELDS, DPOConfig, ExportConfig, SFTConfi
 from train.config.data import DataOptions, RecordOptions, check_records
 from train.config.evaluation import EvalConfig, PreferenceEvalOptions, TaskOptions
 from train.config.loss import PreferenceLossOptions, SFTLossOptions
+from train.config.merge import MergeConfig, MergeModelOptions
 from train.config.model import ModelOptions, PolicyOptions
 from train.config.optimizer import AdamWOptions, OptimizerName, OptimizerOptions, ScheduleOptions
 from train.config.ranges import check
@@ -25,6 +26,8 @@ __all__ = [
     "EarlyStopOptions",
     "EvalConfig",
     "ExportConfig",
+    "MergeConfig",
+    "MergeModelOptions",
     "ModelOptions",
     "OptimizerName",
     "OptimizerOptions",
