@@ -9,7 +9,13 @@ belong to one optimizer are checked in `train.optimizers`.
 from train.config.base import DType, UserError, flatten, require
 from train.config.commands import FREE_FIELDS, DPOConfig, ExportConfig, SFTConfig
 from train.config.data import DataOptions, RecordOptions, check_records
-from train.config.evaluation import EvalConfig, PreferenceEvalOptions, TaskOptions
+from train.config.evaluation import (
+    EvalConfig,
+    GenerationTaskOptions,
+    PreferenceEvalOptions,
+    TaskOptions,
+    TextOptions,
+)
 from train.config.loss import PreferenceLossOptions, SFTLossOptions
 from train.config.merge import MergeConfig, MergeModelOptions
 from train.config.model import ModelOptions, PolicyOptions
@@ -26,6 +32,7 @@ __all__ = [
     "EarlyStopOptions",
     "EvalConfig",
     "ExportConfig",
+    "GenerationTaskOptions",
     "MergeConfig",
     "MergeModelOptions",
     "ModelOptions",
@@ -39,6 +46,7 @@ __all__ = [
     "SFTLossOptions",
     "ScheduleOptions",
     "TaskOptions",
+    "TextOptions",
     "TrainerOptions",
     "UserError",
     "check",
