@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 
 from train.data.dataset import pad_left
 from train.evaluate import end_tokens
@@ -51,7 +51,7 @@ class DecoderLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.path, self.batch_size, self.max_gen_toks = path, batch_size, max_gen_toks
-        self.tokenizer = load_tokenizer(path, "model")
+        self.tokenizer: Any = load_tokenizer(path, "model")
         model = from_hf(path, dtype=np.dtype(dtype), param_dtype=np.dtype("float32"))
         self.max_length = max_length or min(4096, model.config.max_position_embeddings)
         self._graphdef, self._params = split_model(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -53,7 +54,7 @@ def draw(metric: str, runs: Sequence[Run]) -> str:
         runs: All runs of the report, so that a run has one colour in all images.
     """
     # Text stays text: small, and it can be searched and selected.
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "font.size": 9,
         "font.family": "sans-serif",
