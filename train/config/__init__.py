@@ -9,8 +9,15 @@ belong to one optimizer are checked in `train.optimizers`.
 from train.config.base import DType, UserError, flatten, require
 from train.config.commands import FREE_FIELDS, DPOConfig, ExportConfig, KTOConfig, SFTConfig
 from train.config.data import DataOptions, RecordOptions, check_records
-from train.config.evaluation import EvalConfig, PreferenceEvalOptions, TaskOptions
+from train.config.evaluation import (
+    EvalConfig,
+    GenerationTaskOptions,
+    PreferenceEvalOptions,
+    TaskOptions,
+    TextOptions,
+)
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
+from train.config.merge import MergeConfig, MergeModelOptions
 from train.config.model import ModelOptions, PolicyOptions
 from train.config.optimizer import AdamWOptions, OptimizerName, OptimizerOptions, ScheduleOptions
 from train.config.ranges import check
@@ -25,7 +32,10 @@ __all__ = [
     "EarlyStopOptions",
     "EvalConfig",
     "ExportConfig",
+    "GenerationTaskOptions",
     "KTOConfig",
+    "MergeConfig",
+    "MergeModelOptions",
     "ModelOptions",
     "OptimizerName",
     "OptimizerOptions",
@@ -37,6 +47,7 @@ __all__ = [
     "SFTLossOptions",
     "ScheduleOptions",
     "TaskOptions",
+    "TextOptions",
     "TrainerOptions",
     "UnpairedLossOptions",
     "UserError",
