@@ -204,6 +204,7 @@ def compare(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         results[side.name] = {
             "first_epoch_seconds": side.rounds[0]["seconds"],
             "seconds": seconds,
+            "cpu_seconds": min(one["cpu_seconds"] for one in side.rounds[1:]),
             "tokens_per_second": tokens / min(seconds),
             "peak_mib": side.rounds[-1]["peak_mib"],
         }
@@ -221,6 +222,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="right" if column else "left")
     for label, name, form in (
         ("useful tokens/s, fastest epoch", "tokens_per_second", ",.0f"),
+        ("processor seconds of an epoch, least", "cpu_seconds", ".1f"),
         ("peak resident memory, MiB", "peak_mib", ",.0f"),
         ("first epoch, with compilation, s", "first_epoch_seconds", ".1f"),
     ):
