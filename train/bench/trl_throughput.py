@@ -192,9 +192,12 @@ def compare(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     settings_file.write_text(json.dumps(settings))
     sides = [Side(name, settings_file) for name in ("omerge", "trl")]
     try:
-        for _ in track(range(args.rounds + 1), "epochs in turns", console=Console(stderr=True)):
+        console = Console(stderr=True)
+        for number in track(range(args.rounds + 1), "epochs in turns", console=console):
             for side in sides:
                 side.epoch()
+                seconds = side.rounds[-1]["seconds"]
+                console.print(f"epoch {number}, {side.name}: {seconds:.1f} s", highlight=False)
     finally:
         for side in sides:
             side.close()
