@@ -68,7 +68,8 @@ def trl_epochs(settings: Settings) -> Callable[[Callable[[], None], Callable[[in
     """
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     from train.data import read_records
 

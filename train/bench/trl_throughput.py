@@ -82,8 +82,8 @@ def write_model(directory: Path, texts: Sequence[str], args: argparse.Namespace)
         num_key_value_heads=2,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=bpe.token_to_id(END),
+        pad_token_id=bpe.token_to_id(END),
     )
     model = Qwen2ForCausalLM(config)
     model.save_pretrained(directory)
