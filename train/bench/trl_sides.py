@@ -70,7 +70,8 @@ def trl_epochs(settings: Settings) -> Callable[[Callable[[], None], Callable[[in
     """
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     from train.data import read_records
 
@@ -124,17 +125,18 @@ class _Turns:
     """Waits for a line, times what follows, answers."""
 
     def __init__(self, answers: Any) -> None:
-        self.answers, self.start = answers, 0.0
+        self.answers, self.start, self.worked = answers, 0.0, 0.0
 
     def before(self) -> None:
         if not sys.stdin.readline().strip():
             raise SystemExit
-        self.start = time.perf_counter()
+        self.start, self.worked = time.perf_counter(), time.process_time()
 
     def after(self, steps: int) -> None:
-        seconds = time.perf_counter() - self.start
+        seconds, worked = time.perf_counter() - self.start, time.process_time() - self.worked
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        self.say({"seconds": seconds, "steps": steps, "peak_mib": peak})
+        figures = {"seconds": seconds, "cpu_seconds": worked, "steps": steps, "peak_mib": peak}
+        self.say(figures)
 
     def say(self, value: Any) -> None:
         print(json.dumps(value), file=self.answers, flush=True)
