@@ -30,7 +30,7 @@ def run(config: KTOConfig) -> None:
     with blamed_on("loss"):
         loss_of(**_settings(loss))
         beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, steps=1)
-    this = set_up("kto", config, tokenize_unpaired, partial(_arrange, config))
+    this = set_up("kto", config, tokenize_unpaired, partial(arrange, config))
     if this is not None:
         align(config, this, _objective(config, this))
 
@@ -44,7 +44,7 @@ def _settings(loss: UnpairedLossOptions) -> dict[str, Any]:
     }
 
 
-def _arrange(
+def arrange(
     config: KTOConfig, data: TokenDataset, held_out: TokenDataset | None, console: Console
 ) -> tuple[TokenDataset, TokenDataset | None]:
     """Orders the rows once, pairs prompts with other completions, and looks at the labels."""
