@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.train.tiny_runs import (
     flags,
     make_records,
+    make_tokenizer,
     read_tensors,
     run_flags,
     write_inputs,
@@ -17,11 +20,15 @@ from tests.train.tiny_runs import (
 )
 from train.cli import configured, main
 from train.config import DPOConfig, KTOConfig, UserError
+from train.data import tokenize_unpaired
 from train.dpo import run as run_dpo
 from train.dpo import settings_of
+from train.kl_pairs import in_random_order, rotation, with_kl_completions
+from train.kto import arrange
 from train.kto import run as run_kto
 from train.losses import LOSSES, UNPAIRED_LOSSES, pair_loss
 from train.metrics_log import read_metrics
+from train.reference import cache_file
 
 REQUIRED = flags(
     {
@@ -39,7 +46,7 @@ SHORT = {
     "optimizer__alpha": None,
     "optimizer__density": None,
     "model__base": None,
-    "trainer__steps": 3,
+    "trainer__steps": 4,
 }
 
 
@@ -119,7 +126,7 @@ def kto_flags(inputs: dict[str, str], output: Path, **changes) -> list[str]:
 @pytest.fixture(scope="module")
 def kto(inputs, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("kto") / "run"
-    assert main(["kto", *kto_flags(inputs, output, trainer__eval_every=2)]) == 0
+    assert main(["kto", *kto_flags(inputs, output, **SHORT, trainer__eval_every=2)]) == 0
     return output
 
 
@@ -129,7 +136,7 @@ def test_kto_starts_at_the_reference_and_separates_the_labels(kto):
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-3)
     assert rows[0].keys() >= {"rewards/chosen", "rewards/rejected", "logps/chosen", "grad_norm"}
     evaluated = [row for row in rows if "eval_loss" in row]
-    assert [row["step"] for row in evaluated] == [2, 4, 6]
+    assert [row["step"] for row in evaluated] == [2, 4]
     assert evaluated[-1].keys() >= {
         "eval_kl",
         "eval_rewards/chosen",
@@ -144,13 +151,13 @@ def test_kto_starts_at_the_reference_and_separates_the_labels(kto):
 
 def test_kto_resumes_bit_by_bit_with_another_eval_batch(kto, inputs, tmp_path, monkeypatch):
     output = tmp_path / "run"
-    arguments = kto_flags(inputs, output, trainer__save_every=2, trainer__eval_every=2)
+    arguments = kto_flags(inputs, output, **SHORT, trainer__save_every=1, trainer__eval_every=2)
     from train.loop import _Reporter
 
     evaluated = _Reporter.evaluated
 
     def stop(self, step, metrics):
-        if step == 4:
+        if step == 2:
             raise KeyboardInterrupt
         evaluated(self, step, metrics)
 
@@ -163,29 +170,27 @@ def test_kto_resumes_bit_by_bit_with_another_eval_batch(kto, inputs, tmp_path, m
     assert all((ours[name] == whole[name]).all() for name in whole)
 
 
-def test_reference_of_mismatched_answers_is_shared_until_the_batches_change(
-    inputs, tmp_path, capsys
-):
-    cache = tmp_path / "cache"
-
-    def count(name, **changes):
-        arguments = kto_flags(
-            inputs,
-            tmp_path / name,
-            **SHORT,
-            reference_cache=cache,
-            data__eval_fraction=None,
-            **changes,
-        )
-        assert main(["kto", *arguments]) == 0
-        return len(list(cache.iterdir()))
-
-    assert count("first") == 1
-    assert count("again", loss__desirable_weight=1.2) == 1
-    assert count("other", trainer__batch_size=6) == 2
+def test_rows_that_fill_no_batch_and_unequal_labels_are_told(capsys):
+    records = [
+        {"prompt": r["prompt"], "completion": r["chosen"], "label": n < 5}
+        for n, r in enumerate(make_records(20))
+    ]
+    data = tokenize_unpaired(
+        records, make_tokenizer(), max_prompt_length=64, max_completion_length=16
+    )
+    config = configured("kto", KTOConfig, [*REQUIRED, "--trainer.batch_size", "6"])
+    arranged, held_out = arrange(config, data, data, Console(width=500))
     output = capsys.readouterr().out
-    assert "2 of 80 rows do not fill a batch of 6" in output
-    assert "ratio is" not in output
+    assert "2 of 20 rows do not fill a batch of 6" in output
+    assert "desirable_weight from 3 to 4, or undesirable_weight from 0.25 to 0.333" in output
+    for found, batch_size in ((arranged, 6), (held_out, 20)):
+        assert found is not None
+        source = rotation(20, batch_size)
+        tokens = found.arrays["completion_tokens"][source]
+        np.testing.assert_array_equal(found.arrays["kl_tokens"], tokens)
+    # Other batches pair other completions, and their reference is computed anew.
+    other = with_kl_completions(in_random_order(data, 0), 4)
+    assert cache_file(Path(), "hash", other, []) != cache_file(Path(), "hash", arranged, [])
 
 
 def test_reference_free_runs_keep_no_reference(inputs, tmp_path):
