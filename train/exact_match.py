@@ -13,9 +13,9 @@ from rich.progress import Progress
 from train.config import GenerationTaskOptions, UserError, require
 from train.data.dataset import pad_left
 from train.data.formats import read_records
-from train.generate import make_greedy
 from train.multiple_choice import filled
 from train.prepare import blamed_on
+from train.sampling import make_greedy
 
 _WIDTH = 32
 # What lm-evaluation-harness takes out of GSM8K's answers: separators, currency, a final full stop.

@@ -18,9 +18,9 @@ from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports
 
 from train.data.dataset import pad_left
 from train.evaluate import end_tokens
-from train.generate import make_greedy
 from train.models import from_hf, split_model
 from train.prepare import load_tokenizer
+from train.sampling import make_greedy
 from train.windows import Window, score_windows, sliding_windows, window_scorer
 
 _WIDTH = 64

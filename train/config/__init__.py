@@ -16,6 +16,7 @@ from train.config.evaluation import (
     TaskOptions,
     TextOptions,
 )
+from train.config.generation import GenerateConfig
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
 from train.config.merge import MergeConfig, MergeModelOptions
 from train.config.model import ModelOptions, PolicyOptions
@@ -32,6 +33,7 @@ __all__ = [
     "EarlyStopOptions",
     "EvalConfig",
     "ExportConfig",
+    "GenerateConfig",
     "GenerationTaskOptions",
     "KTOConfig",
     "MergeConfig",
