@@ -1,95 +1,105 @@
-"""The decoder as a model of lm-evaluation-harness, so that any of its tasks runs on it.
+"""Our decoder as a model of lm-evaluation-harness, so that any of its tasks runs on it.
 
-Needs the extra ``eval`` (``lm_eval``). From Python::
-
-    import lm_eval
-    from train.lm_eval_adapter import DecoderLM
-
-    results = lm_eval.simple_evaluate(DecoderLM("runs/on_dare/export"), tasks=["gsm8k"])
+Needs the package ``lm_eval``, which only this module imports: ``pip install "omerge_jax[eval]"``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
+    get_rolling_token_windows,
+    make_disjoint_window,
+)
 
-from train.data.dataset import pad_left
-from train.evaluate import end_tokens
+from train.continuations import Continuation, continuation_scorer
+from train.generate import end_tokens
+from train.greedy_text import Write, greedy_writer
 from train.models import from_hf, split_model
 from train.prepare import load_tokenizer
-from train.sampling import make_greedy
-from train.windows import Window, score_windows, sliding_windows, window_scorer
 
-_WIDTH = 64
+_MAX_GEN_TOKS = 256  # where a task says nothing, as in the harness's own models
 
 
 class DecoderLM(TemplateLM):
-    """A model directory, scored and continued by our decoder.
+    """A Hugging Face directory, run by `train.models.Decoder`.
 
-    Generation is greedy; a task that asks for sampling is refused.
+    Texts become tokens as with the harness's ``hf`` model: tokens are added at the start of a text
+    where the tokenizer does it, the end of a context that is too long is kept. Generation is greedy;
+    a task that samples is refused.
 
     Args:
-        path: Directory in Hugging Face format, or a hub name.
-        batch_size: Requests at once.
-        dtype: Type of the computations; parameters stay float32.
-        max_length: Longest sequence in tokens; what is before it is cut off. Unset: what the model
-            was made for, at most 4096.
-        max_gen_toks: Tokens to generate where a task does not say.
+        model: directory or hub name.
+        batch_size: texts computed at once.
+        dtype: of the computations; parameters stay float32.
+        max_length: tokens that the model may see. By default as many as it has positions.
+
+    Raises:
+        UserError: the tokenizer is missing or damaged.
+        ValueError: the model is; see `train.models.from_hf`.
+
+    Example:
+        >>> import lm_eval                                               # doctest: +SKIP
+        >>> lm = DecoderLM("runs/on_ties/export", batch_size=16)         # doctest: +SKIP
+        >>> lm_eval.simple_evaluate(lm, tasks=["arc_easy", "gsm8k"])     # doctest: +SKIP
     """
 
     def __init__(
         self,
-        path: str,
+        model: str | Path,
         *,
-        batch_size: int = 16,
-        dtype: str = "float32",
+        batch_size: int = 8,
+        dtype: Any = "float32",
         max_length: int | None = None,
-        max_gen_toks: int = 256,
     ) -> None:
         super().__init__()
-        self.path, self.batch_size, self.max_gen_toks = path, batch_size, max_gen_toks
-        self.tokenizer: Any = load_tokenizer(path, "model")
-        model = from_hf(path, dtype=np.dtype(dtype), param_dtype=np.dtype("float32"))
-        self.max_length = max_length or min(4096, model.config.max_position_embeddings)
-        self._graphdef, self._params = split_model(model)
-        self._score = window_scorer(self._graphdef)
-        self._pad_id = self.tokenizer.pad_token_id or 0
-        self._ends = end_tokens(path, self.tokenizer)
-        self._generators: dict[int, Any] = {}
+        self._model = str(model)
+        # transformers types ids as int, str or lists of either; these are plain ids.
+        self.tokenizer: Any = load_tokenizer(self._model, "model")
+        decoder = from_hf(model, dtype=np.dtype(dtype), param_dtype=np.dtype("float32"))
+        self._graphdef, self._params = split_model(decoder)
+        self.max_length = max_length or decoder.config.max_position_embeddings
+        self.batch_size = batch_size
+        pad_id = self.tokenizer.pad_token_id or 0
+        self._score = continuation_scorer(self._graphdef, batch_size=batch_size, pad_id=pad_id)
+        self._writers: dict[int, Write] = {}
 
     @property
     def eot_token_id(self) -> int:
-        """Token that stands before a text without context, where there is no BOS."""
-        return self._ends[0]
+        """The tokenizer's EOS."""
+        return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """BOS, or the end token in its place."""
+        """What stands before a text without context: BOS, or else EOS."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        """Key of the harness's cache of requests."""
-        return self.path.replace("/", "__")
+        """Names the tokenizer in the harness's caches."""
+        return self._model.replace("/", "__")
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: Any
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; without special tokens unless asked for."""
-        return self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
-
-    def chat_template(self, chat_template: bool | str = False) -> str:
-        """The tokenizer's template, for the harness's records."""
-        return (self.tokenizer.chat_template or "") if chat_template else ""
+        """Token ids of a text; one that begins with BOS already gets no second one."""
+        bos = self.tokenizer.bos_token
+        if add_special_tokens is None and bos and string.startswith(bos):
+            add_special_tokens = False
+        given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer(string, verbose=False, **given)["input_ids"]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as one string."""
+        """The conversation as the tokenizer's template writes it."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -98,91 +108,86 @@ class DecoderLM(TemplateLM):
         )
 
     def _loglikelihood_tokens(
-        self, requests: list[Any], disable_tqdm: bool = False, **_: Any
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        windows = []
-        for _, context, continuation in requests:
-            # One token more than the model sees: the last one is only predicted.
-            tokens = [*context, *continuation][-(self.max_length + 1) :]
-            windows.append(Window(tokens, max(1, len(tokens) - len(continuation))))
-        return self._scored(windows, "loglikelihood")
+        asked = []
+        for _, context, tokens in requests:
+            if len(tokens) > self.max_length:
+                raise ValueError(
+                    f"a continuation has {len(tokens)} tokens, but the model sees {self.max_length}"
+                )
+            # The last token is only predicted, never read, so one more fits.
+            room = self.max_length + 1 - len(tokens)
+            asked.append(Continuation(context[-room:], tokens))
+        label = "" if disable_tqdm else "log-likelihoods"
+        found = [(one.logp, one.greedy) for one in self._score(self._params, asked, label)]
+        for (texts, _, _), answer in zip(requests, found, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return found
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability of whole texts, in disjoint pieces behind one token of context each."""
-        windows, owners = [], []
-        for number, request in enumerate(requests):
-            tokens = [self.prefix_token_id, *self.tok_encode(request.args[0])]
-            pieces = sliding_windows(tokens, self.max_length + 1, self.max_length)
-            windows += pieces
-            owners += [number] * len(pieces)
-        sums = np.zeros(len(requests))
-        for owner, (logp, _) in zip(owners, self._scored(windows, "rolling"), strict=True):
-            sums[owner] += logp
-        return sums.tolist()
+        """Log-likelihood of whole texts, each token with as much context as fits."""
+        asked: list[Continuation] = []
+        counts = []
+        for request in requests:
+            tokens = self.tok_encode(cast(tuple[str], request.args)[0])
+            pairs = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
+            cut = [Continuation(*make_disjoint_window(pair)) for pair in pairs]
+            asked += cut
+            counts.append(len(cut))
+        label = "" if disable_tqdm else "rolling log-likelihoods"
+        found = iter(self._score(self._params, asked, label))
+        sums = [sum(next(found).logp for _ in range(count)) for count in counts]
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations, cut before the first stop string.
+        """Greedy continuations, cut off before the first text of ``until``.
 
         Raises:
-            ValueError: a task asks for sampling.
+            ValueError: a task samples, or asks for more tokens than the model sees.
         """
-        results = [""] * len(requests)
-        groups: dict[int, list[int]] = {}
+        groups: dict[tuple[int, tuple[str, ...]], list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
-            options = request.args[1]
-            if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-                raise ValueError(f"only greedy generation is offered, got {options}")
-            length = options.get("max_gen_toks", self.max_gen_toks)
-            groups.setdefault(length, []).append(number)
-        for length, numbers in groups.items():
-            prompts = {n: self._prompt(requests[n].args[0], length) for n in numbers}
-            numbers.sort(key=lambda n: len(prompts[n]))
-            for start in range(0, len(numbers), self.batch_size):
-                chosen = numbers[start : start + self.batch_size]
-                texts = self._continued([prompts[n] for n in chosen], length)
-                for n, text in zip(chosen, texts, strict=True):
-                    results[n] = _cut(text, requests[n].args[1].get("until", []))
-        return results
+            groups[_generation(cast(tuple[str, dict[str, Any]], request.args)[1])].append(number)
+        texts: dict[int, str] = {}
+        for (new, stop), numbers in groups.items():
+            room = self.max_length - new
+            if room < 1:
+                raise ValueError(
+                    f"a task generates {new} tokens, but the model sees {self.max_length}"
+                )
+            prompts = [self.tok_encode(str(requests[n].args[0]))[-room:] for n in numbers]
+            label = "" if disable_tqdm else "generating"
+            written = self._writer(new)(self._params, prompts, stop, label)
+            texts.update(zip(numbers, written, strict=True))
+        for number, request in enumerate(requests):
+            self.cache_hook.add_partial("generate_until", request.args, texts[number])
+        return [texts[number] for number in range(len(requests))]
 
-    def _prompt(self, text: str, length: int) -> list[int]:
-        room = self.max_length - length
-        if room < 1:
-            raise ValueError(
-                f"max_gen_toks {length} leaves no room in max_length {self.max_length}"
+    def _writer(self, new: int) -> Write:
+        if new not in self._writers:
+            self._writers[new] = greedy_writer(
+                self._graphdef,
+                self.tokenizer,
+                max_new_tokens=new,
+                ends=end_tokens(self._model, self.tokenizer),
+                batch_size=self.batch_size,
             )
-        return self.tok_encode(text)[-room:] or [self.prefix_token_id]
-
-    def _continued(self, prompts: list[list[int]], length: int) -> list[str]:
-        width = -(-len(prompts[-1]) // _WIDTH) * _WIDTH
-        rows = prompts + [prompts[0]] * (self.batch_size - len(prompts))
-        generate = self._generator(length)
-        out = np.asarray(generate(self._params, *pad_left(rows, width, self._pad_id)))
-        return self.tokenizer.batch_decode(out[: len(prompts)], skip_special_tokens=True)
-
-    def _generator(self, length: int) -> Any:
-        """Kept by length, so that each is compiled once."""
-        if length not in self._generators:
-            self._generators[length] = make_greedy(
-                self._graphdef, max_new_tokens=length, eos_id=self._ends, pad_id=self._pad_id
-            )
-        return self._generators[length]
-
-    def _scored(self, windows: list[Window], shown_as: str) -> list[tuple[float, bool]]:
-        logps, greedy = score_windows(
-            self._score,
-            self._params,
-            windows,
-            batch_size=self.batch_size,
-            pad_id=self._pad_id,
-            shown_as=shown_as,
-        )
-        return list(zip(logps.tolist(), greedy.tolist(), strict=True))
+        return self._writers[new]
 
 
-def _cut(text: str, until: str | list[str]) -> str:
-    stops = [until] if isinstance(until, str) else until
-    for stop in filter(None, stops):
-        text = text.split(stop)[0]
-    return text
+def _generation(kwargs: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
+    """Tokens to generate and texts to stop at."""
+    if kwargs.get("do_sample") and kwargs.get("temperature", 1.0) > 0:
+        raise ValueError(f"only greedy generation is supported, but a task asks for {kwargs}")
+    until: str | Sequence[str] = kwargs.get("until") or ()
+    new = kwargs.get("max_gen_toks", kwargs.get("max_new_tokens", _MAX_GEN_TOKS))
+    return int(new), (until,) if isinstance(until, str) else tuple(until)
