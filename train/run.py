@@ -141,7 +141,8 @@ class Run:
     ) -> None:
         trainer, buckets = self.config.trainer, None
         if shuffle:
-            buckets = make_buckets(data, trainer.batch_size, self.config.data.buckets)
+            count = self.config.data.buckets
+            buckets = make_buckets(data, trainer.batch_size, count, steps=self.steps)
             self.console.print(f"Batches: {buckets.describe(data.arrays)}", highlight=False)
         shardings = state_shardings(like, self.shapes)
         job = Job(
