@@ -81,7 +81,9 @@ class _Alignment:
 
     def __init__(self, config: DPOConfig, this: Run, model_hash: str) -> None:
         self.config, self.run, self.model_hash = config, this, model_hash
-        self.tx = make_optimizer(config.optimizer, this.schedule, layer_axes=layer_axes)
+        self.tx = make_optimizer(
+            config.optimizer, this.schedule, layer_axes=layer_axes, steps=this.steps
+        )
         self.score = make_score(this.graphdef, vocab_chunk=config.loss.vocab_chunk)
         self.loaded: Params | None = None
 

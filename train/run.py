@@ -154,8 +154,8 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
     output = open_output(command, config)
     if config.model.param_dtype == "bfloat16" and not rounds_updates(config.optimizer):
         console.print(
-            "Warning: model.param_dtype bfloat16 loses small updates to rounding; a merging optimizer "
-            "with optimizer.rounding stochastic does not.",
+            "Warning: model.param_dtype bfloat16 loses small updates to rounding; with "
+            "optimizer.rounding stochastic or compensated they arrive.",
             highlight=False,
             soft_wrap=True,
         )

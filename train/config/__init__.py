@@ -12,13 +12,20 @@ from train.config.data import DataOptions, RecordOptions, check_records
 from train.config.evaluation import EvalConfig, PreferenceEvalOptions, TaskOptions
 from train.config.loss import PreferenceLossOptions, SFTLossOptions
 from train.config.model import ModelOptions, PolicyOptions
-from train.config.optimizer import AdamWOptions, OptimizerName, OptimizerOptions, ScheduleOptions
+from train.config.optimizer import (
+    AdamWOptions,
+    AlphaOptions,
+    OptimizerName,
+    OptimizerOptions,
+    ScheduleOptions,
+)
 from train.config.ranges import check
 from train.config.trainer import TrainerOptions
 
 __all__ = [
     "FREE_FIELDS",
     "AdamWOptions",
+    "AlphaOptions",
     "DPOConfig",
     "DType",
     "DataOptions",

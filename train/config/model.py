@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from train.config.base import DType
+
+RematPolicy = Literal["none", "full", "dots", "weight_dots"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +20,9 @@ class ModelOptions:
         dtype: Type of the computations (activations).
         param_dtype: Type of the parameters and of the optimizer state, float32 or bfloat16. With
             bfloat16 updates below about 1/512 of a parameter are lost to rounding.
-        remat: Recompute each layer's activations in the backward pass: less memory, about a third
-            more time.
+        remat: What the backward pass computes again: none; full (each layer, from its input: least
+            memory, about a third more time); dots (all but the results of matrix products); or
+            weight_dots (also attention's own products, whose size grows with the length squared).
         export_dtype: Type of the exported weights. Unset: as stored at `path`, so float32 results
             of a bfloat16 model are rounded.
     """
@@ -26,7 +30,7 @@ class ModelOptions:
     path: str
     dtype: DType = "float32"
     param_dtype: DType = "float32"
-    remat: bool = False
+    remat: RematPolicy = "none"
     export_dtype: DType | None = None
 
 

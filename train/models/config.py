@@ -95,7 +95,8 @@ class ModelConfig:
         dtype: of activations and matrix products; norms, softmax and rotations are float32. How
             exact float32 products are on GPU and TPU is up to ``jax_default_matmul_precision``.
         param_dtype: of the stored parameters.
-        remat: recompute each block in the backward pass instead of keeping its activations.
+        remat: what each block computes again in the backward pass: a name in
+            `train.models.decoder.REMAT_POLICIES`.
     """
 
     model_type: str
@@ -118,7 +119,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self):
         for name in (
