@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import omerge_jax as om
@@ -21,11 +22,11 @@ from train.held_out import evaluate_preferences, pair_logps
 from train.losses import pair_loss
 from train.models import layer_axes
 from train.optimizers import check_optimizer, make_optimizer, needs_delta, takes_delta
-from train.prepare import blamed_on, check_related, hash_model
+from train.prepare import blamed_on, check_related, hash_model, hash_start
 from train.reference import Scores, cache_file, with_reference
 from train.run import Run, set_up
 from train.sharding import Params
-from train.step import State, check_starts_at_reference, init_state, preference_loss
+from train.step import Batch, State, check_starts_at_reference, init_state, preference_loss
 from train.step import reference_logps_fn as make_score
 
 
@@ -42,13 +43,14 @@ def run(config: DPOConfig) -> None:
     base = config.model.base
     if base is not None:
         check_related(base, config.model.path, "model.base")
-    inputs = {"model": hash_model(config.model.path)}
+    inputs = hash_start(config.model)
+    reference = "".join(inputs.values())
     if base is not None:
         inputs["base"] = hash_model(base)
         if inputs["base"] == inputs["model"]:
             raise _no_delta()
     this.begin(**inputs)
-    _Alignment(config, this, inputs["model"]).train()
+    _Alignment(config, this, reference).train()
 
 
 def _no_delta(as_held: str = "") -> UserError:
@@ -60,8 +62,18 @@ def _no_delta(as_held: str = "") -> UserError:
 
 def _check(config: DPOConfig) -> None:
     check_optimizer(config.optimizer)
-    name, base = config.optimizer.name, config.model.base
-    if base is None and needs_delta(config.optimizer):
+    name, base, lora = config.optimizer.name, config.model.base, config.model.lora
+    if lora is not None and needs_delta(config.optimizer) and lora.adapter is None:
+        raise UserError(
+            f"model.lora.adapter is not set; {name} merges adapters with those of the reference, and "
+            "fresh ones hold nothing. Give the adapter of the SFT model, or train all weights."
+        )
+    if lora is not None and base is not None:
+        raise UserError(
+            f"model.base is set to {base!r}, but with model.lora the delta is that of the adapters, "
+            "whose base has none. Unset it."
+        )
+    if lora is None and base is None and needs_delta(config.optimizer):
         raise UserError(
             f"model.base is not set; {name} merges with the delta between model.path and the "
             "pre-trained model it was fine-tuned from. Give that model's directory."
@@ -86,6 +98,7 @@ class _Alignment:
         )
         self.score = make_score(this.graphdef, vocab_chunk=config.loss.vocab_chunk)
         self.loaded: Params | None = None
+        self.frozen: Params | None = None
 
     def train(self) -> None:
         loss, this = self.config.loss, self.run
@@ -94,7 +107,8 @@ class _Alignment:
             "beta": loss.beta,
             "label_smoothing": loss.label_smoothing,
         }
-        data = self._with_reference(this.data)
+        synced = self.config.sync_ref_model
+        data = this.data if synced else self._with_reference(this.data)
         evaluate = None
         if this.held_out is not None:
             evaluate = evaluate_preferences(
@@ -111,16 +125,29 @@ class _Alignment:
             preference_loss(this.graphdef, vocab_chunk=loss.vocab_chunk, **settings),
             self.tx,
             self._start,
-            like=jax.eval_shape(self._make_state, this.shapes, self._delta_shapes()),
+            like=jax.eval_shape(self._make_state, this.trained_shapes, self._delta_shapes()),
             data=data,
             evaluate=evaluate,
             check_first=self._check_first,
+            frozen=self._frozen,
+            reference_columns=self._reference_columns if synced else None,
         )
+
+    def _reference_columns(self, params: Params, batch: Batch) -> Batch:
+        chosen, rejected = self.score(params, batch)
+        return {"reference_chosen_logps": chosen, "reference_rejected_logps": rejected}
+
+    def _frozen(self) -> Params:
+        if self.frozen is None:
+            frozen = self.run.split(self.run.shapes)[1]
+            self.frozen = self.run.split(self._params())[1] if frozen else {}
+            self.loaded = None
+        return self.frozen
 
     def _params(self) -> Params:
         if self.loaded is None:
             self.run.console.print("Loading the model ...")
-            self.loaded = self.run.load(self.config.model.path, "model.path")
+            self.loaded = self.run.load_start()
         return self.loaded
 
     def _with_reference(self, dataset: TokenDataset) -> TokenDataset:
@@ -144,7 +171,7 @@ class _Alignment:
         )
 
     def _make_state(self, params: Params, delta: Params | None) -> State:
-        return init_state(params, self.tx, delta)
+        return init_state(params, self.tx, delta, self.run.followers)
 
     def _delta_of(self, params: Params, base: Params) -> Params:
         return om.task_vector(params, base, dtype=self.config.optimizer.delta_dtype)
@@ -156,14 +183,22 @@ class _Alignment:
     def _delta_shapes(self) -> Params | None:
         if not needs_delta(self.config.optimizer):
             return None
-        return jax.eval_shape(self._delta_of, self.run.shapes, self.run.shapes)
+        shapes = self.run.trained_shapes
+        return jax.eval_shape(self._delta_of, shapes, shapes)
+
+    def _base_of(self, params: Params) -> Params:
+        """What the trained parameters were before fine-tuning; adapters were not there yet."""
+        if self.config.model.lora is not None:
+            return jax.tree.map(jnp.zeros_like, params)
+        assert self.config.model.base is not None
+        self.run.console.print("Loading the base model ...")
+        return self.run.split(self.run.load(self.config.model.base, "model.base"))[0]
 
     def _start(self) -> State:
-        params, delta = self._params(), None
+        params, frozen = self.run.split(self._params())
+        delta = None
         if needs_delta(self.config.optimizer):
-            assert self.config.model.base is not None
-            self.run.console.print("Loading the base model ...")
-            base = self.run.load(self.config.model.base, "model.base")
+            base = self._base_of(params)
             delta, size = jax.jit(self._delta_and_size)(params, base)
             del base
             if size == 0:
@@ -171,7 +206,7 @@ class _Alignment:
                 types = [self.config.model.param_dtype, self.config.optimizer.delta_dtype]
                 raise _no_delta(f" in {' and '.join(dict.fromkeys(filter(None, types)))}")
             self.run.console.print(f"Reference delta: {size:.3g} of the norm of the weights.")
-        self.loaded = None
+        self.loaded, self.frozen = None, frozen
         return self._make_state(params, delta)
 
     def _check_first(self, metrics: Mapping[str, float]) -> None:

@@ -60,6 +60,7 @@ class Job:
         check_first: Called with the metrics of step 1 of a new run; raises when they cannot be.
         learning_rates: Rate of every update; its length is the number of steps.
         mesh: Where batches go.
+        evaluated: What of the state is evaluated: params, or their average ema.
     """
 
     start: Callable[[], State]
@@ -70,6 +71,7 @@ class Job:
     check_first: Callable[[Mapping[str, float]], None] | None
     learning_rates: np.ndarray
     mesh: Mesh | None
+    evaluated: str = "params"
 
 
 def fit(job: Job, options: TrainerOptions, output: OutputDir, console: Console) -> State:
@@ -107,7 +109,7 @@ def fit(job: Job, options: TrainerOptions, output: OutputDir, console: Console) 
                 due = options.eval_every is not None and step % options.eval_every == 0
                 if job.evaluate is not None and (due or last):
                     reporter.flush()
-                    reporter.evaluated(step, job.evaluate(state["params"]))
+                    reporter.evaluated(step, job.evaluate(state[job.evaluated]))
                 if saved.due(step) or last:
                     # The log is complete up to a checkpoint before that checkpoint exists.
                     reporter.flush()

@@ -57,10 +57,10 @@ def rounded(
             like = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
         return RoundedState(jnp.zeros([], jnp.int32), like)
 
-    def update(updates: Any, state: RoundedState, params: Any = None) -> tuple[Any, RoundedState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, RoundedState]:
         if params is None:
             raise ValueError("rounded needs the parameters in update(updates, state, params).")
-        count = optax.safe_increment(state.round_count)
+        count = jnp.asarray(optax.safe_increment(state.round_count))
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), updates)
         if compensated:
             both = jax.tree.map(round_compensated, wide, state.residual, params)

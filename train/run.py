@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -11,13 +12,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
+from train.averages import Followers
 from train.checkpoint import Checkpoints, abstract
 from train.config import DPOConfig, SFTConfig, TrainerOptions, UserError, check
 from train.data import TokenDataset, make_loader
-from train.export import export_run
+from train.export import export_run, exported_weights
 from train.held_out import Evaluate
 from train.loop import Job, fit
 from train.models import ModelConfig, from_hf, split_model
+from train.models.lora import fresh_adapters, is_adapter, read_adapters
 from train.optimizers import check_optimizer, learning_rates, make_schedule, rounds_updates
 from train.output_dir import OutputDir, open_output
 from train.prepare import (
@@ -28,8 +31,9 @@ from train.prepare import (
     load_tokenizer,
 )
 from train.sharding import Params, abstract_model, check_batch, make_mesh
-from train.step import LossFn, State, make_train_step, state_shardings
+from train.step import Batch, LossFn, State, make_train_step, state_shardings
 from train.summary import show_summary, summarise
+from train.trainable import Trained, choose, join, leaf_paths, split
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Run:
         steps: Number of updates.
         schedule: Learning rate.
         mesh: Devices, None for a single one.
+        trained: Test of a parameter's path.
     """
 
     config: SFTConfig | DPOConfig
@@ -61,6 +66,29 @@ class Run:
     steps: int
     schedule: optax.Schedule
     mesh: Mesh | None
+    trained: Trained
+
+    @property
+    def trained_shapes(self) -> Params:
+        """The part of `shapes` that is trained."""
+        return self.split(self.shapes)[0]
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Parameters, or their shapes, that are trained, and the others."""
+        return split(params, self.trained)
+
+    @property
+    def followers(self) -> Followers:
+        """Copies of the parameters that the state holds."""
+        config, ema = self.config, self.config.trainer.ema
+        mixup = None
+        if isinstance(config, DPOConfig) and config.sync_ref_model:
+            mixup = config.ref_model_mixup_alpha or 0.6
+        return Followers(
+            ema_decay=None if ema is None else ema.decay,
+            mixup_alpha=mixup,
+            sync_steps=getattr(config, "ref_model_sync_steps", None) or 512,
+        )
 
     @property
     def eval_batch_size(self) -> int:
@@ -88,6 +116,20 @@ class Run:
             )
         return split_model(model)[1]
 
+    def load_start(self) -> Params:
+        """All parameters that training starts from, adapters included."""
+        options = self.config.model
+        params, lora = self.load(options.path, "model.path"), options.lora
+        if lora is None:
+            return params
+        if lora.adapter is None:
+            adapters = fresh_adapters(self.model, lora.seed)
+        else:
+            with blamed_on("model.lora.adapter"):
+                adapters = read_adapters(lora.adapter, self.model)
+        places = jax.tree.map(lambda leaf: leaf.sharding, split(self.shapes, is_adapter)[0])
+        return join(params, jax.device_put(adapters, places))
+
     def train(
         self,
         loss_fn: LossFn,
@@ -98,6 +140,8 @@ class Run:
         data: TokenDataset,
         evaluate: Evaluate | None,
         check_first: Callable[[Mapping[str, float]], None] | None = None,
+        frozen: Callable[[], Params],
+        reference_columns: Callable[[Params, Batch], Batch] | None = None,
     ) -> None:
         """Trains, exports the model and reports.
 
@@ -109,26 +153,39 @@ class Run:
             data: Training rows with all the columns that the loss reads.
             evaluate: Held-out metrics.
             check_first: See `train.loop.Job`.
+            frozen: The parameters that are not trained; asked for once the state is there.
+            reference_columns: See `train.step.make_train_step`.
         """
         trainer = self.config.trainer
-        shardings = state_shardings(like, self.shapes)
+        shardings = state_shardings(like, self.trained_shapes)
+        held = functools.cache(frozen)
+        step = make_train_step(
+            loss_fn,
+            tx,
+            shardings=shardings,
+            accumulate=trainer.gradient_accumulation_steps,
+            followers=self.followers,
+            reference_columns=reference_columns,
+        )
+
+        def evaluate_trained(params: Params) -> dict[str, float]:
+            assert evaluate is not None
+            return evaluate(join(params, held()))
+
         job = Job(
             start=start,
             like=abstract(like, shardings),
-            step=make_train_step(
-                loss_fn,
-                tx,
-                shardings=shardings,
-                accumulate=trainer.gradient_accumulation_steps,
-            ),
+            step=lambda state, batch: step(state, batch, held()),
             loader=make_loader(data, trainer.batch_size, seed=trainer.seed, shard=_process()),
-            evaluate=evaluate,
+            evaluate=None if evaluate is None else evaluate_trained,
             check_first=check_first,
             learning_rates=learning_rates(self.schedule, self.steps),
             mesh=self.mesh,
+            evaluated="ema" if trainer.ema is not None and trainer.ema.evaluate else "params",
         )
         state = fit(job, trainer, self.output, self.console)
-        export_run(self.output, self.config.model, self.graphdef, state["params"])
+        weights = state[exported_weights(trainer)]
+        export_run(self.output, self.config.model, self.model, join(weights, held()))
         summary = summarise(self.output)
         self.output.finish(summary)
         show_summary(summary, self.console)
@@ -183,6 +240,7 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
     if config.trainer.eval_batch_size is not None:
         check_batch("trainer.eval_batch_size", config.trainer.eval_batch_size, mesh)
     graphdef, shapes = abstract_model(model, mesh)
+    trained = choose(config.model, leaf_paths(shapes))
     return Run(
         config=config,
         output=output,
@@ -195,6 +253,7 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
         steps=steps,
         schedule=make_schedule(config.schedule, config.optimizer.learning_rate, steps),
         mesh=mesh,
+        trained=trained,
     )
 
 

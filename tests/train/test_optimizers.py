@@ -273,7 +273,9 @@ def test_every_sparsifier_meets_every_consensus(sparsifier, consensus):
     more = {} if sparsifier == "identity" else {"density": 0.5}
     if sparsifier == "magnitude_ranked":
         more["epsilon"] = 0.3
-    chosen = options("online_merge", sparsifier=sparsifier, consensus=consensus, alpha=0.1, inner="sgd", **more)
+    chosen = options(
+        "online_merge", sparsifier=sparsifier, consensus=consensus, alpha=0.1, inner="sgd", **more
+    )
     check_optimizer(chosen)
     found = walk(chosen, steps=1)
     # The same thing, put together by hand from the library.

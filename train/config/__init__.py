@@ -11,7 +11,7 @@ from train.config.commands import FREE_FIELDS, DPOConfig, ExportConfig, SFTConfi
 from train.config.data import DataOptions, RecordOptions, check_records
 from train.config.evaluation import EvalConfig, PreferenceEvalOptions, TaskOptions
 from train.config.loss import PreferenceLossOptions, SFTLossOptions
-from train.config.model import ModelOptions, PolicyOptions
+from train.config.model import LoraOptions, ModelOptions, PolicyOptions
 from train.config.optimizer import (
     AdamWOptions,
     AlphaOptions,
@@ -20,7 +20,7 @@ from train.config.optimizer import (
     ScheduleOptions,
 )
 from train.config.ranges import check
-from train.config.trainer import TrainerOptions
+from train.config.trainer import EMAOptions, TrainerOptions
 
 __all__ = [
     "FREE_FIELDS",
@@ -29,8 +29,10 @@ __all__ = [
     "DPOConfig",
     "DType",
     "DataOptions",
+    "EMAOptions",
     "EvalConfig",
     "ExportConfig",
+    "LoraOptions",
     "ModelOptions",
     "OptimizerName",
     "OptimizerOptions",

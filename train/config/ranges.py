@@ -57,6 +57,14 @@ def check(config: SFTConfig | DPOConfig) -> None:
             f"schedule.final_scale is {config.schedule.final_scale}, but a constant schedule has "
             "no use for it; unset it, or choose another schedule.type."
         )
+    ema = config.trainer.ema
+    if ema is not None:
+        require(0 <= ema.decay < 1, "trainer.ema.decay", ema.decay, "in [0, 1)")
+    lora = config.model.lora
+    if lora is not None:
+        require(lora.rank > 0, "model.lora.rank", lora.rank, "positive")
+        require(lora.alpha > 0, "model.lora.alpha", lora.alpha, "positive")
+        require(0 <= lora.seed < 2**32, "model.lora.seed", lora.seed, "in [0, 2**32)")
     check_records(data, "data")
     if (config.trainer.steps is None) == (config.trainer.epochs is None):
         raise UserError("Give exactly one of trainer.steps and trainer.epochs.")
@@ -69,3 +77,16 @@ def check(config: SFTConfig | DPOConfig) -> None:
             loss.label_smoothing,
             "in [0, 0.5)",
         )
+        check_reference_sync(config)
+
+
+def check_reference_sync(config: DPOConfig) -> None:
+    """Checks the settings of a reference that follows the policy. Raises `UserError`."""
+    alpha, steps = config.ref_model_mixup_alpha, config.ref_model_sync_steps
+    for name, value in (("ref_model_mixup_alpha", alpha), ("ref_model_sync_steps", steps)):
+        if value is not None and not config.sync_ref_model:
+            raise UserError(
+                f"{name} is set to {value}, but sync_ref_model is not; set it, or unset {name}."
+            )
+    require(alpha is None or 0 < alpha <= 1, "ref_model_mixup_alpha", alpha, "in (0, 1]")
+    require(steps is None or steps > 0, "ref_model_sync_steps", steps, "positive")

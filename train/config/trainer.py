@@ -6,6 +6,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
+class EMAOptions:
+    """Exponential moving average of the weights, in float32.
+
+    Attributes:
+        decay: Share of the average that is kept at a step.
+        export: Export the average; false: it is in the checkpoints alone.
+        evaluate: Evaluate the average during training instead of the weights.
+    """
+
+    decay: float = 0.999
+    export: bool = True
+    evaluate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerOptions:
     """Length of the run, and what it writes when.
 
@@ -23,6 +38,7 @@ class TrainerOptions:
         log_every: Steps from one line of metrics to the next.
         seed: Seed of the order of the records.
         fsdp: Devices over which parameters and batches are split. Unset: all of them.
+        ema: Moving average of the weights.
     """
 
     batch_size: int
@@ -36,3 +52,4 @@ class TrainerOptions:
     log_every: int = 1
     seed: int = 0
     fsdp: int | None = None
+    ema: EMAOptions | None = None

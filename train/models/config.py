@@ -97,6 +97,9 @@ class ModelConfig:
         param_dtype: of the stored parameters.
         remat: what each block computes again in the backward pass: a name in
             `train.models.decoder.REMAT_POLICIES`.
+        lora_targets: names of the linear layers that have low-rank adapters.
+        lora_rank: of the adapters.
+        lora_scale: factor of their product.
     """
 
     model_type: str
@@ -120,6 +123,9 @@ class ModelConfig:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "none"
+    lora_targets: tuple[str, ...] = ()
+    lora_rank: int = 0
+    lora_scale: float = 1.0
 
     def __post_init__(self):
         for name in (
