@@ -313,7 +313,8 @@ def test_on_dare_and_on_ties_are_online_merges():
 )
 @pytest.mark.parametrize("kind", ["value", "relative"])
 def test_alpha_follows_its_schedule(kind, schedule, expected):
-    alpha = AlphaOptions(**{kind: 0.2}, schedule=schedule)
+    fields: dict[str, Any] = {kind: 0.2, "schedule": schedule}
+    alpha = AlphaOptions(**fields)
     chosen = options(
         "on_dare", alpha=alpha, density=1.0, clip=0.0, diagnostics=True, rounding="nearest"
     )
@@ -321,7 +322,8 @@ def test_alpha_follows_its_schedule(kind, schedule, expected):
     params, delta = as_jax(draw(0)), as_jax(draw(1))
     tx = make_optimizer(chosen, 1e-2, steps=4)
     plain = make_optimizer(options(), 1e-2)
-    state, plain_state = om.with_delta(tx.init(params), delta), plain.init(params)
+    start: Any = tx.init(params)
+    state, plain_state = om.with_delta(start, delta), plain.init(params)
     update = jax.jit(tx.update)
     for step, share in enumerate(expected):
         gradients = as_jax(draw(10 + step))
