@@ -24,13 +24,19 @@ def run(config: DPOConfig) -> None:
     check_merge(config)
     loss = config.loss
     with blamed_on("loss"):
-        whole = set(pair_loss(**settings_of(loss)).types) & set(WHOLE_BATCH)
+        loss_of = pair_loss(**settings_of(loss))
+        whole = set(loss_of.types) & set(WHOLE_BATCH)
         beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, steps=1)
     parts = config.trainer.gradient_accumulation_steps
     if whole and parts > 1:
         raise UserError(
             f"trainer.gradient_accumulation_steps is {parts}, but loss.type {min(whole)} compares all "
             "pairs of a batch; set it to 1, or choose another loss."
+        )
+    if config.sync_ref_model and not loss_of.needs_reference:
+        raise UserError(
+            f"sync_ref_model is set, but loss.type {' and '.join(loss_of.types)} has no reference; "
+            "unset it, or choose another loss."
         )
     this = set_up("dpo", config, tokenize_preference)
     if this is not None:
@@ -69,4 +75,5 @@ def _objective(config: DPOConfig, this: Run) -> Objective:
         names=("chosen", "rejected") if pair_loss(**settings).needs_reference else (),
         depends_on=() if loss.ld_alpha is None else ("ld_alpha", loss.ld_alpha),
         check_first=partial(check_starts_at_reference, **settings),
+        synced=config.sync_ref_model,
     )

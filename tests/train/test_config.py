@@ -130,7 +130,7 @@ def test_flatten_names_every_field():
     assert flat["optimizer.learning_rate"] == 1e-6
     assert flat["output_dir"] == "out"
     groups = (GOOD.model, GOOD.data, GOOD.optimizer, GOOD.trainer, GOOD.loss, GOOD.schedule)
-    assert len(flat) == 3 + sum(len(dataclasses.fields(group)) for group in groups)
+    assert len(flat) == 6 + sum(len(dataclasses.fields(group)) for group in groups)
     assert set(flatten(AdamWOptions(learning_rate=1.0))) < {
         name.removeprefix("optimizer.") for name in flat
     }

@@ -19,23 +19,32 @@ from train.config.evaluation import (
 from train.config.generation import GenerateConfig
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
 from train.config.merge import MergeConfig, MergeModelOptions
-from train.config.model import ModelOptions, PolicyOptions
-from train.config.optimizer import AdamWOptions, OptimizerName, OptimizerOptions, ScheduleOptions
+from train.config.model import LoraOptions, ModelOptions, PolicyOptions
+from train.config.optimizer import (
+    AdamWOptions,
+    AlphaOptions,
+    OptimizerName,
+    OptimizerOptions,
+    ScheduleOptions,
+)
 from train.config.ranges import check
-from train.config.trainer import EarlyStopOptions, TrainerOptions
+from train.config.trainer import EarlyStopOptions, EMAOptions, TrainerOptions
 
 __all__ = [
     "FREE_FIELDS",
     "AdamWOptions",
+    "AlphaOptions",
     "DPOConfig",
     "DType",
     "DataOptions",
+    "EMAOptions",
     "EarlyStopOptions",
     "EvalConfig",
     "ExportConfig",
     "GenerateConfig",
     "GenerationTaskOptions",
     "KTOConfig",
+    "LoraOptions",
     "MergeConfig",
     "MergeModelOptions",
     "ModelOptions",
