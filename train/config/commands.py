@@ -13,99 +13,88 @@ from train.config.trainer import TrainerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig:
-    """Supervised fine-tuning of a model on prompts with answers.
+class _RunConfig:
+    """What every training run has.
 
     Attributes:
         output_dir: Directory of the run: settings, checkpoints, logs and the exported model. The
             same command given again resumes what it holds; it never holds two runs.
-        model: The model.
         data: The data.
-        optimizer: The optimizer.
         trainer: The training run.
-        loss: The loss.
         schedule: The schedule.
         dry_run: Show token statistics, batches and the first examples with their loss masks, and
             stop before any weight is read.
     """
 
     output_dir: str
-    model: ModelOptions
     data: DataOptions
-    optimizer: AdamWOptions
     trainer: TrainerOptions
-    loss: SFTLossOptions = field(default_factory=SFTLossOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig:
+class SFTConfig(_RunConfig):
+    """Supervised fine-tuning of a model on prompts with answers.
+
+    Attributes:
+        model: The model.
+        optimizer: The optimizer.
+        loss: The loss.
+    """
+
+    model: ModelOptions
+    optimizer: AdamWOptions
+    loss: SFTLossOptions = field(default_factory=SFTLossOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AlignmentConfig(_RunConfig):
+    """What every alignment of an SFT model has.
+
+    Attributes:
+        model: The model.
+        optimizer: The optimizer.
+        reference_cache: Directory for the reference's log-probabilities, keyed by the content of
+            model and data, so that several runs can share it. Unset: inside `output_dir`.
+    """
+
+    model: PolicyOptions
+    optimizer: OptimizerOptions
+    reference_cache: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(_AlignmentConfig):
     """Alignment of an SFT model on pairs of a chosen and a rejected answer.
 
     Attributes:
-        output_dir: Directory of the run: settings, checkpoints, logs and the exported model. The
-            same command given again resumes what it holds; it never holds two runs.
-        model: The model.
-        data: The data.
-        optimizer: The optimizer.
-        trainer: The training run.
         loss: The loss.
-        schedule: The schedule.
-        reference_cache: Directory for the reference's log-probabilities, keyed by the content of
-            model and data, so that several runs can share it. Unset: inside `output_dir`.
         sync_ref_model: Let the reference follow the policy (TR-DPO, arXiv 2404.09656). Its weights
             are then held during training and its log-probabilities computed at every step; held-out
             rewards stay relative to the start.
         ref_model_mixup_alpha: Share of the policy in the new reference; 1 replaces it.
         ref_model_sync_steps: Steps from one update of the reference to the next.
-        dry_run: Show token statistics, batches and the first examples with their loss masks, and
-            stop before any weight is read.
     """
 
-    output_dir: str
-    model: PolicyOptions
-    data: DataOptions
-    optimizer: OptimizerOptions
-    trainer: TrainerOptions
     loss: PreferenceLossOptions = field(default_factory=PreferenceLossOptions)
-    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
-    reference_cache: str | None = None
     sync_ref_model: bool = False
     ref_model_mixup_alpha: float | None = None
     ref_model_sync_steps: int | None = None
-    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class KTOConfig:
+class KTOConfig(_AlignmentConfig):
     """Alignment of an SFT model on answers that are labelled desirable or not, one by one.
 
+    A preference pair counts as two answers. With loss.type kto the rows of a batch are drawn once, and
+    are the same in every epoch.
+
     Attributes:
-        output_dir: Directory of the run: settings, checkpoints, logs and the exported model. The
-            same command given again resumes what it holds; it never holds two runs.
-        model: The model.
-        data: The data, prompts with an answer and a label; of preference pairs both answers count.
-        optimizer: The optimizer.
-        trainer: The training run. The rows of a batch are drawn once, and are the same in every
-            epoch.
         loss: The loss.
-        schedule: The schedule.
-        reference_cache: Directory for the reference's log-probabilities, keyed by the content of
-            model and data, so that several runs can share it. Unset: inside `output_dir`.
-        dry_run: Show token statistics, batches and the first examples with their loss masks, and
-            stop before any weight is read.
     """
 
-    output_dir: str
-    model: PolicyOptions
-    data: DataOptions
-    optimizer: OptimizerOptions
-    trainer: TrainerOptions
     loss: UnpairedLossOptions = field(default_factory=UnpairedLossOptions)
-    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
-    reference_cache: str | None = None
-    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
