@@ -63,7 +63,7 @@ class Parted:
     def mass(self, batch: Batch) -> Callable[[str], jax.Array]:
         """The weight of a part by name, float32 scalars."""
         known = {} if self.masses is None else self.masses(batch)
-        rows = jnp.float32(len(jax.tree.leaves(batch)[0]))
+        rows = jnp.float32(_rows(batch))
         return lambda name: jnp.asarray(known.get(name, rows), jnp.float32)
 
 
@@ -128,16 +128,22 @@ def loss_and_gradient(
 
 
 def _split(batch: Batch, parts: int) -> dict[str, Any]:
-    rows = len(jax.tree.leaves(batch)[0])
+    rows = _rows(batch)
     if rows % parts:
         raise ValueError(f"a batch of {rows} rows cannot be split into {parts} equal parts.")
 
     def split(column: jax.Array) -> jax.Array:
         column = jnp.asarray(column)
+        if not column.ndim:  # the same for every row, such as the number of the step
+            return jnp.broadcast_to(column, parts)
         # Rows dealt out in turn: every device keeps its own where rows are spread over devices.
         return jnp.moveaxis(column.reshape(rows // parts, parts, *column.shape[1:]), 1, 0)
 
     return jax.tree.map(split, dict(batch))
+
+
+def _rows(batch: Batch) -> int:
+    return next(len(column) for column in jax.tree.leaves(batch) if jnp.ndim(column))
 
 
 def _first(split: dict[str, Any]) -> dict[str, Any]:

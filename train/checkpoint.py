@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -218,7 +219,13 @@ class Checkpoints:
             self._manager.reload()
 
     def __enter__(self) -> Checkpoints:
+        self._hook, sys.excepthook = sys.excepthook, self._shown
         return self
+
+    def _shown(self, kind: type[BaseException], error: BaseException, *rest: Any) -> None:
+        # After a failed save TensorStore calls back an event loop that Orbax has closed by then.
+        if str(error) != "Event loop is closed":
+            self._hook(kind, error, *rest)
 
     def __exit__(
         self,
@@ -228,6 +235,7 @@ class Checkpoints:
     ) -> None:
         self.wait()
         self._manager.close()
+        sys.excepthook = self._hook
 
 
 class _Preserve(_policies.PreservationPolicy):

@@ -5,13 +5,14 @@ Only the chosen command's modules are imported, so help and mistakes in argument
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from train.config import DPOConfig, EvalConfig, ExportConfig, SFTConfig, UserError
+from train.config import DPOConfig, EvalConfig, ExportConfig, KTOConfig, SFTConfig, UserError
 from train.stop import EXIT_STATUS, Stopped
 
 
@@ -23,6 +24,12 @@ def _run_sft(config: SFTConfig) -> None:
 
 def _run_dpo(config: DPOConfig) -> None:
     from train.dpo import run
+
+    run(config)
+
+
+def _run_kto(config: KTOConfig) -> None:
+    from train.kto import run
 
     run(config)
 
@@ -78,6 +85,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "sft": Command("fine-tune a model on prompts with answers", _run_sft, SFTConfig),
     "dpo": Command("align it on preference pairs, with any optimizer", _run_dpo, DPOConfig),
+    "kto": Command("align it on answers labelled one by one", _run_kto, KTOConfig),
     "eval": Command("preference accuracy and multiple-choice tasks", _run_eval, EvalConfig),
     "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
     "report": Command("curves of runs compared in one HTML page", _report),
@@ -123,6 +131,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.run(configured(name, command.config, rest) if command.config else rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(
+            f"error: {place}{error.strerror}. Make room; the same command goes on.", file=sys.stderr
+        )
         return 2
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

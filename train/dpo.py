@@ -1,33 +1,18 @@
-"""``python -m train dpo``: alignment on preferences, with or without online merging.
-
-The policy starts as the reference, so the weights are read once: they give the reference's
-log-probabilities (kept on disk), the delta τ_r = reference − base, and the first parameters. Neither
-the reference nor the base stays in memory.
-"""
+"""``python -m train dpo``: alignment on preference pairs, with or without online merging."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import jax
-import optax
-
-import omerge_jax as om
-from train.config import DPOConfig, UserError
-from train.data import TokenDataset, tokenize_preference
-from train.held_out import evaluate_preferences, pair_logps
-from train.losses import pair_loss
-from train.models import layer_axes
-from train.objectives import check_starts_at_reference, preference_loss
-from train.objectives import reference_logps_fn as make_score
-from train.optimizers import check_optimizer, make_optimizer, needs_delta, takes_delta
-from train.prepare import blamed_on, check_related, hash_model
-from train.reference import Scores, cache_file, with_reference
+from train.alignment import Objective, align, check_merge
+from train.config import DPOConfig, PreferenceLossOptions, UserError
+from train.data import tokenize_preference
+from train.held_out import evaluate_preferences
+from train.losses import WHOLE_BATCH, beta_schedule, pair_loss
+from train.objectives import check_starts_at_reference, preference_loss, reference_logps_fn
+from train.prepare import blamed_on
 from train.run import Run, set_up
-from train.sharding import Params
-from train.step import State, init_state
 
 
 def run(config: DPOConfig) -> None:
@@ -36,144 +21,51 @@ def run(config: DPOConfig) -> None:
     Raises:
         UserError: something given cannot be used; before training starts.
     """
-    _check(config)
-    this = set_up("dpo", config, tokenize_preference)
-    if this is None:
-        return
-    base = config.model.base
-    if base is not None:
-        check_related(base, config.model.path, "model.base")
-    inputs = {"model": hash_model(config.model.path)}
-    if base is not None:
-        inputs["base"] = hash_model(base)
-        if inputs["base"] == inputs["model"]:
-            raise _no_delta()
-    this.begin(**inputs)
-    _Alignment(config, this, inputs["model"]).train()
-
-
-def _no_delta(as_held: str = "") -> UserError:
-    return UserError(
-        f"model.base holds the same weights as model.path{as_held}, so there is no delta to merge "
-        "with. Give the model that model.path was fine-tuned from."
-    )
-
-
-def _check(config: DPOConfig) -> None:
-    check_optimizer(config.optimizer)
-    name, base = config.optimizer.name, config.model.base
-    if base is None and needs_delta(config.optimizer):
-        raise UserError(
-            f"model.base is not set; {name} merges with the delta between model.path and the "
-            "pre-trained model it was fine-tuned from. Give that model's directory."
-        )
-    if base is not None and not takes_delta(config.optimizer):
-        raise UserError(
-            f"model.base is set to {base!r}, but {name} has no use for it. Unset it, or choose a "
-            "merging optimizer.name."
-        )
+    check_merge(config)
+    loss = config.loss
     with blamed_on("loss"):
-        loss = config.loss
-        pair_loss(loss.type, beta=loss.beta, label_smoothing=loss.label_smoothing)
-
-
-class _Alignment:
-    """The weights' way through a run: loaded once, let go as soon as the state exists."""
-
-    def __init__(self, config: DPOConfig, this: Run, model_hash: str) -> None:
-        self.config, self.run, self.model_hash = config, this, model_hash
-        self.tx = make_optimizer(config.optimizer, this.schedule, layer_axes=layer_axes)
-        self.score = make_score(this.graphdef, vocab_chunk=config.loss.vocab_chunk)
-        self.loaded: Params | None = None
-
-    def train(self) -> None:
-        loss, this = self.config.loss, self.run
-        settings: dict[str, Any] = {
-            "loss_type": loss.type,
-            "beta": loss.beta,
-            "label_smoothing": loss.label_smoothing,
-        }
-        data = self._with_reference(this.data)
-        evaluate = None
-        if this.held_out is not None:
-            evaluate = evaluate_preferences(
-                self.score,
-                self._with_reference(this.held_out),
-                batch_size=this.eval_batch_size,
-                mesh=this.mesh,
-                **settings,
-            )
-        if this.resumes:
-            # Nothing will ask for the weights that scored the reference: the state is restored.
-            self.loaded = None
-        this.train(
-            preference_loss(this.graphdef, vocab_chunk=loss.vocab_chunk, **settings),
-            self.tx,
-            self._start,
-            like=jax.eval_shape(self._make_state, this.shapes, self._delta_shapes()),
-            data=data,
-            evaluate=evaluate,
-            check_first=self._check_first,
+        whole = set(pair_loss(**_settings(loss)).types) & set(WHOLE_BATCH)
+        beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, steps=1)
+    parts = config.trainer.gradient_accumulation_steps
+    if whole and parts > 1:
+        raise UserError(
+            f"trainer.gradient_accumulation_steps is {parts}, but loss.type {min(whole)} compares all "
+            "pairs of a batch; set it to 1, or choose another loss."
         )
+    this = set_up("dpo", config, tokenize_preference)
+    if this is not None:
+        align(config, this, _objective(config, this))
 
-    def _params(self) -> Params:
-        if self.loaded is None:
-            self.run.console.print("Loading the model ...")
-            self.loaded = self.run.load(self.config.model.path, "model.path")
-        return self.loaded
 
-    def _with_reference(self, dataset: TokenDataset) -> TokenDataset:
-        model = self.config.model
-        cache = self.config.reference_cache
-        directory = self.run.output.path / "reference" if cache is None else Path(cache)
-        dtypes = [model.dtype, model.param_dtype]
+def _settings(loss: PreferenceLossOptions) -> dict[str, Any]:
+    return {
+        "loss_type": loss.type,
+        "weights": loss.weights,
+        "beta": loss.beta,
+        "label_smoothing": loss.label_smoothing,
+        "ld_alpha": loss.ld_alpha,
+        "simpo_gamma": loss.simpo_gamma,
+        "discopop_tau": loss.discopop_tau,
+    }
 
-        def compute(dataset: TokenDataset) -> Scores:
-            return pair_logps(
-                self.score,
-                self._params(),
-                dataset,
-                self.run.eval_batch_size,
-                self.run.mesh,
-                shown_as=f"reference log-probabilities of {len(dataset)} pairs",
-            )
 
-        return with_reference(
-            dataset, cache_file(directory, self.model_hash, dataset, dtypes), compute
-        )
-
-    def _make_state(self, params: Params, delta: Params | None) -> State:
-        return init_state(params, self.tx, delta)
-
-    def _delta_of(self, params: Params, base: Params) -> Params:
-        return om.task_vector(params, base, dtype=self.config.optimizer.delta_dtype)
-
-    def _delta_and_size(self, params: Params, base: Params) -> tuple[Params, jax.Array]:
-        delta = self._delta_of(params, base)
-        return delta, optax.tree.norm(delta) / optax.tree.norm(params)
-
-    def _delta_shapes(self) -> Params | None:
-        if not needs_delta(self.config.optimizer):
-            return None
-        return jax.eval_shape(self._delta_of, self.run.shapes, self.run.shapes)
-
-    def _start(self) -> State:
-        params, delta = self._params(), None
-        if needs_delta(self.config.optimizer):
-            assert self.config.model.base is not None
-            self.run.console.print("Loading the base model ...")
-            base = self.run.load(self.config.model.base, "model.base")
-            delta, size = jax.jit(self._delta_and_size)(params, base)
-            del base
-            if size == 0:
-                # The same weights in other files, or a difference that the types have no room for.
-                types = [self.config.model.param_dtype, self.config.optimizer.delta_dtype]
-                raise _no_delta(f" in {' and '.join(dict.fromkeys(filter(None, types)))}")
-            self.run.console.print(f"Reference delta: {size:.3g} of the norm of the weights.")
-        self.loaded = None
-        return self._make_state(params, delta)
-
-    def _check_first(self, metrics: Mapping[str, float]) -> None:
-        loss = self.config.loss
-        with blamed_on("reference"):
-            check_starts_at_reference(metrics, loss_type=loss.type, beta=loss.beta)
+def _objective(config: DPOConfig, this: Run) -> Objective:
+    loss, settings = config.loss, _settings(config.loss)
+    score = reference_logps_fn(this.graphdef, vocab_chunk=loss.vocab_chunk, ld_alpha=loss.ld_alpha)
+    beta_at = beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, this.steps)
+    return Objective(
+        loss_fn=preference_loss(
+            this.graphdef, beta_at=beta_at, vocab_chunk=loss.vocab_chunk, **settings
+        ),
+        evaluate=partial(
+            evaluate_preferences,
+            score,
+            batch_size=this.eval_batch_size,
+            mesh=this.mesh,
+            **settings,
+        ),
+        score=score,
+        names=("chosen", "rejected") if pair_loss(**settings).needs_reference else (),
+        depends_on=() if loss.ld_alpha is None else ("ld_alpha", loss.ld_alpha),
+        check_first=partial(check_starts_at_reference, **settings),
+    )

@@ -6,6 +6,7 @@ the dry run goes as far as it can and ends with what is missing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from train.config import DPOConfig, SFTConfig, UserError
+from train.config import DPOConfig, KTOConfig, SFTConfig, UserError
 from train.data import (
     Record,
     TokenDataset,
@@ -24,6 +25,7 @@ from train.data import (
     make_buckets,
     normalise_preference,
     normalise_sft,
+    normalise_unpaired,
     read_records,
 )
 from train.models import ModelConfig, read_hf_config
@@ -32,6 +34,14 @@ from train.prepare import Tokenize, blamed_on, load_data
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Config = SFTConfig | DPOConfig | KTOConfig
+
+_READERS: dict[type, Callable[..., Any]] = {
+    SFTConfig: normalise_sft,
+    DPOConfig: normalise_preference,
+    KTOConfig: normalise_unpaired,
+}
+
 EXAMPLES = 2
 """Rows that are shown whole."""
 
@@ -39,7 +49,7 @@ _PERCENTILES = (50, 90, 99)
 _HUB_FILES = "its tokenizer and config.json"
 
 
-def dry_run(config: SFTConfig | DPOConfig, tokenize: Tokenize, console: Console) -> None:
+def dry_run(config: Config, tokenize: Tokenize, console: Console) -> None:
     """Shows token statistics, batches and the first rows with their loss masks.
 
     Args:
@@ -75,7 +85,7 @@ def dry_run(config: SFTConfig | DPOConfig, tokenize: Tokenize, console: Console)
     )
 
 
-def check_length(config: SFTConfig | DPOConfig, model: ModelConfig) -> None:
+def check_length(config: Config, model: ModelConfig) -> None:
     """Raises `UserError` when rows may be longer than the model's positions reach."""
     length = config.data.max_prompt_length + config.data.max_completion_length
     if length > model.max_position_embeddings:
@@ -110,9 +120,9 @@ def _hub_is_needed(name: str, value: str, what: str, error: Exception) -> UserEr
     )
 
 
-def _show_records(config: SFTConfig | DPOConfig, console: Console) -> None:
+def _show_records(config: Config, console: Console) -> None:
     """What can be said about the records without a tokenizer."""
-    normalise = normalise_preference if isinstance(config, DPOConfig) else normalise_sft
+    normalise = next(read for kind, read in _READERS.items() if isinstance(config, kind))
     for path in (config.data.path, *config.data.mix):
         with blamed_on("data.path" if path == config.data.path else f"data.mix: {path}"):
             records = read_records(path, config.data.split)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from train.config import EvalConfig, ModelOptions, UserError, check_records, require
 from train.data import TokenDataset, tokenize_preference
-from train.held_out import Score, evaluate_preferences, pair_logps
+from train.held_out import Score, answer_logps, evaluate_preferences
 from train.models import from_hf, split_model
 from train.multiple_choice import Question, choice_scorer, measure, read_questions
 from train.objectives import reference_logps_fn
@@ -111,9 +111,7 @@ def _evaluate(
         evaluate = evaluate_preferences(
             pair_score,
             pairs,
-            loss_type="sigmoid",
             beta=config.preferences.beta,
-            label_smoothing=0.0,
             batch_size=config.batch_size,
             mesh=None,
         )
@@ -137,7 +135,7 @@ def _evaluate(
 def _with_reference(config: EvalConfig, score: Score, pairs: TokenDataset) -> TokenDataset:
     assert config.preferences is not None
     params = _load(config.preferences.reference, config, "preferences.reference")
-    chosen, rejected = pair_logps(
+    chosen, rejected = answer_logps(
         score, params, pairs, config.batch_size, None, shown_as="reference"
     )
     return pairs.with_columns(reference_chosen_logps=chosen, reference_rejected_logps=rejected)

@@ -66,6 +66,12 @@ def run(config: ExportConfig) -> None:
         if step is None or step not in saved.steps():
             found = ", ".join(map(str, saved.steps())) or "none"
             raise UserError(f"step: no checkpoint {step} in {config.run!r}; there are {found}.")
+        damage = saved.damage(step)
+        if damage is not None:
+            raise UserError(
+                f"step: checkpoint {step} in {config.run!r} is damaged ({damage}). Give another one: "
+                f"there are {', '.join(map(str, saved.steps()))}."
+            )
     params = restore_params(checkpoints, step, like)
     with blamed_on("output"):
         to_hf(merge_model(graphdef, params), config.output, like=options.path, dtype=dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 from rich.progress import track
 
 from train.data import TokenDataset, Widths, answer_names, row_lengths, share_prompt, trim
-from train.losses import PairLogps, pair_loss, pair_metrics
+from train.losses import PairLogps, pair_loss, unpaired_loss
 from train.sharding import put_batch
 from train.step import LossFn
 
 Evaluate = Callable[[Any], dict[str, float]]
-Score = Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+Score = Callable[[Any, Any], tuple[jax.Array, ...]]
 
 
 def bucketed_batches(
@@ -29,7 +29,7 @@ def bucketed_batches(
     is filled up with copies of its first row whose answers are masked, so that they add no token.
 
     Args:
-        dataset: Preferences or SFT rows.
+        dataset: Preferences, labelled answers or SFT rows.
         batch_size: Rows in every batch.
 
     Yields:
@@ -62,7 +62,7 @@ def _width(length: int) -> int:
     return power
 
 
-def pair_logps(
+def answer_logps(
     score: Score,
     params: Any,
     dataset: TokenDataset,
@@ -70,69 +70,117 @@ def pair_logps(
     mesh: Mesh | None,
     *,
     shown_as: str | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Summed log-probabilities of the chosen and the rejected answers, each float32 ``[rows]``.
+) -> tuple[np.ndarray, ...]:
+    """Summed log-probabilities of every kind of answer, each float32 ``[rows]``.
 
     Args:
-        score: From `train.objectives.reference_logps_fn`.
+        score: From `train.objectives.reference_logps_fn` (the chosen and the rejected answers) or
+            `train.objectives.unpaired_logps_fn`.
         params: Of the model that scores.
-        dataset: Preferences.
-        batch_size: Pairs scored at once.
+        dataset: Preferences or labelled answers.
+        batch_size: Rows scored at once.
         mesh: Where batches go.
         shown_as: Label of a progress bar; None for none.
     """
-    chosen, rejected = np.zeros((2, len(dataset)), np.float32)
+    found: list[np.ndarray] = []
     batches = bucketed_batches(dataset, batch_size)
     if shown_as is not None:
         total = -(-len(dataset) // batch_size)
         batches = track(batches, description=shown_as, total=total)
     for rows, batch in batches:
         scores = jax.device_get(score(params, put_batch(batch, mesh)))
-        chosen[rows], rejected[rows] = (part[: len(rows)] for part in scores)
-    return chosen, rejected
+        found = found or [np.zeros(len(dataset), np.float32) for _ in scores]
+        for whole, part in zip(found, scores, strict=True):
+            whole[rows] = part[: len(rows)]
+    return tuple(found)
 
 
 def evaluate_preferences(
     score: Score,
     dataset: TokenDataset,
     *,
-    loss_type: str,
-    beta: float,
-    label_smoothing: float,
     batch_size: int,
     mesh: Mesh | None,
+    loss_type: str | Sequence[str] = "sigmoid",
+    beta: float = 0.1,
+    **settings: Any,
 ) -> Evaluate:
     """Makes ``f(params) -> {"eval_loss", "eval_rewards/accuracies", …}`` for preferences.
 
     Args:
         score: From `train.objectives.reference_logps_fn`.
-        dataset: Preferences with `reference_chosen_logps` and `reference_rejected_logps`.
-        loss_type: See `train.losses.pair_loss`, as for the two below.
-        beta: Factor of the rewards.
-        label_smoothing: Of the loss.
+        dataset: Preferences with `reference_chosen_logps` and `reference_rejected_logps`, unless
+            the loss is reference-free.
         batch_size: Pairs scored at once.
         mesh: Where batches go.
+        loss_type: See `train.losses.pair_loss`. A loss that compares the pairs of a batch (aot)
+            compares all pairs here.
+        beta: Factor of the rewards.
+        settings: Of the loss.
     """
-    loss = pair_loss(loss_type, beta=beta, label_smoothing=label_smoothing)
+    loss = pair_loss(loss_type, beta=beta, **settings)
     arrays = dataset.arrays
+    nothing = np.zeros(len(dataset), np.float32)
 
     def evaluate(params: Any) -> dict[str, float]:
-        chosen, rejected = pair_logps(score, params, dataset, batch_size, mesh)
+        chosen, rejected = answer_logps(score, params, dataset, batch_size, mesh)
         pair = PairLogps(
             *map(
                 jnp.asarray,
                 (
                     chosen,
                     rejected,
-                    arrays["reference_chosen_logps"],
-                    arrays["reference_rejected_logps"],
+                    arrays["reference_chosen_logps"] if loss.needs_reference else nothing,
+                    arrays["reference_rejected_logps"] if loss.needs_reference else nothing,
                     arrays["chosen_mask"].sum(axis=1, dtype=np.float32),
                     arrays["rejected_mask"].sum(axis=1, dtype=np.float32),
                 ),
             )
         )
-        metrics = {"loss": jnp.mean(loss(pair)), **pair_metrics(pair, beta)}
+        metrics = {"loss": jnp.mean(loss(pair)), **loss.metrics(pair)}
         return {f"eval_{name}": float(value) for name, value in metrics.items()}
+
+    return evaluate
+
+
+def evaluate_unpaired(
+    score: Score,
+    dataset: TokenDataset,
+    *,
+    batch_size: int,
+    mesh: Mesh | None,
+    loss_type: str = "kto",
+    beta: float = 0.1,
+    **settings: float,
+) -> Evaluate:
+    """Makes ``f(params) -> {"eval_loss", "eval_kl", "eval_rewards/margins", …}`` for KTO.
+
+    Every figure is of all rows together: the divergence is the mean over all of them, clamped at 0
+    after that, and a label's reward the mean over its rows. TRL averages over batches.
+
+    Args:
+        score: From `train.objectives.unpaired_logps_fn`.
+        dataset: Labelled answers with `reference_completion_logps`, and for `"kto"` the mismatched
+            ones with `reference_kl_logps`.
+        batch_size: Rows scored at once.
+        mesh: Where batches go.
+        loss_type: See `train.losses.unpaired_loss`.
+        beta: Factor of the rewards.
+        settings: Of the loss.
+    """
+    loss = unpaired_loss(loss_type, beta=beta, **settings)
+    arrays = dataset.arrays
+
+    def evaluate(params: Any) -> dict[str, float]:
+        logps, *mismatched = answer_logps(score, params, dataset, batch_size, mesh)
+        kl = jnp.mean(mismatched[0] - arrays["reference_kl_logps"]) if loss.needs_kl else None
+        reference, label = arrays["reference_completion_logps"], arrays["label"]
+        per_row, metrics = loss(jnp.asarray(logps), jnp.asarray(reference), jnp.asarray(label), kl)
+        metrics = {"loss": jnp.mean(per_row), **metrics}
+        found = {f"eval_{name}": float(value) for name, value in metrics.items()}
+        # A label that no row has leaves no mean, as in the training loop's log.
+        means = ("eval_rewards/", "eval_logps/")
+        return {k: v for k, v in found.items() if not (np.isnan(v) and k.startswith(means))}
 
     return evaluate
 

@@ -288,7 +288,10 @@ def count_tokens(batch: Mapping[str, np.ndarray]) -> int:
 
 
 def _read(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+    row = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+    # Means over a label that the batch lacks (KTO); TRL too leaves them out.
+    absent = ("rewards/", "logps/")
+    return {k: v for k, v in row.items() if not (math.isnan(v) and k.startswith(absent))}
 
 
 _IN_A_ROW = "skipped_in_a_row"

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,25 +19,33 @@ import numpy as np
 from train.config import UserError
 from train.data import TokenDataset
 
-Scores = tuple[np.ndarray, np.ndarray]
+Scores = Mapping[str, np.ndarray]
+"""Log-probabilities by the kind of answer, each float32 `[rows]`."""
 
 
-def cache_file(directory: Path, model_hash: str, dataset: TokenDataset, dtypes: list[str]) -> Path:
+def cache_file(
+    directory: Path, model_hash: str, dataset: TokenDataset, computation: list[str | float]
+) -> Path:
     """Where the log-probabilities of one model on one data set are kept.
 
     Args:
         directory: Of the cache.
         model_hash: From `train.prepare.hash_model`.
-        dataset: Preferences.
-        dtypes: Types of the computation and of the parameters.
+        dataset: Preferences, or labelled answers with their mismatched ones, which count too.
+        computation: Types of the computation and of the parameters, and what else it depends on.
     """
     # Shared prompts round differently, and rewards are to start at 0 in low precision too.
-    key = json.dumps([model_hash, dataset.fingerprint(), dtypes, dataset.share_prompts])
+    key = json.dumps([model_hash, dataset.fingerprint(), computation, dataset.share_prompts])
     return directory / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
 
 
-def read_cache(file: Path, rows: int) -> Scores | None:
+def read_cache(file: Path, rows: int, names: tuple[str, ...]) -> Scores | None:
     """The log-probabilities in a file, each float32 ``[rows]``, or None when it does not exist.
+
+    Args:
+        file: From `cache_file`.
+        rows: Rows of the data set.
+        names: Kinds of answers.
 
     Raises:
         UserError: the file is damaged.
@@ -46,12 +54,12 @@ def read_cache(file: Path, rows: int) -> Scores | None:
         return None
     try:
         with np.load(file, allow_pickle=False) as stored:
-            scores = stored["chosen"], stored["rejected"]
+            scores = {name: stored[name] for name in names}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(
             f"cached log-probabilities {file} are damaged ({error}); delete it to compute them again."
         ) from error
-    if any(part.shape != (rows,) for part in scores):
+    if any(part.shape != (rows,) for part in scores.values()):
         raise UserError(f"cached log-probabilities {file} are not of {rows} rows; delete it.")
     return scores
 
@@ -61,27 +69,29 @@ def write_cache(file: Path, scores: Scores) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     with partial.open("wb") as out:
-        np.savez(out, chosen=scores[0], rejected=scores[1])
+        np.savez(out, allow_pickle=False, **scores)
     partial.replace(file)
 
 
 def with_reference(
-    dataset: TokenDataset, file: Path, compute: Callable[[TokenDataset], Scores]
+    dataset: TokenDataset,
+    file: Path,
+    names: tuple[str, ...],
+    compute: Callable[[TokenDataset], Scores],
 ) -> TokenDataset:
     """The data set with its reference columns, from the cache or computed and cached.
 
     Args:
-        dataset: Preferences.
+        dataset: Preferences or labelled answers.
         file: From `cache_file`.
+        names: Kinds of answers: `chosen` and `rejected`, or `completion` and `kl`.
         compute: Makes the log-probabilities when the file does not exist.
 
     Returns:
-        `dataset` with `reference_chosen_logps` and `reference_rejected_logps`, float32 ``[rows]``.
+        `dataset` with `reference_NAME_logps` for every name, float32 ``[rows]``.
     """
-    scores = read_cache(file, len(dataset))
+    scores = read_cache(file, len(dataset), names)
     if scores is None:
         scores = compute(dataset)
         write_cache(file, scores)
-    return dataset.with_columns(
-        reference_chosen_logps=scores[0], reference_rejected_logps=scores[1]
-    )
+    return dataset.with_columns(**{f"reference_{name}_logps": scores[name] for name in names})

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from train.checkpoint import Checkpoints, abstract, restore_params
-from train.config import DPOConfig, SFTConfig, TrainerOptions, UserError, check
+from train.config import DPOConfig, KTOConfig, SFTConfig, TrainerOptions, UserError, check
 from train.data import TokenDataset, make_buckets, make_loader
 from train.dry_run import check_length, dry_run
 from train.export import export_run
@@ -34,6 +34,10 @@ from train.step import LossFn, State, make_train_step, state_shardings
 from train.summary import show_summary, summarise
 from train.watch import best_step
 
+Arrange = Callable[
+    [TokenDataset, TokenDataset | None, Console], tuple[TokenDataset, TokenDataset | None]
+]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -53,7 +57,7 @@ class Run:
         mesh: Devices, None for a single one.
     """
 
-    config: SFTConfig | DPOConfig
+    config: SFTConfig | DPOConfig | KTOConfig
     output: OutputDir
     console: Console
     model: ModelConfig
@@ -101,6 +105,7 @@ class Run:
         data: TokenDataset,
         evaluate: Evaluate | None,
         check_first: Callable[[Mapping[str, float]], None] | None = None,
+        shuffle: bool = True,
     ) -> None:
         """Trains, exports the model and reports.
 
@@ -112,13 +117,14 @@ class Run:
             data: Training rows with all the columns that the loss reads.
             evaluate: Held-out metrics.
             check_first: See `train.loop.Job`.
+            shuffle: Draw a new order of the rows in every epoch.
 
         Raises:
             Stopped: by a signal; the run is saved.
             UserError: training ended, and said why; nothing is exported.
         """
         try:
-            self._train(loss_fn, tx, start, like, data, evaluate, check_first)
+            self._train(loss_fn, tx, start, like, data, evaluate, check_first, shuffle)
         finally:
             release(self.output.path)
 
@@ -131,8 +137,12 @@ class Run:
         data: TokenDataset,
         evaluate: Evaluate | None,
         check_first: Callable[[Mapping[str, float]], None] | None,
+        shuffle: bool,
     ) -> None:
-        trainer = self.config.trainer
+        trainer, buckets = self.config.trainer, None
+        if shuffle:
+            buckets = make_buckets(data, trainer.batch_size, self.config.data.buckets)
+            self.console.print(f"Batches: {buckets.describe(data.arrays)}", highlight=False)
         shardings = state_shardings(like, self.shapes)
         job = Job(
             start=start,
@@ -147,8 +157,9 @@ class Run:
                 data,
                 trainer.batch_size,
                 seed=trainer.seed,
+                shuffle=shuffle,
                 shard=_process(),
-                buckets=make_buckets(data, trainer.batch_size, self.config.data.buckets),
+                buckets=buckets,
             ),
             evaluate=evaluate,
             check_first=check_first,
@@ -181,13 +192,19 @@ class Run:
         return step, restore_params(self.output.checkpoints, step, like["params"])
 
 
-def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> Run | None:
+def set_up(
+    command: str,
+    config: SFTConfig | DPOConfig | KTOConfig,
+    tokenize: Tokenize,
+    arrange: Arrange | None = None,
+) -> Run | None:
     """Checks everything that can be checked without weights.
 
     Args:
-        command: "sft" or "dpo".
+        command: "sft", "dpo" or "kto".
         config: The settings.
         tokenize: Makes rows of records.
+        arrange: Orders and completes the training and the held-out rows.
 
     Returns:
         The run, or None when there is none to make: after a dry run, and when the output directory
@@ -218,9 +235,9 @@ def set_up(command: str, config: SFTConfig | DPOConfig, tokenize: Tokenize) -> R
     check_length(config, model)
     tokenizer = load_tokenizer(config.model.path, "model.path")
     data, held_out = load_data(config.data, tokenize, tokenizer, console)
+    if arrange is not None:
+        data, held_out = arrange(data, held_out, console)
     steps = count_steps(config.trainer, data.rows_per_epoch)
-    buckets = make_buckets(data, config.trainer.batch_size, config.data.buckets)
-    console.print(f"Batches: {buckets.describe(data.arrays)}", highlight=False)
     mesh = make_mesh(config.trainer.fsdp)
     check_batch(
         "trainer.batch_size",

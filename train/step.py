@@ -104,7 +104,8 @@ def make_train_step(
     """The jitted `step(state, batch) -> (state, metrics)`; it consumes the state it is given.
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> (loss, metrics)`.
+      loss_fn: `loss_fn(params, batch) -> (loss, metrics)`; its batch also holds `step`, the number
+        of updates done, int32 `[]`.
       tx: The optimizer `state` was made with.
       shardings: Where the new state belongs, from `state_shardings`; needed on a mesh so that a
         state keeps its layout from step to step.
@@ -122,6 +123,7 @@ def make_train_step(
     gradient = loss_and_gradient(loss_fn, accumulate)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        batch = {**batch, "step": state["step"]}  # for losses whose settings change with it
         (loss, metrics), grads = gradient(state["params"], batch)
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.train.tiny_runs import make_model_dir, make_records, make_tokenizer
 from train.data import tokenize_preference, tokenize_sft
-from train.held_out import bucketed_batches, evaluate_preferences, evaluate_sft, pair_logps
+from train.held_out import answer_logps, bucketed_batches, evaluate_preferences, evaluate_sft
 from train.models import from_hf, merge_model, split_model
 from train.objectives import reference_logps_fn, sft_loss
 
@@ -71,9 +71,9 @@ def test_every_row_comes_once_and_keeps_its_tokens(pairs):
     assert arrays["chosen_mask"].any(axis=1).all()  # the data set itself is as it was
 
 
-def test_pair_logps_are_those_of_each_row_alone(model, pairs):
+def test_answer_logps_are_those_of_each_row_alone(model, pairs):
     graphdef, params = model
-    found = pair_logps(reference_logps_fn(graphdef), params, pairs, 4, None)
+    found = answer_logps(reference_logps_fn(graphdef), params, pairs, 4, None)
     for kind, logps in zip(("chosen", "rejected"), found, strict=True):
         wanted = [token_logps_alone(model, pairs, row, kind).sum() for row in range(len(pairs))]
         np.testing.assert_allclose(logps, wanted, rtol=1e-5)

@@ -10,6 +10,8 @@ from train.config import UserError
 from train.data import tokenize_preference
 from train.reference import cache_file, read_cache, with_reference
 
+PAIR = ("chosen", "rejected")
+
 
 def tokens(count: int = 5, limit: int = 16):
     return tokenize_preference(
@@ -23,10 +25,10 @@ def test_computed_once_and_read_back(tmp_path):
     def compute(given):
         calls.append(given)
         rows = np.arange(len(given), dtype=np.float32)
-        return -rows, -rows / 3
+        return {"chosen": -rows, "rejected": -rows / 3}
 
     file = cache_file(tmp_path / "cache", "hash", dataset, ["float32"])
-    first, second = (with_reference(dataset, file, compute) for _ in range(2))
+    first, second = (with_reference(dataset, file, PAIR, compute) for _ in range(2))
     assert len(calls) == 1
     for name in ("reference_chosen_logps", "reference_rejected_logps"):
         np.testing.assert_array_equal(first.arrays[name], second.arrays[name])
@@ -53,11 +55,11 @@ def test_damaged_file(tmp_path, content):
     file = tmp_path / "x.npz"
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"x\.npz are damaged .* delete it"):
-        read_cache(file, 5)
+        read_cache(file, 5, PAIR)
 
 
 def test_file_of_another_length(tmp_path):
     file = tmp_path / "x.npz"
     np.savez(file, chosen=np.zeros(4), rejected=np.zeros(4))
     with pytest.raises(UserError, match="not of 5 rows"):
-        read_cache(file, 5)
+        read_cache(file, 5, PAIR)

@@ -7,10 +7,10 @@ belong to one optimizer are checked in `train.optimizers`.
 """
 
 from train.config.base import DType, UserError, flatten, require
-from train.config.commands import FREE_FIELDS, DPOConfig, ExportConfig, SFTConfig
+from train.config.commands import FREE_FIELDS, DPOConfig, ExportConfig, KTOConfig, SFTConfig
 from train.config.data import DataOptions, RecordOptions, check_records
 from train.config.evaluation import EvalConfig, PreferenceEvalOptions, TaskOptions
-from train.config.loss import PreferenceLossOptions, SFTLossOptions
+from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
 from train.config.model import ModelOptions, PolicyOptions
 from train.config.optimizer import AdamWOptions, OptimizerName, OptimizerOptions, ScheduleOptions
 from train.config.ranges import check
@@ -25,6 +25,7 @@ __all__ = [
     "EarlyStopOptions",
     "EvalConfig",
     "ExportConfig",
+    "KTOConfig",
     "ModelOptions",
     "OptimizerName",
     "OptimizerOptions",
@@ -37,6 +38,7 @@ __all__ = [
     "ScheduleOptions",
     "TaskOptions",
     "TrainerOptions",
+    "UnpairedLossOptions",
     "UserError",
     "check",
     "check_records",

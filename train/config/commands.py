@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from train.config.base import DType
 from train.config.data import DataOptions
-from train.config.loss import PreferenceLossOptions, SFTLossOptions
+from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
 from train.config.model import ModelOptions, PolicyOptions
 from train.config.optimizer import AdamWOptions, OptimizerOptions, ScheduleOptions
 from train.config.trainer import TrainerOptions
@@ -64,6 +64,37 @@ class DPOConfig:
     optimizer: OptimizerOptions
     trainer: TrainerOptions
     loss: PreferenceLossOptions = field(default_factory=PreferenceLossOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    reference_cache: str | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTOConfig:
+    """Alignment of an SFT model on answers that are labelled desirable or not, one by one.
+
+    Attributes:
+        output_dir: Directory of the run: settings, checkpoints, logs and the exported model. The
+            same command given again resumes what it holds; it never holds two runs.
+        model: The model.
+        data: The data, prompts with an answer and a label; of preference pairs both answers count.
+        optimizer: The optimizer.
+        trainer: The training run. The rows of a batch are drawn once, and are the same in every
+            epoch.
+        loss: The loss.
+        schedule: The schedule.
+        reference_cache: Directory for the reference's log-probabilities, keyed by the content of
+            model and data, so that several runs can share it. Unset: inside `output_dir`.
+        dry_run: Show token statistics, batches and the first examples with their loss masks, and
+            stop before any weight is read.
+    """
+
+    output_dir: str
+    model: PolicyOptions
+    data: DataOptions
+    optimizer: OptimizerOptions
+    trainer: TrainerOptions
+    loss: UnpairedLossOptions = field(default_factory=UnpairedLossOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     reference_cache: str | None = None
     dry_run: bool = False

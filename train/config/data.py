@@ -54,7 +54,7 @@ class DataOptions(RecordOptions):
             is evaluated.
         buckets: Shapes of batches, at most: records of similar length are batched together, so that
             little padding is computed, and every shape is compiled once. 1: batches of any records,
-            as wide as the longest. Unset: up to 12, fewer where there are few batches.
+            as wide as the longest. Unset: up to 16, fewer where there are few batches.
     """
 
     mix: dict[str, float] = field(default_factory=dict)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from train.config.base import UserError, flatten, require
-from train.config.commands import DPOConfig, SFTConfig
+from train.config.commands import DPOConfig, KTOConfig, SFTConfig
 from train.config.data import check_records
 from train.config.trainer import TrainerOptions
 
 
-def check(config: SFTConfig | DPOConfig) -> None:
+def check(config: SFTConfig | DPOConfig | KTOConfig) -> None:
     """Checks every range that needs no file.
 
     Raises:
@@ -70,15 +70,15 @@ def check(config: SFTConfig | DPOConfig) -> None:
     require(data.buckets is None or data.buckets > 0, "data.buckets", data.buckets, "positive")
     if (config.trainer.steps is None) == (config.trainer.epochs is None):
         raise UserError("Give exactly one of trainer.steps and trainer.epochs.")
+    if not isinstance(config, SFTConfig):
+        require(config.loss.beta > 0, "loss.beta", config.loss.beta, "positive")
     if isinstance(config, DPOConfig):
-        loss = config.loss
-        require(loss.beta > 0, "loss.beta", loss.beta, "positive")
-        require(
-            0 <= loss.label_smoothing < 0.5,
-            "loss.label_smoothing",
-            loss.label_smoothing,
-            "in [0, 0.5)",
-        )
+        smoothing = config.loss.label_smoothing
+        require(0 <= smoothing < 0.5, "loss.label_smoothing", smoothing, "in [0, 0.5)")
+    if isinstance(config, KTOConfig) and config.loss.type == "kto":
+        # The divergence comes from the other completions of a batch.
+        size = config.trainer.batch_size
+        require(size > 1, "trainer.batch_size", size, "at least 2 for loss.type kto")
 
 
 def check_held_out_use(trainer: TrainerOptions) -> None:

@@ -15,18 +15,21 @@ from train.data.loader import make_loader
 from train.data.mixing import mix
 from train.data.records import (
     Example,
+    Labelled,
     Preference,
     UnusableRecord,
     normalise_preference,
     normalise_sft,
+    normalise_unpaired,
 )
 from train.data.split import split_by_prompt
-from train.data.tokenizing import tokenize_preference, tokenize_sft
+from train.data.tokenizing import tokenize_preference, tokenize_sft, tokenize_unpaired
 
 __all__ = [
     "Buckets",
     "DataError",
     "Example",
+    "Labelled",
     "Lengths",
     "Preference",
     "Record",
@@ -40,6 +43,7 @@ __all__ = [
     "mix",
     "normalise_preference",
     "normalise_sft",
+    "normalise_unpaired",
     "padding_share",
     "read_records",
     "row_lengths",
@@ -48,5 +52,6 @@ __all__ = [
     "split_by_prompt",
     "tokenize_preference",
     "tokenize_sft",
+    "tokenize_unpaired",
     "trim",
 ]

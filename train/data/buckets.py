@@ -28,7 +28,7 @@ WIDTH_MULTIPLE = 8
 SCORED_PARTS = 2
 """Buckets that a range of total lengths is divided into."""
 
-MAX_BUCKETS = 12
+MAX_BUCKETS = 16
 """Buckets when nobody gives a number and there are batches enough."""
 
 BATCHES_PER_BUCKET = 8

@@ -119,13 +119,13 @@ class TokenDataset:
         return dataclasses.replace(self, arrays={**self.arrays, **columns})
 
     def fingerprint(self) -> str:
-        """SHA-256 of the tokens and masks: it changes with data, template, tokeniser and limits.
+        """SHA-256 of tokens, masks and labels: it changes with data, template, tokeniser and limits.
 
         Columns that were added, such as reference log-probabilities, do not count.
         """
         digest = hashlib.sha256()
         for name in sorted(self.arrays):
-            if name.endswith(("_tokens", "_mask")):
+            if name.endswith(("_tokens", "_mask")) or name == "label":
                 column = np.ascontiguousarray(self.arrays[name])
                 digest.update(f"{name} {column.dtype} {column.shape}".encode())
                 digest.update(column.tobytes())

@@ -11,6 +11,9 @@ Preferences (the fields of TRL, and instruction data as LLaMA-Factory has it):
 Examples: `prompt`, `completion`; `messages`, of which the last is learned; `instruction`, `input`
 (optional), `output`; `question`, `answer`.
 
+Unpaired answers, for KTO: an example in any of these formats with `label`, true where the answer is
+desirable. A preference counts as two of them.
+
 Instructions and questions become a conversation of one user turn. Messages keep every key they
 have, because chat templates may use more than role and content. Other fields are ignored.
 """
@@ -29,6 +32,7 @@ Text = str | list[Message]
 PREFERENCE_FORMATS = (
     "{prompt, chosen, rejected}, {chosen, rejected} or {instruction, input, chosen, rejected}"
 )
+UNPAIRED_FORMATS = "{prompt, completion, label} or pairs of {prompt, chosen, rejected}"
 SFT_FORMATS = "{prompt, completion}, {messages}, {instruction, input, output} or {question, answer}"
 
 
@@ -129,6 +133,52 @@ def normalise_sft(record: Mapping[str, Any]) -> Example:
     answer = _field(record, name, SFT_FORMATS)
     prompt, (completion,) = _match_shapes(prompt, {name: answer}, where)
     return Example(prompt, completion)
+
+
+@dataclass(frozen=True)
+class Labelled(Example):
+    """An example with a verdict.
+
+    Attributes:
+      label: Whether the completion is desirable.
+    """
+
+    label: bool
+
+
+def normalise_unpaired(record: Mapping[str, Any]) -> list[Labelled]:
+    """Read a labelled answer, or both answers of a preference as TRL does, the chosen one first.
+
+    Args:
+      record: Fields by name, as `read_records` returns them: a format of `normalise_sft` with
+        `label` (true, false, 1 or 0), or one of `normalise_preference`.
+
+    Raises:
+      DataError: When a field is missing, empty or of the wrong type.
+      UnusableRecord: When the record cannot be trained on.
+
+    Example:
+      >>> [one] = normalise_unpaired({"prompt": "1+1=", "completion": "2", "label": True})
+      >>> one.completion, one.label
+      ('2', True)
+    """
+    if _has(record, "chosen") or _has(record, "rejected"):
+        pair = normalise_preference(record)
+        return [
+            Labelled(pair.prompt, pair.chosen, True),
+            Labelled(pair.prompt, pair.rejected, False),
+        ]
+    where, label = where_of(record), record.get("label")
+    if label is None:
+        raise DataError(
+            f"{where}: field 'label' is missing; found {_found(record)}. Expected {UNPAIRED_FORMATS}."
+        )
+    if not isinstance(label, bool | int) or label not in (0, 1):
+        raise DataError(
+            f"{where}: field 'label' must be true (desirable) or false, found {label!r}."
+        )
+    example = normalise_sft(record)
+    return [Labelled(example.prompt, example.completion, bool(label))]
 
 
 def prompt_messages(record: Mapping[str, Any]) -> list[Message]:

@@ -63,11 +63,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt with its answers, all strings or all messages, and where the record was read."""
+    """A prompt with its answers, all strings or all messages, and where the record was read.
+
+    Rows of unpaired answers say whether the answer is desirable.
+    """
 
     prompt: Text
     answers: Sequence[Text]
     where: str
+    label: bool | None = None
 
 
 class Encoder:

@@ -11,7 +11,12 @@ import numpy as np
 
 from train.data.dataset import Lengths, TokenDataset, TokenReport, pad_left, pad_right
 from train.data.formats import DataError, where_of
-from train.data.records import UnusableRecord, normalise_preference, normalise_sft
+from train.data.records import (
+    UnusableRecord,
+    normalise_preference,
+    normalise_sft,
+    normalise_unpaired,
+)
 from train.data.templates import Encoded, Encoder, Row, Template
 
 if TYPE_CHECKING:
@@ -100,9 +105,40 @@ def tokenize_sft(
     )
 
 
+def tokenize_unpaired(
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int,
+    max_completion_length: int,
+    template: Template = "auto",
+    truncation: Truncation = "keep_end",
+) -> TokenDataset:
+    """Tokenise labelled answers; arguments, limits and errors are those of `tokenize_preference`.
+
+    A preference pair gives two rows, the chosen answer's first.
+
+    Returns:
+      Columns `prompt_…`, `completion_…`, `label` bool `[rows]` and `index`.
+    """
+
+    def rows(record: Mapping[str, Any]) -> list[Row]:
+        where = where_of(record)
+        found = normalise_unpaired(record)
+        return [Row(one.prompt, (one.completion,), where, one.label) for one in found]
+
+    return _tokenize(
+        records,
+        rows,
+        ("completion",),
+        Encoder(tokenizer, template),
+        _Limits(max_prompt_length, max_completion_length, truncation),
+    )
+
+
 def _tokenize(
     records: Sequence[Mapping[str, Any]],
-    row: Callable[[Mapping[str, Any]], Row],
+    row: Callable[[Mapping[str, Any]], Row | list[Row]],
     names: tuple[str, ...],
     encoder: Encoder,
     limits: _Limits,
@@ -110,30 +146,34 @@ def _tokenize(
     limits.check()
     dropped: Counter[str] = Counter()
     rows = _normalised(records, row, dropped)
-    fitted = []
-    for encoded in encoder.encode(rows):
+    fitted, labels = [], []
+    for source, encoded in zip(rows, encoder.encode(rows), strict=True):
         one = encoded if isinstance(encoded, UnusableRecord) else _fit(encoded, limits, encoder)
         if isinstance(one, UnusableRecord):
             dropped[str(one)] += 1
         else:
             fitted.append(one)
+            labels.append(source.label)
     if not fitted:
         reasons = "; ".join(f"{count}: {reason}" for reason, count in dropped.items())
         raise DataError(f"None of {len(records)} records can be used ({reasons}).")
     arrays = _columns(fitted, names, limits, encoder)
+    if labels[0] is not None:
+        arrays["label"] = np.array(labels, bool)
     return TokenDataset(arrays, _report(len(records), dropped, fitted, arrays, names))
 
 
 def _normalised(
     records: Sequence[Mapping[str, Any]],
-    row: Callable[[Mapping[str, Any]], Row],
+    row: Callable[[Mapping[str, Any]], Row | list[Row]],
     dropped: Counter[str],
 ) -> list[Row]:
     """All rows that can be used; malformed records are collected and raised together."""
     rows, errors = [], []
     for record in records:
         try:
-            rows.append(row(record))
+            found = row(record)
+            rows += found if isinstance(found, list) else [found]
         except UnusableRecord as reason:
             dropped[str(reason)] += 1
         except DataError as error:

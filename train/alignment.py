@@ -1,0 +1,189 @@
+"""What alignment on pairs and on labelled answers share: the way of the weights through a run.
+
+The policy starts as the reference, so the weights are read once: they give the reference's
+log-probabilities (kept on disk), the delta τ_r = reference − base, and the first parameters. Neither
+the reference nor the base stays in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import optax
+
+import omerge_jax as om
+from train.config import DPOConfig, KTOConfig, UserError
+from train.data import TokenDataset
+from train.held_out import Evaluate, Score, answer_logps
+from train.models import layer_axes
+from train.optimizers import check_optimizer, make_optimizer, needs_delta, takes_delta
+from train.prepare import blamed_on, check_related, hash_model
+from train.reference import Scores, cache_file, with_reference
+from train.run import Run
+from train.sharding import Params
+from train.step import LossFn, State, init_state
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one kind of alignment gives to `align`.
+
+    Attributes:
+        loss_fn: From `train.objectives`.
+        evaluate: Makes the evaluation of held-out rows, which have their reference columns.
+        score: Log-probabilities of the answers, which the reference's are computed with.
+        names: Kinds of answers that `score` gives; none when the loss asks no reference.
+        depends_on: Settings that change what `score` gives.
+        check_first: Raises `ValueError` when the metrics of step 1 of a new run cannot be.
+        shuffle: Whether every epoch draws a new order.
+    """
+
+    loss_fn: LossFn
+    evaluate: Callable[[TokenDataset], Evaluate]
+    score: Score
+    names: tuple[str, ...]
+    depends_on: tuple[str | float, ...]
+    check_first: Callable[[Mapping[str, float]], None]
+    shuffle: bool = True
+
+
+def check_merge(config: DPOConfig | KTOConfig) -> None:
+    """Checks that the base model is given exactly where the optimizer merges with its delta.
+
+    Raises:
+        UserError: it is missing, or of no use.
+    """
+    check_optimizer(config.optimizer)
+    name, base = config.optimizer.name, config.model.base
+    if base is None and needs_delta(config.optimizer):
+        raise UserError(
+            f"model.base is not set; {name} merges with the delta between model.path and the "
+            "pre-trained model it was fine-tuned from. Give that model's directory."
+        )
+    if base is not None and not takes_delta(config.optimizer):
+        raise UserError(
+            f"model.base is set to {base!r}, but {name} has no use for it. Unset it, or choose a "
+            "merging optimizer.name."
+        )
+
+
+def align(config: DPOConfig | KTOConfig, this: Run, objective: Objective) -> None:
+    """Aligns from the start or from the last checkpoint, and exports the model.
+
+    Raises:
+        UserError: base and model do not go together; before training starts.
+    """
+    base = config.model.base
+    if base is not None:
+        check_related(base, config.model.path, "model.base")
+    inputs = {"model": hash_model(config.model.path)}
+    if base is not None:
+        inputs["base"] = hash_model(base)
+        if inputs["base"] == inputs["model"]:
+            raise _no_delta()
+    this.begin(**inputs)
+    _Alignment(config, this, objective, inputs["model"]).train()
+
+
+def _no_delta(as_held: str = "") -> UserError:
+    return UserError(
+        f"model.base holds the same weights as model.path{as_held}, so there is no delta to merge "
+        "with. Give the model that model.path was fine-tuned from."
+    )
+
+
+class _Alignment:
+    """The weights' way through a run: loaded once, let go as soon as the state exists."""
+
+    def __init__(
+        self, config: DPOConfig | KTOConfig, this: Run, objective: Objective, model_hash: str
+    ) -> None:
+        self.config, self.run, self.objective = config, this, objective
+        self.model_hash = model_hash
+        self.tx = make_optimizer(config.optimizer, this.schedule, layer_axes=layer_axes)
+        self.loaded: Params | None = None
+
+    def train(self) -> None:
+        this, evaluate = self.run, None
+        data = self._with_reference(this.data)
+        if this.held_out is not None:
+            evaluate = self.objective.evaluate(self._with_reference(this.held_out))
+        if this.resumes:
+            # Nothing will ask for the weights that scored the reference: the state is restored.
+            self.loaded = None
+        this.train(
+            self.objective.loss_fn,
+            self.tx,
+            self._start,
+            like=jax.eval_shape(self._make_state, this.shapes, self._delta_shapes()),
+            data=data,
+            evaluate=evaluate,
+            check_first=self._check_first,
+            shuffle=self.objective.shuffle,
+        )
+
+    def _params(self) -> Params:
+        if self.loaded is None:
+            self.run.console.print("Loading the model ...")
+            self.loaded = self.run.load(self.config.model.path, "model.path")
+        return self.loaded
+
+    def _with_reference(self, dataset: TokenDataset) -> TokenDataset:
+        model, names = self.config.model, self.objective.names
+        if not names:
+            return dataset
+        cache = self.config.reference_cache
+        directory = self.run.output.path / "reference" if cache is None else Path(cache)
+        computation = [model.dtype, model.param_dtype, *self.objective.depends_on]
+
+        def compute(dataset: TokenDataset) -> Scores:
+            logps = answer_logps(
+                self.objective.score,
+                self._params(),
+                dataset,
+                self.run.eval_batch_size,
+                self.run.mesh,
+                shown_as=f"reference log-probabilities of {len(dataset)} rows",
+            )
+            return dict(zip(names, logps, strict=True))
+
+        file = cache_file(directory, self.model_hash, dataset, computation)
+        return with_reference(dataset, file, names, compute)
+
+    def _make_state(self, params: Params, delta: Params | None) -> State:
+        return init_state(params, self.tx, delta)
+
+    def _delta_of(self, params: Params, base: Params) -> Params:
+        return om.task_vector(params, base, dtype=self.config.optimizer.delta_dtype)
+
+    def _delta_and_size(self, params: Params, base: Params) -> tuple[Params, jax.Array]:
+        delta = self._delta_of(params, base)
+        return delta, optax.tree.norm(delta) / optax.tree.norm(params)
+
+    def _delta_shapes(self) -> Params | None:
+        if not needs_delta(self.config.optimizer):
+            return None
+        return jax.eval_shape(self._delta_of, self.run.shapes, self.run.shapes)
+
+    def _start(self) -> State:
+        params, delta = self._params(), None
+        if needs_delta(self.config.optimizer):
+            assert self.config.model.base is not None
+            self.run.console.print("Loading the base model ...")
+            base = self.run.load(self.config.model.base, "model.base")
+            delta, size = jax.jit(self._delta_and_size)(params, base)
+            del base
+            if size == 0:
+                # The same weights in other files, or a difference that the types have no room for.
+                types = [self.config.model.param_dtype, self.config.optimizer.delta_dtype]
+                raise _no_delta(f" in {' and '.join(dict.fromkeys(filter(None, types)))}")
+            self.run.console.print(f"Reference delta: {size:.3g} of the norm of the weights.")
+        self.loaded = None
+        return self._make_state(params, delta)
+
+    def _check_first(self, metrics: Mapping[str, float]) -> None:
+        with blamed_on("reference"):
+            self.objective.check_first(metrics)
