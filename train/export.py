@@ -14,6 +14,7 @@ from rich.console import Console
 
 from train.checkpoint import Checkpoints, restore_params
 from train.config import ExportConfig, ModelOptions, UserError
+from train.model_card import run_card
 from train.models import merge_model, to_hf
 from train.models.output_dir import check_writable
 from train.output_dir import OutputDir
@@ -22,7 +23,7 @@ from train.sharding import abstract_model
 
 
 def export_run(
-    output: OutputDir, options: ModelOptions, graphdef: nnx.GraphDef, params: Any
+    output: OutputDir, options: ModelOptions, graphdef: nnx.GraphDef, params: Any, *, step: int
 ) -> None:
     """Writes the trained model to ``output.export`` unless it is there already.
 
@@ -31,6 +32,7 @@ def export_run(
         options: The model the run started from, whose tokenizer and configuration are copied.
         graphdef: Of the model.
         params: Its final parameters.
+        step: The step they are of, for the model card.
     """
     if output.export.exists():
         return  # it appears whole or not at all
@@ -38,7 +40,8 @@ def export_run(
         shutil.rmtree(partial)  # left by a kill in the middle of an earlier export
     model = merge_model(graphdef, params)
     with blamed_on("export (the checkpoint is complete; the same command tries again)"):
-        to_hf(model, output.export, like=options.path, dtype=options.export_dtype)
+        card = run_card(output.path, step)
+        to_hf(model, output.export, like=options.path, dtype=options.export_dtype, card=card)
 
 
 def run(config: ExportConfig) -> None:
@@ -73,8 +76,10 @@ def run(config: ExportConfig) -> None:
                 f"there are {', '.join(map(str, saved.steps()))}."
             )
     params = restore_params(checkpoints, step, like)
+    card = run_card(config.run, step)
     with blamed_on("output"):
-        to_hf(merge_model(graphdef, params), config.output, like=options.path, dtype=dtype)
+        model = merge_model(graphdef, params)
+        to_hf(model, config.output, like=options.path, dtype=dtype, card=card)
     Console().print(f"Step {step} written to {config.output}", highlight=False)
 
 

@@ -18,6 +18,7 @@ from rich.progress import Progress
 import omerge_jax as om
 from train.config import MergeConfig, UserError, require
 from train.mergeable import Mergeable, check_mergeable, open_mergeable
+from train.model_card import merge_card
 from train.models.hf_export import cast_checked, copy_companions, save_tensors
 from train.models.hf_names import EMBEDDING, LM_HEAD
 from train.models.output_dir import check_writable, written_whole
@@ -42,7 +43,7 @@ def run(config: MergeConfig) -> Path:
 
     Returns:
         The output directory, which also holds the settings as ``merge.yaml``, ready for
-        ``--config``.
+        ``--config``, and a model card.
 
     Raises:
         UserError: something given cannot be used, before weights are read; or a value of the result
@@ -72,6 +73,7 @@ def run(config: MergeConfig) -> Path:
         copy_companions(like.directory, partial, config.dtype or origin.widest)
         text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
         (partial / MERGE_FILE).write_text(text, encoding="utf-8")
+        (partial / "README.md").write_text(merge_card(config, out.name), encoding="utf-8")
     console.print(f"Merged into {out}", highlight=False, soft_wrap=True)
     return out
 

@@ -168,7 +168,7 @@ class Run:
         )
         state = fit(job, trainer, self.output, self.console)
         step, params = self._to_export(state, job.like)
-        export_run(self.output, self.config.model, self.graphdef, params)
+        export_run(self.output, self.config.model, self.graphdef, params, step=step)
         summary = summarise(self.output, exported=step)
         self.output.finish(summary)
         show_summary(summary, self.console)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -150,6 +151,8 @@ def test_the_rest_of_the_directory(models, tmp_path):
     assert vocabulary == AutoTokenizer.from_pretrained(models[0]).get_vocab()
     assert merge(tmp_path / "as_base", models[0], entries, method="ties", like=models[0]) == 0
     assert (tmp_path / "as_base" / "chat_template.jinja").read_text() == "the base's"
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "ties" in (card.data.tags or [])
     # The recorded settings give the same model again.
     file = tmp_path / "out" / "merge.yaml"
     assert yaml.safe_load(file.read_text())["method"] == "ties"
@@ -180,7 +183,7 @@ MISTAKES = [
     ({"method": "linear"}, {}, "base: method linear does not use base; leave it out"),
     ({"method": "ties"}, {"weight": None}, "models[0].weight is not set"),
     ({"method": "ties", "t": 0.5}, {}, "merge: method 'ties' does not use t"),
-    ({"method": "ties"}, {"density": 1.5}, "merge: density must be in (0, 1]"),
+    ({"method": "ties"}, {"density": 1.5}, "merge: density is the share of entries kept"),
     ({"method": "slerp", "t": 0.5}, {}, "merge: method 'slerp' merges base with exactly one model"),
     ({"method": "ties"}, {"path": "nowhere/at/all"}, "models[1].path: nowhere/at/all is not"),
     ({"method": "ties", "base": "wide"}, {}, "models[0].path: not of one architecture with base"),

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.train.tiny_runs import flags, make_records, read_tensors, run_flags, write_inputs
@@ -92,6 +93,8 @@ def test_sft_lowers_the_loss_and_exports_what_it_measured(sft, inputs):
     evaluated = [row["eval_loss"] for row in rows if "eval_loss" in row]
     assert len(evaluated) == 2
     assert evaluated[-1] < held_out_loss(Path(inputs["base"]), inputs["examples"])
+    card = ModelCard.load(sft / "export" / "README.md")
+    assert f"| eval_loss | {evaluated[-1]:.5g} |" in card.text
     # The exported model, loaded by transformers, has the loss that the log says.
     assert held_out_loss(sft / "export", inputs["examples"]) == pytest.approx(
         evaluated[-1], rel=1e-5

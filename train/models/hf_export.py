@@ -45,6 +45,7 @@ def to_hf(
     like: str | Path,
     dtype: Any = None,
     max_shard_size: int = 5_000_000_000,
+    card: str | None = None,
 ) -> Path:
     """Writes a model so that transformers, vLLM and others load it.
 
@@ -60,6 +61,7 @@ def to_hf(
             comes back bit for bit, and float32 training results of a bfloat16 one are rounded.
         max_shard_size: bytes per safetensors file; above it the tensors are spread over several
             with an index.
+        card: text of ``README.md``, see `train.model_card`.
 
     Returns:
         ``out_path``.
@@ -80,6 +82,8 @@ def to_hf(
     with written_whole(out) as partial:
         save_tensors(_tensors(model, weights, dtype), partial, max_shard_size)
         copy_companions(source, partial, dtype)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
     return out
 
 

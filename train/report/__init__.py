@@ -11,7 +11,7 @@ from train.config import UserError
 from train.output_dir import check_place, write_atomically
 from train.prepare import blamed_on
 from train.report.page import render
-from train.report.runs import read_runs
+from train.run_record import read_runs
 
 __all__ = ["write_report"]
 
@@ -37,7 +37,11 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
     output, console = Path(output), Console()
     _check_new(output)
     check_place(output, "output")
-    page = render(read_runs(runs), console)
+    records = read_runs(runs)
+    for record in records:
+        if not record.rows:
+            raise UserError(f"run {str(record.path)!r} has not logged a step yet.")
+    page = render(records, console)
     with blamed_on("output"):
         _check_new(output)
         output.parent.mkdir(parents=True, exist_ok=True)

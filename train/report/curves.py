@@ -11,7 +11,7 @@ import matplotlib.figure
 import numpy as np
 from matplotlib.axes import Axes
 
-from train.report.runs import RunRecord
+from train.run_record import RunRecord
 
 # Okabe and Ito's colours but for black and yellow, which one of the two backgrounds swallows.
 COLOURS = (

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from train.report.curves import draw, style
-from train.report.runs import RunRecord
+from train.run_record import RunRecord
 
 _NO_CURVE = ("step", "tokens_per_second")
 # Sections of the page, each with how its metrics begin; the last one takes the rest.

@@ -25,7 +25,7 @@ class RunRecord:
         command: "sft" or "dpo".
         settings: ``{"trainer.steps": 10, …}``.
         inputs: Content hash by name of what it reads.
-        rows: Logged metrics with their ``"step"``, in order.
+        rows: Logged metrics with their ``"step"``, in order; none when nothing was logged yet.
         finished: Whether its summary was written.
     """
 
@@ -56,12 +56,20 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
     for path in directories:
         if directories.count(path) > 1:
             raise UserError(f"run {str(path)!r} is given twice.")
-    return [
-        _read(path, name) for path, name in zip(directories, _short_names(directories), strict=True)
-    ]
+    names = _short_names(directories)
+    return [read_run(path, name) for path, name in zip(directories, names, strict=True)]
 
 
-def _read(path: Path, name: str) -> RunRecord:
+def read_run(path: Path, name: str | None = None) -> RunRecord:
+    """Reads the record of one run.
+
+    Args:
+        path: Its output directory.
+        name: What to call it; by default the last part of its path.
+
+    Raises:
+        UserError: see `read_runs`.
+    """
     identity, config = path / "run.json", path / "config.yaml"
     if not identity.is_file():
         raise UserError(
@@ -74,7 +82,7 @@ def _read(path: Path, name: str) -> RunRecord:
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"run {str(path)!r} cannot be read: {error}") from error
     return RunRecord(
-        name=name,
+        name=name or path.name,
         path=path,
         command=command,
         settings=dict(_flat(settings)),
@@ -87,7 +95,7 @@ def _read(path: Path, name: str) -> RunRecord:
 def _rows(path: Path) -> list[Row]:
     """All whole lines; the last one may be in the middle of being written."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist: the run has not logged a step yet.")
+        return []
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -97,8 +105,6 @@ def _rows(path: Path) -> list[Row]:
         except (ValueError, TypeError, AttributeError) as error:
             if number < len(lines):
                 raise UserError(f"{path} line {number} is damaged: {error}") from error
-    if not any("step" in row for row in rows):
-        raise UserError(f"{path} holds no step yet.")
     return [row for row in rows if "step" in row]
 
 
