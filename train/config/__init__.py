@@ -10,6 +10,7 @@ from train.config.base import DType, UserError, flatten, require
 from train.config.commands import FREE_FIELDS, DPOConfig, ExportConfig, KTOConfig, SFTConfig
 from train.config.data import DataOptions, RecordOptions, check_records
 from train.config.evaluation import EvalConfig, PreferenceEvalOptions, TaskOptions
+from train.config.generation import GenerateConfig
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
 from train.config.merging import MergeConfig, MergeModelOptions
 from train.config.model import ModelOptions, PolicyOptions
@@ -26,6 +27,7 @@ __all__ = [
     "EarlyStopOptions",
     "EvalConfig",
     "ExportConfig",
+    "GenerateConfig",
     "KTOConfig",
     "MergeConfig",
     "MergeModelOptions",

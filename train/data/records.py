@@ -195,6 +195,15 @@ def prompt_messages(record: Mapping[str, Any]) -> list[Message]:
     return [_message("user", prompt)] if isinstance(prompt, str) else list(prompt)
 
 
+def prompt_of(record: Mapping[str, Any]) -> tuple[Text, list[Text], str]:
+    """A record's field ``prompt``, no answers, and where the record was read.
+
+    Raises:
+      DataError: When there is no prompt, or it is neither text nor messages.
+    """
+    return _field(record, "prompt", "text or a list of messages"), [], where_of(record)
+
+
 def _has(record: Mapping[str, Any], name: str) -> bool:
     """Whether a field is there; tables write None for what a row lacks."""
     return record.get(name) is not None

@@ -101,7 +101,7 @@ class Encoder:
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | UnusableRecord]:
-        """Token ids of every row, or the reason why it has none.
+        """Token ids of every row, or the reason why it has none. Rows may have no answers.
 
         Raises:
           DataError: When a conversation meets no chat template, or one that refuses it.
@@ -163,7 +163,7 @@ class Encoder:
     def _encoded(
         self, prompt: list[int], wholes: list[list[int]], conversation: bool
     ) -> Encoded | UnusableRecord:
-        boundary = min(_common_length(prompt, whole) for whole in wholes)
+        boundary = min((_common_length(prompt, whole) for whole in wholes), default=len(prompt))
         ends = self._turn_ends if conversation else {self.eos_id}
         answers = [self._finished(whole[boundary:], ends) for whole in wholes]
         moved = boundary < len(prompt)

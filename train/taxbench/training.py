@@ -13,10 +13,10 @@ import numpy as np
 from flax import nnx
 
 from train.config import AdamWOptions, ScheduleOptions
-from train.generate import make_greedy
 from train.models import Decoder, ModelConfig, layer_axes, split_model
 from train.objectives import preference_loss, reference_logps_fn, sft_loss
 from train.optimizers import make_optimizer, make_schedule
+from train.sampling import make_greedy
 from train.step import LossFn, init_state, make_train_step
 from train.taxbench import examples, tasks
 from train.taxbench.examples import Batch, Questions
