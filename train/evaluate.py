@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from rich.table import Table
 
 from train.config import EvalConfig, ModelOptions, UserError, check_records, require
 from train.data import TokenDataset, tokenize_preference
+from train.eval_tasks import Measure, prepare_tasks
 from train.held_out import Score, answer_logps, evaluate_preferences
 from train.models import from_hf, split_model
-from train.multiple_choice import Question, choice_scorer, measure, read_questions
 from train.objectives import reference_logps_fn
 from train.output_dir import check_place, write_atomically
 from train.prepare import (
@@ -46,11 +47,8 @@ def run(config: EvalConfig) -> Results:
     output = _check(config)
     model = check_model(ModelOptions(path=config.model, dtype=config.dtype), name="model")
     tokenizer = load_tokenizer(config.model, "model")
-    questions = {}
-    for name, options in config.tasks.items():
-        questions[name], unusable = read_questions(name, options, tokenizer)
-        skipped = f", {unusable} records left out" if unusable else ""
-        console.print(f"{name}: {len(questions[name])} questions{skipped}", highlight=False)
+    graphdef = abstract_model(model, None)[0]
+    tasks = prepare_tasks(config, graphdef, model, tokenizer, console)
     pairs = None
     if config.preferences is not None:
         check_related(config.preferences.reference, config.model, "preferences.reference")
@@ -63,7 +61,7 @@ def run(config: EvalConfig) -> Results:
             config.preferences,
         )
         console.print(f"preferences: {pairs.report}", highlight=False)
-    results = _evaluate(config, abstract_model(model, None)[0], questions, pairs, tokenizer)
+    results = _evaluate(config, graphdef, tasks, pairs)
     # Shown first: whatever keeps the file from being written, the work is not lost.
     console.print(_table(results))
     with blamed_on("output"):
@@ -76,8 +74,11 @@ def run(config: EvalConfig) -> Results:
 
 def _check(config: EvalConfig) -> Path:
     require(config.batch_size > 0, "batch_size", config.batch_size, "positive")
-    if config.preferences is None and not config.tasks:
-        raise UserError("Nothing to evaluate: give preferences, tasks, or both.")
+    groups = (config.tasks, config.choices, config.exact_match, config.perplexity)
+    if config.preferences is None and not any(groups):
+        raise UserError(
+            "Nothing to evaluate: give preferences, tasks, choices, exact_match or perplexity."
+        )
     if config.preferences is not None:
         check_records(config.preferences, "preferences")
         beta = config.preferences.beta
@@ -96,9 +97,8 @@ def _check_new(output: Path) -> None:
 def _evaluate(
     config: EvalConfig,
     graphdef: nnx.GraphDef,
-    questions: dict[str, list[Question]],
+    tasks: Mapping[str, Measure],
     pairs: TokenDataset | None,
-    tokenizer: Any,
 ) -> Results:
     """One model in memory at a time: the reference's scores first, then everything of the model."""
     results: Results = {"model": str(config.model)}
@@ -117,18 +117,7 @@ def _evaluate(
         )
         metrics = {name.removeprefix("eval_"): v for name, v in evaluate(params).items()}
         results["preferences"] = {**metrics, "pairs": len(pairs)}
-    score = choice_scorer(graphdef)
-    results["tasks"] = {
-        name: measure(
-            score,
-            params,
-            asked,
-            batch_size=config.batch_size,
-            pad_id=tokenizer.pad_token_id or 0,
-            shown_as=name,
-        )
-        for name, asked in questions.items()
-    }
+    results["tasks"] = {name: dict(measure(params)) for name, measure in tasks.items()}
     return results
 
 

@@ -66,7 +66,7 @@ def run(config: MergeConfig) -> Path:
         merged = _merged(origin, models, settings, config.dtype)
         total = len(origin.weights.entries)
         save_tensors(
-            bar.track(merged, total=total, description=config.method),
+            iter(bar.track(merged, total=total, description=config.method)),
             partial,
             config.max_shard_size,
         )

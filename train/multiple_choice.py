@@ -64,11 +64,11 @@ def read_questions(
     require(options.limit is None or options.limit > 0, f"{field}.limit", options.limit, "positive")
     with blamed_on(f"{field}.path"):
         records = read_records(options.path)
-    answers = [_filled(options.answer, record, f"{field}.answer") for record in records]
+    answers = [filled(options.answer, record, f"{field}.answer") for record in records]
     pool = sorted(set(answers))
     rows = []
     for index, record in enumerate(records[: options.limit]):
-        prompt = _filled(options.prompt, record, f"{field}.prompt")
+        prompt = filled(options.prompt, record, f"{field}.prompt")
         candidates = _candidates(answers[index], pool, options, index, field)
         if not options.chat_template:
             candidates = [f" {candidate}" for candidate in candidates]
@@ -87,7 +87,8 @@ def read_questions(
     return questions, len(rows) - len(questions)
 
 
-def _filled(template: str, record: Mapping[str, Any], field: str) -> str:
+def filled(template: str, record: Mapping[str, Any], field: str) -> str:
+    """A format string with the fields of a record; `field` gave it, for messages."""
     try:
         text = template.format_map(record)
     except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:

@@ -9,7 +9,14 @@ belong to one optimizer are checked in `train.optimizers`.
 from train.config.base import DType, UserError, flatten, require
 from train.config.commands import FREE_FIELDS, DPOConfig, ExportConfig, KTOConfig, SFTConfig
 from train.config.data import DataOptions, RecordOptions, check_records
-from train.config.evaluation import EvalConfig, PreferenceEvalOptions, TaskOptions
+from train.config.evaluation import (
+    ChoiceTaskOptions,
+    EvalConfig,
+    ExactMatchOptions,
+    PerplexityOptions,
+    PreferenceEvalOptions,
+    TaskOptions,
+)
 from train.config.generation import GenerateConfig
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
 from train.config.merging import MergeConfig, MergeModelOptions
@@ -21,11 +28,13 @@ from train.config.trainer import EarlyStopOptions, TrainerOptions
 __all__ = [
     "FREE_FIELDS",
     "AdamWOptions",
+    "ChoiceTaskOptions",
     "DPOConfig",
     "DType",
     "DataOptions",
     "EarlyStopOptions",
     "EvalConfig",
+    "ExactMatchOptions",
     "ExportConfig",
     "GenerateConfig",
     "KTOConfig",
@@ -34,6 +43,7 @@ __all__ = [
     "ModelOptions",
     "OptimizerName",
     "OptimizerOptions",
+    "PerplexityOptions",
     "PolicyOptions",
     "PreferenceEvalOptions",
     "PreferenceLossOptions",

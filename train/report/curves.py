@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import matplotlib.figure
@@ -29,7 +30,7 @@ DASHES = ((), (6, 2), (2, 2), (6, 2, 2, 2))
 
 _TEXT = "#010203"  # stands for the page's own colour until the SVG is written
 _SMOOTHED_FROM, _WINDOW = 100, 25  # points of a curve; share of them averaged
-_RC = {
+_RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
