@@ -1,6 +1,6 @@
 """Our decoder as a model of lm-evaluation-harness, so that any of its tasks runs on it.
 
-Needs the package ``lm_eval``, which only this module imports.
+Needs the package ``lm_eval``, which only this module imports: ``pip install "omerge_jax[eval]"``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
+    get_rolling_token_windows,
+    make_disjoint_window,
+)
 
 from train.continuations import Continuation, continuation_scorer
 from train.generate import end_tokens

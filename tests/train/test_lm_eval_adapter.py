@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.train.tiny_runs import make_model_dir
+from tests.train.tiny_runs import make_model_dir, write_jsonl
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed; `pip install lm_eval`")
 huggingface = pytest.importorskip("lm_eval.models.huggingface")
@@ -18,6 +20,8 @@ LENGTH = 48
 def both(tmp_path_factory):
     """Ours and theirs on one model."""
     path = str(make_model_dir(tmp_path_factory.mktemp("model"), 3))
+    # As in real directories, generation ends with the tokenizer's own end token.
+    (Path(path) / "generation_config.json").write_text('{"eos_token_id": 1, "pad_token_id": 1}')
     hf = huggingface.HFLM(
         pretrained=path, device="cpu", batch_size=3, dtype="float32", max_length=LENGTH
     )
@@ -73,8 +77,9 @@ def test_generate_until(both):
     assert len(set(ours)) == len(ours)
     # A text that the model writes as a stop.
     stop = ours[0][2]
+    wanted = [ours[0].split(stop)[0]]
     cut = requests("generate_until", [("1+1=", {**settings, "until": stop})])
-    assert both[0].generate_until(cut, True) == both[1].generate_until(cut, True) == [ours[0][:2]]
+    assert both[0].generate_until(cut, True) == both[1].generate_until(cut, True) == wanted
 
 
 def test_a_task_that_samples_is_refused(both):
@@ -85,14 +90,9 @@ def test_a_task_that_samples_is_refused(both):
 
 def test_a_whole_task(both, tmp_path):
     """A task of the harness itself, from its own code: choices over a local file."""
-    from datasets import load_dataset
-
     lm_eval = pytest.importorskip("lm_eval")
-    file = tmp_path / "q.json"
-    file.write_text(
-        '{"q": "2+2?", "c": ["3", "four"], "a": 1}\n{"q": "Sky?", "c": ["b", "g"], "a": 0}\n'
-    )
-    assert len(load_dataset("json", data_files=str(file))["train"]) == 2
+    rows = [{"q": "2+2?", "c": ["3", "four"], "a": 1}, {"q": "Sky?", "c": ["b", "g"], "a": 0}]
+    file = write_jsonl(tmp_path / "q.jsonl", rows)
     config = {
         "task": "tiny",
         "dataset_path": "json",
