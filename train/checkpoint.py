@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import re
-import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -219,13 +218,7 @@ class Checkpoints:
             self._manager.reload()
 
     def __enter__(self) -> Checkpoints:
-        self._hook, sys.excepthook = sys.excepthook, self._shown
         return self
-
-    def _shown(self, kind: type[BaseException], error: BaseException, *rest: Any) -> None:
-        # After a failed save TensorStore calls back an event loop that Orbax has closed by then.
-        if str(error) != "Event loop is closed":
-            self._hook(kind, error, *rest)
 
     def __exit__(
         self,
@@ -235,7 +228,6 @@ class Checkpoints:
     ) -> None:
         self.wait()
         self._manager.close()
-        sys.excepthook = self._hook
 
 
 class _Preserve(_policies.PreservationPolicy):
@@ -269,22 +261,23 @@ def _reported_here(record: logging.LogRecord) -> bool:
 logging.getLogger("absl").addFilter(_reported_here)
 
 
-def restore_params(directory: Path, step: int, like: Any) -> Any:
+def restore_params(directory: Path, step: int, like: Any, name: str = "params") -> Any:
     """Reads the parameters of a checkpoint alone, whatever the optimizer was.
 
     Args:
         directory: As given to `Checkpoints`.
         step: One of `Checkpoints.steps`.
         like: Their shapes, dtypes and shardings.
+        name: Their name in the state: params, or ema for their average.
     """
-    item = {"params": like}
+    item = {name: like}
     arguments = ocp.args.PyTreeRestore(
         item=item,
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
         partial_restore=True,
     )
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(directory.absolute() / str(step) / "state", arguments)["params"]
+        return checkpointer.restore(directory.absolute() / str(step) / "state", arguments)[name]
 
 
 def abstract(state: State, shardings: Any = None) -> State:

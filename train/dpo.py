@@ -24,7 +24,8 @@ def run(config: DPOConfig) -> None:
     check_merge(config)
     loss = config.loss
     with blamed_on("loss"):
-        whole = set(pair_loss(**_settings(loss)).types) & set(WHOLE_BATCH)
+        loss_of = pair_loss(**settings_of(loss))
+        whole = set(loss_of.types) & set(WHOLE_BATCH)
         beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, steps=1)
     parts = config.trainer.gradient_accumulation_steps
     if whole and parts > 1:
@@ -32,12 +33,18 @@ def run(config: DPOConfig) -> None:
             f"trainer.gradient_accumulation_steps is {parts}, but loss.type {min(whole)} compares all "
             "pairs of a batch; set it to 1, or choose another loss."
         )
+    if config.sync_ref_model and not loss_of.needs_reference:
+        raise UserError(
+            f"sync_ref_model is set, but loss.type {' and '.join(loss_of.types)} has no reference; "
+            "unset it, or choose another loss."
+        )
     this = set_up("dpo", config, tokenize_preference)
     if this is not None:
         align(config, this, _objective(config, this))
 
 
-def _settings(loss: PreferenceLossOptions) -> dict[str, Any]:
+def settings_of(loss: PreferenceLossOptions) -> dict[str, Any]:
+    """Arguments of `train.losses.pair_loss`."""
     return {
         "loss_type": loss.type,
         "weights": loss.weights,
@@ -50,7 +57,7 @@ def _settings(loss: PreferenceLossOptions) -> dict[str, Any]:
 
 
 def _objective(config: DPOConfig, this: Run) -> Objective:
-    loss, settings = config.loss, _settings(config.loss)
+    loss, settings = config.loss, settings_of(config.loss)
     score = reference_logps_fn(this.graphdef, vocab_chunk=loss.vocab_chunk, ld_alpha=loss.ld_alpha)
     beta_at = beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, this.steps)
     return Objective(
@@ -68,4 +75,5 @@ def _objective(config: DPOConfig, this: Run) -> Objective:
         names=("chosen", "rejected") if pair_loss(**settings).needs_reference else (),
         depends_on=() if loss.ld_alpha is None else ("ld_alpha", loss.ld_alpha),
         check_first=partial(check_starts_at_reference, **settings),
+        synced=config.sync_ref_model,
     )

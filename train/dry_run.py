@@ -74,7 +74,8 @@ def dry_run(config: Config, tokenize: Tokenize, console: Console) -> None:
     batch = config.trainer.batch_size
     if batch > rows:
         raise UserError(f"trainer.batch_size is {batch}, but there are only {rows} training rows.")
-    show_data(data, config.trainer.batch_size, config.data.buckets, console)
+    trainer = config.trainer
+    show_data(data, trainer.batch_size, config.data.buckets, console, steps=trainer.steps)
     show_examples(data, tokenizer, console)
     steps = config.trainer.steps or round((config.trainer.epochs or 0) * (rows // batch))
     console.print(
@@ -140,13 +141,21 @@ def _is_usable(record: Record, normalise: Any) -> bool:
     return True
 
 
-def show_data(data: TokenDataset, batch_size: int, buckets: int | None, console: Console) -> None:
+def show_data(
+    data: TokenDataset,
+    batch_size: int,
+    buckets: int | None,
+    console: Console,
+    *,
+    steps: int | None = None,
+) -> None:
     """Prints tables of lengths, of what was left out, and of batches.
 
     Args:
         data: Training rows.
         batch_size: Rows in a batch.
         buckets: See `train.data.make_buckets`.
+        steps: Likewise.
         console: Where they are shown.
     """
     answers, arrays = answer_names(data.arrays), data.arrays
@@ -179,7 +188,7 @@ def show_data(data: TokenDataset, batch_size: int, buckets: int | None, console:
             table.add_row(name, str(count))
         if rows:
             console.print(table)
-    chosen = make_buckets(data, batch_size, buckets)
+    chosen = make_buckets(data, batch_size, buckets, steps=steps)
     console.print(f"Batches: {chosen.describe(arrays)}", highlight=False)
 
 

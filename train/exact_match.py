@@ -1,138 +1,115 @@
-"""Tasks whose answers are generated and compared as text, as in GSM8K."""
+"""Exact match of greedily generated answers, as GSM8K is scored."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from train.config import ExactMatchOptions, UserError, require
-from train.data import read_records
-from train.data.formats import where_of
-from train.data.records import UnusableRecord
-from train.data.templates import Encoder, Row
-from train.greedy_text import Write
+import numpy as np
+from flax import nnx
+from rich.progress import Progress
+
+from train.config import GenerationTaskOptions, UserError, require
+from train.data.dataset import pad_left
+from train.data.formats import read_records
 from train.multiple_choice import filled
 from train.prepare import blamed_on
+from train.sampling import make_greedy
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+_WIDTH = 32
+# What lm-evaluation-harness takes out of GSM8K's answers: separators, currency, a final full stop.
+_IGNORED = re.compile(r",|\$|\.$")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Ids of a prompt, and the right answer, normalised."""
+    """Token ids of a prompt, and the right answer as it is compared."""
 
     prompt: list[int]
     answer: str
 
 
-def read_problems(
-    field: str, options: ExactMatchOptions, tokenizer: PreTrainedTokenizerBase, positions: int
-) -> tuple[list[Problem], int]:
+def read_problems(name: str, options: GenerationTaskOptions, tokenizer: Any) -> list[Problem]:
     """Problems of a task.
 
-    Args:
-        field: The setting that gave the options, for messages.
-        options: The task.
-        tokenizer: The model's.
-        positions: Of the model.
-
-    Returns:
-        The problems, and the number of records left out: those that cannot be tokenised, or leave no
-        room for an answer.
-
     Raises:
-        UserError: a file or field is missing, a pattern is not valid, or a right answer does not
-            match its own.
+        UserError: a file, field or pattern cannot be used, or a record's own answer is not found.
     """
-    require(options.limit is None or options.limit > 0, f"{field}.limit", options.limit, "positive")
-    new = options.max_new_tokens
-    require(1 <= new < positions, f"{field}.max_new_tokens", new, f"in [1, {positions - 1}]")
-    _check_patterns(field, options)
+    field = f"generation.{name}"
+    for setting in ("limit", "max_new_tokens"):
+        value = getattr(options, setting)
+        require(value is None or value > 0, f"{field}.{setting}", value, "positive")
+    for pattern in ("extract", "answer_extract"):
+        try:
+            re.compile(getattr(options, pattern) or "")
+        except re.error as error:
+            raise UserError(f"{field}.{pattern} is no regular expression: {error}.") from error
     with blamed_on(f"{field}.path"):
-        records = read_records(options.path, options.split)[: options.limit]
-    rows, answers = [], []
+        records = read_records(options.path)[: options.limit]
+    problems = []
     for record in records:
         prompt = filled(options.prompt, record, f"{field}.prompt")
         text = filled(options.answer, record, f"{field}.answer")
-        answer = _extracted(text, options.answer_pattern, options)
-        if not answer:
-            raise UserError(
-                f"{field}.answer_pattern: {options.answer_pattern!r} finds no answer in {text!r} of "
-                f"{where_of(record)}."
-            )
-        answers.append(answer)
-        rows.append(Row(prompt, [], where_of(record)))
-    with blamed_on(field):
-        encoded = Encoder(tokenizer, "chat" if options.chat_template else "auto").encode(rows)
-    problems = [
-        Problem(one.prompt, answer)
-        for one, answer in zip(encoded, answers, strict=True)
-        if not isinstance(one, UnusableRecord) and len(one.prompt) + new <= positions
-    ]
-    if not problems:
-        raise UserError(
-            f"{field}: none of {len(rows)} records can be used: no prompt is short enough for "
-            f"{new} new tokens within {positions} positions."
-        )
-    return problems, len(rows) - len(problems)
+        answer = text if options.answer_extract is None else extract(options.answer_extract, text)
+        if answer is None:
+            raise UserError(f"{field}.answer_extract finds nothing in the answer {text!r}.")
+        problems.append(Problem(_prompt_ids(prompt, options, tokenizer), normalised(answer)))
+    return problems
 
 
-def measure_exact_match(
-    write: Write,
+def _prompt_ids(prompt: str, options: GenerationTaskOptions, tokenizer: Any) -> list[int]:
+    if not options.chat_template:
+        return tokenizer(prompt)["input_ids"]
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def extract(pattern: str, text: str) -> str | None:
+    """The last match of a pattern: its first group that matched, or the whole; None without any."""
+    found = list(re.finditer(pattern, text))
+    if not found:
+        return None
+    return next((group for group in found[-1].groups() if group is not None), found[-1].group())
+
+
+def normalised(answer: str) -> str:
+    """An answer as it is compared: trimmed, without separators, currency and a final full stop."""
+    return _IGNORED.sub("", answer.strip()).strip().lower()
+
+
+def exact_match(
+    graphdef: nnx.GraphDef,
     params: Any,
-    problems: Sequence[Problem],
-    options: ExactMatchOptions,
+    problems: list[Problem],
+    options: GenerationTaskOptions,
+    tokenizer: Any,
+    end_ids: list[int],
     *,
+    batch_size: int,
     shown_as: str,
 ) -> dict[str, float]:
-    """Share of problems that a model solves.
-
-    Args:
-        write: From `train.greedy_text.greedy_writer`.
-        params: Of the model.
-        problems: From `read_problems`.
-        options: The task.
-        shown_as: Label of the progress bar.
-
-    Returns:
-        ``exact_match``; ``answered``: share of texts in which `pattern` found an answer, the others
-        being wrong; ``problems``: their number.
-    """
-    texts = write(params, [one.prompt for one in problems], options.stop, shown_as)
-    found = [_extracted(text, options.pattern, options) for text in texts]
-    right = [answer == one.answer for answer, one in zip(found, problems, strict=True)]
-    return {
-        "exact_match": sum(right) / len(problems),
-        "answered": sum(answer is not None for answer in found) / len(problems),
-        "problems": len(problems),
-    }
-
-
-def _extracted(text: str, pattern: str | None, options: ExactMatchOptions) -> str | None:
-    """The last match, normalised; None without one."""
-    if pattern is not None:
-        matches = list(re.finditer(pattern, text))
-        if not matches:
-            return None
-        last = matches[-1]
-        text = (last[1] if last.re.groups else last[0]) or ""
-    for ignored in options.ignore:
-        text = re.sub(ignored, "", text.strip())
-    text = text.strip()
-    return text.casefold() if options.ignore_case else text
-
-
-def _check_patterns(field: str, options: ExactMatchOptions) -> None:
-    given = {"pattern": [options.pattern], "ignore": options.ignore}
-    given["answer_pattern"] = [options.answer_pattern] if options.answer_pattern else []
-    for name, patterns in given.items():
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(
-                    f"{field}.{name}: {pattern!r} is no regular expression ({error})."
-                ) from error
+    """Share of problems whose extracted answer is right, share with any, and their number."""
+    pad_id = tokenizer.pad_token_id or 0
+    generate = make_greedy(
+        graphdef, max_new_tokens=options.max_new_tokens, eos_id=end_ids, pad_id=pad_id
+    )
+    right = found = 0
+    ordered = sorted(problems, key=lambda problem: len(problem.prompt))
+    with Progress() as progress:
+        task = progress.add_task(shown_as, total=len(problems))
+        for start in range(0, len(ordered), batch_size):
+            batch = ordered[start : start + batch_size]
+            width = -(-len(batch[-1].prompt) // _WIDTH) * _WIDTH
+            rows = batch + [batch[0]] * (batch_size - len(batch))
+            tokens, mask = pad_left([row.prompt for row in rows], width, pad_id)
+            out = np.asarray(generate(params, tokens, mask))[: len(batch)]
+            texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+            for problem, text in zip(batch, texts, strict=True):
+                answer = extract(options.extract, text)
+                found += answer is not None
+                right += answer is not None and normalised(answer) == problem.answer
+            progress.advance(task, len(batch))
+    count = len(problems)
+    return {"exact_match": right / count, "extracted": found / count, "problems": count}

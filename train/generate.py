@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -42,11 +42,14 @@ def run(config: GenerateConfig) -> None:
         records = _records(config)
         prompts = encode_prompts(records, tokenizer, chat_template=config.chat_template)
     _check_lengths(name, prompts, config.max_new_tokens, model)
+    pad_id: Any = (
+        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    )
     sampler = Sampler(
         abstract_model(model, None)[0],
         config.max_new_tokens,
         end_tokens(config.model, tokenizer),
-        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_id,
         filters,
     )
     with blamed_on("model"):
@@ -143,7 +146,7 @@ def _check(config: GenerateConfig) -> Filters:
 
 def _records(config: GenerateConfig) -> Sequence[Record]:
     if config.prompts is None:
-        return [{"prompt": config.prompt}]
+        return [Record({"prompt": config.prompt}, "prompt")]
     return read_records(config.prompts)
 
 
@@ -163,7 +166,7 @@ def _keys(seed: int, rows: np.ndarray) -> jax.Array:
 
 
 def _show(
-    sampler: Sampler, params: Params, prompt: list[int], tokenizer: Any, seed: int, out: TextIO
+    sampler: Sampler, params: Params, prompt: list[int], tokenizer: Any, seed: int, out: IO[str]
 ) -> None:
     """Writes text as soon as its bytes are whole characters."""
     ids: list[int] = []

@@ -65,6 +65,7 @@ class Job:
         check_first: Called with the metrics of step 1 of a new run; raises when they cannot be.
         learning_rates: Rate of every update; its length is the number of steps.
         mesh: Where batches go.
+        evaluated: What of the state is evaluated: params, or their average ema.
     """
 
     start: Callable[[], State]
@@ -75,6 +76,7 @@ class Job:
     check_first: Callable[[Mapping[str, float]], None] | None
     learning_rates: np.ndarray
     mesh: Mesh | None
+    evaluated: str = "params"
 
 
 def fit(job: Job, options: TrainerOptions, output: OutputDir, console: Console) -> State:
@@ -181,7 +183,7 @@ class _Training:
         """Returns whether the step is the best so far."""
         assert self.job.evaluate is not None
         self.reporter.flush()
-        metrics = self.job.evaluate(state["params"])
+        metrics = self.job.evaluate(state[self.job.evaluated])
         self.reporter.evaluated(step, metrics)
         return self.watch.see(step, metrics)
 

@@ -1,9 +1,8 @@
-"""Merged directories hold what the library and mergekit give for the whole trees."""
+"""Offline merges of directories: next to merges of whole trees and to transformers."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,221 +10,178 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import omerge_jax as om
-from tests.train.tiny_runs import flags, make_model_dir
+from tests.train.tiny_runs import make_model_dir, read_tensors
 from train.cli import main
+from train.config import MergeConfig, MergeModelOptions, UserError
+from train.merge import run
+from train.models.safetensors_dir import SafetensorsDir
 
-WEIGHTS = [0.7, -0.4]
 CASES = {
-    "linear": {"normalize": True},
-    "task_arithmetic": {"scale": 0.5},
-    "ties": {"density": [0.4, 0.8], "election": "count"},
-    "dare_linear": {"density": [0.5, 0.5], "rescale": "inverse", "seed": 3},
-    "dare_ties": {"density": [0.5, 1.0]},
-    "della_linear": {"density": [0.5, 0.6], "epsilon": 0.1},
-    "della": {"density": [0.5, 0.6], "seed": 1},
-    "breadcrumbs": {"density": [0.5, 0.6], "gamma": 0.05},
-    "breadcrumbs_ties": {"density": [0.5, 0.6], "normalize": True},
+    "linear": {},
+    "task_arithmetic": {"scale": 0.7},
+    "ties": {"density": 0.4},
+    "dare_linear": {"density": 0.4, "seed": 3},
+    "dare_ties": {"density": 0.6, "rescale": "inverse"},
+    "della_linear": {"density": 0.5, "epsilon": 0.2},
+    "della": {"density": 0.5, "election": "count"},
+    "breadcrumbs": {"density": 0.6, "gamma": 0.1},
+    "breadcrumbs_ties": {"density": 0.6, "normalize": True},
     "slerp": {"t": 0.3},
 }
+PER_MODEL = ("density", "epsilon", "gamma")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> list[Path]:
-    """A base and two models whose directories hold what old and new tools write."""
-    path = tmp_path_factory.mktemp("models")
-    names = ["base", "a", "b"]
-    # A width with which few shapes have to be compiled.
-    made = [make_model_dir(path / name, seed, hidden=48) for seed, name in enumerate(names)]
-    base, a, _ = made
-    tensors = load_file(base / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # tied, stored twice
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(6, np.float32)
-    tensors["model.steps"] = np.arange(5)
-    save_file(tensors, base / "model.safetensors")
-    (base / "chat_template.jinja").write_text("the base's")
-    (a / "chat_template.jinja").write_text("{{ messages }} of a")
-    return made
+def directories(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    paths = [make_model_dir(root / name, seed) for seed, name in enumerate(("base", "a", "b"))]
+    shared = load_file(paths[0] / "model.safetensors")
+    for path in paths:
+        tensors = load_file(path / "model.safetensors")
+        tensors["model.norm.weight"] = shared["model.norm.weight"] + np.float32(0.1)
+        tensors["steps"] = np.arange(5)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return [str(path) for path in paths]
 
 
-def merge(out: Path, base: Path | None, models: list[dict], **settings) -> int:
-    values = {"base": base, "models": json.dumps(models), "output": out, **settings}
-    return main(["merge", *flags(values)])
-
-
-def given(models: list[Path], method: str, settings: dict) -> tuple[list[dict], dict]:
-    """The models and the other settings, as the command takes them."""
-    one = [{"path": str(path)} for path in models[1:]]
-    settings = dict(settings)
-    if method == "slerp":
-        return one[:1], settings
-    for entry, weight in zip(one, WEIGHTS, strict=True):
-        entry["weight"] = weight
-    for entry, density in zip(one, settings.pop("density", []), strict=False):
-        entry["density"] = density
-    return one, {k: str(v).lower() for k, v in settings.items()}
+def configuration(directories, output, method, **changes):
+    base, *paths = directories[:2] if method == "slerp" else directories
+    own = {name: changes.pop(name) for name in PER_MODEL if name in changes}
+    weights = [None] if method == "slerp" else [0.8, 0.3]
+    models = [
+        MergeModelOptions(path=path, weight=weight, **own)
+        for path, weight in zip(paths, weights, strict=True)
+    ]
+    return MergeConfig(method=method, base=base, models=models, output=str(output), **changes)
 
 
 @pytest.mark.parametrize("method", CASES)
-def test_every_method_is_the_library_s_on_whole_trees(models, tmp_path, method):
-    entries, settings = given(models, method, CASES[method])
-    base = None if method == "linear" else models[0]
-    assert merge(tmp_path / "out", base, entries, method=method, **settings) == 0
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    trees = [load_file(path / "model.safetensors") for path in models]
-    names = sorted(trees[1])  # without the copy and the buffers of the base
-    trees = [{name: jnp.asarray(tree[name]) for name in names} for tree in trees]
-    theirs = trees[1:2] if method == "slerp" else trees[1:]
-    weights = {} if method == "slerp" else {"weights": WEIGHTS}
-    origin = trees[1] if base is None else trees[0]
-    whole = om.offline_merge(origin, theirs, method=method, **weights, **CASES[method])
-    assert sorted(found) == sorted(load_file((base or models[1]) / "model.safetensors"))
-    for name in names:
-        np.testing.assert_array_equal(found[name], whole[name], err_msg=name)
-    assert np.abs(found[names[0]] - trees[0][names[0]]).max() > 1e-3
-    if base is not None:
-        np.testing.assert_array_equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
-        np.testing.assert_array_equal(found["model.steps"], np.arange(5))
-        assert (found["model.layers.0.self_attn.rotary_emb.inv_freq"] == 1).all()
+def test_equal_to_a_merge_of_whole_trees(directories, tmp_path, method):
+    run(configuration(directories, tmp_path / "out", method, **CASES[method]))
+    used = directories[:2] if method == "slerp" else directories
+    base, *models = ({k: jnp.asarray(v) for k, v in _tensors(d).items()} for d in used)
+    settings = dict(CASES[method]) | ({} if method == "slerp" else {"weights": [0.8, 0.3]})
+    expected = om.offline_merge(base, models, method=method, **settings)
+    merged = read_tensors(tmp_path / "out")
+    assert merged.keys() == expected.keys()
+    for name, tensor in merged.items():
+        np.testing.assert_allclose(tensor, expected[name], rtol=0, atol=1e-6, err_msg=name)
+    kernel = "model.layers.1.mlp.up_proj.weight"
+    assert np.abs(merged[kernel] - np.asarray(base[kernel])).max() > 1e-2
 
 
-def test_ties_is_mergekit_s(models, tmp_path):
-    mergekit = pytest.importorskip("mergekit.merge_methods")
-    entries, _ = given(models, "ties", {"density": [0.4, 0.8]})
-    assert merge(tmp_path / "out", models[0], entries, method="ties") == 0
-    loaded = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in models]
-    parameters = {"weight": WEIGHTS, "density": [0.4, 0.8]}
-    expected = mergekit.merge_state_dicts(loaded, "ties", parameters=parameters, base=0)
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    assert found.keys() == expected.keys()
+def _tensors(directory):
+    weights = SafetensorsDir(Path(directory))
+    return {name: weights.read(name) for name in weights.entries}
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_equal_to_mergekit(directories, tmp_path, method):
+    merge_methods = pytest.importorskip("mergekit.merge_methods", reason="mergekit not installed")
+    used = directories[1:] if method == "linear" else directories
+    states = [
+        {k: torch.from_numpy(v) for k, v in _tensors(d).items() if k != "steps"} for d in used
+    ]
+    density = {} if method == "linear" else {"density": 0.4}
+    expected = merge_methods.merge_state_dicts(
+        states,
+        method,
+        parameters={"weight": [0.8, 0.3], **density},
+        base=None if method == "linear" else 0,
+    )
+    run(configuration(directories, tmp_path / "out", method, **density))
+    merged = read_tensors(tmp_path / "out")
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
+        np.testing.assert_allclose(merged[name], tensor.numpy(), rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "slerp"])
+def test_what_no_model_changed_comes_back_bit_for_bit(directories, tmp_path, method):
+    run(configuration(directories, tmp_path / "out", method, **CASES[method]))
+    merged, base = read_tensors(tmp_path / "out"), _tensors(directories[0])
+    for name in ("steps", "model.norm.weight"):
+        assert merged[name].dtype == base[name].dtype
+        assert merged[name].tobytes() == base[name].tobytes()
+
+
+def test_adamw_plus_a_share_of_the_delta(directories, tmp_path):
+    """θ + λ·(θ_SFT − θ_base) is task arithmetic with weights 1 and λ."""
+    base, trained, sft = directories
+    models = [MergeModelOptions(path=trained, weight=1.0), MergeModelOptions(path=sft, weight=0.25)]
+    out = tmp_path / "out"
+    run(MergeConfig(method="task_arithmetic", base=base, models=models, output=str(out)))
+    b, t, s = (_tensors(d) for d in directories)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    expected = t[name].astype(np.float64) + 0.25 * (s[name].astype(np.float64) - b[name])
+    np.testing.assert_allclose(read_tensors(out)[name], expected, rtol=0, atol=1e-6)
+
+
+def test_a_directory_that_transformers_loads(directories, tmp_path):
+    """From YAML, in bfloat16, in several files, with tokenizer, template and card."""
+    base, first, second = directories
+    out, file = tmp_path / "out", tmp_path / "merge.yaml"
+    settings = {
+        "method": "dare_ties",
+        "base": base,
+        "models": [
+            {"path": first, "weight": 0.5, "density": 0.5},
+            {"path": second, "weight": 0.5, "density": 0.5},
+        ],
+        "dtype": "bfloat16",
+        "output": str(out),
+        "max_shard_size": 20_000,
+    }
+    file.write_text(yaml.safe_dump(settings))
+    assert main(["merge", "--config", str(file)]) == 0
+    assert len(list(out.glob("*.safetensors"))) > 1
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert AutoTokenizer.from_pretrained(out).chat_template
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    front = next(yaml.safe_load_all((out / "README.md").read_text().split("\n---\n")[0]))
+    assert front["library_name"] == "transformers"
+    assert "base_model" not in front  # local directories are no names on the Hub
+    assert main(["merge", "--config", str(file)]) == 2
+
+
+def test_a_stored_output_matrix_stays_tied(directories, tmp_path):
+    copies = []
+    for number, source in enumerate(directories):
+        copy = make_model_dir(tmp_path / str(number), number)
+        tensors = _tensors(source)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+        copies.append(str(copy))
+    run(configuration(copies, tmp_path / "out", "dare_ties", density=0.5))
+    merged = read_tensors(tmp_path / "out")
+    assert (merged["lm_head.weight"] == merged["model.embed_tokens.weight"]).all()
 
 
 @pytest.mark.parametrize(
-    ("method", "settings", "kept"),
+    ("changes", "message"),
     [
-        ("linear", {}, 1),
-        ("slerp", {"t": 0.0}, 0),
-        ("task_arithmetic", {"scale": 0.0}, 0),
-        ("ties", {"scale": 0.0, "density": 0.5}, 0),
+        ({"method": "ties", "t": 0.5}, "does not use t"),
+        ({"method": "ties", "density": 1.5}, "density"),
+        ({"method": "slerp"}, "needs t"),
     ],
 )
-def test_an_identity_keeps_every_bit(models, tmp_path, method, settings, kept):
-    settings = dict(settings)
-    entry = {"path": str(models[1]), "density": settings.pop("density", None)}
-    entry["weight"] = None if method == "slerp" else 1.0
-    base = None if method == "linear" else models[0]
-    assert merge(tmp_path / "out", base, [entry], method=method, **settings) == 0
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    for name, tensor in load_file(models[kept] / "model.safetensors").items():
-        assert found[name].tobytes() == tensor.tobytes(), name
+def test_settings_refused(directories, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        run(configuration(directories, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
 
 
-def test_bfloat16_in_shards(models, tmp_path):
-    entries, _ = given(models, "ties", {})
-    out = tmp_path / "out"
-    changes = {"method": "ties", "dtype": "bfloat16", "max_shard_size": 30_000}
-    assert merge(out, models[0], entries, **changes) == 0
-    shards = sorted(out.glob("model-*-of-*.safetensors"))
-    assert len(shards) > 2
-    assert max(file.stat().st_size for file in shards) < 34_000
-    assert merge(tmp_path / "whole", models[0], entries, method="ties") == 0
-    rounded = AutoModelForCausalLM.from_pretrained(out)
-    assert rounded.dtype == torch.bfloat16
-    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
-    for name, tensor in rounded.state_dict().items():
-        assert torch.equal(tensor, exact[name].to(torch.bfloat16)), name
-    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
-
-
-def test_the_rest_of_the_directory(models, tmp_path):
-    entries, _ = given(models, "ties", {})
-    assert merge(tmp_path / "out", models[0], entries, method="ties") == 0
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }} of a"
-    vocabulary = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
-    assert vocabulary == AutoTokenizer.from_pretrained(models[0]).get_vocab()
-    assert merge(tmp_path / "as_base", models[0], entries, method="ties", like=models[0]) == 0
-    assert (tmp_path / "as_base" / "chat_template.jinja").read_text() == "the base's"
-    card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert "ties" in (card.data.tags or [])
-    # The recorded settings give the same model again.
-    file = tmp_path / "out" / "merge.yaml"
-    assert yaml.safe_load(file.read_text())["method"] == "ties"
-    assert main(["merge", "--config", str(file), "--output", str(tmp_path / "again")]) == 0
-    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
-    assert same[0] == same[1]
-
-
-def test_nothing_is_overwritten_or_left_behind(models, tmp_path, capsys):
-    entries, _ = given(models, "ties", {})
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.tex").write_text("years of work")
-    assert merge(tmp_path / "full", models[0], entries, method="ties") == 2
-    assert "output: " in capsys.readouterr().err
-    huge = tmp_path / "huge"
-    shutil.copytree(models[1], huge)
-    tensors = load_file(huge / "model.safetensors")
-    tensors["model.norm.weight"] = np.full(48, 1e30, np.float32)
-    save_file(tensors, huge / "model.safetensors")
-    entry = {"path": str(huge), "weight": 1.0}
-    assert merge(tmp_path / "out", None, [entry], dtype="float16") == 2
-    assert "model.norm.weight holds 48 values beyond the range" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "huge"]
-
-
-MISTAKES = [
-    ({"method": "ties", "base": None}, {}, "base: method ties needs base"),
-    ({"method": "linear"}, {}, "base: method linear does not use base; leave it out"),
-    ({"method": "ties"}, {"weight": None}, "models[0].weight is not set"),
-    ({"method": "ties", "t": 0.5}, {}, "merge: method 'ties' does not use t"),
-    ({"method": "ties"}, {"density": 1.5}, "merge: density is the share of entries kept"),
-    ({"method": "slerp", "t": 0.5}, {}, "merge: method 'slerp' merges base with exactly one model"),
-    ({"method": "ties"}, {"path": "nowhere/at/all"}, "models[1].path: nowhere/at/all is not"),
-    ({"method": "ties", "base": "wide"}, {}, "models[0].path: not of one architecture with base"),
-    (
-        {"method": "ties", "base": "other"},
-        {},
-        "models[0].path: its tokenizer differs from that of base",
-    ),
-    ({"method": "ties", "base": "long"}, {}, "rope_theta is 10000.0 and 500000.0"),
-    ({"method": "ties", "base": "double"}, {}, "base: F32, F16 and BF16 are merged; model.norm"),
-]
-
-
-@pytest.mark.parametrize(("changes", "last", "message"), MISTAKES)
-def test_mistakes_are_named_before_anything_is_written(
-    models, tmp_path, capsys, changes, last, message
-):
-    entries, _ = given(models, "ties", {})
-    (entries[0] if "weight" in last and last["weight"] is None else entries[1]).update(last)
-    settings = {"base": str(models[0]), **changes}
-    made = {
-        "wide": {"hidden": 64},
-        "other": {"extra_tokens": ("<think>",), "hidden": 48},
-        "long": {"hidden": 48},
-        "double": {"hidden": 48},
-    }
-    if settings["base"] in made:
-        name = settings["base"]
-        settings["base"] = str(make_model_dir(tmp_path / name, **made[name]))
-    base = tmp_path / "long" / "config.json"
-    if base.exists():
-        text = json.loads(base.read_text())
-        text["rope_parameters"]["rope_theta"] = 5e5
-        base.write_text(json.dumps(text))
-    double = tmp_path / "double" / "model.safetensors"
-    if double.exists():
-        tensors = load_file(double)
-        tensors["model.norm.weight"] = np.ones(48)
-        save_file(tensors, double)
-    out = tmp_path / "out"
-    assert merge(out, settings.pop("base"), entries, **settings) == 2
-    shown = capsys.readouterr().err
-    assert message in shown
-    assert "Traceback" not in shown
-    assert not out.exists()
+def test_models_refused(directories, tmp_path):
+    other = str(make_model_dir(tmp_path / "wide", 1, hidden=48))
+    with pytest.raises(UserError, match=r"models\[1\]\.path: model\..* has shape"):
+        run(configuration([*directories[:2], other], tmp_path / "out", "ties"))
+    longer = str(make_model_dir(tmp_path / "tokens", 1, extra_tokens=("<x>",)))
+    with pytest.raises(UserError, match="tokenizer"):
+        run(configuration([*directories[:2], longer], tmp_path / "out", "ties"))
+    with pytest.raises(UserError, match="base"):
+        run(MergeConfig(method="ties", models=[MergeModelOptions(path="x", weight=1)], output="o"))

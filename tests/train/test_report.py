@@ -1,183 +1,120 @@
-"""The report page: every number from the logs, drawn for one run and for many, nothing lost."""
+"""The report page: what it shows of runs, and that it stands alone."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import xml.etree.ElementTree as ET
+import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.train.tiny_runs import run_flags
-from train.cli import configured, main
-from train.config import DPOConfig
-from train.lock import release
-from train.metrics_log import MetricsLog
-from train.output_dir import open_output
-from train.report.curves import COLOURS, smoothed, style
-
-INPUTS = {"model": "model <1>", "base": "base", "pairs": "pairs.jsonl"}
+from train.cli import main
+from train.config import UserError
+from train.report.page import page
+from train.report.plots import draw, metric_order, running_mean
+from train.report.runs import differing_settings, read_runs
 
 
-def make_run(path: Path, *, steps: int = 12, finished: bool = True, **changes) -> Path:
-    """A run's directory as training writes it, with metrics that a formula gives."""
-    config = configured("dpo", DPOConfig, run_flags(INPUTS, path, **changes))
-    output = open_output("dpo", config)
-    output.begin(config, {"data": f"{path.name}-0123456789abcdef"})
-    release(path)
-    with MetricsLog(path) as log:
-        for step in range(1, steps + 1):
-            metrics = {
-                "loss": 0.7 / step,
-                "rewards/margins": 0.01 * step,
-                "grad_norm": 1 + step % 3,
-            }
-            metrics |= {"merge/alpha": 1e-3, "tokens_per_second": 100.0, "skipped_steps": 0}
-            log.write(step, metrics)
-            if step % 4 == 0:
-                log.write(step, {"eval_loss": 0.8 / step, "eval_rewards/accuracies": 0.5})
-    if finished:
-        output.finish({"steps": steps})
-    return path
+def write_run(directory, number, steps=200, name="on_dare"):
+    directory.mkdir(parents=True)
+    settings = {"optimizer.name": name, "optimizer.alpha": number / 10, "trainer.seed": 0}
+    record = {
+        "command": "dpo",
+        "settings": {**settings, "output_dir": str(directory)},
+        "inputs": {},
+    }
+    (directory / "run.json").write_text(json.dumps(record))
+    rng = np.random.default_rng(number)
+    rows = []
+    for step in range(1, steps + 1):
+        decay = math.exp(-step / 60 / (1 + number / 4))
+        row = {"step": step, "loss": 0.69 * decay + 0.05 * rng.normal(), "grad_norm": 1 + decay}
+        row |= {
+            "rewards/margins": 1 - decay + 0.1 * rng.normal(),
+            "rewards/accuracies": 1 - decay / 2,
+        }
+        row |= {"merge/kept": 0.5 + 0.01 * rng.normal()}
+        if step % 50 == 0:
+            row["eval_loss"] = 0.7 * decay
+        rows.append(json.dumps(row))
+    (directory / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    return str(directory)
 
 
-class Tables(HTMLParser):
-    """Rows of all tables, as lists of cells."""
+class Text(HTMLParser):
+    """Cells of all tables, row by row, and addresses of anything outside the page."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self):
         super().__init__()
-        self.rows: list[list[str]] = []
-        self._in_cell = False
-        self.feed(text)
+        self.rows, self.outside, self.inside = [], [], False
 
     def handle_starttag(self, tag, attrs):
         if tag == "tr":
             self.rows.append([])
-        self._in_cell = tag in ("td", "th")
-        if self._in_cell:
-            self.rows[-1].append("")
+        self.inside = tag in ("td", "th") or (self.inside and tag not in ("svg", "h2"))
+        self.outside += [v for k, v in attrs if k in ("src", "href") and not v.startswith("#")]
+        self.outside += [tag] if tag in ("script", "link") else []
 
     def handle_endtag(self, tag):
-        self._in_cell = self._in_cell and tag not in ("td", "th")
+        self.inside = self.inside and tag not in ("td", "th")
 
     def handle_data(self, data):
-        if self._in_cell:
-            self.rows[-1][-1] += data
-
-    def row(self, name: str) -> list[str]:
-        return next(row[1:] for row in self.rows if row[0] == name)
+        if self.inside and self.rows:
+            self.rows[-1].append(data)
 
 
-def report(tmp_path: Path, *runs: Path) -> str:
-    output = tmp_path / "pages" / "report.html"
-    assert main(["report", *map(str, runs), "--output", str(output)]) == 0
-    return output.read_text()
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_page_that_stands_alone(tmp_path, count):
+    runs = [write_run(tmp_path / f"run{i}", i) for i in range(count)]
+    assert main(["report", *runs, "--output", str(tmp_path / "report.html")]) == 0
+    text = (tmp_path / "report.html").read_text()
+    parsed = Text()
+    parsed.feed(text)
+    assert parsed.outside == []
+    rows = {row[0]: row[1:] for row in parsed.rows if len(row) == count + 1}
+    for number, run in enumerate(read_runs(runs)):
+        assert float(rows["loss"][number]) == pytest.approx(run.last("loss"), rel=1e-4)
+        assert rows["steps"][number] == "200"
+    assert ("trainer.seed" in rows) == (count == 1)  # with several, only what differs
+    assert len(re.findall("<figure>", text)) == 6
+    assert main(["report", *runs, "--output", str(tmp_path / "report.html")]) == 2
 
 
-def test_two_runs(tmp_path):
-    one = make_run(tmp_path / "one")
-    two = make_run(tmp_path / "two", steps=8, finished=False, optimizer__alpha=2e-3)
-    with (two / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "lo')  # being written
-    page = report(tmp_path, one, two)
-    tables = Tables(page)
-    assert tables.row("steps") == ["12", "8"]
-    assert [float(cell) for cell in tables.row("loss")] == pytest.approx([0.7 / 12, 0.7 / 8], 1e-4)
-    assert [float(cell) for cell in tables.row("eval_loss")] == pytest.approx([0.8 / 12, 0.1], 1e-4)
-    assert tables.row("optimizer.alpha") == ["0.001", "0.002"]
-    assert tables.row("content of data") == ["one-01234567", "two-01234567"]
-    differing = page[page.index("What differs") : page.index("All settings")]
-    assert {row[0] for row in Tables(differing).rows} == {
-        "setting",
-        "optimizer.alpha",
-        "content of data",
-    }
-    assert "8 steps, not finished" in page
-    assert "merge/alpha = 0.001" in page  # constant, so not drawn
-    assert "model &lt;1&gt;" in page
-    assert "model <1>" not in page
+def test_one_image(tmp_path):
+    runs = read_runs([write_run(tmp_path / f"r{i}", i) for i in range(3)])
+    assert metric_order(runs)[:4] == ["loss", "rewards/margins", "rewards/accuracies", "grad_norm"]
+    image = draw("eval_loss", runs)
+    ElementTree.fromstring(image)
+    assert "currentColor" in image
+    assert image.lower().count("stroke: #") >= 3
 
 
-def test_page_needs_nothing_else_and_takes_its_colours_from_the_page(tmp_path):
-    page = report(tmp_path, make_run(tmp_path / "one"))
-    assert not re.findall(r"<(?:script|link|img)\b", page)
-    assert not re.findall(r'(?:src|href)="(?!#)', page)
-    figures = re.findall(r"<figure>(.*?)</figure>", page, re.DOTALL)
-    titles = []
-    for figure in figures:
-        texts = [
-            e.text or "" for e in ET.fromstring(figure).iter("{http://www.w3.org/2000/svg}text")
-        ]
-        titles += [text for text in texts if text[0].isalpha() and text != "step"]
-        assert "currentColor" in figure
-        assert "#000000" not in figure
-    assert titles == ["loss", "rewards/margins", "grad_norm"]
-    assert "What differs" not in page
+def test_names_settings_and_damage(tmp_path):
+    a, b = write_run(tmp_path / "x" / "run", 1), write_run(tmp_path / "y" / "run", 2)
+    runs = read_runs([a, b])
+    assert [run.name for run in runs] == ["x/run", "y/run"]
+    assert differing_settings(runs) == {"optimizer.alpha": [0.1, 0.2]}
+    file = tmp_path / "x" / "run" / "metrics.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + '{"step": 201, "lo')
+    assert read_runs([a])[0].curves["loss"][0][-1] == 200
+    file.write_text('{"step\n' + whole)
+    with pytest.raises(UserError, match="line 1"):
+        read_runs([a])
+    with pytest.raises(UserError, match="no run"):
+        read_runs([str(tmp_path / "none")])
+    with pytest.raises(UserError, match="twice"):
+        read_runs([b, b])
 
 
-def test_eight_runs_have_their_own_colours_and_curves(tmp_path):
-    runs = [make_run(tmp_path / f"run{i}", optimizer__alpha=i * 1e-3) for i in range(8)]
-    page = report(tmp_path, *runs)
-    loss = re.findall(r"<figure>(.*?)</figure>", page, re.DOTALL)[0]
-    for colour in COLOURS:
-        assert loss.count(f"stroke: {colour.lower()}") >= 2  # in training, and held out
-    assert Tables(page).row("optimizer.alpha")[7] == "0.007"
-    assert len({style(i) for i in range(32)}) == 32
+def test_text_is_escaped(tmp_path):
+    run = read_runs([write_run(tmp_path / "r", 1, steps=3, name="<b>&")])
+    assert "<b>&" not in page(run)
+    assert "&lt;b&gt;&amp;" in page(run)
 
 
-def test_curve_lies_where_the_values_are(tmp_path):
-    page = report(tmp_path, make_run(tmp_path / "one", steps=50))
-    margins = re.findall(r"<figure>(.*?)</figure>", page, re.DOTALL)[1]
-    path = re.search(r'<path d="([^"]*)"[^>]*stroke: #0072b2', margins)
-    assert path is not None
-    points = np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", path[1]), float)
-    # rewards/margins rises by the same amount at every step, and y points down in SVG.
-    x, y = points[:, 0], points[:, 1]
-    assert np.corrcoef(x, y)[0, 1] == pytest.approx(-1, abs=1e-6)
-
-
-def test_smoothing_is_the_mean_of_a_window():
-    rng = np.random.default_rng(0)
-    values = rng.normal(size=200)
-    values[[3, 120]] = math.nan
-    expected = [np.nanmean(values[max(i - 4, 0) : i + 5]) for i in range(200)]
-    np.testing.assert_allclose(smoothed(values.tolist()), expected, rtol=1e-12)
-    assert math.isnan(smoothed([math.nan] * 100)[50])
-
-
-def test_names_are_as_long_as_needed(tmp_path):
-    runs = [make_run(tmp_path / name / "run") for name in ("adamw", "on_ties")]
-    assert "adamw/run, on_ties/run" in report(tmp_path, *runs)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda run: (run / "run.json").unlink(), "holds no run (there is no run.json)"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "has not logged a step yet"),
-        (lambda run: (run / "metrics.jsonl").write_text("{\n{}"), "line 1 is damaged"),
-        (lambda run: (run / "config.yaml").write_text("a: ["), "cannot be read"),
-    ],
-)
-def test_what_cannot_be_read_is_named(tmp_path, capsys, damage, message):
-    run = make_run(tmp_path / "one")
-    damage(run)
-    output = tmp_path / "report.html"
-    assert main(["report", str(run), "--output", str(output)]) == 2
-    assert message in capsys.readouterr().err
-    assert not output.exists()
-
-
-def test_nothing_is_overwritten(tmp_path, capsys):
-    run, output = make_run(tmp_path / "one"), tmp_path / "report.html"
-    output.write_text("mine")
-    assert main(["report", str(run), "--output", str(output)]) == 2
-    assert "exists; nothing is overwritten" in capsys.readouterr().err
-    assert output.read_text() == "mine"
-    assert main(["report", str(run), str(run), "--output", str(tmp_path / "new.html")]) == 2
-    assert "is given twice" in capsys.readouterr().err
-    assert json.loads((run / "run.json").read_text())["command"] == "dpo"
+def test_running_mean_passes_over_nan():
+    assert running_mean([1.0, math.nan, 3.0], 1) == [1.0, 2.0, 3.0]

@@ -29,11 +29,12 @@ def omerge_epochs(settings: Settings) -> Epochs:
 
     from train.config import DataOptions
     from train.data import make_buckets, make_loader, read_records, tokenize_preference
-    from train.held_out import pair_logps
+    from train.held_out import answer_logps
     from train.models import from_hf, split_model
+    from train.objectives import preference_loss, reference_logps_fn
     from train.prepare import sharing_prompts
     from train.sharding import put_batch
-    from train.step import init_state, make_train_step, preference_loss, reference_logps_fn
+    from train.step import init_state, make_train_step
 
     size = settings["batch_size"]
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
@@ -46,7 +47,7 @@ def omerge_epochs(settings: Settings) -> Epochs:
     data = sharing_prompts(data, DataOptions(path=settings["data"]))
     graphdef, params = split_model(from_hf(settings["model"]))
     score = reference_logps_fn(graphdef)
-    chosen, rejected = pair_logps(score, params, data, size, None)
+    chosen, rejected = answer_logps(score, params, data, size, None)
     data = data.with_columns(reference_chosen_logps=chosen, reference_rejected_logps=rejected)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(settings["learning_rate"], weight_decay=0.0)
@@ -54,10 +55,13 @@ def omerge_epochs(settings: Settings) -> Epochs:
     state, step = init_state(params, tx), make_train_step(preference_loss(graphdef), tx)
     del params
     loader = make_loader(data, size, buckets=make_buckets(data, size))
+    metrics: dict[str, Any] = {}
     while True:
+        losses = []
         for _ in range(len(data) // size):
             state, metrics = step(state, put_batch(next(loader), None))
-        assert np.isfinite(jax.device_get(metrics["loss"]))
+            losses.append(metrics["loss"])
+        assert np.isfinite(jax.device_get(losses)).all()
         yield len(data) // size
 
 
@@ -68,7 +72,8 @@ def trl_epochs(settings: Settings) -> Callable[[Callable[[], None], Callable[[in
     """
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     from train.data import read_records
 
@@ -122,17 +127,18 @@ class _Turns:
     """Waits for a line, times what follows, answers."""
 
     def __init__(self, answers: Any) -> None:
-        self.answers, self.start = answers, 0.0
+        self.answers, self.start, self.worked = answers, 0.0, 0.0
 
     def before(self) -> None:
         if not sys.stdin.readline().strip():
             raise SystemExit
-        self.start = time.perf_counter()
+        self.start, self.worked = time.perf_counter(), time.process_time()
 
     def after(self, steps: int) -> None:
-        seconds = time.perf_counter() - self.start
+        seconds, worked = time.perf_counter() - self.start, time.process_time() - self.worked
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        self.say({"seconds": seconds, "steps": steps, "peak_mib": peak})
+        figures = {"seconds": seconds, "cpu_seconds": worked, "steps": steps, "peak_mib": peak}
+        self.say(figures)
 
     def say(self, value: Any) -> None:
         print(json.dumps(value), file=self.answers, flush=True)

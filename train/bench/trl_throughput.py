@@ -82,8 +82,8 @@ def write_model(directory: Path, texts: Sequence[str], args: argparse.Namespace)
         num_key_value_heads=2,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=bpe.token_to_id(END),
+        pad_token_id=bpe.token_to_id(END),
     )
     model = Qwen2ForCausalLM(config)
     model.save_pretrained(directory)
@@ -192,9 +192,12 @@ def compare(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     settings_file.write_text(json.dumps(settings))
     sides = [Side(name, settings_file) for name in ("omerge", "trl")]
     try:
-        for _ in track(range(args.rounds + 1), "epochs in turns", console=Console(stderr=True)):
+        console = Console(stderr=True)
+        for number in track(range(args.rounds + 1), "epochs in turns", console=console):
             for side in sides:
                 side.epoch()
+                seconds = side.rounds[-1]["seconds"]
+                console.print(f"epoch {number}, {side.name}: {seconds:.1f} s", highlight=False)
     finally:
         for side in sides:
             side.close()
@@ -204,6 +207,7 @@ def compare(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         results[side.name] = {
             "first_epoch_seconds": side.rounds[0]["seconds"],
             "seconds": seconds,
+            "cpu_seconds": min(one["cpu_seconds"] for one in side.rounds[1:]),
             "tokens_per_second": tokens / min(seconds),
             "peak_mib": side.rounds[-1]["peak_mib"],
         }
@@ -221,6 +225,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="right" if column else "left")
     for label, name, form in (
         ("useful tokens/s, fastest epoch", "tokens_per_second", ",.0f"),
+        ("processor seconds of an epoch, least", "cpu_seconds", ".1f"),
         ("peak resident memory, MiB", "peak_mib", ",.0f"),
         ("first epoch, with compilation, s", "first_epoch_seconds", ".1f"),
     ):

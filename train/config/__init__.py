@@ -10,40 +10,46 @@ from train.config.base import DType, UserError, flatten, require
 from train.config.commands import FREE_FIELDS, DPOConfig, ExportConfig, KTOConfig, SFTConfig
 from train.config.data import DataOptions, RecordOptions, check_records
 from train.config.evaluation import (
-    ChoiceTaskOptions,
     EvalConfig,
-    ExactMatchOptions,
-    PerplexityOptions,
+    GenerationTaskOptions,
     PreferenceEvalOptions,
     TaskOptions,
+    TextOptions,
 )
 from train.config.generation import GenerateConfig
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
-from train.config.merging import MergeConfig, MergeModelOptions
-from train.config.model import ModelOptions, PolicyOptions
-from train.config.optimizer import AdamWOptions, OptimizerName, OptimizerOptions, ScheduleOptions
+from train.config.merge import MergeConfig, MergeModelOptions
+from train.config.model import LoraOptions, ModelOptions, PolicyOptions
+from train.config.optimizer import (
+    AdamWOptions,
+    AlphaOptions,
+    OptimizerName,
+    OptimizerOptions,
+    ScheduleOptions,
+)
 from train.config.ranges import check
-from train.config.trainer import EarlyStopOptions, TrainerOptions
+from train.config.trainer import EarlyStopOptions, EMAOptions, TrainerOptions
 
 __all__ = [
     "FREE_FIELDS",
     "AdamWOptions",
-    "ChoiceTaskOptions",
+    "AlphaOptions",
     "DPOConfig",
     "DType",
     "DataOptions",
+    "EMAOptions",
     "EarlyStopOptions",
     "EvalConfig",
-    "ExactMatchOptions",
     "ExportConfig",
     "GenerateConfig",
+    "GenerationTaskOptions",
     "KTOConfig",
+    "LoraOptions",
     "MergeConfig",
     "MergeModelOptions",
     "ModelOptions",
     "OptimizerName",
     "OptimizerOptions",
-    "PerplexityOptions",
     "PolicyOptions",
     "PreferenceEvalOptions",
     "PreferenceLossOptions",
@@ -52,6 +58,7 @@ __all__ = [
     "SFTLossOptions",
     "ScheduleOptions",
     "TaskOptions",
+    "TextOptions",
     "TrainerOptions",
     "UnpairedLossOptions",
     "UserError",

@@ -54,6 +54,11 @@ class DPOConfig:
         schedule: The schedule.
         reference_cache: Directory for the reference's log-probabilities, keyed by the content of
             model and data, so that several runs can share it. Unset: inside `output_dir`.
+        sync_ref_model: Let the reference follow the policy (TR-DPO, arXiv 2404.09656). Its weights
+            are then held during training and its log-probabilities computed at every step; held-out
+            rewards stay relative to the start.
+        ref_model_mixup_alpha: Share of the policy in the new reference; 1 replaces it.
+        ref_model_sync_steps: Steps from one update of the reference to the next.
         dry_run: Show token statistics, batches and the first examples with their loss masks, and
             stop before any weight is read.
     """
@@ -66,6 +71,9 @@ class DPOConfig:
     loss: PreferenceLossOptions = field(default_factory=PreferenceLossOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     reference_cache: str | None = None
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float | None = None
+    ref_model_sync_steps: int | None = None
     dry_run: bool = False
 
 

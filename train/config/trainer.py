@@ -30,6 +30,21 @@ class EarlyStopOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EMAOptions:
+    """Exponential moving average of the weights, in float32.
+
+    Attributes:
+        decay: Share of the average that is kept at a step.
+        export: Export the average; false: it is in the checkpoints alone.
+        evaluate: Evaluate the average during training instead of the weights.
+    """
+
+    decay: float = 0.999
+    export: bool = True
+    evaluate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerOptions:
     """Length of the run, and what it writes when.
 
@@ -53,6 +68,7 @@ class TrainerOptions:
         export_best: Held-out metric by which the checkpoint to export is chosen (the lowest value
             of names that end in loss or perplexity, the highest of others). That checkpoint is
             kept. Unset: the last step is exported.
+        ema: Moving average of the weights.
     """
 
     batch_size: int
@@ -69,3 +85,4 @@ class TrainerOptions:
     max_skipped_steps: int = 10
     early_stop: EarlyStopOptions | None = None
     export_best: str | None = None
+    ema: EMAOptions | None = None

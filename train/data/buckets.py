@@ -31,8 +31,8 @@ SCORED_PARTS = 2
 MAX_BUCKETS = 16
 """Buckets when nobody gives a number and there are batches enough."""
 
-BATCHES_PER_BUCKET = 8
-"""Batches an epoch has for each of those, at least: every shape costs a compilation."""
+BATCHES_PER_BUCKET = 16
+"""Batches that a run, or an epoch, has for each of those: every shape costs a compilation."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,14 @@ class Buckets:
         return share_prompt(cut, widths) if self.share_prompts else cut
 
 
-def default_buckets(rows: int, batch_size: int) -> int:
+def default_buckets(batches: int) -> int:
     """How many shapes are worth their compilation: up to `MAX_BUCKETS`, 1 for few batches."""
-    return max(1, min(MAX_BUCKETS, rows // batch_size // BATCHES_PER_BUCKET))
+    return max(1, min(MAX_BUCKETS, batches // BATCHES_PER_BUCKET))
 
 
-def make_buckets(dataset: TokenDataset, batch_size: int, count: int | None = None) -> Buckets:
+def make_buckets(
+    dataset: TokenDataset, batch_size: int, count: int | None = None, *, steps: int | None = None
+) -> Buckets:
     """Chooses the shapes of the batches of a data set.
 
     Args:
@@ -118,8 +120,11 @@ def make_buckets(dataset: TokenDataset, batch_size: int, count: int | None = Non
       batch_size: Rows in a batch, over all processes together.
       count: Buckets, at most; with 1 all batches have one shape. `None` takes as many as the number
         of batches can pay for, see `default_buckets`.
+      steps: Batches of the whole run; `None` for one epoch. With a `count` they do not matter.
     """
-    count = default_buckets(dataset.rows_per_epoch, batch_size) if count is None else count
+    if count is None:
+        per_epoch = dataset.rows_per_epoch // batch_size
+        count = default_buckets(per_epoch if steps is None else min(per_epoch, steps))
     share_prompts = dataset.share_prompts
     lengths = row_lengths(dataset.arrays)
     scored = lengths.scored if share_prompts else lengths.answer

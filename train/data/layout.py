@@ -1,6 +1,6 @@
 """The shape of a batch: columns cut to what its rows need, prompts shared by the answers of a pair.
 
-A pair's prompt need not be computed once for each answer (Wang et al., 2024, "Accelerating Direct
+A pair's prompt need not be computed once for each answer (Wang and Hegde, 2024, "Accelerating Direct
 Preference Optimization with Prefix Sharing", arXiv:2410.20305). Here prompt, chosen and rejected
 answer follow each other without a gap in one row, `[prompt | chosen | rejected | padding]`, and an
 attention mask keeps the rejected answer from seeing the chosen one.

@@ -43,7 +43,7 @@ def from_hf(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     mesh: Mesh | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> Decoder:
     """Loads a Llama, Qwen2 or Qwen3 checkpoint from safetensors files.
 
@@ -60,7 +60,7 @@ def from_hf(
         param_dtype: of the parameters.
         mesh: where to put the parameters, by the axes ``"fsdp"`` and ``"tensor"`` that they carry
             (see `param_shardings`). On the default device when None.
-        remat: recompute blocks in the backward pass.
+        remat: what blocks compute again in the backward pass, see `ModelConfig`.
 
     Returns:
         The model, with ``model.config``.

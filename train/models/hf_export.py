@@ -61,7 +61,7 @@ def to_hf(
             comes back bit for bit, and float32 training results of a bfloat16 one are rounded.
         max_shard_size: bytes per safetensors file; above it the tensors are spread over several
             with an index.
-        card: text of ``README.md``, see `train.model_card`.
+        card: model card, written as ``README.md``; none when None.
 
     Returns:
         ``out_path``.
@@ -76,55 +76,32 @@ def to_hf(
     """
     out, source = Path(out_path), resolve_model_dir(like)
     check_writable(out)
-    _check_same_network(model.config, ModelConfig.from_hf(read_hf_config(source)), source)
+    hf_config = read_hf_config(source)
+    _check_same_network(model.config, ModelConfig.from_hf(hf_config), source)
     weights = SafetensorsDir(source)
     check_tensors(weights, model.config, decoder_leaves(model.config))
     with written_whole(out) as partial:
         save_tensors(_tensors(model, weights, dtype), partial, max_shard_size)
-        copy_companions(source, partial, dtype)
+        if dtype is None:
+            shutil.copyfile(source / "config.json", partial / "config.json")
+        else:
+            # transformers 5 calls it "dtype", 4 "torch_dtype"; keep the spelling that is there.
+            key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
+            text = json.dumps({**hf_config, key: np.dtype(dtype).name}, indent=2)
+            (partial / "config.json").write_text(text + "\n", encoding="utf-8")
+        copy_companions(source, partial)
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
     return out
 
 
-def copy_companions(source: Path, out: Path, dtype: Any = None) -> None:
-    """Copies what a model directory holds besides weights: config, tokenizer, chat templates.
-
-    Args:
-        source: a model directory.
-        out: the directory that gets them.
-        dtype: of the weights there, written into ``config.json``. None keeps what it says.
-    """
-    if dtype is None:
-        shutil.copyfile(source / "config.json", out / "config.json")
-    else:
-        hf_config = read_hf_config(source)
-        # transformers 5 calls it "dtype", 4 "torch_dtype"; keep the spelling that is there.
-        key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
-        text = json.dumps({**hf_config, key: np.dtype(dtype).name}, indent=2)
-        (out / "config.json").write_text(text + "\n", encoding="utf-8")
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copies generation settings, tokenizer and chat templates from one model directory to another."""
     for name in _COPIED:
         if (source / name).is_dir():
-            shutil.copytree(source / name, out / name)
+            shutil.copytree(source / name, directory / name)
         elif (source / name).exists():
-            shutil.copyfile(source / name, out / name)
-
-
-def cast_checked(name: str, values: np.ndarray, dtype: Any) -> np.ndarray:
-    """``values`` in another dtype.
-
-    Raises:
-        ValueError: a finite value would become infinite.
-    """
-    with np.errstate(over="ignore"):
-        cast = values.astype(dtype)
-    lost = np.isfinite(values.astype(np.float32)) & ~np.isfinite(cast.astype(np.float32))
-    if lost.any():
-        raise ValueError(
-            f"{name} holds {int(lost.sum())} values beyond the range of {np.dtype(dtype)}; write "
-            "with dtype float32 or bfloat16"
-        )
-    return cast
+            shutil.copyfile(source / name, directory / name)
 
 
 def save_tensors(
@@ -186,6 +163,23 @@ def _tensors(
     for name in weights.entries:
         if name not in written:
             yield name, weights.read(name)  # derived tensors of old versions
+
+
+def cast_checked(name: str, values: np.ndarray, dtype: Any) -> np.ndarray:
+    """A tensor in another dtype.
+
+    Raises:
+        ValueError: a finite value, of the tensor that ``name`` says, becomes infinite.
+    """
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    lost = np.isfinite(values.astype(np.float32)) & ~np.isfinite(cast.astype(np.float32))
+    if lost.any():
+        raise ValueError(
+            f"{name} holds {int(lost.sum())} values beyond the range of {np.dtype(dtype)}; write "
+            "with dtype float32 or bfloat16"
+        )
+    return cast
 
 
 def _check_same_network(model: ModelConfig, like: ModelConfig, source: Path) -> None:

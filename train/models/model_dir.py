@@ -11,11 +11,6 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether a text has the form of a hub name, ``"org/name"``."""
-    return _HUB_NAME.fullmatch(name) is not None
-
-
 def resolve_model_dir(path_or_hub_name: str | Path) -> Path:
     """A local directory for a path, or for a hub name after downloading what is needed of it.
 
@@ -29,7 +24,7 @@ def resolve_model_dir(path_or_hub_name: str | Path) -> Path:
     if path.exists():
         raise NotADirectoryError(f"{path} is a file; give the directory that holds config.json")
     name = str(path_or_hub_name)
-    if not is_hub_name(name):
+    if not _HUB_NAME.fullmatch(name):
         raise FileNotFoundError(f"{name} is not an existing directory (nor a hub name 'org/name')")
     from huggingface_hub import snapshot_download
 

@@ -1,171 +1,119 @@
-"""The page: curves by subject, what differs in the settings, final figures."""
+"""The page: one HTML file without scripts that needs no network."""
 
 from __future__ import annotations
 
 import html
-import json
-import math
-from collections.abc import Iterable, Sequence
-from importlib import resources
-from string import Template
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 
-from train.report.curves import draw, style
-from train.run_record import RunRecord
+from train.config import UserError
+from train.output_dir import check_place, write_atomically
+from train.report.plots import COLORS, STYLES, draw, metric_order
+from train.report.runs import Run, differing_settings, read_runs
 
-_NO_CURVE = ("step", "tokens_per_second")
-# Sections of the page, each with how its metrics begin; the last one takes the rest.
-_SECTIONS = (
-    ("Loss and rewards", ("loss", "rewards/", "logps/", "entropy", "mean_token_accuracy")),
-    ("Optimization", ("grad_norm", "learning_rate", "skipped_steps")),
-    ("Merging", ("merge/",)),
-    ("Other metrics", ("",)),
-)
-_FIRST = ("loss", "rewards/margins", "rewards/accuracies", "merge/alpha")
-_SAME_EVERYWHERE = ("output_dir", "reference_cache")  # names of places, not settings of a run
-
-
-def render(runs: Sequence[RunRecord], console: Console) -> str:
-    """The HTML text for runs, from `read_runs`; the console shows how far the drawing is."""
-    curves, constant = _curves(runs, console)
-    names = ", ".join(run.name for run in runs)
-    return Template(resources.files("train.report").joinpath("page.html").read_text()).substitute(
-        title=html.escape(f"{len(runs)} runs" if len(runs) > 3 else names),
-        legend=_legend(runs),
-        curves=curves,
-        constant=_constant_note(constant),
-        final=_table(["metric", *_names(runs)], _final(runs)),
-        differences=_differences_table(runs),
-        settings="".join(_settings(run, index) for index, run in enumerate(runs)),
-    )
+_CSS = """
+:root { color-scheme: light dark; --ink: #1f2328; --back: #ffffff; --line: #d0d7de; --soft: #f6f8fa }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #d7dce2; --back: #15181c; --line: #3b424b; --soft: #1e2329 } }
+body { margin: 2rem auto; max-width: 1500px; padding: 0 1.2rem; color: var(--ink);
+  background: var(--back); font: 15px/1.45 system-ui, sans-serif }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 1rem }
+.grid svg { width: 100%; height: auto }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: 13px }
+th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--soft) }
+thead th { background: var(--soft) }
+.legend { position: sticky; top: 0; background: var(--back); padding: .5rem 0; z-index: 1;
+  display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; border-bottom: 1px solid var(--line) }
+.legend svg { vertical-align: middle; margin-right: .4rem }
+"""
 
 
-def metrics_of(runs: Sequence[RunRecord]) -> list[str]:
-    """Names of all metrics, without ``eval_``, in order of importance, then of first appearance."""
-    found = dict.fromkeys(
-        name.removeprefix("eval_") for run in runs for row in run.rows for name in row
-    )
-    shown = [name for name in found if name not in _NO_CURVE]
-    return sorted(shown, key=lambda name: (_FIRST + tuple(shown)).index(name))
+def run(paths: Sequence[str], output: str) -> Path:
+    """Writes the report of runs, finished or not.
 
+    Args:
+        paths: Output directories of runs.
+        output: HTML file to write; it must not exist yet.
 
-def constant_value(metric: str, runs: Sequence[RunRecord]) -> float | None:
-    """The one value that a metric has in all runs, held out or not, or None."""
-    values = {
-        value
-        for run in runs
-        for name in (metric, f"eval_{metric}")
-        for value in run.series(name)[1]
-    }
-    return values.pop() if len(values) == 1 and not math.isnan(min(values)) else None
+    Returns:
+        The file.
 
+    Raises:
+        UserError: a directory is no run, or the file exists or cannot be written.
 
-def differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[Any]]]:
-    """Settings, and contents of inputs, that are not the same in all runs, with each run's value.
-
-    A setting that a run's command lacks is the empty text.
+    Example:
+        >>> run(["runs/adamw", "runs/on_dare"], "report.html")           # doctest: +SKIP
     """
-    sources = [
-        {"command": run.command, **run.settings}
-        | {f"content of {name}": digest[:12] for name, digest in run.inputs.items()}
-        for run in runs
-    ]
-    names = dict.fromkeys(name for source in sources for name in source)
-    rows = [(name, [source.get(name, "") for source in sources]) for name in names]
-    return [
-        (name, values)
-        for name, values in rows
-        if name not in _SAME_EVERYWHERE and len({json.dumps(v, default=str) for v in values}) > 1
-    ]
+    file = Path(output)
+    if file.exists():
+        raise UserError(f"output: {output!r} exists; nothing is overwritten.")
+    check_place(file, "output")
+    text = page(read_runs(paths))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text)
+    except OSError as error:
+        raise UserError(f"output: {output!r} cannot be written ({error.strerror}).") from error
+    Console().print(f"Report written to {file}", highlight=False, soft_wrap=True)
+    return file
 
 
-def _curves(runs: Sequence[RunRecord], console: Console) -> tuple[str, dict[str, float]]:
-    metrics = metrics_of(runs)
-    known = {metric: constant_value(metric, runs) for metric in metrics}
-    constant = {metric: value for metric, value in known.items() if value is not None}
-    varying = [metric for metric in metrics if metric not in constant]
-    sections: dict[str, list[str]] = {title: [] for title, _ in _SECTIONS}
-    with Progress(console=console, transient=True) as progress:
-        for metric in progress.track(varying, description="curves"):
-            title = next(t for t, starts in _SECTIONS if metric.startswith(starts))
-            sections[title].append(f"<figure>{draw(metric, runs)}</figure>")
-    parts = [
-        f"<h2>{title}</h2><div class=grid>{''.join(panels)}</div>"
-        for title, panels in sections.items()
-        if panels
-    ]
-    return "".join(parts), constant
-
-
-def _constant_note(constant: dict[str, float]) -> str:
-    if not constant:
-        return ""
-    listed = ", ".join(f"{html.escape(name)} = {value:.4g}" for name, value in constant.items())
-    return f"<p class=note>The same at every logged step of every run: {listed}.</p>"
-
-
-def _legend(runs: Sequence[RunRecord]) -> str:
-    items = []
-    for index, run in enumerate(runs):
-        colour, dashes = style(index)
-        pattern = f' stroke-dasharray="{" ".join(map(str, dashes))}"' if dashes else ""
-        last = f"{run.rows[-1]['step']:.0f} steps"
-        state = last if run.finished else f"{last}, not finished"
-        items.append(
-            f'<li><svg width=32 height=10><line x1=0 x2=32 y1=5 y2=5 stroke="{colour}" '
-            f"stroke-width=3{pattern} /></svg> <b>{html.escape(run.name)}</b> "
-            f"<span>{html.escape(run.command)}, {state}</span></li>"
-        )
-    return "".join(items)
-
-
-def _final(runs: Sequence[RunRecord]) -> list[list[str]]:
-    """The last value of every metric; held-out ones first."""
-    metrics = metrics_of(runs)
-    names = [f"eval_{metric}" for metric in metrics] + metrics
-    rows = [["steps", *(f"{run.rows[-1]['step']:.0f}" for run in runs)]]
-    for name in names:
-        last = [run.series(name)[1][-1:] for run in runs]
-        if any(last):
-            rows.append([name, *(f"{value[0]:.5g}" if value else "" for value in last)])
-    return rows
-
-
-def _differences_table(runs: Sequence[RunRecord]) -> str:
+def page(runs: Sequence[Run]) -> str:
+    """The whole HTML document."""
+    metrics = metric_order(runs)
+    images = "".join(f"<figure>{draw(m, runs)}</figure>" for m in track(metrics, "curves"))
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     if len(runs) == 1:
-        return ""
-    rows = [[name, *map(_shown, values)] for name, values in differences(runs)]
-    heading = "<h2>What differs in the settings</h2>"
-    if not rows:
-        return f"{heading}<p>Nothing: the runs have the same settings and inputs.</p>"
-    return heading + _table(["setting", *_names(runs)], rows)
+        heading, settings = "Settings", {k: [v] for k, v in runs[0].settings.items()}
+    else:
+        heading, settings = "Settings that differ", differing_settings(runs)
+    final = {metric: [run.last(metric) for run in runs] for metric in metrics}
+    final = {"steps": [max(c[0][-1] for c in run.curves.values()) for run in runs], **final}
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width'>",
+        f"<title>{html.escape(title)}</title><style>{_CSS}figure {{ margin: 0 }}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1>{_legend(runs)}",
+        f"<h2>Final metrics</h2>{_table(final, runs)}",
+        f"<h2>{heading}</h2>{_table(settings, runs) if settings else '<p>None.</p>'}",
+        f"<h2>Curves</h2><div class='grid'>{images}</div></body></html>",
+    ]
+    return "\n".join(parts)
 
 
-def _settings(run: RunRecord, index: int) -> str:
-    rows = [[name, _shown(value)] for name, value in run.settings.items()]
-    summary = f"Settings of {html.escape(run.name)}"
-    path = f"<p class=note>{html.escape(str(run.path))}</p>"
-    return (
-        f"<details><summary>{summary}</summary>{path}{_table(['setting', 'value'], rows)}</details>"
+def _legend(runs: Sequence[Run]) -> str:
+    dashes = dict(zip(STYLES, ("", "6 3", "2 3", "6 3 2 3"), strict=True))
+    items = []
+    for number, one in enumerate(runs):
+        color = COLORS[number % len(COLORS)]
+        dash = dashes[STYLES[number // len(COLORS) % len(STYLES)]]
+        line = f"<path d='M0 5h26' stroke='{color}' stroke-width='3' stroke-dasharray='{dash}'/>"
+        state = "" if one.finished else " (not finished)"
+        swatch = f"<svg width='26' height='10'>{line}</svg>"
+        items.append(f"<span>{swatch}{html.escape(one.name)}{state}</span>")
+    return f"<div class='legend'>{''.join(items)}</div>"
+
+
+def _table(rows: dict[str, list[Any]], runs: Sequence[Run]) -> str:
+    head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
+    body = "".join(
+        f"<tr><td>{html.escape(name)}</td>"
+        + "".join(f"<td>{html.escape(_shown(value))}</td>" for value in values)
+        + "</tr>"
+        for name, values in rows.items()
     )
-
-
-def _names(runs: Sequence[RunRecord]) -> list[str]:
-    return [run.name for run in runs]
+    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class='scroll'>{table}</div>"
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        return value or "—"
-    return f"{value:g}" if isinstance(value, float) else json.dumps(value, default=str)
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    return f"<div class=scroll><table><thead>{line(headings, 'th')}</thead>{body}</table></div>"
+    if value is None:
+        return "–"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

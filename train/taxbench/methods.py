@@ -41,7 +41,7 @@ class Method:
         """Its settings in words, with the total weight of the reference delta over `steps`."""
         options = self.optimizer
         text = f"lr {options.learning_rate:g}, β {self.beta:g}"
-        if options.alpha:
+        if isinstance(options.alpha, float) and options.alpha:
             text += f", α {options.alpha:g}, p {options.density:g}, α·T {options.alpha * steps:.2g}"
         return text
 

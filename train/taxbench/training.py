@@ -66,7 +66,7 @@ class Trainer:
         batch_size: int,
     ):
         rate = make_schedule(schedule, options.learning_rate, steps)
-        self._tx = make_optimizer(options, rate, layer_axes=layer_axes)
+        self._tx = make_optimizer(options, rate, layer_axes=layer_axes, steps=steps)
         self._step = make_train_step(loss_fn, self._tx)
         self.steps, self.batch_size = steps, batch_size
 
