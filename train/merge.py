@@ -1,8 +1,9 @@
 """``python -m train merge``: offline merges of model directories, one tensor at a time.
 
 Memory: the merged tensors of one output file (`max_shard_size`), and of the tensor being merged one
-float32 copy per model and for the base, the method's temporaries of about as much again, and the
-result. The files that are read are memory-mapped. A model is never held as a whole.
+float32 copy per model and for the base, the method's temporaries and the result. On a CPU these took,
+for two models, 2 times the tensor in float32 (linear), 3 (slerp), 5 (dare_ties), 6 (breadcrumbs), 7.5
+(ties) and 9 (della), and for four models 12 (ties). The files that are read are memory-mapped. A model is never held as a whole.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def run(config: MergeConfig) -> Path:
     """Merges the models and writes the result as a Hugging Face directory.
 
     Tensors that are the same in all models, those that are no floating-point numbers, and rotary
-    frequencies saved by old versions are copied bit for bit. Where the configuration ties the output matrix to the embedding, both are merged
-    once.
+    frequencies saved by old versions are copied bit for bit. Where the configuration ties the output
+    matrix to the embedding, both are merged once.
 
     Returns:
         The directory.
