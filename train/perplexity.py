@@ -22,7 +22,7 @@ class Texts:
 
 
 def read_texts(name: str, options: TextOptions, tokenizer: Any, longest: int) -> Texts:
-    """Tokenised windows of a file's texts, each text for itself.
+    """Tokenised windows of a file's texts, each for itself or all as one.
 
     Args:
         name: Of the task, for messages.
@@ -44,6 +44,8 @@ def read_texts(name: str, options: TextOptions, tokenizer: Any, longest: int) ->
         else:
             texts = [_text(one, options.field, field) for one in read_records(options.path)]
     texts = texts[: options.limit]
+    if options.separator is not None:
+        texts = [options.separator.join(texts)]
     windows = []
     for text in texts:
         windows += sliding_windows(tokenizer(text, verbose=False)["input_ids"], length, stride)

@@ -67,10 +67,14 @@ def documented_nll(model, ids, max_length, stride):
     return total, count
 
 
-def test_perplexity(directory, theirs, tmp_path):
+@pytest.mark.parametrize("separator", [None, "\n\n"])
+def test_perplexity(directory, theirs, tmp_path, separator):
     texts = [TEXT * 3, TEXT, "Short."]
     path = write_jsonl(tmp_path / "texts.jsonl", [{"body": text} for text in texts])
     task = {"path": str(path), "field": "body", "max_length": 64, "stride": 24}
+    if separator is not None:
+        task["separator"] = separator
+        texts = [separator.join(texts)]  # as the page does
     found = evaluate(directory, tmp_path, {"texts": {"t": task}, "batch_size": 4})["texts"]["t"]
     tokenizer = make_tokenizer()
     sums = [documented_nll(theirs, tokenizer(text)["input_ids"], 64, 24) for text in texts]

@@ -62,6 +62,8 @@ class TextOptions:
     Attributes:
         path: A .txt file, which is one text, or a file of records as for the other tasks.
         field: Field of a record that holds the text.
+        separator: Makes one text of all records with this between them, as transformers' guide to
+            perplexity does with a blank line. Unset: each record is a text of its own.
         max_length: Tokens in a window. Unset: 1024, or what the model was made for if that is less.
         stride: Tokens from one window's start to the next. Unset: half of a window.
         limit: Use only the first so many texts.
@@ -69,6 +71,7 @@ class TextOptions:
 
     path: str
     field: str = "text"
+    separator: str | None = None
     max_length: int | None = None
     stride: int | None = None
     limit: int | None = None
