@@ -2,9 +2,9 @@
 
 Memory: the merged tensors of one output file (`max_shard_size`), and of the tensor being merged one
 float32 copy per model and for the base, the method's temporaries and the result. On a CPU these took,
-for two models, 2 times the tensor in float32 (linear), 3 (slerp), 5 (dare_ties), 6 (breadcrumbs), 7.5
-(ties) and 9 (della), and for four models 12 (ties). The files that are read are memory-mapped. A model
-is never held as a whole.
+for two models, 2 times the tensor in float32 (linear), 5 (dare_ties), 6 (breadcrumbs), 7.5 (ties) and
+9 (della), for four models 12 (ties), and for the base and one model 3 (slerp). The files that are read
+are memory-mapped. A model is never held as a whole.
 """
 
 from __future__ import annotations
