@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from tests.train.test_step import make_batch, make_model
 from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
 from train.averages import Followers
+from train.checkpoint import restore_params
 from train.cli import main
 from train.objectives import preference_loss, reference_logps_fn
 from train.step import init_state, make_train_step
@@ -61,6 +63,23 @@ def test_reference_follows_every_few_steps(alpha):
         if number % 2 == 0:
             reference = alpha * state["params"]["w"] + (1 - alpha) * reference
         np.testing.assert_allclose(state["reference"]["w"], reference, rtol=1e-6)
+
+
+def test_a_skipped_step_moves_no_copy():
+    followers, tx = Followers(ema_decay=0.5, mixup_alpha=1.0, sync_steps=1), optax.sgd(RATE)
+    step = make_train_step(
+        quadratic, tx, followers=followers, reference_columns=lambda params, batch: {}
+    )
+    state = init_state({"w": jnp.array([1.0, -2.0])}, tx, followers=followers)
+    state, _ = step(state, {"x": np.ones((1, 2), np.float32)})
+    before = jax.device_get(state)
+    state, metrics = step(state, {"x": np.full((1, 2), np.nan, np.float32)})
+    assert metrics["skipped_steps"] == 1
+    for name in ("params", "ema", "reference"):
+        np.testing.assert_array_equal(state[name]["w"], before[name]["w"])
+    state, _ = step(state, {"x": np.zeros((1, 2), np.float32)})
+    assert (np.asarray(state["ema"]["w"]) != before["ema"]["w"]).all()
+    np.testing.assert_array_equal(state["reference"]["w"], state["params"]["w"])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -123,6 +142,48 @@ def test_a_run_with_both_resumes_to_the_same_bits_and_exports_the_average(inputs
     assert main(["export", "--run", str(run), "--output", str(plain)]) == 0
     again = read_tensors(plain)
     assert all((expected[name] == again[name]).all() for name in expected)
+
+
+def test_the_best_step_is_exported_as_its_average_beside_frozen_weights(
+    inputs, tmp_path, monkeypatch, capsys
+):
+    values = iter([0.0, 0.5, 0.1])  # before training, at step 1, at step 2
+
+    def make_evaluate(*args, **settings):
+        return lambda params: {"eval_loss": -next(values)}
+
+    monkeypatch.setattr("train.dpo.evaluate_preferences", make_evaluate)
+    run, single = tmp_path / "run", tmp_path / "single"
+    fields = {"trainer__steps": 2, "trainer__eval_every": 1, "model__trainable": "[down_proj]"} | {
+        "trainer__ema__decay": 0.5,
+        "trainer__export_best": "eval_loss",
+        "optimizer__storage": "dense",
+    }
+    assert main(["dpo", *run_flags(inputs, run, **fields)]) == 0
+    assert "Best by eval_loss: step 1." in capsys.readouterr().out
+    command = ["export", "--run", str(run), "--step", "1", "--output", str(single)]
+    assert main(command) == 0
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shape = jax.ShapeDtypeStruct((2, 48, 32), jnp.float32, sharding=place)
+    held = {"layers": {"mlp": {"down_proj": {"kernel": shape}}}}
+    mean = restore_params(run / "checkpoints", 1, held, "ema")
+    start, best = read_tensors(Path(inputs["model"])), read_tensors(run / "export")
+    again = read_tensors(single)
+    for name, tensor in best.items():
+        assert (tensor == again[name]).all()
+        if "down_proj" in name:
+            layer = int(name.split(".")[2])
+            kernel = np.asarray(mean["layers"]["mlp"]["down_proj"]["kernel"])[layer]
+            np.testing.assert_array_equal(tensor, kernel.T)
+            assert (tensor != start[name]).any()
+        else:
+            np.testing.assert_array_equal(tensor, start[name])
+
+
+def test_a_reference_follows_only_where_the_loss_has_one(inputs, tmp_path, capsys):
+    fields = {"sync_ref_model": "true", "loss__type": "simpo"}
+    assert main(["dpo", *run_flags(inputs, tmp_path / "run", **fields)]) == 2
+    assert "loss.type simpo has no reference" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

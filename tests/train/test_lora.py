@@ -191,7 +191,7 @@ def test_only_what_is_trained_has_a_gradient_and_an_optimizer_state(adapted):
     state = init_state(trained, tx)
     held = sum(leaf.size for leaf in jax.tree.leaves(state))
     adapter_size = sum(leaf.size for leaf in jax.tree.leaves(adapters))
-    assert held == 3 * adapter_size + 2  # parameters, two moments, two counters
+    assert held == 3 * adapter_size + 4  # parameters, two moments, four counters
     before = jax.tree.map(np.asarray, frozen)
     state, metrics = make_train_step(loss_fn, tx)(state, batch, frozen)
     whole = jax.jit(jax.grad(loss_fn, has_aux=True))(join(params, adapters), batch)[0]
@@ -233,6 +233,7 @@ ADAMW = {"model__base": None, "optimizer__name": "adamw", "optimizer__alpha": No
 LORA = {"model__lora__rank": 2, "trainer__steps": 2, "trainer__save_every": 1}
 
 
+@pytest.mark.slow
 def test_a_lora_run_and_one_that_starts_from_its_adapter(inputs, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     rates = {"optimizer__learning_rate": 1e-2}
@@ -292,6 +293,18 @@ def test_a_lora_run_and_one_that_starts_from_its_adapter(inputs, tmp_path, capsy
 def test_lora_settings_that_do_not_fit(changes, message, inputs, tmp_path, capsys):
     assert main(["dpo", *run_flags(inputs, tmp_path / "run", **{**LORA, **changes})]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_kto_trains_adapters_alone(inputs, tmp_path):
+    run = tmp_path / "run"
+    fields = {**ADAMW, **LORA, "trainer__steps": 1, "optimizer__learning_rate": 1e-2}
+    assert main(["kto", *run_flags(inputs, run, **fields)]) == 0
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert row["kl"] == pytest.approx(0, abs=1e-3)
+    start, merged = read_tensors(Path(inputs["model"])), read_tensors(run / "export")
+    for name in start:
+        assert (start[name] != merged[name]).any() == ("_proj" in name), name
 
 
 def test_a_run_with_frozen_parameters_leaves_them_as_they_were(inputs, tmp_path):
