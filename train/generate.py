@@ -146,7 +146,7 @@ def _check(config: GenerateConfig) -> Filters:
 
 def _records(config: GenerateConfig) -> Sequence[Record]:
     if config.prompts is None:
-        return [Record({"prompt": config.prompt}, "prompt")]
+        return [Record({"prompt": config.prompt}, "record")]
     return read_records(config.prompts)
 
 

@@ -149,6 +149,7 @@ def test_kto_starts_at_the_reference_and_separates_the_labels(kto):
     assert (kto / "export" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_kto_resumes_bit_by_bit_with_another_eval_batch(kto, inputs, tmp_path, monkeypatch):
     output = tmp_path / "run"
     arguments = kto_flags(inputs, output, **SHORT, trainer__save_every=1, trainer__eval_every=2)
