@@ -58,6 +58,7 @@ demo: $(VENV)/.train
 $(VENV)/tpu: $(VENV)/.test
 	$(INSTALL) --no-deps --target $@ "$$($(PY) -c 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')" \
 		|| (mkdir -p $@ && echo "The TPU compiler could not be installed; its tests are skipped.")
+	@touch $@
 
 lint: $(VENV)/.test
 	$(PY) -m ruff check .
