@@ -83,7 +83,7 @@ class FittedSparsifier(Protocol):
     def fit(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array | None:
         """Returns non-negative float32 [*layers, m], or None where nothing is to be fitted.
 
-        ``x`` may be a sample of the leaf (``ctx.sample``), and a delta comes in the dtype it is held in.
+        ``x`` may be a sample of the leaf (``ctx.sample``); a delta comes in the dtype it is held in.
         """
         ...
 
