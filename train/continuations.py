@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,34 +101,3 @@ def _padded(
         *pad_left(contexts, padded_width(max(map(len, contexts))), pad_id),
         *pad_right(tokens, padded_width(max(map(len, tokens))), pad_id),
     )
-
-
-def windows(tokens: Sequence[int], max_length: int, stride: int) -> Iterable[Continuation]:
-    """Cuts a text into windows that overlap, in which each token but the first is scored once.
-
-    As in the perplexity guide of transformers: every window but the first scores its last ``stride``
-    tokens, with the ``max_length − stride`` before them as context; the last one what is left.
-
-    Args:
-        tokens: Ids of the text.
-        max_length: Tokens in a window.
-        stride: Tokens by which the window moves, at most ``max_length − 1``.
-
-    Yields:
-        Nothing for a text of one token.
-
-    Example:
-        >>> [(w.context, w.tokens) for w in windows([0, 1, 2, 3, 4, 5], max_length=4, stride=2)]
-        [([0], [1, 2, 3]), ([2, 3], [4, 5])]
-
-    References:
-        https://huggingface.co/docs/transformers/perplexity
-    """
-    scored = 1
-    for begin in range(0, len(tokens), stride):
-        end = min(begin + max_length, len(tokens))
-        if end > scored:
-            yield Continuation(tokens[begin:scored], tokens[scored:end])
-        scored = max(scored, end)
-        if end == len(tokens):
-            return
