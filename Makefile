@@ -16,7 +16,7 @@ INSTALL := $(PY) -m pip install --quiet
 endif
 NVIDIA := $(shell command -v nvidia-smi 2>/dev/null)
 
-.PHONY: help demo test test-slow bench faults lint docs clean
+.PHONY: help demo test test-slow bench faults lint docs notebooks clean
 
 help:
 	@echo "make demo       the alignment tax in miniature: trains, compares, writes demo-output/run-NNN/report.html"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench      cost of merging next to optax.adamw (BENCH_ARGS=--help lists options)"
 	@echo "make faults     kills, full disks, damaged checkpoints, bad data: docs/faults.md (FAULTS_ARGS=--help)"
 	@echo "make models/smollm2  a small language model as a Hugging Face directory, without a hub"
+	@echo "make notebooks  run all notebooks; the executed ones go to notebook-output/"
 	@echo "make docs       the API page, docs/api/omerge_jax.html"
 	@echo "make clean      remove the virtual environment and outputs"
 
@@ -85,8 +86,15 @@ bench: $(VENV)/.bench
 faults: $(VENV)/.test
 	$(PY) -m tests.faults $(FAULTS_ARGS)
 
+$(VENV)/.notebooks: pyproject.toml | $(PY)
+	$(INSTALL) -e ".[notebooks]"
+	@touch $@
+
+notebooks: $(VENV)/.notebooks
+	$(PY) -m jupyter nbconvert --to notebook --execute --output-dir notebook-output notebooks/*.ipynb
+
 docs: $(VENV)/.test
 	$(PY) -m pdoc omerge_jax -d google -o docs/api
 
 clean:
-	rm -rf $(VENV) demo-output docs/api .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo-output notebook-output docs/api .pytest_cache .ruff_cache

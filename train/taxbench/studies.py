@@ -181,6 +181,29 @@ def _attempts() -> list[Recipe]:
             for alpha in (3e-4, 1e-3)
             for beta in (0.1, 0.3)
         ),
+        *(
+            Recipe(
+                "ties_fast_ema",
+                "Attempt 5: as 4, larger β, EMA",
+                on_ties(learning_rate=rate, alpha=alpha, density=0.1),
+                beta=0.5,
+                ema=0.97,
+            )
+            for alpha in (3e-4, 1e-3)
+            for rate in (fast, 2 * fast)
+        ),
+        *(
+            Recipe(
+                "ties_fast_ema-zero",
+                "Control: attempt 5, α = 0",
+                on_ties(learning_rate=rate, alpha=1e-9, density=density),
+                beta=0.5,
+                ema=0.97,
+                control=True,
+            )
+            for density in (0.1, 0.3)
+            for rate in (fast, 2 * fast)
+        ),
     ]
 
 
