@@ -141,8 +141,9 @@ class OnlineDPOConfig(_RunConfig):
     def records(self) -> DataOptions:
         """How records become tokens, with the room that answers need."""
         data = {item.name: getattr(self.data, item.name) for item in fields(self.data)}
-        new = self.sampling.max_new_tokens
-        return DataOptions(**data, max_completion_length=new, prefix_sharing=False)
+        # Records have no answers yet whose prompt could be shared.
+        data |= {"max_completion_length": self.sampling.max_new_tokens, "prefix_sharing": False}
+        return DataOptions(**data)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,8 @@ class PromptOptions:
             (strings too become turns of a conversation).
         truncation: What stays of a prompt that is too long: keep_end (the last turns) or keep_start.
             Answers always keep their start.
+        prefix_sharing: Compute the prompt of a pair once for both answers, which a mask keeps apart;
+            true, false, or auto: where prompts are at least a tenth of the tokens.
     """
 
     path: str
@@ -34,6 +36,7 @@ class PromptOptions:
     max_prompt_length: int = 512
     template: Literal["auto", "chat"] = "auto"
     truncation: Literal["keep_end", "keep_start"] = "keep_end"
+    prefix_sharing: bool | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +46,9 @@ class RecordOptions(PromptOptions):
     Attributes:
         max_completion_length: Tokens an answer may have, the end mark included; longer ones lose
             their end, and are counted.
-        prefix_sharing: Compute the prompt of a pair once for both answers, which a mask keeps apart;
-            true, false, or auto: where prompts are at least a tenth of the tokens.
     """
 
     max_completion_length: int = 512
-    prefix_sharing: bool | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
