@@ -166,6 +166,8 @@ class _Training:
                 break
             batch = next(job.loader)
             if job.prepare is not None:
+                # It waits for the last step anyway, whose time is then its own.
+                self.reporter.flush()
                 batch = job.prepare(state, batch, done)
             state, metrics = job.step(state, put_batch(batch, job.mesh))
             done = step

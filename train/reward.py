@@ -186,6 +186,7 @@ def model_reward(path: str, *, dtype: str, template: Any, mesh: Mesh | None) -> 
         encoder = Encoder(tokenizer, template)
         model = load_reward_model(path, dtype=np.dtype(dtype), mesh=mesh)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    devices = 1 if mesh is None else mesh.shape["fsdp"]
     graphdef, *weights = model
 
     def score(weights: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -200,11 +201,13 @@ def model_reward(path: str, *, dtype: str, template: Any, mesh: Mesh | None) -> 
                 for prompt, answer in zip(answers.prompts, answers.messages(), strict=True)
             ]
         rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        width = padded_width(largest(max(map(len, rows))))
-        tokens, mask = pad_left(rows, width, encoder.pad_id)
+        width, count = padded_width(largest(max(map(len, rows)))), len(rows)
+        # The first prompts alone may be fewer than the devices.
+        filled = rows + rows[:1] * (-count % devices)
+        tokens, mask = pad_left(filled, width, encoder.pad_id)
         batch = put_batch({"tokens": tokens, "mask": mask}, mesh)
         scores = np.asarray(compiled(weights, **batch))
-        mine = scores[jax.process_index() * len(rows) :][: len(rows)]
+        mine = scores[jax.process_index() * len(filled) :][:count]
         return _numbers(mine, len(rows), f"reward.model {path}")
 
     return reward

@@ -40,7 +40,7 @@ def test_every_format_has_its_prompt(record, prompt):
 
 @pytest.mark.parametrize("record", [{"answer": "4"}, {"prompt": ""}, {"prompt": 3}, {"prompt": []}])
 def test_records_without_a_prompt_are_refused(record, plain_tokenizer):
-    with pytest.raises(DataError, match="record: f(ound|ield)"):
+    with pytest.raises(DataError, match=r"record: f(ound|ield)"):
         tokenize_prompts([record], plain_tokenizer, **LIMITS)
 
 
