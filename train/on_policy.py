@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
 
 from train.data import TokenDataset, Widths, normalise_prompt, share_prompt
 from train.held_out import Evaluate, Score, bucketed_batches
@@ -24,6 +25,10 @@ from train.sharding import Params, put_batch
 from train.step import Batch, LossFn, Metrics
 
 ANSWERS = 2
+
+SHOWN = 2
+"""Held-out answers that are shown at an evaluation."""
+
 _TRAINING, _HELD_OUT = 0, 1  # streams of random numbers
 
 
@@ -36,12 +41,14 @@ class Sampled:
         mask: bool, like ``tokens``.
         ended: bool ``[answers]``, whether the end token came.
         scores: float64 ``[answers]``, what is taken off for a missing end included.
+        texts: The answers as text.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     ended: np.ndarray
     scores: np.ndarray
+    texts: list[str]
 
 
 class OnPolicy:
@@ -54,6 +61,7 @@ class OnPolicy:
         missing_eos_penalty: Taken off the score of an answer that has not ended.
         seed: Of the draws.
         mesh: Where batches go.
+        console: Where a few held-out answers are shown at every evaluation.
     """
 
     def __init__(
@@ -65,7 +73,9 @@ class OnPolicy:
         missing_eos_penalty: float | None = None,
         seed: int = 0,
         mesh: Mesh | None = None,
+        console: Console | None = None,
     ):
+        self.console = console
         self.tokenizer, self.reward, self.mesh = tokenizer, reward, mesh
         self.ends = np.asarray(sampler.eos_id)
         self.penalty = 0.0 if missing_eos_penalty is None else missing_eos_penalty
@@ -122,7 +132,7 @@ class OnPolicy:
             records=records,
         )
         scores = self.reward(answers) - self.penalty * ~ended
-        return Sampled(tokens, mask, ended, scores)
+        return Sampled(tokens, mask, ended, scores, answers.completions)
 
     def pairs(
         self, params: Params, batch: Batch, step: int, *, share: bool
@@ -163,15 +173,25 @@ class OnPolicy:
 
         def evaluate(params: Params) -> dict[str, float]:
             totals = np.zeros(3)
-            for rows, batch in bucketed_batches(dataset, batch_size):
+            for number, (rows, batch) in enumerate(bucketed_batches(dataset, batch_size)):
                 found = self.sample(
                     params, {**batch, "number": batch["index"]}, 0, stream=_HELD_OUT, copies=1
                 )
                 figures = (found.scores, found.ended, found.mask.sum(axis=1))
                 totals += [one[: len(rows)].sum() for one in figures]
+                if number == 0:
+                    self._show(batch["record"], found, min(SHOWN, len(rows)))
             return dict(zip(_EVALUATED, (totals / len(dataset)).tolist(), strict=True))
 
         return evaluate
+
+    def _show(self, records: np.ndarray, found: Sampled, count: int) -> None:
+        for row in range(count if self.console is not None else 0):
+            assert self.console is not None
+            prompt = normalise_prompt(records[row])
+            asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            line = f"{asked!r} → {found.texts[row]!r}, score {found.scores[row]:.4g}"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def reference_columns(
         self, score: Score, reference: Params, pairs: Batch

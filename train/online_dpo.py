@@ -107,6 +107,7 @@ def _on_policy(config: OnlineDPOConfig, this: Run) -> OnPolicy:
         missing_eos_penalty=config.reward.missing_eos_penalty,
         seed=config.trainer.seed,
         mesh=this.mesh,
+        console=this.console,
     )
 
 

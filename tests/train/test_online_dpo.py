@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -90,6 +92,7 @@ def test_reward_rises_and_a_resumed_run_ends_the_same(inputs, tmp_path, capsys):
     changes |= {"optimizer__learning_rate": 3e-3, "loss__beta": 0.02, "trainer__save_every": 60}
     arguments = online_flags(inputs, run, **changes)
     assert main(arguments) == 0
+    assert "?' → '" in capsys.readouterr().out  # a held-out prompt with its answer
     logged, exported = timeless(run), read_tensors(run / "export")
     scores = np.array([row["objective/scores"] for row in logged if "loss" in row])
     assert scores[-8:].mean() > scores[:8].mean() + 0.3
@@ -117,6 +120,31 @@ def test_with_a_reward_model_frozen_weights_and_accumulation(inputs, tmp_path, c
     again, tensors = resumed(run, arguments, 2, capsys)
     assert again == logged
     assert all((exported[name] == tensors[name]).all() for name in exported)
+
+
+@pytest.mark.slow
+def test_four_devices_sample_and_rank_like_one(inputs, tmp_path):
+    logs = {}
+    for count in (1, 4):
+        run = tmp_path / str(count)
+        fields = {"reward__function": None, "reward__model": inputs["reward"]}
+        fields |= {"data__eval_fraction": 0.2}
+        subprocess.run(
+            [sys.executable, "-m", "train", *online_flags(inputs, run, **fields)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env={
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+            },
+        )
+        logs[count] = timeless(run)
+    for one, four in zip(*logs.values(), strict=True):
+        assert one.keys() == four.keys()
+        # Whether rewards of 0 are above each other is up to rounding.
+        for name, value in ((k, v) for k, v in one.items() if k != "rewards/accuracies"):
+            assert four[name] == pytest.approx(value, rel=1e-2, abs=1e-3), name
 
 
 @pytest.mark.slow
