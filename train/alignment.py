@@ -1,22 +1,24 @@
-"""What alignment on pairs and on labelled answers share: the way of the weights through a run.
+"""What all kinds of alignment share: the way of the weights through a run.
 
 The policy starts as the reference, so the weights are read once: they give the reference's
 log-probabilities (kept on disk), the delta τ_r = reference − base, and the first parameters. Neither
-the reference nor the base stays in memory, except for a reference that follows the policy.
+the reference nor the base stays in memory, except for a reference that follows the policy, and one
+that has to score answers which the policy gives during training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import omerge_jax as om
-from train.config import DPOConfig, KTOConfig, UserError
+from train.config import DPOConfig, KTOConfig, OnlineDPOConfig, UserError
 from train.data import TokenDataset
 from train.held_out import Evaluate, Score, answer_logps
 from train.models import layer_axes
@@ -26,6 +28,7 @@ from train.reference import Scores, cache_file, with_reference
 from train.run import Run
 from train.sharding import Params
 from train.step import Batch, LossFn, State, init_state
+from train.trainable import join
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class Objective:
         check_first: Raises `ValueError` when the metrics of step 1 of a new run cannot be.
         shuffle: Whether every epoch draws a new order.
         synced: Whether the reference follows the policy, and is scored at every step.
+        sample: `f(policy, reference, batch, done)`: the batch of a step of the loader's prompts, given
+            all parameters of both and the number of steps done. The reference is the start, and None
+            where `names` are none.
+        inputs: Content hashes of what else the run reads, by name.
     """
 
     loss_fn: LossFn
@@ -51,9 +58,11 @@ class Objective:
     check_first: Callable[[Mapping[str, float]], None]
     shuffle: bool = True
     synced: bool = False
+    sample: Callable[[Params, Params | None, Batch, int], dict[str, np.ndarray]] | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
 
-def check_merge(config: DPOConfig | KTOConfig) -> None:
+def check_merge(config: DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
     """Checks that there is a base model, or an adapter, exactly where the optimizer merges with it.
 
     Raises:
@@ -83,7 +92,7 @@ def check_merge(config: DPOConfig | KTOConfig) -> None:
         )
 
 
-def align(config: DPOConfig | KTOConfig, this: Run, objective: Objective) -> None:
+def align(config: DPOConfig | KTOConfig | OnlineDPOConfig, this: Run, objective: Objective) -> None:
     """Aligns from the start or from the last checkpoint, and exports the model.
 
     Raises:
@@ -98,7 +107,7 @@ def align(config: DPOConfig | KTOConfig, this: Run, objective: Objective) -> Non
         inputs["base"] = hash_model(base)
         if inputs["base"] == inputs["model"]:
             raise _no_delta()
-    this.begin(**inputs)
+    this.begin(**inputs, **objective.inputs)
     _Alignment(config, this, objective, reference).train()
 
 
@@ -113,7 +122,11 @@ class _Alignment:
     """The weights' way through a run: loaded once, let go as soon as the state exists."""
 
     def __init__(
-        self, config: DPOConfig | KTOConfig, this: Run, objective: Objective, model_hash: str
+        self,
+        config: DPOConfig | KTOConfig | OnlineDPOConfig,
+        this: Run,
+        objective: Objective,
+        model_hash: str,
     ) -> None:
         self.config, self.run, self.objective = config, this, objective
         self.model_hash = model_hash
@@ -122,12 +135,16 @@ class _Alignment:
         )
         self.loaded: Params | None = None
         self.frozen: Params | None = None
+        self.reference: Params | None = None
 
     def train(self) -> None:
         this, objective, evaluate = self.run, self.objective, None
-        data = this.data if objective.synced else self._with_reference(this.data)
+        sampled = objective.sample is not None
+        data = this.data if objective.synced or sampled else self._with_reference(this.data)
         if this.held_out is not None:
-            evaluate = objective.evaluate(self._with_reference(this.held_out))
+            evaluate = objective.evaluate(
+                this.held_out if sampled else self._with_reference(this.held_out)
+            )
         if this.resumes:
             # Nothing will ask for the weights that scored the reference: the state is restored.
             self.loaded = None
@@ -142,7 +159,20 @@ class _Alignment:
             check_first=self._check_first,
             reference_columns=self._reference_columns if objective.synced else None,
             shuffle=objective.shuffle,
+            prepare=self._sampled if sampled else None,
         )
+
+    @property
+    def _holds_reference(self) -> bool:
+        return self.objective.sample is not None and bool(self.objective.names)
+
+    def _sampled(self, params: Params, batch: Batch, done: int) -> dict[str, np.ndarray]:
+        assert self.objective.sample is not None
+        frozen, reference = self._frozen(), None
+        if self._holds_reference:
+            assert self.reference is not None
+            reference = join(self.reference, frozen)
+        return self.objective.sample(params, reference, batch, done)
 
     def _reference_columns(self, params: Params, batch: Batch) -> Batch:
         names = [f"reference_{name}_logps" for name in self.objective.names]
@@ -150,10 +180,16 @@ class _Alignment:
 
     def _frozen(self) -> Params:
         if self.frozen is None:
-            frozen = self.run.split(self.run.shapes)[1]
-            self.frozen = self.run.split(self._params())[1] if frozen else {}
-            self.loaded = None
+            wanted = self._holds_reference or self.run.split(self.run.shapes)[1]
+            trained, frozen = self.run.split(self._params()) if wanted else ({}, {})
+            self._keep(trained, frozen)
+            return frozen
         return self.frozen
+
+    def _keep(self, trained: Params, frozen: Params) -> None:
+        """What stays in memory of the weights that training starts from."""
+        self.loaded, self.frozen = None, frozen
+        self.reference = trained if self._holds_reference else None
 
     def _params(self) -> Params:
         if self.loaded is None:
@@ -165,6 +201,7 @@ class _Alignment:
         model, names = self.config.model, self.objective.names
         if not names:
             return dataset
+        assert not isinstance(self.config, OnlineDPOConfig)
         cache = self.config.reference_cache
         directory = self.run.output.path / "reference" if cache is None else Path(cache)
         computation = [model.dtype, model.param_dtype, *self.objective.depends_on]
@@ -219,7 +256,7 @@ class _Alignment:
                 types = [self.config.model.param_dtype, self.config.optimizer.delta_dtype]
                 raise _no_delta(f" in {' and '.join(dict.fromkeys(filter(None, types)))}")
             self.run.console.print(f"Reference delta: {size:.3g} of the norm of the weights.")
-        self.loaded, self.frozen = None, frozen
+        self._keep(params, frozen)
         return self._make_state(params, delta)
 
     def _check_first(self, metrics: Mapping[str, float]) -> None:

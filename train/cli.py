@@ -19,6 +19,7 @@ from train.config import (
     GenerateConfig,
     KTOConfig,
     MergeConfig,
+    OnlineDPOConfig,
     SFTConfig,
     UserError,
 )
@@ -39,6 +40,12 @@ def _run_dpo(config: DPOConfig) -> None:
 
 def _run_kto(config: KTOConfig) -> None:
     from train.kto import run
+
+    run(config)
+
+
+def _run_online_dpo(config: OnlineDPOConfig) -> None:
+    from train.online_dpo import run
 
     run(config)
 
@@ -113,6 +120,7 @@ COMMANDS = {
     "sft": Command("fine-tune a model on prompts with answers", _run_sft, SFTConfig),
     "dpo": Command("align it on preference pairs, with any optimizer", _run_dpo, DPOConfig),
     "kto": Command("align it on answers labelled one by one", _run_kto, KTOConfig),
+    "online-dpo": Command("align it on its own answers", _run_online_dpo, OnlineDPOConfig),
     "eval": Command("preference accuracy and multiple-choice tasks", _run_eval, EvalConfig),
     "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
     "merge": Command("merge models offline, one tensor at a time", _run_merge, MergeConfig),

@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from train.config import DPOConfig, KTOConfig, SFTConfig, UserError
+from train.config import DPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig, UserError
 from train.data import (
     Record,
     TokenDataset,
@@ -24,6 +24,7 @@ from train.data import (
     answer_names,
     make_buckets,
     normalise_preference,
+    normalise_prompt,
     normalise_sft,
     normalise_unpaired,
     read_records,
@@ -34,12 +35,13 @@ from train.prepare import Tokenize, blamed_on, load_data
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Config = SFTConfig | DPOConfig | KTOConfig
+Config = SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig
 
 _READERS: dict[type, Callable[..., Any]] = {
     SFTConfig: normalise_sft,
     DPOConfig: normalise_preference,
     KTOConfig: normalise_unpaired,
+    OnlineDPOConfig: normalise_prompt,
 }
 
 EXAMPLES = 2
@@ -69,7 +71,7 @@ def dry_run(config: Config, tokenize: Tokenize, console: Console) -> None:
         _show_records(config, console)
         raise _hub_is_needed("model.path", path, _HUB_FILES, error) from error
     check_length(config, model)
-    data, held_out = load_data(config.data, tokenize, tokenizer, console)
+    data, held_out = load_data(config.records, tokenize, tokenizer, console)
     rows = data.rows_per_epoch
     batch = config.trainer.batch_size
     if batch > rows:
@@ -88,10 +90,12 @@ def dry_run(config: Config, tokenize: Tokenize, console: Console) -> None:
 
 def check_length(config: Config, model: ModelConfig) -> None:
     """Raises `UserError` when rows may be longer than the model's positions reach."""
-    length = config.data.max_prompt_length + config.data.max_completion_length
+    records, sampled = config.records, isinstance(config, OnlineDPOConfig)
+    length = records.max_prompt_length + records.max_completion_length
     if length > model.max_position_embeddings:
+        answers = "sampling.max_new_tokens" if sampled else "data.max_completion_length"
         raise UserError(
-            f"data.max_prompt_length + data.max_completion_length is {length}, but the model has "
+            f"data.max_prompt_length + {answers} is {length}, but the model has "
             f"{model.max_position_embeddings} positions."
         )
 

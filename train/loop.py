@@ -65,6 +65,8 @@ class Job:
         check_first: Called with the metrics of step 1 of a new run; raises when they cannot be.
         learning_rates: Rate of every update; its length is the number of steps.
         mesh: Where batches go.
+        prepare: Makes the batch of a step of the loader's, given the state before it and the number
+            of steps done: what on-policy training samples. It waits for the device.
         evaluated: What of the state is evaluated: params, or their average ema.
     """
 
@@ -76,6 +78,7 @@ class Job:
     check_first: Callable[[Mapping[str, float]], None] | None
     learning_rates: np.ndarray
     mesh: Mesh | None
+    prepare: Callable[[State, Batch, int], dict[str, np.ndarray]] | None = None
     evaluated: str = "params"
 
 
@@ -162,6 +165,10 @@ class _Training:
             if self.watch.reason is not None:  # and was so before it was resumed
                 break
             batch = next(job.loader)
+            if job.prepare is not None:
+                # It waits for the last step anyway, whose time is then its own.
+                self.reporter.flush()
+                batch = job.prepare(state, batch, done)
             state, metrics = job.step(state, put_batch(batch, job.mesh))
             done = step
             self.reporter.dispatched(step, metrics, batch)
@@ -300,6 +307,8 @@ _IN_A_ROW = "skipped_in_a_row"
 _SHOWN = {
     "loss": "loss",
     "eval_loss": "eval loss",
+    "objective/scores": "score",
+    "eval_objective/scores": "eval score",
     "rewards/margins": "margin",
     "eval_rewards/margins": "eval margin",
     "eval_rewards/accuracies": "eval accuracy",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -14,7 +15,15 @@ from rich.console import Console
 
 from train.averages import Followers
 from train.checkpoint import Checkpoints, abstract, restore_params
-from train.config import DPOConfig, KTOConfig, SFTConfig, TrainerOptions, UserError, check
+from train.config import (
+    DPOConfig,
+    KTOConfig,
+    OnlineDPOConfig,
+    SFTConfig,
+    TrainerOptions,
+    UserError,
+    check,
+)
 from train.data import TokenDataset, make_buckets, make_loader
 from train.dry_run import check_length, dry_run
 from train.export import export_run, exported_weights
@@ -62,7 +71,7 @@ class Run:
         trained: Test of a parameter's path.
     """
 
-    config: SFTConfig | DPOConfig | KTOConfig
+    config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig
     output: OutputDir
     console: Console
     model: ModelConfig
@@ -150,6 +159,7 @@ class Run:
         frozen: Callable[[], Params],
         reference_columns: Callable[[Params, Batch], Batch] | None = None,
         shuffle: bool = True,
+        prepare: Callable[[Params, Batch, int], dict[str, np.ndarray]] | None = None,
     ) -> None:
         """Trains, exports the model and reports.
 
@@ -164,6 +174,8 @@ class Run:
             frozen: The parameters that are not trained; asked for once the state is there.
             reference_columns: See `train.step.make_train_step`.
             shuffle: Draw a new order of the rows in every epoch.
+            prepare: Makes the batch of a step of the loader's, given all parameters before it and
+                the number of steps done.
 
         Raises:
             Stopped: by a signal; the run is saved.
@@ -184,6 +196,10 @@ class Run:
             assert evaluate is not None
             return evaluate(join(params, held()))
 
+        def prepare_batch(state: State, batch: Batch, done: int) -> dict[str, np.ndarray]:
+            assert prepare is not None
+            return prepare(join(state["params"], held()), batch, done)
+
         job = Job(
             start=start,
             like=abstract(like, shardings),
@@ -193,6 +209,7 @@ class Run:
             check_first=check_first,
             learning_rates=learning_rates(self.schedule, self.steps),
             mesh=self.mesh,
+            prepare=None if prepare is None else prepare_batch,
             evaluated="ema" if trainer.ema is not None and trainer.ema.evaluate else "params",
         )
         try:
@@ -242,14 +259,14 @@ class Run:
 
 def set_up(
     command: str,
-    config: SFTConfig | DPOConfig | KTOConfig,
+    config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig,
     tokenize: Tokenize,
     arrange: Arrange | None = None,
 ) -> Run | None:
     """Checks everything that can be checked without weights.
 
     Args:
-        command: "sft", "dpo" or "kto".
+        command: "sft", "dpo", "kto" or "online-dpo".
         config: The settings.
         tokenize: Makes rows of records.
         arrange: Orders and completes the training and the held-out rows.
@@ -282,7 +299,7 @@ def set_up(
     model = check_model(config.model)
     check_length(config, model)
     tokenizer = load_tokenizer(config.model.path, "model.path")
-    data, held_out = load_data(config.data, tokenize, tokenizer, console)
+    data, held_out = load_data(config.records, tokenize, tokenizer, console)
     if arrange is not None:
         data, held_out = arrange(data, held_out, console)
     steps = count_steps(config.trainer, data.rows_per_epoch)

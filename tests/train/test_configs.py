@@ -35,6 +35,15 @@ def test_small_runs(loss, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_online_run(optimizer):
+    fields = {"model.path": "sft", "data.path": "prompts.jsonl", "output_dir": "out"}
+    fields |= {"reward.function": "module:function"}
+    config = parse("online-dpo", "online_dpo", f"smollm2_{optimizer}", **fields)
+    assert config.optimizer.name == optimizer
+    assert config.sampling.max_new_tokens == 48
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("model", ["qwen1.5-1.8b", "qwen1.5-7b", "llama-3-8b"])
 def test_the_papers_runs(model, optimizer):
     config = parse("dpo", f"paper_{model}", f"paper_{optimizer}", output_dir="out")
@@ -48,4 +57,4 @@ def test_every_file_is_named_here_or_in_the_readme():
         f"smollm2_{name}" for name in ("dpo", "ipo", "kto", "simpo", "sft", "eval", *OPTIMIZERS)
     }
     known |= {f"paper_{n}" for n in ("qwen1.5-1.8b", "qwen1.5-7b", "llama-3-8b", *OPTIMIZERS)}
-    assert {file.stem for file in CONFIGS.glob("*.yaml")} == known | {"taxbench-demo"}
+    assert {file.stem for file in CONFIGS.glob("*.yaml")} == known | {"taxbench-demo", "online_dpo"}

@@ -7,8 +7,15 @@ belong to one optimizer are checked in `train.optimizers`.
 """
 
 from train.config.base import DType, UserError, flatten, require
-from train.config.commands import FREE_FIELDS, DPOConfig, ExportConfig, KTOConfig, SFTConfig
-from train.config.data import DataOptions, RecordOptions, check_records
+from train.config.commands import (
+    FREE_FIELDS,
+    DPOConfig,
+    ExportConfig,
+    KTOConfig,
+    OnlineDPOConfig,
+    SFTConfig,
+)
+from train.config.data import DataOptions, PromptDataOptions, RecordOptions, check_records
 from train.config.evaluation import (
     EvalConfig,
     GenerationTaskOptions,
@@ -20,6 +27,7 @@ from train.config.generation import GenerateConfig
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
 from train.config.merge import MergeConfig, MergeModelOptions
 from train.config.model import LoraOptions, ModelOptions, PolicyOptions
+from train.config.online import RewardOptions, SamplingOptions
 from train.config.optimizer import (
     AdamWOptions,
     AlphaOptions,
@@ -48,14 +56,18 @@ __all__ = [
     "MergeConfig",
     "MergeModelOptions",
     "ModelOptions",
+    "OnlineDPOConfig",
     "OptimizerName",
     "OptimizerOptions",
     "PolicyOptions",
     "PreferenceEvalOptions",
     "PreferenceLossOptions",
+    "PromptDataOptions",
     "RecordOptions",
+    "RewardOptions",
     "SFTConfig",
     "SFTLossOptions",
+    "SamplingOptions",
     "ScheduleOptions",
     "TaskOptions",
     "TextOptions",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from train.config.base import DType
-from train.config.data import DataOptions
+from train.config.data import DataOptions, PromptDataOptions
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
 from train.config.model import ModelOptions, PolicyOptions
+from train.config.online import RewardOptions, SamplingOptions
 from train.config.optimizer import AdamWOptions, OptimizerOptions, ScheduleOptions
 from train.config.trainer import TrainerOptions
 
@@ -19,7 +20,6 @@ class _RunConfig:
     Attributes:
         output_dir: Directory of the run: settings, checkpoints, logs and the exported model. The
             same command given again resumes what it holds; it never holds two runs.
-        data: The data.
         trainer: The training run.
         schedule: The schedule.
         dry_run: Show token statistics, batches and the first examples with their loss masks, and
@@ -27,14 +27,29 @@ class _RunConfig:
     """
 
     output_dir: str
-    data: DataOptions
     trainer: TrainerOptions
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(_RunConfig):
+class _RecordsConfig(_RunConfig):
+    """A run on records that hold the answers.
+
+    Attributes:
+        data: The data.
+    """
+
+    data: DataOptions
+
+    @property
+    def records(self) -> DataOptions:
+        """How records become tokens."""
+        return self.data
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(_RecordsConfig):
     """Supervised fine-tuning of a model on prompts with answers.
 
     Attributes:
@@ -49,8 +64,8 @@ class SFTConfig(_RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _AlignmentConfig(_RunConfig):
-    """What every alignment of an SFT model has.
+class _AlignmentConfig(_RecordsConfig):
+    """What every alignment of an SFT model on given answers has.
 
     Attributes:
         model: The model.
@@ -95,6 +110,40 @@ class KTOConfig(_AlignmentConfig):
     """
 
     loss: UnpairedLossOptions = field(default_factory=UnpairedLossOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineDPOConfig(_RunConfig):
+    """Alignment of an SFT model on pairs of its own answers, ranked by a reward (online DPO).
+
+    In every step the policy answers each prompt of the batch twice; the answer with the higher score
+    is the chosen one. The model at `model.path` is the reference, and its weights are held during
+    training.
+
+    Attributes:
+        data: The prompts: any records that hold one; answers in them are ignored.
+        model: The model.
+        optimizer: The optimizer.
+        sampling: How the policy answers.
+        reward: What ranks the answers.
+        loss: The loss. Its ipo is that of `dpo`, averaged over the tokens of an answer; TRL's online
+            trainer takes sums.
+    """
+
+    data: PromptDataOptions
+    model: PolicyOptions
+    optimizer: OptimizerOptions
+    reward: RewardOptions
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    loss: PreferenceLossOptions = field(default_factory=PreferenceLossOptions)
+
+    @property
+    def records(self) -> DataOptions:
+        """How records become tokens, with the room that answers need."""
+        data = {item.name: getattr(self.data, item.name) for item in fields(self.data)}
+        # Records have no answers yet whose prompt could be shared.
+        data |= {"max_completion_length": self.sampling.max_new_tokens, "prefix_sharing": False}
+        return DataOptions(**data)
 
 
 @dataclass(frozen=True, kw_only=True)

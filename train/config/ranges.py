@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from train.config.base import UserError, flatten, require
-from train.config.commands import DPOConfig, KTOConfig, SFTConfig
+from train.config.commands import DPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig
 from train.config.data import check_records
+from train.config.online import check_on_policy
 from train.config.trainer import TrainerOptions
 
 
-def check(config: SFTConfig | DPOConfig | KTOConfig) -> None:
+def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
     """Checks every range that needs no file.
 
     Raises:
@@ -78,7 +79,9 @@ def check(config: SFTConfig | DPOConfig | KTOConfig) -> None:
         raise UserError("Give exactly one of trainer.steps and trainer.epochs.")
     if not isinstance(config, SFTConfig):
         require(config.loss.beta > 0, "loss.beta", config.loss.beta, "positive")
-    if isinstance(config, DPOConfig):
+    if isinstance(config, OnlineDPOConfig):
+        check_on_policy(config.sampling, config.reward)
+    if isinstance(config, DPOConfig | OnlineDPOConfig):
         smoothing = config.loss.label_smoothing
         require(0 <= smoothing < 0.5, "loss.label_smoothing", smoothing, "in [0, 0.5)")
     if isinstance(config, KTOConfig) and config.loss.type == "kto":
@@ -108,7 +111,7 @@ def check_held_out_use(trainer: TrainerOptions) -> None:
         raise UserError("trainer.early_stop.mode is set without a metric; give one, or unset mode.")
 
 
-def check_followers(config: SFTConfig | DPOConfig | KTOConfig) -> None:
+def check_followers(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
     """Checks the average of the weights, and a reference that follows them. Raises `UserError`."""
     ema = config.trainer.ema
     if ema is not None:

@@ -60,7 +60,7 @@ class TrainerOptions:
             the end.
         keep: Checkpoints to keep. With 2 or more, a damaged one can be done without.
         log_every: Steps from one line of metrics to the next.
-        seed: Seed of the order of the records.
+        seed: Seed of the order of the records, and of sampled answers.
         fsdp: Devices over which parameters and batches are split. Unset: all of them.
         max_skipped_steps: A step whose loss or gradient is not finite is skipped and counted; more
             of them in a row end the run. 0: the first one does.

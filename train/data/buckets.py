@@ -31,6 +31,9 @@ SCORED_PARTS = 2
 MAX_BUCKETS = 16
 """Buckets when nobody gives a number and there are batches enough."""
 
+LEAST_SHARED = 0.1
+"""Share of the tokens of all pairs that prompts computed once have to spare."""
+
 BATCHES_PER_BUCKET = 16
 """Batches that a run, or an epoch, has for each of those: every shape costs a compilation."""
 
@@ -72,7 +75,7 @@ class Buckets:
         Args:
           columns: Those of the data set.
         """
-        lengths, answers = row_lengths(columns), len(answer_names(columns))
+        lengths, answers = row_lengths(columns), max(1, len(answer_names(columns)))
         copies = 1 if self.share_prompts else answers
         batches = self.group(np.arange(len(self.of_row)))
         real = (copies * lengths.prompt + lengths.scored)[batches].sum()
@@ -142,7 +145,7 @@ def make_buckets(
     return Buckets(of_row, tuple(dict.fromkeys(widths)), share_prompts, batch_size)
 
 
-def saves_by_sharing(columns: Columns, least: float = 0.1) -> bool:
+def saves_by_sharing(columns: Columns, least: float = LEAST_SHARED) -> bool:
     """Whether a prompt computed once spares at least a share `least` of the tokens of all pairs.
 
     Below that the longer rows cost more in attention, which grows with the square of their length,

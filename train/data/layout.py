@@ -53,9 +53,11 @@ def answer_names(columns: Columns) -> list[str]:
 
 
 def row_lengths(columns: Columns) -> RowLengths:
-    """Counts the real tokens of every row."""
-    answers = np.stack([columns[f"{name}_mask"].sum(axis=1) for name in answer_names(columns)])
-    return RowLengths(columns["prompt_mask"].sum(axis=1), answers.max(axis=0), answers.sum(axis=0))
+    """Counts the real tokens of every row; prompts alone have answers of no token."""
+    prompt = columns["prompt_mask"].sum(axis=1)
+    names = answer_names(columns)
+    answers = [columns[f"{name}_mask"].sum(axis=1) for name in names] or [np.zeros_like(prompt)]
+    return RowLengths(prompt, np.max(answers, axis=0), np.sum(answers, axis=0))
 
 
 def trim(batch: Columns, widths: Widths) -> dict[str, np.ndarray]:
