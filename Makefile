@@ -16,7 +16,7 @@ INSTALL := $(PY) -m pip install --quiet
 endif
 NVIDIA := $(shell command -v nvidia-smi 2>/dev/null)
 
-.PHONY: help demo test test-slow bench faults lint docs clean
+.PHONY: help demo test test-slow bench faults lint docs notebooks clean
 
 help:
 	@echo "make demo       the alignment tax in miniature: trains, compares, writes demo-output/run-NNN/report.html"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench      cost of merging next to optax.adamw (BENCH_ARGS=--help lists options)"
 	@echo "make faults     kills, full disks, damaged checkpoints, bad data: docs/faults.md (FAULTS_ARGS=--help)"
 	@echo "make models/smollm2  a small language model as a Hugging Face directory, without a hub"
+	@echo "make notebooks  run all notebooks; the executed ones go to notebook-output/"
 	@echo "make docs       the API page, docs/api/omerge_jax.html"
 	@echo "make clean      remove the virtual environment and outputs"
 
@@ -54,15 +55,21 @@ models/smollm2: $(VENV)/.train
 demo: $(VENV)/.train
 	$(PY) -m train demo
 
+# A folder of its own: in the environment itself every program would look for a TPU first.
+$(VENV)/tpu: $(VENV)/.test
+	$(INSTALL) --no-deps --target $@ "$$($(PY) -c 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')" \
+		|| (mkdir -p $@ && echo "The TPU compiler could not be installed; its tests are skipped.")
+	@touch $@
+
 lint: $(VENV)/.test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 
-test: lint
+test: lint $(VENV)/tpu
 	$(PY) -m pytest -m "not slow" -n 2 --dist worksteal
 
-test-slow: $(VENV)/.test
+test-slow: $(VENV)/.test $(VENV)/tpu
 	$(PY) -m pytest -m slow
 
 # The TPU compiler is not built for every platform; without it the benchmark goes on and says so.
@@ -79,8 +86,15 @@ bench: $(VENV)/.bench
 faults: $(VENV)/.test
 	$(PY) -m tests.faults $(FAULTS_ARGS)
 
+$(VENV)/.notebooks: pyproject.toml | $(PY)
+	$(INSTALL) -e ".[notebooks]"
+	@touch $@
+
+notebooks: $(VENV)/.notebooks
+	$(PY) -m jupyter nbconvert --to notebook --execute --output-dir notebook-output notebooks/*.ipynb
+
 docs: $(VENV)/.test
 	$(PY) -m pdoc omerge_jax -d google -o docs/api
 
 clean:
-	rm -rf $(VENV) demo-output docs/api .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo-output notebook-output docs/api .pytest_cache .ruff_cache

@@ -5,6 +5,7 @@ that alignment does not cost what the model already knew (https://arxiv.org/abs/
 """
 
 from omerge_jax.alpha import Relative, relative
+from omerge_jax.anchor import AnchoredState, anchored
 from omerge_jax.consensus import Consensus, linear, sign
 from omerge_jax.delta import task_vector
 from omerge_jax.diagnostics import merge_metrics
@@ -26,6 +27,7 @@ from omerge_jax.state import OnlineMergeState, with_delta
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnchoredState",
     "Consensus",
     "FittedSparsifier",
     "FusedChainState",
@@ -33,6 +35,7 @@ __all__ = [
     "Relative",
     "Sparsifier",
     "SparsifyContext",
+    "anchored",
     "band",
     "child_tuning",
     "fused_chain",

@@ -83,7 +83,11 @@ class MergeStep:
 
         def compute(held: dict[Path, Any], fit: jax.Array) -> jax.Array:
             deltas = {path: self._arrays(held[path])[0] for path in shapes}
-            parts = [self.rule.fit(difference(deltas[path]), path) for path in shapes]
+            # A single array as it is held: widened, the search would need a copy of it.
+            known = {
+                p: held[0] if len(held) == 1 else difference(held) for p, held in deltas.items()
+            }
+            parts = [self.rule.fit(known[path], path) for path in shapes]
             return jnp.concatenate([jnp.ravel(p).astype(fit.dtype) for p in parts if p is not None])
 
         held = {path: self.held[path] for path in shapes}

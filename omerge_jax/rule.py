@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from omerge_jax.consensus import Consensus
 from omerge_jax.diagnostics import SAMPLE_ENTRIES
-from omerge_jax.numerics import wide_dtype
 from omerge_jax.paths import LayerAxes, Path, leaves_by_path, resolve_layer_axes
 from omerge_jax.rounding import Rounding
 from omerge_jax.sample import Sample, choose_sample
@@ -105,7 +104,7 @@ class Merge:
         """Fits the sparsifier to a fixed delta."""
         assert isinstance(self.sparsifier, FittedSparsifier)
         ctx = self.context(delta.shape, path, None, "delta")
-        return self.sparsifier.fit(delta.astype(wide_dtype(delta.dtype)), ctx)
+        return self.sparsifier.fit(delta, ctx)
 
     def sample(self, shape: tuple[int, ...], path: Path, step: jax.Array) -> Sample | None:
         """Returns the sample of an update that a step looks at; None for all of it, or none."""

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from omerge_jax import random_mask
+from omerge_jax.numerics import wide_dtype
 from omerge_jax.paths import Path
 from omerge_jax.sample import Sample, choose_sample
 from omerge_jax.threshold import (
@@ -82,7 +83,7 @@ class FittedSparsifier(Protocol):
     def fit(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array | None:
         """Returns non-negative float32 [*layers, m], or None where nothing is to be fitted.
 
-        ``x`` may be a sample of the leaf (``ctx.sample``).
+        ``x`` may be a sample of the leaf (``ctx.sample``); a delta comes in the dtype it is held in.
         """
         ...
 
@@ -128,8 +129,10 @@ _RANDOM_NORM_EPS = 1e-6
 
 def norm_ratio(dense: jax.Array, kept: jax.Array, layer_axes: int, eps: float) -> jax.Array:
     """Per tensor, the factor that gives ``kept`` the L1 norm of ``dense``; 0 where none is kept."""
-    before = _tensor_sums(jnp.abs(dense), layer_axes)
-    after = _tensor_sums(jnp.abs(kept), layer_axes) + eps
+    before, after = (
+        _tensor_sums(jnp.abs(x.astype(wide_dtype(x.dtype))), layer_axes) for x in (dense, kept)
+    )
+    after = after + eps
     return jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0)
 
 

@@ -127,6 +127,21 @@ def loss_and_gradient(
     return whole
 
 
+def columns_in_parts(
+    columns: Callable[[Any, Batch], Batch], params: Any, batch: Batch, parts: int
+) -> dict[str, jax.Array]:
+    """``columns(params, batch)``, arrays with the rows on axis 0, computed in parts."""
+    if parts == 1:
+        return dict(columns(params, batch))
+    found = jax.lax.map(lambda part: dict(columns(params, part)), _split(batch, parts))
+
+    def together(column: jax.Array) -> jax.Array:
+        column = jnp.moveaxis(column, 0, 1)
+        return column.reshape(-1, *column.shape[2:])
+
+    return jax.tree.map(together, found)
+
+
 def _split(batch: Batch, parts: int) -> dict[str, Any]:
     rows = _rows(batch)
     if rows % parts:

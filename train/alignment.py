@@ -1,30 +1,34 @@
-"""What alignment on pairs and on labelled answers share: the way of the weights through a run.
+"""What all kinds of alignment share: the way of the weights through a run.
 
 The policy starts as the reference, so the weights are read once: they give the reference's
 log-probabilities (kept on disk), the delta τ_r = reference − base, and the first parameters. Neither
-the reference nor the base stays in memory.
+the reference nor the base stays in memory, except for a reference that follows the policy, and one
+that has to score answers which the policy gives during training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 import omerge_jax as om
-from train.config import DPOConfig, KTOConfig, UserError
+from train.config import DPOConfig, KTOConfig, OnlineDPOConfig, UserError
 from train.data import TokenDataset
 from train.held_out import Evaluate, Score, answer_logps
 from train.models import layer_axes
 from train.optimizers import check_optimizer, make_optimizer, needs_delta, takes_delta
-from train.prepare import blamed_on, check_related, hash_model
+from train.prepare import blamed_on, check_related, hash_model, hash_start
 from train.reference import Scores, cache_file, with_reference
 from train.run import Run
 from train.sharding import Params, on_mesh
-from train.step import LossFn, State, init_state
+from train.step import Batch, LossFn, State, init_state
+from train.trainable import join
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ class Objective:
         depends_on: Settings that change what `score` gives.
         check_first: Raises `ValueError` when the metrics of step 1 of a new run cannot be.
         shuffle: Whether every epoch draws a new order.
+        synced: Whether the reference follows the policy, and is scored at every step.
+        sample: `f(policy, reference, batch, done)`: the batch of a step of the loader's prompts, given
+            all parameters of both and the number of steps done. The reference is the start, and None
+            where `names` are none.
+        inputs: Content hashes of what else the run reads, by name.
     """
 
     loss_fn: LossFn
@@ -48,17 +57,30 @@ class Objective:
     depends_on: tuple[str | float, ...]
     check_first: Callable[[Mapping[str, float]], None]
     shuffle: bool = True
+    synced: bool = False
+    sample: Callable[[Params, Params | None, Batch, int], dict[str, np.ndarray]] | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
 
-def check_merge(config: DPOConfig | KTOConfig) -> None:
-    """Checks that the base model is given exactly where the optimizer merges with its delta.
+def check_merge(config: DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
+    """Checks that there is a base model, or an adapter, exactly where the optimizer merges with it.
 
     Raises:
         UserError: it is missing, or of no use.
     """
     check_optimizer(config.optimizer)
-    name, base = config.optimizer.name, config.model.base
-    if base is None and needs_delta(config.optimizer):
+    name, base, lora = config.optimizer.name, config.model.base, config.model.lora
+    if lora is not None and needs_delta(config.optimizer) and lora.adapter is None:
+        raise UserError(
+            f"model.lora.adapter is not set; {name} merges adapters with those of the reference, and "
+            "fresh ones hold nothing. Give the adapter of the SFT model, or train all weights."
+        )
+    if lora is not None and base is not None:
+        raise UserError(
+            f"model.base is set to {base!r}, but with model.lora the delta is that of the adapters, "
+            "whose base has none. Unset it."
+        )
+    if lora is None and base is None and needs_delta(config.optimizer):
         raise UserError(
             f"model.base is not set; {name} merges with the delta between model.path and the "
             "pre-trained model it was fine-tuned from. Give that model's directory."
@@ -70,7 +92,7 @@ def check_merge(config: DPOConfig | KTOConfig) -> None:
         )
 
 
-def align(config: DPOConfig | KTOConfig, this: Run, objective: Objective) -> None:
+def align(config: DPOConfig | KTOConfig | OnlineDPOConfig, this: Run, objective: Objective) -> None:
     """Aligns from the start or from the last checkpoint, and exports the model.
 
     Raises:
@@ -79,14 +101,15 @@ def align(config: DPOConfig | KTOConfig, this: Run, objective: Objective) -> Non
     base = config.model.base
     if base is not None:
         check_related(base, config.model.path, "model.base")
-    inputs = {"model": hash_model(config.model.path)}
+    inputs = hash_start(config.model)
+    reference = "".join(inputs.values())
     if base is not None:
         inputs["base"] = hash_model(base)
         if inputs["base"] == inputs["model"]:
             raise _no_delta()
-    this.begin(**inputs)
+    this.begin(**inputs, **objective.inputs)
     with on_mesh(this.mesh):
-        _Alignment(config, this, objective, inputs["model"]).train()
+        _Alignment(config, this, objective, reference).train()
 
 
 def _no_delta(as_held: str = "") -> UserError:
@@ -100,42 +123,86 @@ class _Alignment:
     """The weights' way through a run: loaded once, let go as soon as the state exists."""
 
     def __init__(
-        self, config: DPOConfig | KTOConfig, this: Run, objective: Objective, model_hash: str
+        self,
+        config: DPOConfig | KTOConfig | OnlineDPOConfig,
+        this: Run,
+        objective: Objective,
+        model_hash: str,
     ) -> None:
         self.config, self.run, self.objective = config, this, objective
         self.model_hash = model_hash
-        self.tx = make_optimizer(config.optimizer, this.schedule, layer_axes=layer_axes)
+        self.tx = make_optimizer(
+            config.optimizer, this.schedule, layer_axes=layer_axes, steps=this.steps
+        )
         self.loaded: Params | None = None
+        self.frozen: Params | None = None
+        self.reference: Params | None = None
 
     def train(self) -> None:
-        this, evaluate = self.run, None
-        data = self._with_reference(this.data)
+        this, objective, evaluate = self.run, self.objective, None
+        sampled = objective.sample is not None
+        data = this.data if objective.synced or sampled else self._with_reference(this.data)
         if this.held_out is not None:
-            evaluate = self.objective.evaluate(self._with_reference(this.held_out))
+            evaluate = objective.evaluate(
+                this.held_out if sampled else self._with_reference(this.held_out)
+            )
         if this.resumes:
             # Nothing will ask for the weights that scored the reference: the state is restored.
             self.loaded = None
         this.train(
-            self.objective.loss_fn,
+            objective.loss_fn,
             self.tx,
             self._start,
-            like=jax.eval_shape(self._make_state, this.shapes, self._delta_shapes()),
+            like=jax.eval_shape(self._make_state, this.trained_shapes, self._delta_shapes()),
             data=data,
             evaluate=evaluate,
+            frozen=self._frozen,
             check_first=self._check_first,
-            shuffle=self.objective.shuffle,
+            reference_columns=self._reference_columns if objective.synced else None,
+            shuffle=objective.shuffle,
+            prepare=self._sampled if sampled else None,
         )
+
+    @property
+    def _holds_reference(self) -> bool:
+        return self.objective.sample is not None and bool(self.objective.names)
+
+    def _sampled(self, params: Params, batch: Batch, done: int) -> dict[str, np.ndarray]:
+        assert self.objective.sample is not None
+        frozen, reference = self._frozen(), None
+        if self._holds_reference:
+            assert self.reference is not None
+            reference = join(self.reference, frozen)
+        return self.objective.sample(params, reference, batch, done)
+
+    def _reference_columns(self, params: Params, batch: Batch) -> Batch:
+        names = [f"reference_{name}_logps" for name in self.objective.names]
+        return dict(zip(names, self.objective.score(params, batch), strict=True))
+
+    def _frozen(self) -> Params:
+        if self.frozen is None:
+            wanted = self._holds_reference or self.run.split(self.run.shapes)[1]
+            trained, frozen = self.run.split(self._params()) if wanted else ({}, {})
+            self._keep(trained, frozen)
+            return frozen
+        return self.frozen
+
+    def _keep(self, trained: Params, frozen: Params) -> None:
+        """What stays in memory of the weights that training starts from."""
+        self.loaded, self.frozen = None, frozen
+        self.reference = trained if self._holds_reference else None
 
     def _params(self) -> Params:
         if self.loaded is None:
             self.run.console.print("Loading the model ...")
-            self.loaded = self.run.load(self.config.model.path, "model.path")
+            self.loaded = self.run.load_start()
         return self.loaded
 
     def _with_reference(self, dataset: TokenDataset) -> TokenDataset:
         model, names = self.config.model, self.objective.names
         if not names:
             return dataset
+        assert not isinstance(self.config, OnlineDPOConfig)
         cache = self.config.reference_cache
         directory = self.run.output.path / "reference" if cache is None else Path(cache)
         computation = [model.dtype, model.param_dtype, *self.objective.depends_on]
@@ -155,7 +222,7 @@ class _Alignment:
         return with_reference(dataset, file, names, compute)
 
     def _make_state(self, params: Params, delta: Params | None) -> State:
-        return init_state(params, self.tx, delta)
+        return init_state(params, self.tx, delta, self.run.followers)
 
     def _delta_of(self, params: Params, base: Params) -> Params:
         return om.task_vector(params, base, dtype=self.config.optimizer.delta_dtype)
@@ -167,14 +234,22 @@ class _Alignment:
     def _delta_shapes(self) -> Params | None:
         if not needs_delta(self.config.optimizer):
             return None
-        return jax.eval_shape(self._delta_of, self.run.shapes, self.run.shapes)
+        shapes = self.run.trained_shapes
+        return jax.eval_shape(self._delta_of, shapes, shapes)
+
+    def _base_of(self, params: Params) -> Params:
+        """What the trained parameters were before fine-tuning; adapters were not there yet."""
+        if self.config.model.lora is not None:
+            return jax.tree.map(jnp.zeros_like, params)
+        assert self.config.model.base is not None
+        self.run.console.print("Loading the base model ...")
+        return self.run.split(self.run.load(self.config.model.base, "model.base"))[0]
 
     def _start(self) -> State:
-        params, delta = self._params(), None
+        params, frozen = self.run.split(self._params())
+        delta = None
         if needs_delta(self.config.optimizer):
-            assert self.config.model.base is not None
-            self.run.console.print("Loading the base model ...")
-            base = self.run.load(self.config.model.base, "model.base")
+            base = self._base_of(params)
             delta, size = jax.jit(self._delta_and_size)(params, base)
             del base
             if size == 0:
@@ -182,7 +257,7 @@ class _Alignment:
                 types = [self.config.model.param_dtype, self.config.optimizer.delta_dtype]
                 raise _no_delta(f" in {' and '.join(dict.fromkeys(filter(None, types)))}")
             self.run.console.print(f"Reference delta: {size:.3g} of the norm of the weights.")
-        self.loaded = None
+        self._keep(params, frozen)
         return self._make_state(params, delta)
 
     def _check_first(self, metrics: Mapping[str, float]) -> None:

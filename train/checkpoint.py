@@ -261,22 +261,23 @@ def _reported_here(record: logging.LogRecord) -> bool:
 logging.getLogger("absl").addFilter(_reported_here)
 
 
-def restore_params(directory: Path, step: int, like: Any) -> Any:
+def restore_params(directory: Path, step: int, like: Any, name: str = "params") -> Any:
     """Reads the parameters of a checkpoint alone, whatever the optimizer was.
 
     Args:
         directory: As given to `Checkpoints`.
         step: One of `Checkpoints.steps`.
         like: Their shapes, dtypes and shardings.
+        name: Their name in the state: params, or ema for their average.
     """
-    item = {"params": like}
+    item = {name: like}
     arguments = ocp.args.PyTreeRestore(
         item=item,
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
         partial_restore=True,
     )
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(directory.absolute() / str(step) / "state", arguments)["params"]
+        return checkpointer.restore(directory.absolute() / str(step) / "state", arguments)[name]
 
 
 def abstract(state: State, shardings: Any = None) -> State:

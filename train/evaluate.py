@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from rich.table import Table
 
 from train.config import EvalConfig, ModelOptions, UserError, check_records, require
 from train.data import TokenDataset, tokenize_preference
+from train.exact_match import Problem, exact_match, read_problems
 from train.held_out import Score, answer_logps, evaluate_preferences
-from train.models import from_hf, split_model
+from train.models import from_hf, resolve_model_dir, split_model
 from train.multiple_choice import Question, choice_scorer, measure, read_questions
 from train.objectives import reference_logps_fn
 from train.output_dir import check_place, write_atomically
+from train.perplexity import Texts, perplexity, read_texts
 from train.prepare import (
     blamed_on,
     check_model,
@@ -28,16 +31,27 @@ from train.prepare import (
     tokenized,
 )
 from train.sharding import abstract_model
+from train.windows import window_scorer
 
 Results = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Everything to evaluate, tokenised."""
+
+    questions: dict[str, list[Question]]
+    texts: dict[str, Texts]
+    problems: dict[str, list[Problem]]
+    pairs: TokenDataset | None
 
 
 def run(config: EvalConfig) -> Results:
     """Evaluates one model, prints a table and writes the JSON file.
 
     Returns:
-        What the file holds: ``{"model", "preferences": {metric: value}, "tasks": {name: {metric:
-        value}}}``.
+        What the file holds: ``{"model", "preferences": {metric: value}}`` and under each of
+        ``"tasks"``, ``"texts"`` and ``"generation"`` ``{name: {metric: value}}``.
 
     Raises:
         UserError: something given cannot be used; before weights are read.
@@ -63,7 +77,15 @@ def run(config: EvalConfig) -> Results:
             config.preferences,
         )
         console.print(f"preferences: {pairs.report}", highlight=False)
-    results = _evaluate(config, abstract_model(model, None)[0], questions, pairs, tokenizer)
+    texts = {
+        name: read_texts(name, options, tokenizer, model.max_position_embeddings)
+        for name, options in config.texts.items()
+    }
+    problems = {
+        name: read_problems(name, options, tokenizer) for name, options in config.generation.items()
+    }
+    loaded = Inputs(questions, texts, problems, pairs)
+    results = _evaluate(config, abstract_model(model, None)[0], loaded, tokenizer)
     # Shown first: whatever keeps the file from being written, the work is not lost.
     console.print(_table(results))
     with blamed_on("output"):
@@ -76,8 +98,9 @@ def run(config: EvalConfig) -> Results:
 
 def _check(config: EvalConfig) -> Path:
     require(config.batch_size > 0, "batch_size", config.batch_size, "positive")
-    if config.preferences is None and not config.tasks:
-        raise UserError("Nothing to evaluate: give preferences, tasks, or both.")
+    named = [*config.tasks, *config.texts, *config.generation]
+    if config.preferences is None and not named:
+        raise UserError("Nothing to evaluate: give preferences, tasks, texts or generation.")
     if config.preferences is not None:
         check_records(config.preferences, "preferences")
         beta = config.preferences.beta
@@ -96,13 +119,13 @@ def _check_new(output: Path) -> None:
 def _evaluate(
     config: EvalConfig,
     graphdef: nnx.GraphDef,
-    questions: dict[str, list[Question]],
-    pairs: TokenDataset | None,
+    loaded: Inputs,
     tokenizer: Any,
 ) -> Results:
     """One model in memory at a time: the reference's scores first, then everything of the model."""
     results: Results = {"model": str(config.model)}
     pair_score = reference_logps_fn(graphdef)
+    pairs = loaded.pairs
     if pairs is not None:
         assert config.preferences is not None
         pairs = _with_reference(config, pair_score, pairs)
@@ -117,19 +140,42 @@ def _evaluate(
         )
         metrics = {name.removeprefix("eval_"): v for name, v in evaluate(params).items()}
         results["preferences"] = {**metrics, "pairs": len(pairs)}
-    score = choice_scorer(graphdef)
+    shared: dict[str, Any] = {"batch_size": config.batch_size}
+    scored = {**shared, "pad_id": tokenizer.pad_token_id or 0}
+    choose, score = choice_scorer(graphdef), window_scorer(graphdef)
     results["tasks"] = {
-        name: measure(
-            score,
+        name: measure(choose, params, asked, shown_as=name, **scored)
+        for name, asked in loaded.questions.items()
+    }
+    results["texts"] = {
+        name: perplexity(score, params, texts, shown_as=name, **scored)
+        for name, texts in loaded.texts.items()
+    }
+    ends = end_tokens(config.model, tokenizer)
+    results["generation"] = {
+        name: exact_match(
+            graphdef,
             params,
             asked,
-            batch_size=config.batch_size,
-            pad_id=tokenizer.pad_token_id or 0,
+            config.generation[name],
+            tokenizer,
+            ends,
             shown_as=name,
+            **shared,
         )
-        for name, asked in questions.items()
+        for name, asked in loaded.problems.items()
     }
     return results
+
+
+def end_tokens(model: str, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's and those of generation_config.json."""
+    ends = {tokenizer.eos_token_id}
+    file = resolve_model_dir(model) / "generation_config.json"
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        ends |= set(found) if isinstance(found, list) else {found}
+    return sorted(ends - {None}) or [-1]  # without any, only the length ends it
 
 
 def _with_reference(config: EvalConfig, score: Score, pairs: TokenDataset) -> TokenDataset:
@@ -153,8 +199,12 @@ def _table(results: Results) -> Table:
     table = Table(title=results["model"])
     for column in ("", "metric", "value"):
         table.add_column(column, justify="right" if column == "value" else "left")
-    groups = {"preferences": results.get("preferences", {}), **results["tasks"]}
-    for group, metrics in groups.items():
+    kinds = [results[kind] for kind in ("tasks", "texts", "generation")]
+    groups = [
+        ("preferences", results.get("preferences", {})),
+        *(i for k in kinds for i in k.items()),
+    ]
+    for group, metrics in groups:
         for number, (name, value) in enumerate(metrics.items()):
             shown = str(value) if isinstance(value, int) else f"{value:.4f}"
             table.add_row(group if number == 0 else "", name, shown)

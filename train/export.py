@@ -8,37 +8,63 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import yaml
-from flax import nnx
 from rich.console import Console
 
 from train.checkpoint import Checkpoints, restore_params
-from train.config import ExportConfig, ModelOptions, UserError
-from train.models import merge_model, to_hf
+from train.config import ExportConfig, LoraOptions, ModelOptions, TrainerOptions, UserError
+from train.model_card import run_card
+from train.models import ModelConfig, from_hf, merge_model, split_model, to_hf
+from train.models.lora import merge_adapters, without_adapters, write_adapters
 from train.models.output_dir import check_writable
 from train.output_dir import OutputDir
-from train.prepare import blamed_on, check_model
+from train.prepare import blamed_on, check_model, hash_model
 from train.sharding import abstract_model
+from train.trainable import choose, join, leaf_paths, split
+
+
+def exported_weights(trainer: TrainerOptions) -> str:
+    """Name in the training state of the weights that are exported."""
+    return "ema" if trainer.ema is not None and trainer.ema.export else "params"
 
 
 def export_run(
-    output: OutputDir, options: ModelOptions, graphdef: nnx.GraphDef, params: Any
+    output: OutputDir, options: ModelOptions, model: ModelConfig, params: Any, step: int
 ) -> None:
     """Writes the trained model to ``output.export`` unless it is there already.
+
+    The adapters of a model that has some are written beside it first, in PEFT's format.
 
     Args:
         output: The run's directory.
         options: The model the run started from, whose tokenizer and configuration are copied.
-        graphdef: Of the model.
-        params: Its final parameters.
+        model: Its configuration, with adapters if it has some.
+        params: All its parameters, trained or not.
+        step: Step that they are of, for the metrics of the model card.
     """
-    if output.export.exists():
-        return  # it appears whole or not at all
-    for partial in output.path.glob(f".{output.export.name}.partial-*"):
-        shutil.rmtree(partial)  # left by a kill in the middle of an earlier export
-    model = merge_model(graphdef, params)
+    adapter = output.path / "adapter"
+    for path in (output.export, adapter):
+        for partial in output.path.glob(f".{path.name}.partial-*"):
+            shutil.rmtree(partial)  # left by a kill in the middle of an earlier export
     with blamed_on("export (the checkpoint is complete; the same command tries again)"):
-        to_hf(model, output.export, like=options.path, dtype=options.export_dtype)
+        if model.lora_targets and not adapter.exists():
+            write_adapters(params, model, adapter, options.path)
+        if not output.export.exists():  # it appears whole or not at all
+            card = run_card(output.path, output.path.name, step)
+            _write(params, model, output.export, options, options.export_dtype, card)
+
+
+def _write(
+    params: Any, model: ModelConfig, out: Path, options: ModelOptions, dtype: Any, card: str
+) -> None:
+    """Writes a model directory, adapters merged in."""
+    if model.lora_targets:
+        params = merge_adapters(params, model.lora_scale)
+    graphdef, shapes = abstract_model(without_adapters(model), None)
+    params = jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), params, shapes)
+    to_hf(merge_model(graphdef, params), out, like=options.path, dtype=dtype, card=card)
 
 
 def run(config: ExportConfig) -> None:
@@ -51,13 +77,13 @@ def run(config: ExportConfig) -> None:
     if not record.is_file():
         raise UserError(f"run: {config.run!r} holds no run (there is no run.json).")
     settings = json.loads(record.read_text())["settings"]
-    fields = {item.name for item in dataclasses.fields(ModelOptions)}
-    model = {name: settings.get(f"model.{name}") for name in fields}
-    options = ModelOptions(**model)
+    options = _model_options(settings)
     dtype = _run_dtype(Path(config.run)) if config.dtype is None else config.dtype
     with blamed_on("output"):
         check_writable(Path(config.output))
-    graphdef, like = abstract_model(check_model(options), None)
+    model = check_model(options)
+    shapes = abstract_model(model, None)[1]
+    like, rest = split(shapes, choose(options, leaf_paths(shapes)))
     checkpoints = Path(config.run) / "checkpoints"
     if not checkpoints.is_dir():
         raise UserError(f"run: {config.run!r} has no checkpoint yet.")
@@ -66,10 +92,57 @@ def run(config: ExportConfig) -> None:
         if step is None or step not in saved.steps():
             found = ", ".join(map(str, saved.steps())) or "none"
             raise UserError(f"step: no checkpoint {step} in {config.run!r}; there are {found}.")
-    params = restore_params(checkpoints, step, like)
+        damage = saved.damage(step)
+        if damage is not None:
+            raise UserError(
+                f"step: checkpoint {step} in {config.run!r} is damaged ({damage}). Give another one: "
+                f"there are {', '.join(map(str, saved.steps()))}."
+            )
+    params = restore_params(checkpoints, step, *_restored(settings, like))
+    if rest:
+        params = join(params, _frozen(options, rest, record))
     with blamed_on("output"):
-        to_hf(merge_model(graphdef, params), config.output, like=options.path, dtype=dtype)
+        card = run_card(Path(config.run), Path(config.output).name, step)
+        _write(params, model, Path(config.output), options, dtype, card)
     Console().print(f"Step {step} written to {config.output}", highlight=False)
+
+
+def _model_options(settings: dict[str, Any]) -> ModelOptions:
+    """The model's settings as a run recorded them, dotted names and all."""
+    fields = {item.name for item in dataclasses.fields(ModelOptions)} - {"lora"}
+    given = {name: settings[f"model.{name}"] for name in fields if f"model.{name}" in settings}
+    lora = {
+        item.name: settings[f"model.lora.{item.name}"]
+        for item in dataclasses.fields(LoraOptions)
+        if f"model.lora.{item.name}" in settings
+    }
+    return ModelOptions(**given, lora=LoraOptions(**lora) if lora else None)
+
+
+def _restored(settings: dict[str, Any], params: Any) -> tuple[Any, str]:
+    """Shapes and name of what a checkpoint holds of the weights to export."""
+    if not settings.get("trainer.ema.export"):
+        return params, "params"
+
+    def wide(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+
+    return jax.tree.map(wide, params), "ema"
+
+
+def _frozen(options: ModelOptions, rest: Any, record: Path) -> Any:
+    """What was not trained, from the model that the run started from."""
+    expected = json.loads(record.read_text())["inputs"]["model"]
+    if hash_model(options.path) != expected:
+        raise UserError(
+            f"model.path {options.path!r} of the run has other content than when it was trained; the "
+            "parameters that were frozen cannot be exported without it."
+        )
+    loaded = split_model(
+        from_hf(options.path, dtype=options.dtype, param_dtype=options.param_dtype)
+    )[1]
+    paths = set(leaf_paths(rest))
+    return split(loaded, lambda path: path in paths)[0]
 
 
 def _run_dtype(directory: Path) -> str | None:

@@ -1,99 +1,209 @@
-"""Greedy generation with a key-value cache."""
+"""``python -m train generate``: continuations of a prompt or of a file of prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
 
 import jax
-import jax.core
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from rich.console import Console
+from rich.progress import track
 
-from train.models.decoder import Array, Params, merge_model, token_positions
+from train.config import GenerateConfig, ModelOptions, UserError, require
+from train.data import Record, UnusableRecord, read_records
+from train.data.records import prompt_of
+from train.data.templates import Encoder, Row
+from train.filters import Filters
+from train.models import ModelConfig, from_hf, resolve_model_dir, split_model
+from train.output_dir import check_place
+from train.prepare import blamed_on, check_model, load_tokenizer
+from train.sampling import Sampler
+from train.sharding import Params, abstract_model
 
-Generate = Callable[[Params, Array, Array], jax.Array]
+_WIDTH_STEP = 32  # prompts are padded to multiples of it, so that few shapes are compiled
 
 
-def make_greedy(
-    graphdef: nnx.GraphDef, *, max_new_tokens: int, eos_id: int | Sequence[int], pad_id: int
-) -> Generate:
-    """Compiles greedy continuation of left-padded prompts.
-
-    Args:
-        graphdef: of a `Decoder`, from `split_model`.
-        max_new_tokens: tokens to generate per row, at least 1.
-        eos_id: token, or several, after which a row ends.
-        pad_id: token written after the end of a row.
-
-    Returns:
-        ``f(params, tokens, mask)`` for int32 tokens and bool mask ``[batch, prompt]``, padded on
-        the left, giving int32 ``[batch, max_new_tokens]``: the continuation with its end token
-        kept and ``pad_id`` behind. Compiled once per shape; stops when every row has ended. Raises
-        `ValueError` for a mask that is not left-padded or leaves a row empty.
+def run(config: GenerateConfig) -> None:
+    """Writes the continuations to the terminal or to a new file.
 
     Raises:
-        ValueError: ``max_new_tokens`` below 1.
-
-    Example:
-        >>> generate = make_greedy(graphdef, max_new_tokens=8, eos_id=2, pad_id=2)  # doctest: +SKIP
-        >>> generate(params, tokens, mask)                               # doctest: +SKIP
+        UserError: something given cannot be used; before weights are read.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    ends = jnp.asarray(np.atleast_1d(eos_id), jnp.int32)
+    console = Console()
+    filters = _check(config)
+    options = ModelOptions(path=config.model, dtype=config.dtype)
+    model = check_model(options, name="model")
+    tokenizer = load_tokenizer(config.model, "model")
+    name = "prompt" if config.prompts is None else "prompts"
+    with blamed_on(name):
+        records = _records(config)
+        prompts = encode_prompts(records, tokenizer, chat_template=config.chat_template)
+    _check_lengths(name, prompts, config.max_new_tokens, model)
+    pad_id: Any = (
+        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    )
+    sampler = Sampler(
+        abstract_model(model, None)[0],
+        config.max_new_tokens,
+        end_tokens(config.model, tokenizer),
+        pad_id,
+        filters,
+    )
+    with blamed_on("model"):
+        types = {"dtype": np.dtype(config.dtype), "param_dtype": np.dtype("float32")}
+        params = split_model(from_hf(config.model, **types))[1]
+    if config.output is None:
+        _show(sampler, params, prompts[0], tokenizer, config.seed, console.file)
+        return
+    with blamed_on("output"):
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        # "x": a file that appeared meanwhile is not overwritten either.
+        with Path(config.output).open("x", encoding="utf-8") as file:
+            completions = _complete(sampler, params, prompts, tokenizer, config)
+            shown = track(completions, "generating", len(prompts), console=console)
+            for record, completion in zip(records, shown, strict=True):
+                file.write(json.dumps({**record, **completion}, ensure_ascii=False) + "\n")
+                file.flush()
+    console.print(f"Written to {config.output}", highlight=False, soft_wrap=True)
 
-    @jax.jit
-    def run(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        model = merge_model(graphdef, params)
-        mask = mask.astype(bool)
-        batch, prompt = tokens.shape
-        slots = prompt + max_new_tokens
-        # The last token generated is never run, but its slot keeps the arithmetic plain.
-        filled = jnp.pad(mask, ((0, 0), (0, max_new_tokens)))
-        slot = jnp.arange(slots)
 
-        def choose(hidden: jax.Array) -> jax.Array:
-            return jnp.argmax(model.logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
+def encode_prompts(
+    records: Sequence[Record], tokenizer: Any, *, chat_template: bool
+) -> list[list[int]]:
+    """Token ids of every record's prompt, ready to be continued.
 
-        query = jnp.arange(prompt)[:, None]
-        # Padding queries see their own slot, so that their softmax is over something.
-        visible = (filled[:, None, :] & (slot <= query)) | (slot == query)
-        hidden, cache = model.extend(
-            tokens, token_positions(tokens, mask), visible, model.empty_cache(batch, slots), 0
+    Args:
+        records: with a field ``prompt``: text, or messages.
+        tokenizer: from transformers.
+        chat_template: make a user turn of text.
+
+    Raises:
+        DataError: a record has no prompt, or one that cannot be used.
+    """
+    rows = [Row(*prompt_of(record)) for record in records]
+    encoded = Encoder(tokenizer, "chat" if chat_template else "auto").encode(rows)
+    prompts = []
+    for row, found in zip(rows, encoded, strict=True):
+        if isinstance(found, UnusableRecord):
+            raise ValueError(f"{row.where}: {found}.")
+        prompts.append(found.prompt)
+    return prompts
+
+
+def end_tokens(model: str, tokenizer: Any) -> list[int]:
+    """The tokenizer's EOS and those of the model's generation_config.json, sorted.
+
+    Raises:
+        UserError: the file is no JSON object, or its ``eos_token_id`` no token ids.
+    """
+    ends = {int(tokenizer.eos_token_id)}
+    file = resolve_model_dir(model) / "generation_config.json"
+    if not file.is_file():
+        return sorted(ends)
+    try:
+        more = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        more = [] if more is None else more if isinstance(more, list) else [more]
+        return sorted(ends | {int(one) for one in more})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"model: {file} has no usable eos_token_id ({error}).") from error
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 tokens and bool mask ``[batch, width]``, the width a multiple of 32."""
+    width = -(-max(map(len, prompts)) // _WIDTH_STEP) * _WIDTH_STEP
+    tokens = np.full((len(prompts), width), pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = True
+    return tokens, mask
+
+
+def _check(config: GenerateConfig) -> Filters:
+    if (config.prompt is None) == (config.prompts is None):
+        raise UserError("Give exactly one of prompt and prompts.")
+    if (config.prompts is None) != (config.output is None):
+        raise UserError(
+            "output is the file for the continuations of prompts: give both, or neither."
         )
-        token, length = choose(hidden), jnp.sum(mask, axis=1, dtype=jnp.int32)
-        out = jnp.full((batch, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(token)
-        done = jnp.isin(token, ends)
-
-        def going(state):
-            step, _, _, done, _ = state
-            return (step < max_new_tokens) & ~jnp.all(done)
-
-        def extend_by_one(state):
-            step, token, cache, done, out = state
-            now = prompt + step - 1  # slot of the token chosen last
-            seen = filled | ((slot >= prompt) & (slot <= now))
-            position = (length + step - 1)[:, None]
-            hidden, cache = model.extend(token[:, None], position, seen[:, None], cache, now)
-            token = jnp.where(done, pad_id, choose(hidden))
-            out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
-            return step + 1, token, cache, done | jnp.isin(token, ends), out
-
-        return jax.lax.while_loop(going, extend_by_one, (1, token, cache, done, out))[-1]
-
-    def generate(params: Params, tokens: Array, mask: Array) -> jax.Array:
-        if not isinstance(mask, jax.core.Tracer):
-            _check_left_padded(np.asarray(mask, bool))
-        return run(params, tokens, mask)
-
-    return generate
+    for name in ("max_new_tokens", "batch_size"):
+        require(getattr(config, name) > 0, name, getattr(config, name), "positive")
+    require(0 <= config.seed < 2**32, "seed", config.seed, "in [0, 2**32)")
+    try:
+        filters = Filters(config.temperature, config.top_k, config.top_p, config.min_p)
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    if config.output is not None:
+        output = Path(config.output)
+        if output.exists():
+            raise UserError(f"output: {config.output!r} exists; nothing is overwritten.")
+        check_place(output, "output")
+    return filters
 
 
-def _check_left_padded(mask: np.ndarray) -> None:
-    bad = np.flatnonzero(~mask[:, -1] | (np.diff(mask.astype(np.int8), axis=1) < 0).any(axis=1))
-    if bad.size:
-        raise ValueError(
-            f"prompts must be padded on the left and hold a token: rows {bad[:8].tolist()} of the "
-            "mask are not"
+def _records(config: GenerateConfig) -> Sequence[Record]:
+    if config.prompts is None:
+        return [Record({"prompt": config.prompt}, "record")]
+    return read_records(config.prompts)
+
+
+def _check_lengths(
+    name: str, prompts: Sequence[Sequence[int]], new: int, model: ModelConfig
+) -> None:
+    longest = max(map(len, prompts))
+    if longest + new > model.max_position_embeddings:
+        raise UserError(
+            f"{name}: the longest prompt has {longest} tokens, which with max_new_tokens {new} is "
+            f"more than the model's {model.max_position_embeddings} positions; shorten either."
         )
+
+
+def _keys(seed: int, rows: np.ndarray) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
+
+
+def _show(
+    sampler: Sampler, params: Params, prompt: list[int], tokenizer: Any, seed: int, out: IO[str]
+) -> None:
+    """Writes text as soon as its bytes are whole characters."""
+    ids: list[int] = []
+    written = ""
+    tokens, mask = pad_left([prompt], sampler.pad_id)
+    for token in sampler.stream(params, tokens, mask, _keys(seed, np.arange(1))):
+        ids.append(int(token[0]))
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            out.write(text[len(written) :])
+            out.flush()
+            written = text
+    out.write(tokenizer.decode(ids, skip_special_tokens=True)[len(written) :] + "\n")
+
+
+def _complete(
+    sampler: Sampler,
+    params: Params,
+    prompts: Sequence[list[int]],
+    tokenizer: Any,
+    config: GenerateConfig,
+) -> Iterator[dict[str, Any]]:
+    """What is added to every record, in their order."""
+    size = config.batch_size
+    for start in range(0, len(prompts), size):
+        rows = np.arange(start, min(start + size, len(prompts)))
+        # The last batch repeats its last row, so that it has the shape of the others.
+        filled = np.pad(rows, (0, size - len(rows)), mode="edge")
+        tokens, mask = pad_left([prompts[row] for row in filled], sampler.pad_id)
+        found = sampler(params, tokens, mask, _keys(config.seed, filled))
+        for ids, used in zip(np.asarray(found.tokens), np.asarray(found.mask), strict=True):
+            if not len(rows):
+                break
+            rows = rows[1:]
+            ids = ids[used]
+            yield {
+                "generated": tokenizer.decode(ids, skip_special_tokens=True),
+                "generated_tokens": len(ids),
+                "finish_reason": "stop" if ids[-1] in np.asarray(sampler.eos_id) else "length",
+            }

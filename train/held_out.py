@@ -47,12 +47,12 @@ def bucketed_batches(
         for name in answer_names(batch):
             batch[f"{name}_mask"][len(rows) :] = False
         counts = (lengths.prompt, lengths.answer, total, lengths.scored)
-        widths = Widths(*(_width(int(count[rows].max())) for count in counts))
+        widths = Widths(*(padded_width(int(count[rows].max())) for count in counts))
         batch = trim(batch, widths)
         yield rows, share_prompt(batch, widths) if dataset.share_prompts else batch
 
 
-def _width(length: int) -> int:
+def padded_width(length: int) -> int:
     """The next of 8, 12, 16, 24, 32, 48, 64, 96 … that is not below `length`."""
     power = 8
     while power < length:

@@ -38,7 +38,7 @@ def run(config: KTOConfig) -> None:
                     f"data.{name} is set to {value!r}, but loss.type kto has the same batches in every "
                     "epoch and no use for it; unset it."
                 )
-    this = set_up("kto", config, tokenize_unpaired, partial(_arrange, config))
+    this = set_up("kto", config, tokenize_unpaired, partial(arrange, config))
     if this is not None:
         align(config, this, _objective(config, this))
 
@@ -52,7 +52,7 @@ def _settings(loss: UnpairedLossOptions) -> dict[str, Any]:
     }
 
 
-def _arrange(
+def arrange(
     config: KTOConfig, data: TokenDataset, held_out: TokenDataset | None, console: Console
 ) -> tuple[TokenDataset, TokenDataset | None]:
     """Orders the rows once, pairs prompts with other completions, and looks at the labels."""

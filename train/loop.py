@@ -65,6 +65,9 @@ class Job:
         check_first: Called with the metrics of step 1 of a new run; raises when they cannot be.
         learning_rates: Rate of every update; its length is the number of steps.
         mesh: Where batches go.
+        prepare: Makes the batch of a step of the loader's, given the state before it and the number
+            of steps done: what on-policy training samples. It waits for the device.
+        evaluated: What of the state is evaluated: params, or their average ema.
     """
 
     start: Callable[[], State]
@@ -75,6 +78,8 @@ class Job:
     check_first: Callable[[Mapping[str, float]], None] | None
     learning_rates: np.ndarray
     mesh: Mesh | None
+    prepare: Callable[[State, Batch, int], dict[str, np.ndarray]] | None = None
+    evaluated: str = "params"
 
 
 def fit(job: Job, options: TrainerOptions, output: OutputDir, console: Console) -> State:
@@ -160,6 +165,10 @@ class _Training:
             if self.watch.reason is not None:  # and was so before it was resumed
                 break
             batch = next(job.loader)
+            if job.prepare is not None:
+                # It waits for the last step anyway, whose time is then its own.
+                self.reporter.flush()
+                batch = job.prepare(state, batch, done)
             state, metrics = job.step(state, put_batch(batch, job.mesh))
             done = step
             self.reporter.dispatched(step, metrics, batch)
@@ -181,7 +190,7 @@ class _Training:
         """Returns whether the step is the best so far."""
         assert self.job.evaluate is not None
         self.reporter.flush()
-        metrics = self.job.evaluate(state["params"])
+        metrics = self.job.evaluate(state[self.job.evaluated])
         self.reporter.evaluated(step, metrics)
         return self.watch.see(step, metrics)
 
@@ -298,6 +307,8 @@ _IN_A_ROW = "skipped_in_a_row"
 _SHOWN = {
     "loss": "loss",
     "eval_loss": "eval loss",
+    "objective/scores": "score",
+    "eval_objective/scores": "eval score",
     "rewards/margins": "margin",
     "eval_rewards/margins": "eval margin",
     "eval_rewards/accuracies": "eval accuracy",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.summary import scalar
 
 from train.config import UserError
 
@@ -30,14 +34,27 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, resume_step: int = 0) -> None:
-        self._file = None
+        self._file: TextIO | None = None
+        self._directory = directory
         if jax.process_index() != 0:
             return
-        path = directory / "metrics.jsonl"
+        try:
+            self._open(resume_step)
+        except OSError as error:
+            raise _unwritable(directory, error) from error
+
+    def _open(self, resume_step: int) -> None:
+        path, board = self._directory / "metrics.jsonl", self._directory / "tensorboard"
         keep_until(path, resume_step)
+        board.mkdir(exist_ok=True)
+        # Not tensorboardX's SummaryWriter: its thread dies when the disk is full, and then it hangs.
+        self._board = EventsWriter(str(board / "events"))
+        # What follows takes the place of later steps in earlier files; for a new run too, because
+        # one killed before its first checkpoint starts again at step 1.
+        start = SessionLog(status=SessionLog.START)
+        self._board.write_event(Event(step=resume_step + 1, file_version="brain.Event:2"))
+        self._board.write_event(Event(step=resume_step + 1, session_log=start))
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        # For a new run too: one killed before its first checkpoint starts again at step 1.
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line, ``{"step": step, **metrics}``.
@@ -50,13 +67,12 @@ class MetricsLog:
         row = {name: float(value) for name, value in metrics.items()}
         try:
             self._file.write(json.dumps({"step": step, **row}) + "\n")
+            for name, value in row.items():
+                event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
+                self._board.write_event(event)
+            self._board.flush()
         except OSError as error:
-            raise UserError(
-                f"{self._file.name} cannot be written ({error.strerror}), so training stopped. Make "
-                "room; the same command goes on from the last checkpoint."
-            ) from error
-        for name, value in row.items():
-            self._board.add_scalar(name, value, step)
+            raise _unwritable(self._directory, error) from error
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -74,6 +90,13 @@ class MetricsLog:
             self._file.close()
         with contextlib.suppress(OSError):
             self._board.close()
+
+
+def _unwritable(directory: Path, error: OSError) -> UserError:
+    return UserError(
+        f"the log in {directory} cannot be written ({error.strerror}), so training stopped. Make "
+        "room; the same command goes on from the last checkpoint."
+    )
 
 
 def keep_until(path: Path, step: int) -> None:

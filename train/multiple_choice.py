@@ -37,10 +37,14 @@ Score = Callable[..., tuple[jax.Array, jax.Array]]
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids of a prompt and its candidates, the right one first; no end tokens."""
+    """Token ids of a prompt and its candidates, the right one first; no end tokens.
+
+    ``sizes`` has the characters of each candidate where the record itself gave them, else nothing.
+    """
 
     prompt: list[int]
     answers: list[list[int]]
+    sizes: tuple[int, ...] = ()
 
 
 def read_questions(
@@ -64,12 +68,18 @@ def read_questions(
     require(options.limit is None or options.limit > 0, f"{field}.limit", options.limit, "positive")
     with blamed_on(f"{field}.path"):
         records = read_records(options.path)
-    answers = [_filled(options.answer, record, f"{field}.answer") for record in records]
-    pool = sorted(set(answers))
-    rows = []
+    given = options.choices_field is not None
+    require(given or not options.letters, f"{field}.letters", True, "false without choices_field")
+    answers = [filled(options.answer, record, f"{field}.answer") for record in records]
+    pool = [] if given else sorted(set(answers))
+    rows, sizes = [], {}
     for index, record in enumerate(records[: options.limit]):
-        prompt = _filled(options.prompt, record, f"{field}.prompt")
-        candidates = _candidates(answers[index], pool, options, index, field)
+        prompt = filled(options.prompt, record, f"{field}.prompt")
+        if given:
+            candidates = _own_candidates(answers[index], record, options, field)
+            sizes[where_of(record)] = tuple(map(len, candidates))
+        else:
+            candidates = _candidates(answers[index], pool, options, index, field)
         if not options.chat_template:
             candidates = [f" {candidate}" for candidate in candidates]
         rows.append(Row(prompt, candidates, where_of(record)))
@@ -78,8 +88,8 @@ def read_questions(
         encoded = encoder.encode(rows)
     # What closes an answer is cut off: an answer is right whether or not the model would go on.
     questions = [
-        Question(one.prompt, [answer[:-1] for answer in one.answers])
-        for one in encoded
+        Question(one.prompt, [answer[:-1] for answer in one.answers], sizes.get(row.where, ()))
+        for row, one in zip(rows, encoded, strict=True)
         if isinstance(one, Encoded)
     ]
     if not questions:
@@ -87,7 +97,8 @@ def read_questions(
     return questions, len(rows) - len(questions)
 
 
-def _filled(template: str, record: Mapping[str, Any], field: str) -> str:
+def filled(template: str, record: Mapping[str, Any], field: str) -> str:
+    """A format string over a record's fields; raises `UserError` where it does not fit or is empty."""
     try:
         text = template.format_map(record)
     except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
@@ -98,6 +109,30 @@ def _filled(template: str, record: Mapping[str, Any], field: str) -> str:
     if not text.strip():
         raise UserError(f"{field}: {template!r} is empty for {where_of(record)}.")
     return text
+
+
+def _own_candidates(
+    answer: str, record: Mapping[str, Any], options: TaskOptions, field: str
+) -> list[str]:
+    """The candidates that a record lists, the right one first."""
+    found = record.get(options.choices_field or "")
+    texts = found.get("text") if isinstance(found, Mapping) else found
+    if not isinstance(texts, list) or len(texts) < 2 or not all(map(str, texts)):
+        raise UserError(
+            f"{field}.choices_field: {options.choices_field!r} of {where_of(record)} is {found!r}, "
+            "not a list of two texts or more, nor an object with such a list as 'text'."
+        )
+    letters = [chr(ord("A") + number) for number in range(len(texts))]
+    labels = [str(label) for label in found.get("label", [])] if isinstance(found, Mapping) else []
+    numbers = [str(number) for number in range(len(texts))]
+    for names in (labels, letters, numbers):
+        if answer.strip() in names:
+            right = names.index(answer.strip())
+            texts = letters if options.letters else [str(text) for text in texts]
+            return [texts[right], *texts[:right], *texts[right + 1 :]]
+    raise UserError(
+        f"{field}.answer: {answer!r} of {where_of(record)} names none of its {len(texts)} choices."
+    )
 
 
 def _candidates(
@@ -211,22 +246,35 @@ def measure(
         counts as wrong); ``accuracy_per_token``: the same with log-probabilities divided by the
         number of tokens; ``exact``: share whose right answer is the most likely token at every
         position; ``logp``: mean log-probability of the right answer; ``questions``: their number.
+        Where the records list their candidates also ``acc``, which is ``accuracy``, and ``acc_norm``,
+        with log-probabilities divided by the candidates' characters (lm-evaluation-harness's names).
     """
-    results: list[tuple[bool, bool, bool, float]] = []
+    rows: list[tuple[float, ...]] = []
+    names = ["accuracy", "accuracy_per_token", "exact", "logp"]
+    names += ["acc", "acc_norm"] if questions[0].sizes else []
     with Progress() as progress:
         task = progress.add_task(shown_as, total=len(questions))
-        for batch, count in _batches(questions, batch_size, pad_id):
+        for batch, asked in _batches(questions, batch_size, pad_id):
             logps, top1 = jax.device_get(score(params, *batch))
             mask = batch[3]
-            sums, lengths = logps.sum(axis=2), mask.sum(axis=2)
             right = (top1[:, 0] | ~mask[:, 0]).all(axis=1)
-            rows = zip(
-                _first_wins(sums), _first_wins(sums / lengths), right, sums[:, 0], strict=True
-            )
-            results += list(rows)[:count]
-            progress.advance(task, count)
-    names = ("accuracy", "accuracy_per_token", "exact", "logp")
-    means = np.asarray(results, np.float64).mean(axis=0)
+            lengths = mask.sum(axis=2)
+            # Where a question has fewer candidates than others, the missing ones cannot win.
+            sums = np.where(lengths > 0, logps.sum(axis=2), -np.inf)
+            columns = [
+                _first_wins(sums),
+                _first_wins(sums / np.maximum(lengths, 1)),
+                right,
+                sums[:, 0],
+            ]
+            if asked[0].sizes:
+                sizes = np.ones(sums.shape)
+                for row, question in enumerate(asked):
+                    sizes[row, : len(question.sizes)] = question.sizes
+                columns += [columns[0], _first_wins(sums / sizes)]
+            rows += list(zip(*columns, strict=True))[: len(asked)]
+            progress.advance(task, len(asked))
+    means = np.asarray(rows, np.float64).mean(axis=0)
     return {**dict(zip(names, means.tolist(), strict=True)), "questions": len(questions)}
 
 
@@ -236,16 +284,17 @@ def _first_wins(scores: np.ndarray) -> np.ndarray:
 
 def _batches(
     questions: Sequence[Question], batch_size: int, pad_id: int
-) -> Iterator[tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], int]]:
-    """Batches of similar prompt lengths and few shapes, each with its number of real rows."""
+) -> Iterator[tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], list[Question]]]:
+    """Batches of similar prompt lengths and few shapes, each with the questions it holds."""
+    most = max(len(question.answers) for question in questions)
     length = max(len(answer) for question in questions for answer in question.answers)
     by_length = sorted(questions, key=lambda question: len(question.prompt))
     for start in range(0, len(by_length), batch_size):
-        rows = by_length[start : start + batch_size]
-        count = len(rows)
-        width = -(-len(rows[-1].prompt) // _WIDTH) * _WIDTH
-        rows += [rows[0]] * (batch_size - count)
+        asked = by_length[start : start + batch_size]
+        width = -(-len(asked[-1].prompt) // _WIDTH) * _WIDTH
+        rows = asked + [asked[0]] * (batch_size - len(asked))
         prompts = pad_left([row.prompt for row in rows], width, pad_id)
-        answers = pad_right([answer for row in rows for answer in row.answers], length, pad_id)
+        padded = [[*row.answers, *[[]] * (most - len(row.answers))] for row in rows]
+        answers = pad_right([answer for row in padded for answer in row], length, pad_id)
         shape = (len(rows), -1, length)
-        yield (*prompts, answers[0].reshape(shape), answers[1].reshape(shape)), count
+        yield (*prompts, answers[0].reshape(shape), answers[1].reshape(shape)), asked

@@ -8,6 +8,7 @@
     checkpoints/    STEP/ directories by Orbax
     reference/      cached log-probabilities of the reference
     export/         the trained model in Hugging Face format
+    adapter/        its low-rank adapters in the format of PEFT, where these were trained
     summary.json    written last: the run is complete
     .lock           held by the process that writes here
 

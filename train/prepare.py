@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from train.config import DataOptions, ModelOptions, RecordOptions, UserError
+from train.config import DataOptions, LoraOptions, ModelOptions, RecordOptions, UserError
 from train.data import (
     Record,
     TokenDataset,
@@ -22,6 +22,7 @@ from train.data import (
     split_by_prompt,
 )
 from train.models import ModelConfig, check_hf_compatible, resolve_model_dir
+from train.models.lora import CONFIG_FILE, TARGETS, WEIGHTS_FILE, read_adapter_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,8 +61,36 @@ def check_model(options: ModelOptions, name: str = "model.path") -> ModelConfig:
     """
     with blamed_on(name):
         config = check_hf_compatible(options.path)
-    return dataclasses.replace(
+    config = dataclasses.replace(
         config, dtype=options.dtype, param_dtype=options.param_dtype, remat=options.remat
+    )
+    return config if options.lora is None else with_adapters(config, options.lora)
+
+
+def with_adapters(config: ModelConfig, options: LoraOptions) -> ModelConfig:
+    """The configuration of the model with adapters.
+
+    Raises:
+        UserError: a module is unknown, or `lora.adapter` is of another shape or damaged.
+    """
+    name = "model.lora.target_modules"
+    unknown = [module for module in options.target_modules if module not in TARGETS]
+    if unknown or not options.target_modules:
+        found = repr(unknown[0]) if unknown else "nothing"
+        raise UserError(f"{name}: got {found}; choose from {', '.join(TARGETS)}.")
+    targets = tuple(module for module in TARGETS if module in options.target_modules)
+    scale = options.alpha / options.rank
+    if options.adapter is not None:
+        with blamed_on("model.lora.adapter"):
+            found = read_adapter_config(options.adapter)
+        if found != (options.rank, scale, targets):
+            raise UserError(
+                f"model.lora.adapter has rank {found[0]}, alpha / rank {found[1]:g} and the modules "
+                f"{', '.join(found[2])}; give model.lora.rank {found[0]}, alpha "
+                f"{found[1] * found[0]:g} and these target_modules."
+            )
+    return dataclasses.replace(
+        config, lora_targets=targets, lora_rank=options.rank, lora_scale=scale
     )
 
 
@@ -219,6 +248,23 @@ def hash_model(path: str) -> str:
     digest = hashlib.sha256()
     for file in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
         digest.update(file.name.encode() + hash_file(file).encode())
+    return digest.hexdigest()
+
+
+def hash_start(options: ModelOptions) -> dict[str, str]:
+    """Content hashes of what training starts from, by name."""
+    hashes = {"model": hash_model(options.path)}
+    if options.lora is not None and options.lora.adapter is not None:
+        hashes["adapter"] = hash_adapter(options.lora.adapter)
+    return hashes
+
+
+def hash_adapter(directory: str) -> str:
+    """SHA-256 of an adapter's settings and weights, as stored."""
+    digest = hashlib.sha256()
+    with blamed_on("model.lora.adapter"):
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            digest.update(hash_file(Path(directory) / name).encode())
     return digest.hexdigest()
 
 

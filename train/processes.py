@@ -28,6 +28,13 @@ def first_says(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+def largest(value: int) -> int:
+    """The largest of the values that the processes give, on every process; all must call this."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.asarray(value))))
+
+
 def meet(name: str) -> None:
     """Returns when all processes have come here.
 

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
+from train.averages import Followers
 from train.checkpoint import Checkpoints, abstract, restore_params
-from train.config import DPOConfig, KTOConfig, SFTConfig, TrainerOptions, UserError, check
+from train.config import (
+    DPOConfig,
+    KTOConfig,
+    OnlineDPOConfig,
+    SFTConfig,
+    TrainerOptions,
+    UserError,
+    check,
+)
 from train.data import TokenDataset, make_buckets, make_loader
 from train.dry_run import check_length, dry_run
-from train.export import export_run
+from train.export import export_run, exported_weights
 from train.held_out import Evaluate
 from train.lock import release
-from train.loop import Job, fit
+from train.loop import Job, Loader, fit
 from train.models import ModelConfig, from_hf, split_model
+from train.models.lora import fresh_adapters, is_adapter, read_adapters
 from train.optimizers import check_optimizer, learning_rates, make_schedule, rounds_updates
 from train.output_dir import OutputDir, open_output
 from train.prepare import (
@@ -30,8 +42,9 @@ from train.prepare import (
     load_tokenizer,
 )
 from train.sharding import Params, abstract_model, check_batch, make_mesh
-from train.step import LossFn, State, make_train_step, state_shardings
+from train.step import Batch, LossFn, State, make_train_step, state_shardings
 from train.summary import show_summary, summarise
+from train.trainable import Trained, choose, join, leaf_paths, split
 from train.watch import best_step
 
 Arrange = Callable[
@@ -55,9 +68,10 @@ class Run:
         steps: Number of updates.
         schedule: Learning rate.
         mesh: Devices, None for a single one.
+        trained: Test of a parameter's path.
     """
 
-    config: SFTConfig | DPOConfig | KTOConfig
+    config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig
     output: OutputDir
     console: Console
     model: ModelConfig
@@ -68,6 +82,29 @@ class Run:
     steps: int
     schedule: optax.Schedule
     mesh: Mesh | None
+    trained: Trained
+
+    @property
+    def trained_shapes(self) -> Params:
+        """The part of `shapes` that is trained."""
+        return self.split(self.shapes)[0]
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Parameters, or their shapes, that are trained, and the others."""
+        return split(params, self.trained)
+
+    @property
+    def followers(self) -> Followers:
+        """Copies of the parameters that the state holds."""
+        config, ema = self.config, self.config.trainer.ema
+        mixup = None
+        if isinstance(config, DPOConfig) and config.sync_ref_model:
+            mixup = config.ref_model_mixup_alpha or 0.6
+        return Followers(
+            ema_decay=None if ema is None else ema.decay,
+            mixup_alpha=mixup,
+            sync_steps=getattr(config, "ref_model_sync_steps", None) or 512,
+        )
 
     @property
     def eval_batch_size(self) -> int:
@@ -95,6 +132,20 @@ class Run:
             )
         return split_model(model)[1]
 
+    def load_start(self) -> Params:
+        """All parameters that training starts from, adapters included."""
+        options = self.config.model
+        params, lora = self.load(options.path, "model.path"), options.lora
+        if lora is None:
+            return params
+        if lora.adapter is None:
+            adapters = fresh_adapters(self.model, lora.seed)
+        else:
+            with blamed_on("model.lora.adapter"):
+                adapters = read_adapters(lora.adapter, self.model)
+        places = jax.tree.map(lambda leaf: leaf.sharding, split(self.shapes, is_adapter)[0])
+        return join(params, jax.device_put(adapters, places))
+
     def train(
         self,
         loss_fn: LossFn,
@@ -105,82 +156,96 @@ class Run:
         data: TokenDataset,
         evaluate: Evaluate | None,
         check_first: Callable[[Mapping[str, float]], None] | None = None,
+        frozen: Callable[[], Params],
+        reference_columns: Callable[[Params, Batch], Batch] | None = None,
         shuffle: bool = True,
+        prepare: Callable[[Params, Batch, int], dict[str, np.ndarray]] | None = None,
     ) -> None:
         """Trains, exports the model and reports.
 
         Args:
-            loss_fn: From `train.step`.
+            loss_fn: From `train.objectives`.
             tx: The optimizer.
             start: Makes the state of a new run.
             like: What `start` makes, from `jax.eval_shape`.
             data: Training rows with all the columns that the loss reads.
             evaluate: Held-out metrics.
             check_first: See `train.loop.Job`.
+            frozen: The parameters that are not trained; asked for once the state is there.
+            reference_columns: See `train.step.make_train_step`.
             shuffle: Draw a new order of the rows in every epoch.
+            prepare: Makes the batch of a step of the loader's, given all parameters before it and
+                the number of steps done.
 
         Raises:
             Stopped: by a signal; the run is saved.
             UserError: training ended, and said why; nothing is exported.
         """
-        try:
-            self._train(loss_fn, tx, start, like, data, evaluate, check_first, shuffle)
-        finally:
-            release(self.output.path)
+        trainer, held = self.config.trainer, functools.cache(frozen)
+        shardings = state_shardings(like, self.trained_shapes)
+        step = make_train_step(
+            loss_fn,
+            tx,
+            shardings=shardings,
+            accumulate=trainer.gradient_accumulation_steps,
+            followers=self.followers,
+            reference_columns=reference_columns,
+        )
 
-    def _train(
-        self,
-        loss_fn: LossFn,
-        tx: optax.GradientTransformation,
-        start: Callable[[], State],
-        like: State,
-        data: TokenDataset,
-        evaluate: Evaluate | None,
-        check_first: Callable[[Mapping[str, float]], None] | None,
-        shuffle: bool,
-    ) -> None:
-        trainer, buckets = self.config.trainer, None
-        if shuffle:
-            buckets = make_buckets(data, trainer.batch_size, self.config.data.buckets)
-            self.console.print(f"Batches: {buckets.describe(data.arrays)}", highlight=False)
-        shardings = state_shardings(like, self.shapes)
+        def evaluate_trained(params: Params) -> dict[str, float]:
+            assert evaluate is not None
+            return evaluate(join(params, held()))
+
+        def prepare_batch(state: State, batch: Batch, done: int) -> dict[str, np.ndarray]:
+            assert prepare is not None
+            return prepare(join(state["params"], held()), batch, done)
+
         job = Job(
             start=start,
             like=abstract(like, shardings),
-            step=make_train_step(
-                loss_fn,
-                tx,
-                shardings=shardings,
-                accumulate=trainer.gradient_accumulation_steps,
-            ),
-            loader=make_loader(
-                data,
-                trainer.batch_size,
-                seed=trainer.seed,
-                shuffle=shuffle,
-                shard=_process(),
-                buckets=buckets,
-            ),
-            evaluate=evaluate,
+            step=lambda state, batch: step(state, batch, held()),
+            loader=self._loader(data, shuffle),
+            evaluate=None if evaluate is None else evaluate_trained,
             check_first=check_first,
             learning_rates=learning_rates(self.schedule, self.steps),
             mesh=self.mesh,
+            prepare=None if prepare is None else prepare_batch,
+            evaluated="ema" if trainer.ema is not None and trainer.ema.evaluate else "params",
         )
-        state = fit(job, trainer, self.output, self.console)
-        step, params = self._to_export(state, job.like)
-        export_run(self.output, self.config.model, self.graphdef, params)
-        summary = summarise(self.output, exported=step)
-        self.output.finish(summary)
+        try:
+            state = fit(job, trainer, self.output, self.console)
+            number, weights = self._to_export(state, job.like)
+            export_run(self.output, self.config.model, self.model, join(weights, held()), number)
+            summary = summarise(self.output, exported=number)
+            self.output.finish(summary)
+        finally:
+            release(self.output.path)
         show_summary(summary, self.console)
 
+    def _loader(self, data: TokenDataset, shuffle: bool) -> Loader:
+        trainer, buckets = self.config.trainer, None
+        if shuffle:
+            count = self.config.data.buckets
+            buckets = make_buckets(data, trainer.batch_size, count, steps=self.steps)
+            self.console.print(f"Batches: {buckets.describe(data.arrays)}", highlight=False)
+        return make_loader(
+            data,
+            trainer.batch_size,
+            seed=trainer.seed,
+            shuffle=shuffle,
+            shard=_process(),
+            buckets=buckets,
+        )
+
     def _to_export(self, state: State, like: State) -> tuple[int, Params]:
-        """The step and the parameters that the settings choose: the last ones or the best."""
+        """The step and the trained weights that the settings choose: the last ones or the best."""
         trainer, last = self.config.trainer, int(state["step"])
+        name = exported_weights(trainer)
         if trainer.export_best is None:
-            return last, state["params"]
+            return last, state[name]
         step = best_step(trainer, self.output.path / "metrics.jsonl")
         if step is None or step == last:
-            return last, state["params"]
+            return last, state[name]
         with Checkpoints(self.output.checkpoints, read_only=True) as saved:
             damage = saved.damage(step)
         if damage is not None:
@@ -189,19 +254,19 @@ class Run:
                 f"({damage}). `python -m train export --step {last}` writes the last one."
             )
         self.console.print(f"Best by {trainer.export_best}: step {step}.", highlight=False)
-        return step, restore_params(self.output.checkpoints, step, like["params"])
+        return step, restore_params(self.output.checkpoints, step, like[name], name)
 
 
 def set_up(
     command: str,
-    config: SFTConfig | DPOConfig | KTOConfig,
+    config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig,
     tokenize: Tokenize,
     arrange: Arrange | None = None,
 ) -> Run | None:
     """Checks everything that can be checked without weights.
 
     Args:
-        command: "sft", "dpo" or "kto".
+        command: "sft", "dpo", "kto" or "online-dpo".
         config: The settings.
         tokenize: Makes rows of records.
         arrange: Orders and completes the training and the held-out rows.
@@ -219,8 +284,8 @@ def set_up(
     output = open_output(command, config)
     if config.model.param_dtype == "bfloat16" and not rounds_updates(config.optimizer):
         console.print(
-            "Warning: model.param_dtype bfloat16 loses small updates to rounding; a merging optimizer "
-            "with optimizer.rounding stochastic does not.",
+            "Warning: model.param_dtype bfloat16 loses small updates to rounding; with "
+            "optimizer.rounding stochastic or compensated they arrive.",
             highlight=False,
             soft_wrap=True,
         )
@@ -234,7 +299,7 @@ def set_up(
     model = check_model(config.model)
     check_length(config, model)
     tokenizer = load_tokenizer(config.model.path, "model.path")
-    data, held_out = load_data(config.data, tokenize, tokenizer, console)
+    data, held_out = load_data(config.records, tokenize, tokenizer, console)
     if arrange is not None:
         data, held_out = arrange(data, held_out, console)
     steps = count_steps(config.trainer, data.rows_per_epoch)
@@ -248,6 +313,7 @@ def set_up(
     if config.trainer.eval_batch_size is not None:
         check_batch("trainer.eval_batch_size", config.trainer.eval_batch_size, mesh)
     graphdef, shapes = abstract_model(model, mesh)
+    trained = choose(config.model, leaf_paths(shapes))
     return Run(
         config=config,
         output=output,
@@ -260,6 +326,7 @@ def set_up(
         steps=steps,
         schedule=make_schedule(config.schedule, config.optimizer.learning_rate, steps),
         mesh=mesh,
+        trained=trained,
     )
 
 

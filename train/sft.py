@@ -9,9 +9,9 @@ from train.data import tokenize_sft
 from train.held_out import evaluate_sft
 from train.objectives import sft_loss
 from train.optimizers import make_optimizer
-from train.prepare import hash_model
+from train.prepare import hash_start
 from train.run import set_up
-from train.sharding import on_mesh
+from train.sharding import Params, on_mesh
 from train.step import State, init_state
 
 
@@ -24,7 +24,7 @@ def run(config: SFTConfig) -> None:
     this = set_up("sft", config, tokenize_sft)
     if this is None:
         return
-    this.begin(model=hash_model(config.model.path))
+    this.begin(**hash_start(config.model))
     tx = make_optimizer(config.optimizer, this.schedule)
     loss_fn = sft_loss(this.graphdef, vocab_chunk=config.loss.vocab_chunk)
     evaluate = None
@@ -33,9 +33,31 @@ def run(config: SFTConfig) -> None:
             loss_fn, this.held_out, batch_size=this.eval_batch_size, mesh=this.mesh
         )
 
-    def start() -> State:
-        return init_state(this.load(config.model.path, "model.path"), tx)
+    rest: list[Params] = []  # what is not trained, once it is loaded
 
-    like = jax.eval_shape(lambda params: init_state(params, tx), this.shapes)
+    def load() -> Params:
+        trained, frozen = this.split(this.load_start())
+        rest.append(frozen)
+        return trained
+
+    def make_state(params: Params) -> State:
+        return init_state(params, tx, followers=this.followers)
+
+    def frozen() -> Params:
+        if not this.split(this.shapes)[1]:
+            return {}
+        if not rest:
+            load()
+        return rest[0]
+
+    like = jax.eval_shape(make_state, this.trained_shapes)
     with on_mesh(this.mesh):
-        this.train(loss_fn, tx, start, like=like, data=this.data, evaluate=evaluate)
+        this.train(
+            loss_fn,
+            tx,
+            lambda: make_state(load()),
+            like=like,
+            data=this.data,
+            evaluate=evaluate,
+            frozen=frozen,
+        )

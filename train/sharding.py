@@ -73,13 +73,18 @@ def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
 
 def check_batch(name: str, batch_size: int, mesh: Mesh | None, parts: int = 1) -> None:
     """Raises `UserError` when a batch, or each of its equal parts, cannot be split over the mesh."""
-    devices = 1 if mesh is None else math.prod(mesh.shape[a] for a in _row_axes(mesh))
+    devices = row_devices(mesh)
     reasons = [f"{devices} devices of the mesh"] if parts == 1 or devices > 1 else []
     if parts > 1:
         reasons.append(f"{parts} trainer.gradient_accumulation_steps")
     count = devices * parts
     expected = f"a multiple of {count} ({' times '.join(reasons)})"
     require(batch_size % count == 0, name, batch_size, expected)
+
+
+def row_devices(mesh: Mesh | None) -> int:
+    """Devices over which the rows of a batch are split."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in _row_axes(mesh))
 
 
 def rows(mesh: Mesh) -> NamedSharding:

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import optax
 
 import omerge_jax as om
-from train.accumulate import loss_and_gradient
+from train.accumulate import columns_in_parts, loss_and_gradient
+from train.averages import Followers
 from train.finite import keep_if_not_finite, no_skips
+from train.trainable import join, with_frozen
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
@@ -64,7 +66,12 @@ def _key_names(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def init_state(params: Any, tx: optax.GradientTransformation, delta: Any = None) -> State:
+def init_state(
+    params: Any,
+    tx: optax.GradientTransformation,
+    delta: Any = None,
+    followers: Followers | None = None,
+) -> State:
     """Start a run: a copy of the parameters, the optimizer's state, and step 0.
 
     Every array of the state is its own buffer, because the step donates them: `params` and `delta`
@@ -75,18 +82,20 @@ def init_state(params: Any, tx: optax.GradientTransformation, delta: Any = None)
       tx: The optimizer.
       delta: Task vector for its online merge, set through `omerge_jax.with_delta`; `None` when
         the optimizer has no use for one.
+      followers: Copies of the parameters to hold besides.
 
     Returns:
-      `{"params", "opt_state", "step", "skipped"}`; `step` is an int32 scalar and `skipped` holds
-      the counters of `train.finite`.
+      `{"params", "opt_state", "step", "skipped"}`, and `"ema"` and `"reference"` of the followers;
+      `step` is an int32 scalar and `skipped` holds the counters of `train.finite`.
     """
+    copies = Followers() if followers is None else followers
 
     def init(params: Any, delta: Any) -> State:
         opt_state: Any = tx.init(params)
         if delta is not None:
             opt_state = om.with_delta(opt_state, delta)
         counters = {"step": jnp.zeros([], jnp.int32), "skipped": no_skips()}
-        state = {"params": params, "opt_state": opt_state, **counters}
+        state = {"params": params, "opt_state": opt_state, **counters, **copies.init(params)}
         # Without the copy, jit hands an input that is returned as it is back as the same buffer.
         return jax.tree.map(jnp.copy, state)
 
@@ -100,36 +109,51 @@ def make_train_step(
     *,
     shardings: Any = None,
     accumulate: int = 1,
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """The jitted `step(state, batch) -> (state, metrics)`; it consumes the state it is given.
+    followers: Followers | None = None,
+    reference_columns: Callable[[Any, Batch], Batch] | None = None,
+) -> Callable[..., tuple[State, Metrics]]:
+    """The jitted `step(state, batch, frozen={}) -> (state, metrics)`; it consumes the state.
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> (loss, metrics)`; its batch also holds `step`, the number
-        of updates done, int32 `[]`.
+      loss_fn: `loss_fn(params, batch) -> (loss, metrics)`, or a `train.accumulate.Parted`; its batch
+        also holds `step`, the number of updates done, int32 `[]`.
       tx: The optimizer `state` was made with.
       shardings: Where the new state belongs, from `state_shardings`; needed on a mesh so that a
         state keeps its layout from step to step.
       accumulate: Parts in which the batch is looked at, one after the other, see
         `train.accumulate.loss_and_gradient`.
+      followers: As given to `init_state`.
+      reference_columns: `f(params, batch)`: columns of a batch that come from the reference. Needed
+        where the state holds a reference, whose parameters it is then given at every step.
 
     Returns:
-      A function whose metrics are float32 scalars on the device: `loss`, `grad_norm` (global norm
-      before any clipping), those of `loss_fn`, `merge/<name>` for every scalar of
-      `omerge_jax.merge_metrics` when the optimizer merges, and `skipped_steps` and
+      A function of a state, a batch and the parameters that are not trained, a nested dict that
+      belongs beside `state["params"]`. Its metrics are float32 scalars on the device: `loss`,
+      `grad_norm` (global norm before any clipping), those of `loss_fn`, `merge/<name>` for every
+      scalar of `omerge_jax.merge_metrics` when the optimizer merges, and `skipped_steps` and
       `skipped_in_a_row` of `train.finite`: a step whose loss or gradient is not finite changes
-      neither parameters nor optimizer.
+      neither parameters nor optimizer nor followers.
     """
     tx = optax.with_extra_args_support(tx)
-    gradient = loss_and_gradient(loss_fn, accumulate)
+    copies = Followers() if followers is None else followers
 
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def step(state: State, batch: Batch, frozen: Any = None) -> tuple[State, Metrics]:
+        frozen = {} if frozen is None else frozen
         batch = {**batch, "step": state["step"]}  # for losses whose settings change with it
+        of_trained: Any = with_frozen(loss_fn, frozen) if frozen else loss_fn
+        if "reference" in state:
+            assert reference_columns is not None
+            reference = join(state["reference"], frozen)
+            known = columns_in_parts(reference_columns, reference, batch, accumulate)
+            batch = {**batch, **jax.lax.stop_gradient(known)}
+        gradient = loss_and_gradient(of_trained, accumulate)
         (loss, metrics), grads = gradient(state["params"], batch)
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         merge = {f"merge/{name}": value for name, value in om.merge_metrics(opt_state).items()}
-        grad_norm = _global_norm(grads)
-        new_state = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        grad_norm, count = _global_norm(grads), state["step"] + 1
+        new_state = {"params": params, "opt_state": opt_state, "step": count}
+        new_state |= copies.update(state, params, count)
         new_state, skips = keep_if_not_finite(loss, grad_norm, new_state, state)
         metrics = {"loss": loss, "grad_norm": grad_norm, **metrics, **merge, **skips}
         return new_state, jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), metrics)

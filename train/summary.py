@@ -12,7 +12,15 @@ from train.metrics_log import read_metrics
 from train.output_dir import OutputDir
 
 _HIDDEN = ("step", "tokens_per_second", "learning_rate")
-_BOLD = ("loss", "eval_loss", "rewards/margins", "eval_rewards/margins", "eval_rewards/accuracies")
+_BOLD = (
+    "loss",
+    "eval_loss",
+    "objective/scores",
+    "eval_objective/scores",
+    "rewards/margins",
+    "eval_rewards/margins",
+    "eval_rewards/accuracies",
+)
 
 
 def summarise(output: OutputDir, *, exported: int) -> dict[str, Any]:

@@ -81,7 +81,10 @@ class Rig:
         self.seconds = time.monotonic() - started
 
     def command(self, output: Path) -> list[str]:
-        return ["dpo", *run_flags(self.inputs, output, **SETTINGS, trainer__steps=self.steps)]
+        return [
+            "dpo",
+            *run_flags(self.inputs, output, **(SETTINGS | {"trainer__steps": self.steps})),
+        ]
 
     def start(self, output: Path, program: str | None = None) -> subprocess.Popen[str]:
         """Starts a run; with a program, Python code that ends by running `sys.argv[1:]`."""

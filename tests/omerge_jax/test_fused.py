@@ -50,7 +50,13 @@ def walk(tx, steps=2):
     return params, updates, state
 
 
-@pytest.mark.parametrize("inner", INNER.values(), ids=INNER.keys())
+@pytest.mark.parametrize(
+    "inner",
+    [
+        pytest.param(make, id=name, marks=() if name in ("adamw", "lion") else pytest.mark.slow)
+        for name, make in INNER.items()
+    ],
+)
 @pytest.mark.parametrize("threshold", ["exact", "sampled"])
 def test_it_emits_what_the_chain_emits(inner, threshold):
     options = {"threshold": threshold, "layer_axes": layer_axes, "rounding": "nearest"}

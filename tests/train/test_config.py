@@ -39,6 +39,16 @@ def changed(field: str, value) -> DPOConfig:
 
 def test_good_settings_pass():
     check(GOOD)
+    check(changed("data.mix", {"more.jsonl": 0.5}))
+
+
+def test_mixtures_name_what_is_wrong():
+    with pytest.raises(
+        UserError, match=r"data\.mix: the weight of x\.jsonl must be positive, got 0"
+    ):
+        check(changed("data.mix", {"x.jsonl": 0}))
+    with pytest.raises(UserError, match=r"data\.mix must be of other data sets than data\.path"):
+        check(changed("data.mix", {"pairs.jsonl": 1.0}))
 
 
 @pytest.mark.parametrize(
@@ -55,6 +65,7 @@ def test_good_settings_pass():
         ("optimizer.eps", 0.0, "positive"),
         ("optimizer.seed", -1, "in [0, 2**32)"),
         ("trainer.seed", 2**32, "in [0, 2**32)"),
+        ("data.buckets", 0, "positive"),
         ("optimizer.b2", -0.1, "in [0, 1)"),
         ("schedule.warmup_steps", -1, "0 or larger"),
         ("schedule.final_scale", 1.5, "in [0, 1]"),
@@ -118,8 +129,16 @@ def test_flatten_names_every_field():
     flat = flatten(GOOD)
     assert flat["optimizer.learning_rate"] == 1e-6
     assert flat["output_dir"] == "out"
-    groups = (GOOD.model, GOOD.data, GOOD.optimizer, GOOD.trainer, GOOD.loss, GOOD.schedule)
-    assert len(flat) == 2 + sum(len(dataclasses.fields(group)) for group in groups)
+    groups = (
+        GOOD.model,
+        GOOD.data,
+        GOOD.optimizer,
+        GOOD.trainer,
+        GOOD.loss,
+        GOOD.schedule,
+        GOOD.mesh,
+    )
+    assert len(flat) == 6 + sum(len(dataclasses.fields(group)) for group in groups)
     assert set(flatten(AdamWOptions(learning_rate=1.0))) < {
         name.removeprefix("optimizer.") for name in flat
     }

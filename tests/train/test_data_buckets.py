@@ -143,9 +143,9 @@ def test_bounds_are_the_best_there_are():
 
 
 def test_one_bucket_for_few_batches():
-    assert default_buckets(60, 8) == 1
-    assert default_buckets(400, 8) == 6
-    assert default_buckets(100_000, 8) == 12
+    assert [default_buckets(batches) for batches in (7, 50, 10_000)] == [1, 3, 16]
+    assert len(set(make_buckets(make_pairs(400), 4, steps=20).of_row)) == 1
+    assert len(set(make_buckets(make_pairs(400), 4).of_row)) > 3
     buckets = make_buckets(make_pairs(20), 8)
     assert len(buckets.widths) == 1
     assert "one shape" in buckets.describe(make_pairs(20).arrays)

@@ -5,7 +5,16 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["train.data.formats", "train.data.records", "train.losses", "train.logps"]
+    "name",
+    [
+        "train.data.formats",
+        "train.data.records",
+        "train.kl_pairs",
+        "train.logps",
+        "train.losses.mix",
+        "train.losses.schedule",
+        "train.losses.unpaired",
+    ],
 )
 def test_examples_in_docstrings(name):
     failed, attempted = doctest.testmod(importlib.import_module(name))

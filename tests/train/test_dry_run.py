@@ -105,6 +105,30 @@ def test_an_unreachable_hub_is_named_after_what_can_be_checked(
     assert "model.path: " in capsys.readouterr().err
 
 
+def test_mixtures_and_prefix_sharing_as_asked(inputs, tmp_path, capsys):
+    more = write_jsonl(tmp_path / "more.jsonl", make_records(20))
+    file = tmp_path / "mix.yaml"
+    file.write_text(f"data:\n  mix: {{{more}: 0.5}}\n")
+    arguments = run_flags(
+        {**inputs, "base": ""}, tmp_path / "run", **PLAIN, data__eval_fraction=None
+    )
+    off = flags({"data.prefix_sharing": "false"})
+    assert main(["dpo", "--config", str(file), *arguments, *off]) == 0
+    shown = capsys.readouterr().out
+    assert "more.jsonl: 20 of 20 records" in shown
+    assert "Tokens of 50 training rows" in shown
+    assert "6 steps of 8 rows, 1.2 epochs" in shown  # of 30 + 10 rows
+    assert "prompts computed for each answer" in shown
+    sft = [one for one in arguments if one not in ("--optimizer.name", "adamw")]
+    records = [{"prompt": one["prompt"], "completion": one["output"]} for one in make_records(20)]
+    path = write_jsonl(tmp_path / "examples.jsonl", records)
+    asked = flags({"data.path": path, "data.prefix_sharing": "true"})
+    assert main(["sft", *sft, *asked]) == 2
+    assert (
+        "data.prefix_sharing is true, but these records have one answer" in capsys.readouterr().err
+    )
+
+
 def test_settings_are_checked_first(inputs, tmp_path, capsys):
     arguments = run_flags({**inputs, "base": ""}, tmp_path / "run", **PLAIN)
     assert main(["dpo", *arguments, *flags({"data.max_prompt_length": 250})]) == 2

@@ -1,95 +1,120 @@
-import jax
-import jax.numpy as jnp
-import numpy as np
+"""The generate command: text as transformers writes it, files, and mistakes."""
+
+from __future__ import annotations
+
+import json
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.train.tiny_models import padded_batch, save_model
-from train.generate import make_greedy
-from train.models import from_hf, split_model
+from tests.train.tiny_runs import flags, make_model_dir, make_records, write_jsonl
+from train.cli import main
 
-PROMPTS = [(0, 9), (4, 9), (8, 9)]
-NEW = 12
-
-
-def transformers_greedy(model, tokens, mask, eos, pad):
-    """transformers' greedy continuation, padded to NEW tokens."""
-    out = model.generate(
-        torch.tensor(tokens, dtype=torch.long),
-        attention_mask=torch.tensor(mask, dtype=torch.long),
-        do_sample=False,
-        max_new_tokens=NEW,
-        eos_token_id=eos,
-        pad_token_id=pad,
-    )
-    new = out[:, tokens.shape[1] :].numpy()
-    return np.pad(new, ((0, 0), (0, NEW - new.shape[1])), constant_values=pad)
-
-
-@pytest.mark.parametrize("name", ["llama3-rope-scaling", "qwen2-tied", "qwen3"])
-def test_tokens_equal_those_of_transformers(name, tmp_path):
-    theirs = save_model(name, tmp_path)
-    graphdef, params = split_model(from_hf(tmp_path))
-    tokens, mask = padded_batch(PROMPTS, 9)
-    unending = transformers_greedy(theirs, tokens, mask, eos=[0], pad=0)
-    # Ends that row 0 reaches in the middle and row 1 at once, so rows stop at different steps.
-    for eos in ([0], [int(unending[0, 3]), int(unending[1, 0])]):
-        generate = make_greedy(graphdef, max_new_tokens=NEW, eos_id=eos, pad_id=1)
-        found = generate(params, jnp.asarray(tokens), jnp.asarray(mask))
-        assert found.dtype == jnp.int32
-        np.testing.assert_array_equal(
-            found, transformers_greedy(theirs, tokens, mask, eos=eos, pad=1)
-        )
+GREEDY = {"max_new_tokens": 12, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tiny")
-    save_model("llama-gqa-theta1e4", directory)
-    return split_model(from_hf(directory))
+def model(tmp_path_factory):
+    return make_model_dir(tmp_path_factory.mktemp("model"), 1)
 
 
-def test_cache_gives_what_running_everything_again_gives(tiny):
-    graphdef, params = tiny
-    tokens, mask = padded_batch(PROMPTS, 9)
-    generate = make_greedy(graphdef, max_new_tokens=6, eos_id=-1, pad_id=0)
-    cached = np.asarray(generate(params, tokens, mask))
-    one_more = make_greedy(graphdef, max_new_tokens=1, eos_id=-1, pad_id=0)
-    # A few of the steps suffice; each is another compilation.
-    for step in (1, 4):
-        longer = np.concatenate([tokens, cached[:, :step]], axis=1)
-        seen = np.pad(mask, ((0, 0), (0, step)), constant_values=True)
-        np.testing.assert_array_equal(one_more(params, longer, seen)[:, 0], cached[:, step])
-
-
-def test_padding_content_and_width_do_not_matter(tiny):
-    graphdef, params = tiny
-    generate = make_greedy(graphdef, max_new_tokens=5, eos_id=2, pad_id=0)
-    tokens, mask = padded_batch(PROMPTS, 9)
-    plain = generate(params, tokens, mask)
-    np.testing.assert_array_equal(plain, generate(params, np.where(mask, tokens, 7), mask))
-    wider = np.pad(tokens, ((0, 0), (6, 0))), np.pad(mask, ((0, 0), (6, 0)))
-    np.testing.assert_array_equal(plain, generate(params, *wider))
-
-
-def test_works_inside_jit(tiny):
-    graphdef, params = tiny
-    generate = make_greedy(graphdef, max_new_tokens=3, eos_id=2, pad_id=0)
-    tokens, mask = padded_batch(PROMPTS, 9)
-    np.testing.assert_array_equal(
-        jax.jit(generate)(params, tokens, mask), generate(params, tokens, mask)
+def theirs(model, messages):
+    """transformers' greedy answer after the chat template, or after plain text."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = messages
+    if not isinstance(messages, str):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    out = network.generate(
+        **ids, do_sample=False, max_new_tokens=12, eos_token_id=tokenizer.eos_token_id
     )
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("row", [[True, True, False], [False] * 3, [True, False, True]])
-def test_masks_that_are_not_left_padded_are_refused(tiny, row):
-    graphdef, params = tiny
-    generate = make_greedy(graphdef, max_new_tokens=3, eos_id=2, pad_id=0)
-    mask = np.array([[True] * 3, row])
-    with pytest.raises(ValueError, match=r"padded on the left .*: rows \[1\]"):
-        generate(params, jnp.zeros((2, 3), jnp.int32), mask)
+def generate(model, **options):
+    return main(["generate", *flags({"model": model, **options})])
 
 
-def test_number_of_tokens_is_checked(tiny):
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
-        make_greedy(tiny[0], max_new_tokens=0, eos_id=2, pad_id=0)
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_prompt_is_answered_in_the_terminal(model, template, capsys):
+    assert generate(model, prompt="7+5?", chat_template=template, **GREEDY) == 0
+    prompt = [{"role": "user", "content": "7+5?"}] if template else "7+5?"
+    assert capsys.readouterr().out == theirs(model, prompt) + "\n"
+
+
+def test_a_file_of_prompts(model, tmp_path):
+    records = make_records(5)
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", records)
+    out = tmp_path / "new" / "out.jsonl"
+    assert generate(model, prompts=prompts, output=out, batch_size=2, **GREEDY) == 0
+    found = lines(out)
+    assert [one["generated"] for one in found] == [theirs(model, one["prompt"]) for one in records]
+    assert all(one.items() >= record.items() for one, record in zip(found, records, strict=True))
+    for one in found:
+        assert (one["finish_reason"] == "length") or one["generated_tokens"] <= 12
+
+
+def test_draws_depend_on_the_seed_and_not_on_the_batch(model, tmp_path):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", make_records(3))
+    texts = []
+    for number, (size, seed) in enumerate([(1, 0), (4, 0), (4, 1)]):
+        out = tmp_path / f"{number}.jsonl"
+        options = {"batch_size": size, "seed": seed, "max_new_tokens": 8, "top_p": 0.9}
+        assert generate(model, prompts=prompts, output=out, **options) == 0
+        texts.append([one["generated"] for one in lines(out)])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_nothing_is_overwritten(model, tmp_path, capsys):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", make_records(1))
+    out = tmp_path / "out.jsonl"
+    out.write_text("kept")
+    assert generate(model, prompts=prompts, output=out) == 2
+    assert "output: " in capsys.readouterr().err
+    assert out.read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one of prompt and prompts"),
+        ({"prompt": "a", "output": "o"}, "give both, or neither"),
+        ({"prompt": "a", "top_p": 0.0}, r"top_p must be in (0, 1], got 0.0"),
+        ({"prompt": "a", "max_new_tokens": 1000}, "more than the model's 256 positions"),
+        ({"prompt": " "}, "prompt: record: field 'prompt' is empty"),
+        ({"prompts": "none.jsonl", "output": "o.jsonl"}, "prompts: Data file none.jsonl"),
+    ],
+)
+def test_mistakes_are_named(model, options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert generate(model, **options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_further_end_tokens_of_the_model_end_a_row(model, tmp_path):
+    record = {"prompt": "7+5?"}
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [record])
+    assert generate(model, prompts=prompts, output=tmp_path / "free.jsonl", **GREEDY) == 0
+    first = lines(tmp_path / "free.jsonl")[0]["generated"]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompt = [{"role": "user", "content": "7+5?"}]
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    third = int(network.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=3)[0, -1])
+    file = model / "generation_config.json"
+    before = file.read_text()
+    try:
+        file.write_text(json.dumps({"eos_token_id": [third]}))
+        assert generate(model, prompts=prompts, output=tmp_path / "ended.jsonl", **GREEDY) == 0
+    finally:
+        file.write_text(before)
+    ended = lines(tmp_path / "ended.jsonl")[0]
+    assert ended["finish_reason"] == "stop"
+    assert ended["generated_tokens"] <= 3
+    assert first.startswith(ended["generated"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache, partial
 
 import jax
@@ -71,8 +72,10 @@ def test_every_row_comes_once_and_keeps_its_tokens(pairs):
     assert arrays["chosen_mask"].any(axis=1).all()  # the data set itself is as it was
 
 
-def test_answer_logps_are_those_of_each_row_alone(model, pairs):
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_answer_logps_are_those_of_each_row_alone(model, pairs, share_prompts):
     graphdef, params = model
+    pairs = dataclasses.replace(pairs, share_prompts=share_prompts)
     found = answer_logps(reference_logps_fn(graphdef), params, pairs, 4, None)
     for kind, logps in zip(("chosen", "rejected"), found, strict=True):
         wanted = [token_logps_alone(model, pairs, row, kind).sum() for row in range(len(pairs))]

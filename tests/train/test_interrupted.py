@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,17 @@ def test_best_checkpoint_is_exported(inputs, undisturbed, tmp_path, monkeypatch,
     exported = read_tensors(tmp_path / "run" / "export")
     assert all((exported[name] == best[name]).all() for name in best)
     assert any((exported[name] != last[name]).any() for name in best)
+
+
+def test_damaged_checkpoint_is_not_exported(undisturbed, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    file = run / "checkpoints" / "8" / "data" / "metadata"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert main(["export", "--run", str(run), "--output", str(tmp_path / "out")]) == 2
+    assert "step: checkpoint 8 in" in (message := capsys.readouterr().err)
+    assert "is damaged (data/metadata has" in message
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from scipy.special import log_softmax
 from train.data.dataset import pad_left, pad_right
 from train.logps import completion_logps, completion_statistics, token_logps, token_statistics
 from train.models import Decoder, ModelConfig
-from train.step import AUTO_VOCAB_CHUNK
+from train.objectives import AUTO_VOCAB_CHUNK
 
 
 def draw(vocabulary, *, scale=1.0, dtype=jnp.float32):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from types import SimpleNamespace
 
 import jax
@@ -11,36 +10,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from trl.experimental.cpo import CPOTrainer
+from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
-from trl.trainer.kto_trainer import KTOTrainer
 
+from tests.train.trl_losses import (
+    BATCH,
+    BETA,
+    ScoredModel,
+    as_pair,
+    draw_pairs,
+    run_trl,
+    run_trl_reference_free,
+)
 from train import losses
-from train.losses import LOSSES, PairLogps, kto, pair_loss, pair_metrics, sft
+from train.losses import LOSSES, REFERENCE_FREE, PairLogps, pair_loss, pair_metrics, sft, weigh_tail
 
-BATCH, LENGTH, BETA = 6, 9, 0.3
-
-
-def draw_pairs(seed=0):
-    """Per-token logps `[2 * BATCH, LENGTH]`, 0 behind each completion, and reference sums."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, LENGTH + 1, 2 * BATCH)
-    mask = np.arange(LENGTH) < lengths[:, None]
-    logps = np.where(mask, -rng.exponential(2.0, mask.shape), 0).astype(np.float32)
-    reference = (logps.sum(1) + rng.normal(0, 3, 2 * BATCH)).astype(np.float32)
-    return logps, mask, reference
-
-
-def as_pair(logps, mask, reference) -> PairLogps:
-    sums = jnp.sum(logps, axis=1)
-    lengths = jnp.asarray(mask.sum(1), jnp.float32)
-    return PairLogps(
-        sums[:BATCH],
-        sums[BATCH:],
-        jnp.asarray(reference[:BATCH]),
-        jnp.asarray(reference[BATCH:]),
-        lengths[:BATCH],
-        lengths[BATCH:],
-    )
+WITH_REFERENCE = [name for name in LOSSES if name not in REFERENCE_FREE]
+SETTINGS = {
+    "exo_pair": {"label_smoothing": 1e-3},
+    "robust": {"label_smoothing": 0.2},
+    "aot": {"label_smoothing": 0.1},
+    "aot_unpaired": {"label_smoothing": 0.1},
+}
+"""Settings that make the most of a loss; the others have none, or TRL none."""
 
 
 def log_sigmoid(x):
@@ -70,135 +63,147 @@ def test_losses_are_the_papers(loss_type, epsilon):
     np.testing.assert_allclose(loss, formula(loss_type, pair, epsilon), rtol=2e-6, atol=1e-6)
 
 
-class Accelerator:
-    """One process: gathering is the identity."""
-
-    device = torch.device("cpu")
-
-    def gather(self, value):
-        return value
-
-    gather_for_metrics = gather
-
-
-class ScoredModel(torch.nn.Module):
-    """Stands for a language model whose completion scores are given."""
-
-    def __init__(self, logps, mask):
-        super().__init__()
-        self.logps = torch.tensor(logps, requires_grad=True)
-        self.mask = torch.tensor(mask)
-
-    def forward(self, **_):
-        zeros = torch.zeros_like(self.logps)
-        return SimpleNamespace(
-            log_probs=self.logps, entropy=zeros, mean_logits=zeros, is_top1=self.mask
-        )
-
-
-def run_trl(trainer_class, model, inputs, **settings):
-    """TRL's `_compute_loss` on given scores: loss, metrics and gradient."""
-    trainer = SimpleNamespace(
-        model=model,
-        accelerator=Accelerator(),
-        beta=BETA,
-        precompute_ref_logps=True,
-        aux_loss_enabled=False,
-        _metrics={"train": defaultdict(list)},
-        _total_train_tokens=0,
-        _tp_size=1,
-        **settings,
+def assert_same(ours, theirs, mask):
+    """Loss, metrics and gradient of two implementations within 1e-5, relative."""
+    (loss, metrics), gradient = ours
+    expected_loss, expected, expected_gradient = theirs
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5, atol=1e-7)
+    largest = np.abs(expected_gradient * mask).max()
+    np.testing.assert_allclose(
+        np.asarray(gradient) * mask, expected_gradient * mask, atol=1e-5 * largest
     )
-    mask = torch.nn.functional.pad(model.mask, (1, 0)).long()
-    inputs = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask, **inputs}
-    loss = trainer_class._compute_loss(trainer, model, inputs, False)
-    loss.backward()
-    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-    return loss.item(), metrics, model.logps.grad.numpy()
+    assert set(metrics) <= set(expected)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("loss_type", list(LOSSES))
-def test_pair_losses_metrics_and_gradients_are_trl_s(loss_type, seed):
-    logps, mask, reference = draw_pairs(seed)
-    expected_loss, expected, expected_gradient = run_trl(
+def ours(loss, logps, mask, reference):
+    """Value, metrics and gradient of a loss on per-token log-probabilities."""
+
+    def mean_loss(logps):
+        other = np.roll(mask, BATCH, axis=0)
+        sums = weigh_tail(logps, mask, other, loss.ld_alpha)
+        pair = as_pair(logps, mask, reference)._replace(chosen=sums[:BATCH], rejected=sums[BATCH:])
+        if not loss.needs_reference:
+            zero = jnp.zeros(BATCH)
+            pair = pair._replace(reference_chosen=zero, reference_rejected=zero)
+        return jnp.mean(loss(pair)), loss.metrics(pair)
+
+    return jax.value_and_grad(mean_loss, has_aux=True)(jnp.asarray(logps))
+
+
+def trl_dpo(loss_types, logps, mask, reference, **settings):
+    rest = {
+        "loss_weights": [1.0] * len(loss_types),
+        "ld_alpha": None,
+        "label_smoothing": 0.0,
+        **settings,
+    }
+    return run_trl(
         DPOTrainer,
         ScoredModel(logps, mask),
         {
             "ref_chosen_logps": torch.tensor(reference[:BATCH]),
             "ref_rejected_logps": torch.tensor(reference[BATCH:]),
         },
-        loss_types=[loss_type],
-        loss_weights=[1.0],
-        ld_alpha=None,
+        loss_types=loss_types,
         f_divergence_type="reverse_kl",
-        label_smoothing=0.0,
         use_weighting=False,
+        args=SimpleNamespace(discopop_tau=0.05),
+        **rest,
     )
 
-    def mean_loss(logps):
-        return jnp.mean(pair_loss(loss_type, beta=BETA)(as_pair(logps, mask, reference)))
 
-    loss, gradient = jax.value_and_grad(mean_loss)(jnp.asarray(logps))
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
-    np.testing.assert_allclose(np.asarray(gradient) * mask, expected_gradient * mask, atol=1e-6)
-    metrics = pair_metrics(as_pair(logps, mask, reference), BETA)
-    assert set(metrics) <= set(expected)
-    for name, value in metrics.items():
-        np.testing.assert_allclose(value, expected[name], rtol=1e-5, err_msg=name)
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("loss_type", WITH_REFERENCE)
+def test_pair_losses_metrics_and_gradients_are_trl_s(loss_type, seed):
+    drawn = draw_pairs(seed)
+    settings = SETTINGS.get(loss_type, {})
+    loss = pair_loss(loss_type, beta=BETA, **settings)
+    assert_same(ours(loss, *drawn), trl_dpo([loss_type], *drawn, **settings), drawn[1])
 
 
-@pytest.mark.parametrize("desirable", [[1, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 0], [0] * 6])
-@pytest.mark.parametrize("kl", [0.7, -0.4])
-def test_kto_is_trl_s(desirable, kl):
-    logps, mask, reference = (array[:BATCH] for array in draw_pairs())
-    label = np.array(desirable, bool)
-    weights = {"desirable_weight": 1.3, "undesirable_weight": 0.8}
-    kl_logps = torch.full((BATCH,), -20.0)
-    expected_loss, expected, expected_gradient = run_trl(
-        KTOTrainer,
-        ScoredModel(logps, mask),
-        {
-            "label": torch.tensor(label),
-            "ref_logps": torch.tensor(reference),
-            "ref_KL_logps": kl_logps - kl,
-        },
-        loss_type="kto",
-        calculate_KL=True,
-        _compute_kl_logps=lambda model, batch: kl_logps,
-        **weights,
+def test_mixes_are_trl_s():
+    drawn, weights = draw_pairs(5), [0.8, 0.2, 1.0]
+    types = ["sigmoid", "bco_pair", "sft"]
+    loss = pair_loss(types, weights=weights, beta=BETA)
+    assert_same(ours(loss, *drawn), trl_dpo(types, *drawn, loss_weights=weights), drawn[1])
+    assert loss.at_reference() is None
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("ld_alpha", [0.0, 0.3])
+def test_tails_weigh_as_in_trl(loss_type, ld_alpha):
+    drawn = draw_pairs(6)
+    loss = pair_loss(loss_type, beta=BETA, ld_alpha=ld_alpha)
+    assert_same(ours(loss, *drawn), trl_dpo([loss_type], *drawn, ld_alpha=ld_alpha), drawn[1])
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+@pytest.mark.parametrize("cpo_alpha", [0.0, 0.7])
+def test_simpo_is_trl_s(cpo_alpha, epsilon):
+    logps, mask, _ = draw_pairs(7)
+    expected = run_trl_reference_free(
+        CPOTrainer,
+        logps,
+        mask,
+        loss_type="simpo",
+        simpo_gamma=0.4,
+        cpo_alpha=cpo_alpha,
+        label_smoothing=epsilon,
+        alpha=0.0,
     )
-
-    def mean_loss(logps):
-        loss, metrics = kto(
-            jnp.sum(logps, axis=1),
-            jnp.asarray(reference),
-            jnp.asarray(label),
-            jnp.float32(kl),
-            beta=BETA,
-            **weights,
-        )
-        return jnp.mean(loss), metrics
-
-    (loss, metrics), gradient = jax.value_and_grad(mean_loss, has_aux=True)(jnp.asarray(logps))
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
-    np.testing.assert_allclose(np.asarray(gradient) * mask, expected_gradient * mask, atol=1e-6)
-    for name, value in metrics.items():
-        if name in expected:
-            np.testing.assert_allclose(value, expected[name], rtol=2e-5, err_msg=name)
-        else:
-            assert math.isnan(value), name
-    assert {"kl", "rewards/rejected", "logps/rejected"} <= set(expected) & set(metrics)
+    types, weights = (["simpo", "sft"], [1.0, cpo_alpha]) if cpo_alpha else (["simpo"], [1.0])
+    loss = pair_loss(types, weights=weights, beta=BETA, simpo_gamma=0.4, label_smoothing=epsilon)
+    assert not loss.needs_reference
+    assert_same(ours(loss, logps, mask, np.zeros(2 * BATCH, np.float32)), expected, mask)
 
 
-def test_kto_passes_no_gradient_through_the_divergence():
-    logps, label = jnp.array([-3.0, -5.0, -2.0]), jnp.array([True, False, True])
+def test_orpo_is_trl_s():
+    logps, mask, reference = draw_pairs(8)
+    expected = run_trl_reference_free(ORPOTrainer, logps, mask)
+    found = ours(pair_loss("orpo", beta=BETA), logps, mask, reference)
+    assert {"log_odds_chosen", "log_odds_ratio", "nll_loss"} <= set(found[0][1])
+    assert_same(found, expected, mask)
 
-    def total(kl):
-        return jnp.sum(kto(logps, logps - 1.0, label, kl, beta=BETA)[0])
 
-    assert jax.grad(total)(jnp.float32(0.5)) == 0
-    assert total(jnp.float32(0.5)) != total(jnp.float32(0.9))
+def test_ipo_divides_by_the_length_and_logs_whole_answers():
+    """Twice the tokens at the same mean: the loss of a sum would change, and must not."""
+    short = PairLogps(*(jnp.array([x]) for x in (-4.0, -6.0, -5.0, -5.0, 2.0, 2.0)))
+    long = PairLogps(*(2 * field for field in short))
+    loss = pair_loss("ipo", beta=BETA)
+    np.testing.assert_allclose(loss(short), loss(long), rtol=1e-6)
+    np.testing.assert_allclose(loss.metrics(short)["rewards/margins"], BETA * 2.0, rtol=1e-6)
+    np.testing.assert_allclose(loss.metrics(long)["rewards/margins"], BETA * 4.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", list(LOSSES))
+def test_float16_sums_give_the_float32_loss(loss_type):
+    """β = 0.001 makes IPO's target 500, and its square leaves float16's range."""
+    pair = as_pair(*draw_pairs(9))
+    halves = PairLogps(*(field.astype(jnp.float16) for field in pair))
+    loss = pair_loss(loss_type, beta=1e-3, **SETTINGS.get(loss_type, {}))
+    wanted = loss(PairLogps(*(field.astype(jnp.float32) for field in halves)))
+    found = loss(halves)
+    assert found.dtype == jnp.float32
+    assert jnp.isfinite(found).all()
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("loss_type", list(LOSSES))
+def test_order_of_the_pairs_does_not_matter(loss_type):
+    pair = as_pair(*draw_pairs(3))
+    order = np.random.default_rng(0).permutation(BATCH)
+    shuffled = PairLogps(*(field[order] for field in pair))
+    loss = pair_loss(loss_type, beta=BETA, **SETTINGS.get(loss_type, {}))
+
+    def mean(chosen, pair):
+        return jnp.mean(loss(pair._replace(chosen=chosen)))
+
+    value, gradient = jax.value_and_grad(mean)(pair.chosen, pair)
+    again, moved = jax.value_and_grad(mean)(shuffled.chosen, shuffled)
+    np.testing.assert_allclose(again, value, rtol=1e-6)
+    np.testing.assert_allclose(moved, gradient[order], rtol=1e-5, atol=1e-7)
 
 
 def test_swapping_the_answers_turns_the_rewards_around():
@@ -216,16 +221,20 @@ def test_swapping_the_answers_turns_the_rewards_around():
 
 
 @pytest.mark.parametrize("loss_type", list(LOSSES))
-@pytest.mark.parametrize("gap", [-1e5, 1e5])
-def test_extreme_margins_stay_finite(loss_type, gap):
-    def total(chosen):
-        zero = jnp.zeros(1)
-        pair = PairLogps(chosen, zero, zero, zero, zero + 4, zero + 4)
-        return jnp.sum(pair_loss(loss_type, beta=BETA)(pair))
+@pytest.mark.parametrize("logp", [(-1e5, 0.0), (0.0, -1e5), (0.0, 0.0), (-1e5, -1e5)])
+def test_extreme_logps_stay_finite(loss_type, logp):
+    loss = pair_loss(loss_type, beta=BETA, **SETTINGS.get(loss_type, {}))
+    length = jnp.full(1, 4.0)
 
-    value, gradient = jax.value_and_grad(total)(jnp.array([gap]))
-    assert jnp.isfinite(value)
-    assert jnp.isfinite(gradient).all()
+    def total(policy, reference):
+        pair = PairLogps(policy[:1], policy[1:], reference[:1], reference[1:], length, length)
+        return jnp.sum(loss(pair))
+
+    policy = jnp.array(logp)
+    for reference in (jnp.zeros(2), jnp.array([0.0, -1e5]), jnp.array([-1e5, 0.0])):
+        value, gradient = jax.value_and_grad(total)(policy, reference)
+        assert jnp.isfinite(value)
+        assert jnp.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize(("loss_type", "start"), [("sigmoid", math.log(2)), ("hinge", 1.0)])
@@ -262,11 +271,24 @@ def test_sft_is_torch_s_cross_entropy():
     ("settings", "message"),
     [
         ({"loss_type": "dpo"}, "Unknown loss_type 'dpo'.*Available: sigmoid, ipo, hinge"),
+        ({"loss_type": []}, "names no loss"),
+        ({"loss_type": ["sigmoid", "sigmoid"]}, "names a loss twice"),
+        ({"loss_type": ["sigmoid", "sft"], "weights": [1.0]}, r"each of the 2 losses.*got \[1.0\]"),
+        ({"weights": [0.0]}, "finite and not all 0"),
+        ({"weights": [math.inf]}, "finite and not all 0"),
+        ({"loss_type": "exo_pair"}, "must be positive for loss_type 'exo_pair'"),
+        ({"simpo_gamma": 0.4}, "only defined for loss_type 'simpo', got 0.4 with 'sigmoid'"),
+        ({"loss_type": "discopop", "discopop_tau": 0.0}, r"discopop_tau must be in \(0, 1\]"),
+        ({"ld_alpha": 1.5}, r"ld_alpha must be in \[0, 1\], got 1.5"),
+        ({"loss_type": "orpo", "ld_alpha": 0.5}, "orpo needs the log-probabilities of whole"),
         ({"loss_type": "kto"}, "Unknown loss_type 'kto' for preference pairs"),
         ({"beta": 0.0}, "beta must be positive, got 0.0"),
         ({"beta": math.nan}, "beta must be positive, got nan"),
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
-        ({"loss_type": "ipo", "label_smoothing": 0.1}, "only defined for loss_type 'sigmoid'"),
+        (
+            {"loss_type": "ipo", "label_smoothing": 0.1},
+            "only defined for loss_type 'sigmoid', 'robust'",
+        ),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -86,11 +86,11 @@ def test_reads_what_transformers_writes(tmp_path):
 
 
 def test_overrides_and_hash():
-    config = ModelConfig.from_hf(LLAMA, dtype=jnp.bfloat16, remat=True)
+    config = ModelConfig.from_hf(LLAMA, dtype=jnp.bfloat16, remat="full")
     assert config.dtype == jnp.bfloat16
     assert config.param_dtype == jnp.float32
-    assert config.remat
-    assert hash(config) == hash(ModelConfig.from_hf(LLAMA, dtype="bfloat16", remat=True))
+    assert config.remat == "full"
+    assert hash(config) == hash(ModelConfig.from_hf(LLAMA, dtype="bfloat16", remat="full"))
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,8 @@ def test_stored_dtypes_are_kept_on_request(tmp_path):
     # Layer 0 is float16 and the others bfloat16; only float32 holds both.
     assert params["layers"]["mlp"]["up_proj"]["kernel"].dtype == jnp.float32
     assert model.config.dtype == jnp.float32
-    half = from_hf(tmp_path, dtype=jnp.bfloat16, remat=True)
-    assert half.config.remat
+    half = from_hf(tmp_path, dtype=jnp.bfloat16, remat="full")
+    assert half.config.remat == "full"
     assert {leaf.dtype for leaf in jax.tree.leaves(split_model(half)[1])} == {jnp.dtype("bfloat16")}
 
 

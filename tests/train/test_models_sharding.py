@@ -14,7 +14,7 @@ PROGRAM = """
 import sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from train.generate import make_greedy
+from train.sampling import make_greedy
 from train.models import from_hf, merge_model, split_model
 
 directory = sys.argv[1]

@@ -71,6 +71,7 @@ def rows_of(output: Path) -> list[dict[str, float]]:
     return [{name: v for name, v in row.items() if name != "tokens_per_second"} for row in rows]
 
 
+@pytest.mark.slow
 def test_killed_twice_and_still_bit_identical(inputs, tmp_path, capsys):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     assert main(command(inputs, undisturbed)) == 0

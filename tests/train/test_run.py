@@ -39,10 +39,10 @@ def test_parameters_in_bfloat16_are_warned_about(tmp_path, capsys):
 
 def test_configuration_takes_the_types_of_the_run(tmp_path):
     path = make_model_dir(tmp_path)
-    options = ModelOptions(path=str(path), dtype="bfloat16", param_dtype="float32", remat=True)
+    options = ModelOptions(path=str(path), dtype="bfloat16", param_dtype="float32", remat="full")
     config = check_model(options)
     assert (config.dtype.name, config.param_dtype.name) == ("bfloat16", "float32")
-    assert config.remat
+    assert config.remat == "full"
     assert config.hidden_size == 32
 
 

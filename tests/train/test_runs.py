@@ -192,7 +192,13 @@ def test_eval_shows_results_that_cannot_be_written(inputs, tmp_path, monkeypatch
 
     def evaluate(*args):
         output.write_text("mine")  # by another process in the meantime
-        return {"model": "m", "preferences": {"margin": 0.25}, "tasks": {}}
+        return {
+            "model": "m",
+            "preferences": {"margin": 0.25},
+            "tasks": {},
+            "texts": {},
+            "generation": {},
+        }
 
     monkeypatch.setattr("train.evaluate._evaluate", evaluate)
     assert main(["eval", *eval_flags(inputs, Path(inputs["model"]), output)]) == 2
@@ -232,7 +238,7 @@ def test_eval_computes_in_its_type_with_whole_parameters(inputs, tmp_path, monke
 def test_eval_wants_something_to_do(sft, tmp_path, capsys):
     arguments = flags({"model": sft / "export", "output": tmp_path / "x.json"})
     assert main(["eval", *arguments]) == 2
-    assert "give preferences, tasks, or both" in capsys.readouterr().err
+    assert "give preferences, tasks, texts or generation" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from train.cli import configured
 from train.config import UserError
 from train.taxbench import demo, examples
 from train.taxbench.demo import DemoConfig, check, command_line, new_run_dir, run
-from train.taxbench.methods import METHODS, Checkpoint, Subject, add_delta, offline_linear
+from train.taxbench.methods import METHODS, Checkpoint, add_delta, offline_linear
+from train.taxbench.subjects import Subject
 from train.taxbench.training import Lab
 from train.taxbench.trajectories import grade
 
@@ -45,7 +46,9 @@ def test_demo_writes_every_method_at_every_evaluation(tiny_run):
         assert found[0] == found[0] | {"reward": points["adamw"][0]["reward"]}
         assert all(0 <= point["capability"] <= 1 for point in found)
         total = found[-1]["metrics"].get("merge/alpha_total", 0.0)
-        assert total == pytest.approx(4 * (method.optimizer.alpha or 0))
+        alpha = method.optimizer.alpha or 0.0
+        assert isinstance(alpha, float)
+        assert total == pytest.approx(4 * alpha)
     # A merge of weight 1 is the model itself.
     ends = (points["offline_linear"][-1], points["adamw"][-1])
     assert ends[0]["weight"] == 1

@@ -1,8 +1,9 @@
-"""Twenty steps of TRL's `DPOTrainer` and of our step on the same tiny model and records."""
+"""Twenty steps of TRL's trainers of DPO and KTO and of ours on the same tiny model and records."""
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,10 +15,20 @@ import transformers
 from datasets import Dataset
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_config import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
 
-from train.data import make_loader, tokenize_preference
+from train.data import make_loader, tokenize_preference, tokenize_unpaired
+from train.kl_pairs import with_kl_completions
 from train.models import from_hf, split_model
-from train.objectives import check_starts_at_reference, preference_loss, reference_logps_fn
+from train.objectives import (
+    check_starts_at_reference,
+    check_unpaired_start,
+    preference_loss,
+    reference_logps_fn,
+    unpaired_logps_fn,
+    unpaired_loss,
+)
 from train.step import init_state, make_train_step
 
 STEPS, BATCH, BETA = 20, 4, 0.1
@@ -70,8 +81,8 @@ def make_model(kind: str, vocab_size: int) -> transformers.PreTrainedModel:
     )
 
 
-class RecordingTrainer(DPOTrainer):
-    """TRL's trainer, which keeps what it saw and computed."""
+class Recording:
+    """Mixed into TRL's trainers: keeps what they saw and computed."""
 
     def __init__(self, *args, **kwargs):
         self.losses, self.batches, self.norms = [], [], []
@@ -94,8 +105,17 @@ class RecordingTrainer(DPOTrainer):
         return loss
 
 
-def run_trl(model, tokenizer, records, loss_type, directory) -> RecordingTrainer:
-    config = DPOConfig(
+class RecordingDPO(Recording, DPOTrainer):
+    pass
+
+
+class RecordingKTO(Recording, KTOTrainer):
+    pass
+
+
+def run_trl(model, tokenizer, records, loss_type, directory) -> Recording:
+    is_kto = loss_type == "kto"
+    config = (KTOConfig if is_kto else DPOConfig)(
         output_dir=str(directory),
         loss_type=loss_type,
         beta=BETA,
@@ -119,7 +139,7 @@ def run_trl(model, tokenizer, records, loss_type, directory) -> RecordingTrainer
         report_to=[],
         disable_tqdm=True,
     )
-    trainer = RecordingTrainer(
+    trainer = (RecordingKTO if is_kto else RecordingDPO)(
         model=model,
         ref_model=copy.deepcopy(model),
         args=config,
@@ -165,15 +185,29 @@ def assert_same_metrics(ours, trainer, number):
     for name in ("chosen", "rejected", "margins"):
         name = f"rewards/{name}"
         np.testing.assert_allclose(ours[name], logged[name], rtol=1e-5, atol=resolution)
-    assert ours["rewards/accuracies"] == logged["rewards/accuracies"]
+    if "kl" in logged:
+        np.testing.assert_allclose(ours["kl"], logged["kl"], rtol=1e-5, atol=resolution / BETA)
+    else:
+        assert ours["rewards/accuracies"] == logged["rewards/accuracies"]
 
 
-def assert_same_tokens(batch, trl_batch):
+def trl_rows(batch):
+    """Kinds of answers in TRL's batch, each row by row, with tokens and masks."""
+    found = []
+    for prefix, names in (("", ("chosen", "rejected")), ("KL_", ("kl",))):
+        if f"{prefix}input_ids" in batch:
+            parts = ("input_ids", "attention_mask", "completion_mask")
+            found.append((names, [batch[f"{prefix}{part}"].numpy() for part in parts]))
+    if "label" in batch:
+        found[0] = (("completion",), found[0][1])
+    return found
+
+
+def assert_same_tokens(batch, names, tokens, attention, completions):
     """The unpadded tokens and completion masks of a batch are TRL's."""
-    tokens, attention = trl_batch["input_ids"].numpy(), trl_batch["attention_mask"].numpy()
-    completions = trl_batch["completion_mask"].numpy()
-    for row in range(2 * BATCH):
-        name, source = ("chosen", row) if row < BATCH else ("rejected", row - BATCH)
+    assert len(tokens) == len(names) * BATCH
+    for row in range(len(tokens)):
+        name, source = names[row // BATCH], row % BATCH
         prompt = batch["prompt_tokens"][source][batch["prompt_mask"][source]]
         answer = batch[f"{name}_tokens"][source][batch[f"{name}_mask"][source]]
         kept = attention[row].astype(bool)
@@ -189,6 +223,32 @@ def is_decayed(params):
         return "norm" not in name and "bias" not in name
 
     return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def assert_same_steps(trainer, model, directory, loss_fn, params, dataset, check_first):
+    """Twenty of our steps against those that TRL's trainer recorded, from `params` to the end."""
+    tx = optax.chain(
+        optax.clip_by_global_norm(MAX_GRAD_NORM),
+        optax.adamw(LEARNING_RATE, B1, B2, EPS, weight_decay=WEIGHT_DECAY, mask=is_decayed),
+    )
+    batches = make_loader(dataset, BATCH, shuffle=False)
+    gradients = jax.jit(jax.grad(loss_fn, has_aux=True))(params, next(batches))[0]
+    expected = as_params(model, trainer.first_gradients, directory / "gradients")[1]
+    assert_close(gradients, expected, 1e-5)
+
+    state, step = init_state(params, tx), make_train_step(loss_fn, tx)
+    batches = make_loader(dataset, BATCH, shuffle=False)
+    for number in range(STEPS):
+        batch = next(batches)
+        for names, rows in trl_rows(trainer.batches[number]):
+            assert_same_tokens(batch, names, *rows)
+        state, metrics = step(state, batch)
+        metrics = jax.tree.map(float, metrics)
+        if number == 0:
+            check_first(metrics)
+        assert_same_metrics(metrics, trainer, number)
+    final = {name: value.detach() for name, value in model.named_parameters()}
+    assert_close(state["params"], as_params(model, final, directory / "final")[1], 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -214,24 +274,33 @@ def test_twenty_steps_agree_with_trl(kind, loss_type, plain_tokenizer, tmp_path)
     dataset = dataset.with_columns(
         reference_chosen_logps=np.asarray(chosen), reference_rejected_logps=np.asarray(rejected)
     )
-    loss_fn = preference_loss(graphdef, loss_type=loss_type, beta=BETA)
-    tx = optax.chain(
-        optax.clip_by_global_norm(MAX_GRAD_NORM),
-        optax.adamw(LEARNING_RATE, B1, B2, EPS, weight_decay=WEIGHT_DECAY, mask=is_decayed),
-    )
-    batches = make_loader(dataset, BATCH, shuffle=False)
-    gradients = jax.jit(jax.grad(loss_fn, has_aux=True))(params, next(batches))[0]
-    expected = as_params(model, trainer.first_gradients, tmp_path / "gradients")[1]
-    assert_close(gradients, expected, 1e-5)
 
-    state, step = init_state(params, tx), make_train_step(loss_fn, tx)
-    batches = make_loader(dataset, BATCH, shuffle=False)
-    for number in range(STEPS):
-        batch = next(batches)
-        assert_same_tokens(batch, trainer.batches[number])
-        state, metrics = step(state, batch)
-        if number == 0:
-            check_starts_at_reference(metrics, loss_type=loss_type, beta=BETA, tolerance=1e-6)
-        assert_same_metrics(jax.tree.map(float, metrics), trainer, number)
-    final = {name: value.detach() for name, value in model.named_parameters()}
-    assert_close(state["params"], as_params(model, final, tmp_path / "final")[1], 1e-5)
+    loss_fn = preference_loss(graphdef, loss_type=loss_type, beta=BETA)
+    check = partial(check_starts_at_reference, loss_type=loss_type, beta=BETA, tolerance=1e-6)
+    assert_same_steps(trainer, model, tmp_path, loss_fn, params, dataset, check)
+
+
+def test_twenty_steps_of_kto_agree_with_trl(plain_tokenizer, tmp_path):
+    records = [
+        {"prompt": r["prompt"], "completion": r["chosen"], "label": bool(n % 3)}
+        for n, r in enumerate(make_records())
+    ]
+    model = make_model("llama", len(plain_tokenizer))
+    initial = {name: value.clone() for name, value in model.named_parameters()}
+    trainer = run_trl(model, plain_tokenizer, records, "kto", tmp_path / "trl")
+
+    graphdef, params = as_params(model, initial, tmp_path / "initial")
+    dataset = tokenize_unpaired(
+        records, plain_tokenizer, max_prompt_length=512, max_completion_length=512
+    )
+    dataset = with_kl_completions(dataset, BATCH)
+    whole = next(make_loader(dataset, len(dataset), shuffle=False))
+    names = "completion", "kl"
+    logps = unpaired_logps_fn(graphdef, names)(params, whole)
+    dataset = dataset.with_columns(
+        **{f"reference_{n}_logps": np.asarray(x) for n, x in zip(names, logps, strict=True)}
+    )
+    loss_fn = unpaired_loss(graphdef, beta=BETA)
+    check = partial(check_unpaired_start, beta=BETA, tolerance=1e-5)
+    assert_same_steps(trainer, model, tmp_path, loss_fn, params, dataset, check)
+    assert max(row.get("kl", 0) for row in trainer.state.log_history) > 0.1

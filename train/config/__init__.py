@@ -7,38 +7,72 @@ belong to one optimizer are checked in `train.optimizers`.
 """
 
 from train.config.base import DType, UserError, flatten, require
-from train.config.commands import FREE_FIELDS, DPOConfig, ExportConfig, KTOConfig, SFTConfig
-from train.config.data import DataOptions, RecordOptions, check_records
-from train.config.evaluation import EvalConfig, PreferenceEvalOptions, TaskOptions
+from train.config.commands import (
+    FREE_FIELDS,
+    DPOConfig,
+    ExportConfig,
+    KTOConfig,
+    OnlineDPOConfig,
+    SFTConfig,
+)
+from train.config.data import DataOptions, PromptDataOptions, RecordOptions, check_records
+from train.config.evaluation import (
+    EvalConfig,
+    GenerationTaskOptions,
+    PreferenceEvalOptions,
+    TaskOptions,
+    TextOptions,
+)
+from train.config.generation import GenerateConfig
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
+from train.config.merge import MergeConfig, MergeModelOptions
 from train.config.mesh import MeshOptions
-from train.config.model import ModelOptions, PolicyOptions
-from train.config.optimizer import AdamWOptions, OptimizerName, OptimizerOptions, ScheduleOptions
+from train.config.model import LoraOptions, ModelOptions, PolicyOptions
+from train.config.online import RewardOptions, SamplingOptions
+from train.config.optimizer import (
+    AdamWOptions,
+    AlphaOptions,
+    OptimizerName,
+    OptimizerOptions,
+    ScheduleOptions,
+)
 from train.config.ranges import check
-from train.config.trainer import EarlyStopOptions, TrainerOptions
+from train.config.trainer import EarlyStopOptions, EMAOptions, TrainerOptions
 
 __all__ = [
     "FREE_FIELDS",
     "AdamWOptions",
+    "AlphaOptions",
     "DPOConfig",
     "DType",
     "DataOptions",
+    "EMAOptions",
     "EarlyStopOptions",
     "EvalConfig",
     "ExportConfig",
+    "GenerateConfig",
+    "GenerationTaskOptions",
     "KTOConfig",
+    "LoraOptions",
+    "MergeConfig",
+    "MergeModelOptions",
     "MeshOptions",
     "ModelOptions",
+    "OnlineDPOConfig",
     "OptimizerName",
     "OptimizerOptions",
     "PolicyOptions",
     "PreferenceEvalOptions",
     "PreferenceLossOptions",
+    "PromptDataOptions",
     "RecordOptions",
+    "RewardOptions",
     "SFTConfig",
     "SFTLossOptions",
+    "SamplingOptions",
     "ScheduleOptions",
     "TaskOptions",
+    "TextOptions",
     "TrainerOptions",
     "UnpairedLossOptions",
     "UserError",

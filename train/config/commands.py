@@ -2,109 +2,151 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from train.config.base import DType
-from train.config.data import DataOptions
+from train.config.data import DataOptions, PromptDataOptions
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
 from train.config.mesh import MeshOptions
 from train.config.model import ModelOptions, PolicyOptions
+from train.config.online import RewardOptions, SamplingOptions
 from train.config.optimizer import AdamWOptions, OptimizerOptions, ScheduleOptions
 from train.config.trainer import TrainerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig:
+class _RunConfig:
+    """What every training run has.
+
+    Attributes:
+        output_dir: Directory of the run: settings, checkpoints, logs and the exported model. The
+            same command given again resumes what it holds; it never holds two runs.
+        trainer: The training run.
+        schedule: The schedule.
+        mesh: The devices.
+        dry_run: Show token statistics, batches and the first examples with their loss masks, and
+            stop before any weight is read.
+    """
+
+    output_dir: str
+    trainer: TrainerOptions
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RecordsConfig(_RunConfig):
+    """A run on records that hold the answers.
+
+    Attributes:
+        data: The data.
+    """
+
+    data: DataOptions
+
+    @property
+    def records(self) -> DataOptions:
+        """How records become tokens."""
+        return self.data
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(_RecordsConfig):
     """Supervised fine-tuning of a model on prompts with answers.
 
     Attributes:
-        output_dir: Directory of the run: settings, checkpoints, logs and the exported model. The
-            same command given again resumes what it holds; it never holds two runs.
         model: The model.
-        data: The data.
         optimizer: The optimizer.
-        trainer: The training run.
         loss: The loss.
-        schedule: The schedule.
-        mesh: The devices.
-        dry_run: Show token statistics, batches and the first examples with their loss masks, and
-            stop before any weight is read.
     """
 
-    output_dir: str
     model: ModelOptions
-    data: DataOptions
     optimizer: AdamWOptions
-    trainer: TrainerOptions
     loss: SFTLossOptions = field(default_factory=SFTLossOptions)
-    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
-    mesh: MeshOptions = field(default_factory=MeshOptions)
-    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig:
+class _AlignmentConfig(_RecordsConfig):
+    """What every alignment of an SFT model on given answers has.
+
+    Attributes:
+        model: The model.
+        optimizer: The optimizer.
+        reference_cache: Directory for the reference's log-probabilities, keyed by the content of
+            model and data, so that several runs can share it. Unset: inside `output_dir`.
+    """
+
+    model: PolicyOptions
+    optimizer: OptimizerOptions
+    reference_cache: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(_AlignmentConfig):
     """Alignment of an SFT model on pairs of a chosen and a rejected answer.
 
     Attributes:
-        output_dir: Directory of the run: settings, checkpoints, logs and the exported model. The
-            same command given again resumes what it holds; it never holds two runs.
-        model: The model.
-        data: The data.
-        optimizer: The optimizer.
-        trainer: The training run.
         loss: The loss.
-        schedule: The schedule.
-        mesh: The devices.
-        reference_cache: Directory for the reference's log-probabilities, keyed by the content of
-            model and data, so that several runs can share it. Unset: inside `output_dir`.
-        dry_run: Show token statistics, batches and the first examples with their loss masks, and
-            stop before any weight is read.
+        sync_ref_model: Let the reference follow the policy (TR-DPO, arXiv 2404.09656). Its weights
+            are then held during training and its log-probabilities computed at every step; held-out
+            rewards stay relative to the start.
+        ref_model_mixup_alpha: Share of the policy in the new reference; 1 replaces it.
+        ref_model_sync_steps: Steps from one update of the reference to the next.
     """
 
-    output_dir: str
-    model: PolicyOptions
-    data: DataOptions
-    optimizer: OptimizerOptions
-    trainer: TrainerOptions
     loss: PreferenceLossOptions = field(default_factory=PreferenceLossOptions)
-    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
-    mesh: MeshOptions = field(default_factory=MeshOptions)
-    reference_cache: str | None = None
-    dry_run: bool = False
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float | None = None
+    ref_model_sync_steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class KTOConfig:
+class KTOConfig(_AlignmentConfig):
     """Alignment of an SFT model on answers that are labelled desirable or not, one by one.
 
+    A preference pair counts as two answers. With loss.type kto the rows of a batch are drawn once, and
+    are the same in every epoch.
+
     Attributes:
-        output_dir: Directory of the run: settings, checkpoints, logs and the exported model. The
-            same command given again resumes what it holds; it never holds two runs.
-        model: The model.
-        data: The data, prompts with an answer and a label; of preference pairs both answers count.
-        optimizer: The optimizer.
-        trainer: The training run. The rows of a batch are drawn once, and are the same in every
-            epoch.
         loss: The loss.
-        schedule: The schedule.
-        mesh: The devices.
-        reference_cache: Directory for the reference's log-probabilities, keyed by the content of
-            model and data, so that several runs can share it. Unset: inside `output_dir`.
-        dry_run: Show token statistics, batches and the first examples with their loss masks, and
-            stop before any weight is read.
     """
 
-    output_dir: str
-    model: PolicyOptions
-    data: DataOptions
-    optimizer: OptimizerOptions
-    trainer: TrainerOptions
     loss: UnpairedLossOptions = field(default_factory=UnpairedLossOptions)
-    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
-    mesh: MeshOptions = field(default_factory=MeshOptions)
-    reference_cache: str | None = None
-    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineDPOConfig(_RunConfig):
+    """Alignment of an SFT model on pairs of its own answers, ranked by a reward (online DPO).
+
+    In every step the policy answers each prompt of the batch twice; the answer with the higher score
+    is the chosen one. The model at `model.path` is the reference, and its weights are held during
+    training.
+
+    Attributes:
+        data: The prompts: any records that hold one; answers in them are ignored.
+        model: The model.
+        optimizer: The optimizer.
+        sampling: How the policy answers.
+        reward: What ranks the answers.
+        loss: The loss. Its ipo is that of `dpo`, averaged over the tokens of an answer; TRL's online
+            trainer takes sums.
+    """
+
+    data: PromptDataOptions
+    model: PolicyOptions
+    optimizer: OptimizerOptions
+    reward: RewardOptions
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    loss: PreferenceLossOptions = field(default_factory=PreferenceLossOptions)
+
+    @property
+    def records(self) -> DataOptions:
+        """How records become tokens, with the room that answers need."""
+        data = {item.name: getattr(self.data, item.name) for item in fields(self.data)}
+        # Records have no answers yet whose prompt could be shared.
+        data |= {"max_completion_length": self.sampling.max_new_tokens, "prefix_sharing": False}
+        return DataOptions(**data)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from train.config.base import require
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordOptions:
-    """Records, and how they become tokens.
+class PromptOptions:
+    """Prompts, and how they become tokens.
 
     Attributes:
         path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub.
@@ -21,8 +21,6 @@ class RecordOptions:
             records.
         max_prompt_length: Tokens a prompt may have, the chat template included; longer ones lose
             tokens as `truncation` says, and are counted.
-        max_completion_length: Tokens an answer may have, the end mark included; longer ones lose
-            their end, and are counted.
         template: auto (messages through the tokenizer's chat template, strings as they are) or chat
             (strings too become turns of a conversation).
         truncation: What stays of a prompt that is too long: keep_end (the last turns) or keep_start.
@@ -36,15 +34,26 @@ class RecordOptions:
     eval_fraction: float | None = None
     split_seed: int = 0
     max_prompt_length: int = 512
-    max_completion_length: int = 512
     template: Literal["auto", "chat"] = "auto"
     truncation: Literal["keep_end", "keep_start"] = "keep_end"
     prefix_sharing: bool | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(RecordOptions):
-    """Training records, and those to evaluate on.
+class RecordOptions(PromptOptions):
+    """Records, and how they become tokens.
+
+    Attributes:
+        max_completion_length: Tokens an answer may have, the end mark included; longer ones lose
+            their end, and are counted.
+    """
+
+    max_completion_length: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sources:
+    """Several files, and those to evaluate on.
 
     Attributes:
         mix: Further data sets, each with a weight: how often its records come in an epoch in which
@@ -54,7 +63,7 @@ class DataOptions(RecordOptions):
             is evaluated.
         buckets: Shapes of batches, at most: records of similar length are batched together, so that
             little padding is computed, and every shape is compiled once. 1: batches of any records,
-            as wide as the longest. Unset: up to 12, fewer where there are few batches.
+            as wide as the longest. Unset: up to 16, fewer where there are few batches.
     """
 
     mix: dict[str, float] = field(default_factory=dict)
@@ -62,10 +71,20 @@ class DataOptions(RecordOptions):
     buckets: int | None = None
 
 
-def check_records(options: RecordOptions, name: str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(_Sources, RecordOptions):
+    """Training records, and those to evaluate on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDataOptions(_Sources, PromptOptions):
+    """Prompts to sample answers to, and those to evaluate on."""
+
+
+def check_records(options: PromptOptions, name: str) -> None:
     """Checks the ranges of a group of record fields. Raises `UserError`."""
     for field_name in ("max_prompt_length", "max_completion_length"):
-        value = getattr(options, field_name)
-        require(value > 0, f"{name}.{field_name}", value, "positive")
+        value = getattr(options, field_name, None)
+        require(value is None or value > 0, f"{name}.{field_name}", value, "positive")
     share = options.eval_fraction
     require(share is None or 0 < share < 1, f"{name}.eval_fraction", share, "between 0 and 1")

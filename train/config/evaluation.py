@@ -30,9 +30,14 @@ class TaskOptions:
     Attributes:
         path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub.
         prompt: Python format string over a record's fields, for example "{Body} {Question}".
-        answer: Format string of the right answer, for example "{Answer:g}".
+        answer: Format string of the right answer, for example "{Answer:g}". With `choices_field`:
+            of its label, its letter, or its number from 0, for example "{answerKey}".
         choices: Candidate answers to a question: the right one, and others drawn from the rest of
-            the file.
+            the file. Not used with `choices_field`.
+        choices_field: Field of a record that holds its candidates: a list of texts, or an object
+            with the lists "text" and "label". Unset: they are drawn.
+        letters: With `choices_field`: score the letters A, B, … in place of the texts, which the
+            prompt then shows, for example by "A. {choices[0]}".
         limit: Use only the first so many records.
         chat_template: Put the prompt into the tokenizer's chat template; otherwise the answer
             follows it as plain text, after one space.
@@ -43,20 +48,72 @@ class TaskOptions:
     prompt: str
     answer: str
     choices: int = 4
+    choices_field: str | None = None
+    letters: bool = False
     limit: int | None = None
     chat_template: bool = True
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Perplexity on the texts of a file, with a sliding window.
+
+    Attributes:
+        path: A .txt file, which is one text, or a file of records as for the other tasks.
+        field: Field of a record that holds the text.
+        separator: Makes one text of all records with this between them, as transformers' guide to
+            perplexity does with a blank line. Unset: each record is a text of its own.
+        max_length: Tokens in a window. Unset: 1024, or what the model was made for if that is less.
+        stride: Tokens from one window's start to the next. Unset: half of a window.
+        limit: Use only the first so many texts.
+    """
+
+    path: str
+    field: str = "text"
+    separator: str | None = None
+    max_length: int | None = None
+    stride: int | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationTaskOptions:
+    """Exact match of greedily generated answers.
+
+    Attributes:
+        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub.
+        prompt: Python format string over a record's fields.
+        answer: Format string of the right answer.
+        extract: Regular expression whose last match in what the model wrote is its answer: the
+            first group that matched, or the whole. By default the last number.
+        answer_extract: The same for `answer`, for example "#### (.+)" of GSM8K. Unset: all of it.
+        max_new_tokens: Tokens to generate at most.
+        limit: Use only the first so many records.
+        chat_template: Put the prompt into the tokenizer's chat template.
+    """
+
+    path: str
+    prompt: str
+    answer: str
+    extract: str = r"-?[$0-9][0-9.,]*"
+    answer_extract: str | None = None
+    max_new_tokens: int = 256
+    limit: int | None = None
+    chat_template: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Held-out preference accuracy and multiple-choice tasks for one model.
+    """Preference accuracy, multiple choice, perplexity and exact match for one model.
 
     Attributes:
         model: Directory in Hugging Face format, or a hub name.
         output: JSON file to write; it must not exist yet.
         preferences: Preference data to evaluate on.
         tasks: Tasks by name. In flags: ``--tasks.NAME.path FILE``.
+        texts: Texts for perplexity by name.
+        generation: Tasks with generated answers by name.
         batch_size: Pairs or questions scored at once.
         dtype: Type of the computations; parameters stay float32.
     """
@@ -65,5 +122,7 @@ class EvalConfig:
     output: str
     preferences: PreferenceEvalOptions | None = None
     tasks: dict[str, TaskOptions] = field(default_factory=dict)
+    texts: dict[str, TextOptions] = field(default_factory=dict)
+    generation: dict[str, GenerationTaskOptions] = field(default_factory=dict)
     batch_size: int = 32
     dtype: DType = "float32"

@@ -2,9 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from train.config.base import DType
+
+RematPolicy = Literal["none", "full", "dots", "weight_dots"]
+
+
+_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def _all_linear() -> list[str]:
+    return list(_LINEAR)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters; nothing else is trained.
+
+    Attributes:
+        rank: Columns of A and rows of B.
+        alpha: The adapters' product is multiplied by alpha / rank.
+        target_modules: Linear layers that get one, by their names in PEFT.
+        seed: Seed of the draw of A; B starts at 0.
+        adapter: Directory with adapter_config.json and adapter_model.safetensors to start from; its
+            rank, alpha and modules must be those above. It is part of the reference, and the merging
+            optimizers take it as the delta.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: list[str] = field(default_factory=_all_linear)
+    seed: int = 0
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,17 +48,26 @@ class ModelOptions:
         dtype: Type of the computations (activations).
         param_dtype: Type of the parameters and of the optimizer state, float32 or bfloat16. With
             bfloat16 updates below about 1/512 of a parameter are lost to rounding.
-        remat: Recompute each layer's activations in the backward pass: less memory, about a third
-            more time.
+        remat: What the backward pass computes again: none; full (each layer, from its input: least
+            memory, about a third more time); dots (all but the results of matrix products); or
+            weight_dots (also attention's own products, whose size grows with the length squared).
         export_dtype: Type of the exported weights. Unset: as stored at `path`, so float32 results
             of a bfloat16 model are rounded.
+        lora: Train low-rank adapters alone. Exported are the model with them merged in, and the
+            adapters in PEFT's format.
+        freeze: Regular expressions; a parameter whose dotted path, such as
+            layers.self_attn.q_proj.kernel or embed_tokens, one of them is found in is not trained.
+        trainable: The other way round: only what one of them is found in is trained.
     """
 
     path: str
     dtype: DType = "float32"
     param_dtype: DType = "float32"
-    remat: bool = False
+    remat: RematPolicy = "none"
     export_dtype: DType | None = None
+    lora: LoraOptions | None = None
+    freeze: list[str] = field(default_factory=list)
+    trainable: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +76,7 @@ class PolicyOptions(ModelOptions):
 
     Attributes:
         base: Directory or hub name of the pre-trained model behind `path`. The merging optimizers
-            need it for the delta `path` − `base`; the others do not accept it.
+            (without lora.adapter) need it for the delta `path` − `base`; the others do not accept it.
     """
 
     base: str | None = None

@@ -2,14 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from train.config.base import DType
 
 OptimizerName = Literal[
-    "adamw", "on_dare", "on_ties", "on_dare_adamw", "on_ties_adamw", "child_tuning"
+    "adamw",
+    "lion",
+    "on_dare",
+    "on_ties",
+    "on_dare_adamw",
+    "on_ties_adamw",
+    "child_tuning",
+    "online_merge",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """A number over time.
+
+    Attributes:
+        type: Shape after the warm-up.
+        warmup_steps: Steps in which it rises linearly from 0.
+        final_scale: Share of the peak that is left at the last step (linear and cosine).
+    """
+
+    type: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = 0
+    final_scale: float = 0.0
+
+
+def _constant() -> ScheduleOptions:
+    return ScheduleOptions(type="constant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaOptions:
+    """Weight of the reference delta over time, or relative to the size of the steps.
+
+    Attributes:
+        value: Peak weight, 0 to 1. Give this or `relative`.
+        relative: Peak share of the norm of every step that the reference gets, 0 to 1, whatever the
+            learning rate.
+        scope: What the norms for `relative` are taken over: global (all parameters) or tensor (each
+            tensor of each layer by itself). Unset: global.
+        schedule: The number over the steps of the run.
+    """
+
+    value: float | None = None
+    relative: float | None = None
+    scope: Literal["global", "tensor"] | None = None
+    schedule: ScheduleOptions = field(default_factory=_constant)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +84,18 @@ class OptimizerOptions(AdamWOptions):
     """The optimizer. A field that the chosen one has no use for must stay unset.
 
     Attributes:
-        name: adamw; on_dare or on_ties (merging after optax.adamw, whose weight decay is merged
+        name: adamw; lion; on_dare or on_ties (merging after `inner`, whose weight decay is merged
             too); on_dare_adamw or on_ties_adamw (the authors' order: weight decay after the merge);
-            child_tuning (random masks alone).
-        alpha: Weight of the reference delta, 0 to 1; the policy's update gets 1 − alpha.
+            child_tuning (random masks alone); online_merge (any `sparsifier` with any `consensus`).
+        alpha: Weight of the reference delta, 0 to 1; the policy's update gets 1 − alpha. A number, or
+            the fields of a schedule or of a relative weight.
+        inner: Optimizer whose updates are merged: adamw (unset), lion or sgd.
+        sparsifier: Which entries online_merge keeps: random (DARE), magnitude (TIES),
+            magnitude_ranked (DELLA), band (Breadcrumbs) or identity (all).
+        consensus: How online_merge joins update and delta: linear or sign.
         density: Share of the entries that are kept, in (0, 1].
+        epsilon: Half the width of the window of probabilities around density (magnitude_ranked).
+        gamma: Share of the largest entries that are dropped (band).
         every_k: Merge on every k-th step only.
         rescale: What makes up for dropped entries: inverse (divide by density), norm (keep the L1
             norm), none.
@@ -56,7 +108,10 @@ class OptimizerOptions(AdamWOptions):
             off by about half a percent of itself).
         storage: How the delta is held: dense, sparse (kept entries alone; with random masks it needs
             delta_mask fixed) or pinned_host (in the host's memory, on an accelerator).
-        rounding: stochastic or compensated (the reference term arrives, however small) or nearest.
+        rounding: stochastic or compensated (what is added arrives, however small, also in bfloat16) or
+            nearest. Unset: stochastic where a delta is merged, nearest otherwise.
+        moment_dtype: Type of the optimizer's moments. Unset: that of the parameters; bfloat16 second
+            moments hardly decay.
         seed: Seed of the random masks and of the rounding.
         delta_dtype: Type in which the delta is held. Unset: that of the parameters.
         diagnostics: Whether to log the full set of merge/... metrics. Unset: only merge/alpha and
@@ -64,8 +119,13 @@ class OptimizerOptions(AdamWOptions):
     """
 
     name: OptimizerName = "adamw"
-    alpha: float | None = None
+    alpha: float | AlphaOptions | None = None
+    inner: Literal["adamw", "lion", "sgd"] | None = None
+    sparsifier: Literal["random", "magnitude", "magnitude_ranked", "band", "identity"] | None = None
+    consensus: Literal["linear", "sign"] | None = None
     density: float | None = None
+    epsilon: float | None = None
+    gamma: float | None = None
     every_k: int | None = None
     rescale: Literal["inverse", "norm", "none"] | None = None
     delta_mask: Literal["fixed", "fresh"] | None = None
@@ -74,21 +134,7 @@ class OptimizerOptions(AdamWOptions):
     threshold: Literal["exact", "sampled"] | None = None
     storage: Literal["dense", "sparse", "pinned_host"] | None = None
     rounding: Literal["stochastic", "compensated", "nearest"] | None = None
+    moment_dtype: Literal["float32", "bfloat16"] | None = None
     seed: int | None = None
     delta_dtype: DType | None = None
     diagnostics: bool | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleOptions:
-    """Learning rate over time.
-
-    Attributes:
-        type: Shape after the warm-up.
-        warmup_steps: Steps in which the rate rises linearly from 0.
-        final_scale: Share of the peak that is left at the last step (linear and cosine).
-    """
-
-    type: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int = 0
-    final_scale: float = 0.0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from train.config.base import UserError, flatten, require
-from train.config.commands import DPOConfig, KTOConfig, SFTConfig
+from train.config.commands import DPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig
 from train.config.data import check_records
+from train.config.online import check_on_policy
 from train.config.trainer import TrainerOptions
 
 
-def check(config: SFTConfig | DPOConfig | KTOConfig) -> None:
+def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
     """Checks every range that needs no file.
 
     Raises:
@@ -64,6 +65,12 @@ def check(config: SFTConfig | DPOConfig | KTOConfig) -> None:
             "no use for it; unset it, or choose another schedule.type."
         )
     check_held_out_use(config.trainer)
+    check_followers(config)
+    lora = config.model.lora
+    if lora is not None:
+        require(lora.rank > 0, "model.lora.rank", lora.rank, "positive")
+        require(lora.alpha > 0, "model.lora.alpha", lora.alpha, "positive")
+        require(0 <= lora.seed < 2**32, "model.lora.seed", lora.seed, "in [0, 2**32)")
     check_records(data, "data")
     for path, weight in data.mix.items():
         require(weight > 0, f"data.mix: the weight of {path}", weight, "positive")
@@ -73,7 +80,9 @@ def check(config: SFTConfig | DPOConfig | KTOConfig) -> None:
         raise UserError("Give exactly one of trainer.steps and trainer.epochs.")
     if not isinstance(config, SFTConfig):
         require(config.loss.beta > 0, "loss.beta", config.loss.beta, "positive")
-    if isinstance(config, DPOConfig):
+    if isinstance(config, OnlineDPOConfig):
+        check_on_policy(config.sampling, config.reward)
+    if isinstance(config, DPOConfig | OnlineDPOConfig):
         smoothing = config.loss.label_smoothing
         require(0 <= smoothing < 0.5, "loss.label_smoothing", smoothing, "in [0, 0.5)")
     if isinstance(config, KTOConfig) and config.loss.type == "kto":
@@ -101,3 +110,20 @@ def check_held_out_use(trainer: TrainerOptions) -> None:
     require(stop.min_delta >= 0, "trainer.early_stop.min_delta", stop.min_delta, "0 or larger")
     if stop.mode is not None and stop.metric is None:
         raise UserError("trainer.early_stop.mode is set without a metric; give one, or unset mode.")
+
+
+def check_followers(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
+    """Checks the average of the weights, and a reference that follows them. Raises `UserError`."""
+    ema = config.trainer.ema
+    if ema is not None:
+        require(0 <= ema.decay < 1, "trainer.ema.decay", ema.decay, "in [0, 1)")
+    if not isinstance(config, DPOConfig):
+        return
+    alpha, steps = config.ref_model_mixup_alpha, config.ref_model_sync_steps
+    for name, value in (("ref_model_mixup_alpha", alpha), ("ref_model_sync_steps", steps)):
+        if value is not None and not config.sync_ref_model:
+            raise UserError(
+                f"{name} is set to {value}, but sync_ref_model is not; set it, or unset {name}."
+            )
+    require(alpha is None or 0 < alpha <= 1, "ref_model_mixup_alpha", alpha, "in (0, 1]")
+    require(steps is None or steps > 0, "ref_model_sync_steps", steps, "positive")

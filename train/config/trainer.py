@@ -30,6 +30,21 @@ class EarlyStopOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EMAOptions:
+    """Exponential moving average of the weights, in float32.
+
+    Attributes:
+        decay: Share of the average that is kept at a step.
+        export: Export the average; false: it is in the checkpoints alone.
+        evaluate: Evaluate the average during training instead of the weights.
+    """
+
+    decay: float = 0.999
+    export: bool = True
+    evaluate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerOptions:
     """Length of the run, and what it writes when.
 
@@ -45,13 +60,14 @@ class TrainerOptions:
             the end.
         keep: Checkpoints to keep. With 2 or more, a damaged one can be done without.
         log_every: Steps from one line of metrics to the next.
-        seed: Seed of the order of the records.
+        seed: Seed of the order of the records, and of sampled answers.
         max_skipped_steps: A step whose loss or gradient is not finite is skipped and counted; more
             of them in a row end the run. 0: the first one does.
         early_stop: When to end before the last step.
         export_best: Held-out metric by which the checkpoint to export is chosen (the lowest value
             of names that end in loss or perplexity, the highest of others). That checkpoint is
             kept. Unset: the last step is exported.
+        ema: Moving average of the weights.
     """
 
     batch_size: int
@@ -67,3 +83,4 @@ class TrainerOptions:
     max_skipped_steps: int = 10
     early_stop: EarlyStopOptions | None = None
     export_best: str | None = None
+    ema: EMAOptions | None = None

@@ -19,11 +19,17 @@ from train.data.records import (
     Preference,
     UnusableRecord,
     normalise_preference,
+    normalise_prompt,
     normalise_sft,
     normalise_unpaired,
 )
 from train.data.split import split_by_prompt
-from train.data.tokenizing import tokenize_preference, tokenize_sft, tokenize_unpaired
+from train.data.tokenizing import (
+    tokenize_preference,
+    tokenize_prompts,
+    tokenize_sft,
+    tokenize_unpaired,
+)
 
 __all__ = [
     "Buckets",
@@ -42,6 +48,7 @@ __all__ = [
     "make_loader",
     "mix",
     "normalise_preference",
+    "normalise_prompt",
     "normalise_sft",
     "normalise_unpaired",
     "padding_share",
@@ -51,6 +58,7 @@ __all__ = [
     "share_prompt",
     "split_by_prompt",
     "tokenize_preference",
+    "tokenize_prompts",
     "tokenize_sft",
     "tokenize_unpaired",
     "trim",

@@ -28,11 +28,14 @@ WIDTH_MULTIPLE = 8
 SCORED_PARTS = 2
 """Buckets that a range of total lengths is divided into."""
 
-MAX_BUCKETS = 12
+MAX_BUCKETS = 16
 """Buckets when nobody gives a number and there are batches enough."""
 
-BATCHES_PER_BUCKET = 8
-"""Batches an epoch has for each of those, at least: every shape costs a compilation."""
+LEAST_SHARED = 0.1
+"""Share of the tokens of all pairs that prompts computed once have to spare."""
+
+BATCHES_PER_BUCKET = 16
+"""Batches that a run, or an epoch, has for each of those: every shape costs a compilation."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Buckets:
         Args:
           columns: Those of the data set.
         """
-        lengths, answers = row_lengths(columns), len(answer_names(columns))
+        lengths, answers = row_lengths(columns), max(1, len(answer_names(columns)))
         copies = 1 if self.share_prompts else answers
         batches = self.group(np.arange(len(self.of_row)))
         real = (copies * lengths.prompt + lengths.scored)[batches].sum()
@@ -105,12 +108,14 @@ class Buckets:
         return share_prompt(cut, widths) if self.share_prompts else cut
 
 
-def default_buckets(rows: int, batch_size: int) -> int:
+def default_buckets(batches: int) -> int:
     """How many shapes are worth their compilation: up to `MAX_BUCKETS`, 1 for few batches."""
-    return max(1, min(MAX_BUCKETS, rows // batch_size // BATCHES_PER_BUCKET))
+    return max(1, min(MAX_BUCKETS, batches // BATCHES_PER_BUCKET))
 
 
-def make_buckets(dataset: TokenDataset, batch_size: int, count: int | None = None) -> Buckets:
+def make_buckets(
+    dataset: TokenDataset, batch_size: int, count: int | None = None, *, steps: int | None = None
+) -> Buckets:
     """Chooses the shapes of the batches of a data set.
 
     Args:
@@ -118,8 +123,11 @@ def make_buckets(dataset: TokenDataset, batch_size: int, count: int | None = Non
       batch_size: Rows in a batch, over all processes together.
       count: Buckets, at most; with 1 all batches have one shape. `None` takes as many as the number
         of batches can pay for, see `default_buckets`.
+      steps: Batches of the whole run; `None` for one epoch. With a `count` they do not matter.
     """
-    count = default_buckets(dataset.rows_per_epoch, batch_size) if count is None else count
+    if count is None:
+        per_epoch = dataset.rows_per_epoch // batch_size
+        count = default_buckets(per_epoch if steps is None else min(per_epoch, steps))
     share_prompts = dataset.share_prompts
     lengths = row_lengths(dataset.arrays)
     scored = lengths.scored if share_prompts else lengths.answer
@@ -137,7 +145,7 @@ def make_buckets(dataset: TokenDataset, batch_size: int, count: int | None = Non
     return Buckets(of_row, tuple(dict.fromkeys(widths)), share_prompts, batch_size)
 
 
-def saves_by_sharing(columns: Columns, least: float = 0.1) -> bool:
+def saves_by_sharing(columns: Columns, least: float = LEAST_SHARED) -> bool:
     """Whether a prompt computed once spares at least a share `least` of the tokens of all pairs.
 
     Below that the longer rows cost more in attention, which grows with the square of their length,

@@ -37,7 +37,7 @@ class TokenReport:
       boundaries_moved: Rows whose prompt is tokenised differently alone than before its answer;
         there the completion starts where the two part.
       prompts: Lengths of the prompts.
-      completions: Lengths of all completions.
+      completions: Lengths of all completions; 0 for prompts alone.
     """
 
     records: int
@@ -51,11 +51,13 @@ class TokenReport:
 
     def __str__(self) -> str:
         """A few lines for the log."""
-        lines = [
-            f"{self.rows} of {self.records} records; tokens per prompt {self.prompts.mean:.1f} "
-            f"(largest {self.prompts.largest}), per completion {self.completions.mean:.1f} "
-            f"(largest {self.completions.largest})"
-        ]
+        kinds = {"prompt": self.prompts, "completion": self.completions}
+        tokens = ", ".join(
+            f"per {name} {one.mean:.1f} (largest {one.largest})"
+            for name, one in kinds.items()
+            if one.largest
+        )
+        lines = [f"{self.rows} of {self.records} records; tokens {tokens}"]
         lines += [f"dropped {count}: {reason}" for reason, count in self.dropped.items()]
         for count, what in (
             (self.prompts_truncated, "prompts truncated"),
@@ -75,7 +77,8 @@ class TokenDataset:
       arrays: Columns by name, the first axis of each being the row: `prompt_tokens` int32
         `[rows, P]` and `prompt_mask` bool, padded on the left; `completion_tokens` (or
         `chosen_tokens` and `rejected_tokens`) int32 `[rows, C]` with their masks, padded on the
-        right; `index` int32 `[rows]`, the row's own number.
+        right; `index` int32 `[rows]`, the row's own number. Prompts alone have no answers, and
+        their records in `record`, object `[rows]`.
       report: What became of the records.
       share_prompts: Whether batches hold a prompt once for both answers of a pair, see
         `train.data.layout.share_prompt`.

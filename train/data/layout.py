@@ -1,6 +1,6 @@
 """The shape of a batch: columns cut to what its rows need, prompts shared by the answers of a pair.
 
-A pair's prompt need not be computed once for each answer (Wang et al., 2024, "Accelerating Direct
+A pair's prompt need not be computed once for each answer (Wang and Hegde, 2024, "Accelerating Direct
 Preference Optimization with Prefix Sharing", arXiv:2410.20305). Here prompt, chosen and rejected
 answer follow each other without a gap in one row, `[prompt | chosen | rejected | padding]`, and an
 attention mask keeps the rejected answer from seeing the chosen one.
@@ -53,9 +53,11 @@ def answer_names(columns: Columns) -> list[str]:
 
 
 def row_lengths(columns: Columns) -> RowLengths:
-    """Counts the real tokens of every row."""
-    answers = np.stack([columns[f"{name}_mask"].sum(axis=1) for name in answer_names(columns)])
-    return RowLengths(columns["prompt_mask"].sum(axis=1), answers.max(axis=0), answers.sum(axis=0))
+    """Counts the real tokens of every row; prompts alone have answers of no token."""
+    prompt = columns["prompt_mask"].sum(axis=1)
+    names = answer_names(columns)
+    answers = [columns[f"{name}_mask"].sum(axis=1) for name in names] or [np.zeros_like(prompt)]
+    return RowLengths(prompt, np.max(answers, axis=0), np.sum(answers, axis=0))
 
 
 def trim(batch: Columns, widths: Widths) -> dict[str, np.ndarray]:

@@ -14,6 +14,8 @@ Examples: `prompt`, `completion`; `messages`, of which the last is learned; `ins
 Unpaired answers, for KTO: an example in any of these formats with `label`, true where the answer is
 desirable. A preference counts as two of them.
 
+Prompts alone, for on-policy training: `prompt`, or any record above, whose answers are ignored.
+
 Instructions and questions become a conversation of one user turn. Messages keep every key they
 have, because chat templates may use more than role and content. Other fields are ignored.
 """
@@ -33,6 +35,7 @@ PREFERENCE_FORMATS = (
     "{prompt, chosen, rejected}, {chosen, rejected} or {instruction, input, chosen, rejected}"
 )
 UNPAIRED_FORMATS = "{prompt, completion, label} or pairs of {prompt, chosen, rejected}"
+PROMPT_FORMATS = "{prompt}, or a preference or an example with one"
 SFT_FORMATS = "{prompt, completion}, {messages}, {instruction, input, output} or {question, answer}"
 
 
@@ -181,6 +184,34 @@ def normalise_unpaired(record: Mapping[str, Any]) -> list[Labelled]:
     return [Labelled(example.prompt, example.completion, bool(label))]
 
 
+def normalise_prompt(record: Mapping[str, Any]) -> Text:
+    r"""The prompt of a record in any of this module's formats: text, or messages.
+
+    Args:
+      record: Fields by name, as `read_records` returns them; it may have no answer.
+
+    Raises:
+      DataError: When there is no prompt, or it is neither text nor messages.
+      UnusableRecord: When the prompt would have to be found in answers that are the same.
+
+    Example:
+      >>> normalise_prompt({"prompt": "1+1="}), normalise_prompt({"question": "1+1?"})
+      ('1+1=', [{'role': 'user', 'content': '1+1?'}])
+    """
+    if _has(record, "prompt"):
+        return _field(record, "prompt", PROMPT_FORMATS)
+    if _has(record, "instruction"):
+        return _instruction(record, PROMPT_FORMATS)
+    if _has(record, "question"):
+        return [_message("user", _string(record, "question", PROMPT_FORMATS))]
+    if _has(record, "chosen") or _has(record, "rejected"):
+        return normalise_preference(record).prompt
+    if _has(record, "messages"):
+        return normalise_sft(record).prompt
+    where = where_of(record)
+    raise DataError(f"{where}: found {_found(record)}. Expected {PROMPT_FORMATS}.")
+
+
 def prompt_messages(record: Mapping[str, Any]) -> list[Message]:
     """The prompt of a record of any format, as messages; a string counts as one user turn.
 
@@ -190,9 +221,22 @@ def prompt_messages(record: Mapping[str, Any]) -> list[Message]:
       DataError: When the record is in none of the formats.
       UnusableRecord: When the record cannot be trained on.
     """
-    is_pair = _has(record, "chosen") or _has(record, "rejected")
-    prompt = (normalise_preference(record) if is_pair else normalise_sft(record)).prompt
+    if _has(record, "chosen") or _has(record, "rejected"):
+        prompt = normalise_preference(record).prompt
+    elif any(_has(record, name) for name in ("completion", "messages", "instruction", "question")):
+        prompt = normalise_sft(record).prompt
+    else:
+        prompt = normalise_prompt(record)
     return [_message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+
+
+def prompt_of(record: Mapping[str, Any]) -> tuple[Text, list[Text], str]:
+    """A record's field ``prompt``, no answers, and where the record was read.
+
+    Raises:
+      DataError: When there is no prompt, or it is neither text nor messages.
+    """
+    return _field(record, "prompt", "text or a list of messages"), [], where_of(record)
 
 
 def _has(record: Mapping[str, Any], name: str) -> bool:

@@ -15,7 +15,7 @@ The rules, for every completion:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -65,13 +65,15 @@ class Encoded:
 class Row:
     """A prompt with its answers, all strings or all messages, and where the record was read.
 
-    Rows of unpaired answers say whether the answer is desirable.
+    Rows of unpaired answers say whether the answer is desirable; rows of prompts alone bring the
+    record along, of which a reward function may want more.
     """
 
     prompt: Text
     answers: Sequence[Text]
     where: str
     label: bool | None = None
+    record: Mapping[str, Any] | None = None
 
 
 class Encoder:
@@ -101,7 +103,7 @@ class Encoder:
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | UnusableRecord]:
-        """Token ids of every row, or the reason why it has none.
+        """Token ids of every row, or the reason why it has none. Rows may have no answers.
 
         Raises:
           DataError: When a conversation meets no chat template, or one that refuses it.
@@ -122,6 +124,15 @@ class Encoder:
             encoded.append(self._encoded(ids[start], ids[start + 1 : stop], conversation))
             start = stop
         return encoded
+
+    def whole_texts(self, row: Row) -> list[str]:
+        """The text of prompt and answer, all that the template writes, for every answer of a row.
+
+        Raises:
+          DataError: When a conversation meets no chat template, or one that refuses it.
+        """
+        prompt, answers = self._as_template_wants(row)
+        return self._render(prompt, answers, row.where)[1:]
 
     def _as_template_wants(self, row: Row) -> tuple[Text, Sequence[Text]]:
         if self.template == "chat" and isinstance(row.prompt, str):
@@ -163,7 +174,7 @@ class Encoder:
     def _encoded(
         self, prompt: list[int], wholes: list[list[int]], conversation: bool
     ) -> Encoded | UnusableRecord:
-        boundary = min(_common_length(prompt, whole) for whole in wholes)
+        boundary = min((_common_length(prompt, whole) for whole in wholes), default=len(prompt))
         ends = self._turn_ends if conversation else {self.eos_id}
         answers = [self._finished(whole[boundary:], ends) for whole in wholes]
         moved = boundary < len(prompt)

@@ -14,6 +14,7 @@ from train.data.formats import DataError, where_of
 from train.data.records import (
     UnusableRecord,
     normalise_preference,
+    normalise_prompt,
     normalise_sft,
     normalise_unpaired,
 )
@@ -136,6 +137,35 @@ def tokenize_unpaired(
     )
 
 
+def tokenize_prompts(
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int,
+    max_completion_length: int,
+    template: Template = "auto",
+    truncation: Truncation = "keep_end",
+) -> TokenDataset:
+    """Tokenise prompts to sample answers to; arguments and errors are those of `tokenize_preference`.
+
+    Answers in the records are ignored, and `max_completion_length` is the room for those to come.
+
+    Returns:
+      Columns `prompt_…`, `index` and `record`, the records themselves (dtype object).
+    """
+
+    def row(record: Mapping[str, Any]) -> Row:
+        return Row(normalise_prompt(record), (), where_of(record), record=record)
+
+    return _tokenize(
+        records,
+        row,
+        (),
+        Encoder(tokenizer, template),
+        _Limits(max_prompt_length, max_completion_length, truncation),
+    )
+
+
 def _tokenize(
     records: Sequence[Mapping[str, Any]],
     row: Callable[[Mapping[str, Any]], Row | list[Row]],
@@ -146,7 +176,7 @@ def _tokenize(
     limits.check()
     dropped: Counter[str] = Counter()
     rows = _normalised(records, row, dropped)
-    fitted, labels = [], []
+    fitted, labels, sources = [], [], []
     for source, encoded in zip(rows, encoder.encode(rows), strict=True):
         one = encoded if isinstance(encoded, UnusableRecord) else _fit(encoded, limits, encoder)
         if isinstance(one, UnusableRecord):
@@ -154,12 +184,16 @@ def _tokenize(
         else:
             fitted.append(one)
             labels.append(source.label)
+            sources.append(source.record)
     if not fitted:
         reasons = "; ".join(f"{count}: {reason}" for reason, count in dropped.items())
         raise DataError(f"None of {len(records)} records can be used ({reasons}).")
     arrays = _columns(fitted, names, limits, encoder)
     if labels[0] is not None:
         arrays["label"] = np.array(labels, bool)
+    if sources[0] is not None:
+        arrays["record"] = np.empty(len(sources), object)
+        arrays["record"][:] = sources
     return TokenDataset(arrays, _report(len(records), dropped, fitted, arrays, names))
 
 
@@ -241,8 +275,8 @@ def _columns(
     width = _width(prompts, limits.prompt)
     arrays: dict[str, np.ndarray] = {}
     arrays["prompt_tokens"], arrays["prompt_mask"] = pad_left(prompts, width, encoder.pad_id)
-    width = _width([answer for row in rows for answer in row.answers], limits.completion)
     for number, name in enumerate(names):
+        width = _width([answer for row in rows for answer in row.answers], limits.completion)
         arrays[f"{name}_tokens"], arrays[f"{name}_mask"] = pad_right(
             [row.answers[number] for row in rows], width, encoder.pad_id
         )
@@ -258,7 +292,7 @@ def _report(
     names: tuple[str, ...],
 ) -> TokenReport:
     prompts = arrays["prompt_mask"]
-    answers = np.concatenate([arrays[f"{name}_mask"] for name in names])
+    answers = [arrays[f"{name}_mask"] for name in names]
     return TokenReport(
         records=records,
         rows=len(rows),
@@ -267,5 +301,5 @@ def _report(
         completions_truncated=sum(row.answers_cut for row in rows),
         boundaries_moved=sum(row.moved for row in rows),
         prompts=Lengths.of(prompts),
-        completions=Lengths.of(answers),
+        completions=Lengths.of(np.concatenate(answers)) if answers else Lengths(0.0, 0),
     )

@@ -95,7 +95,11 @@ class ModelConfig:
         dtype: of activations and matrix products; norms, softmax and rotations are float32. How
             exact float32 products are on GPU and TPU is up to ``jax_default_matmul_precision``.
         param_dtype: of the stored parameters.
-        remat: recompute each block in the backward pass instead of keeping its activations.
+        remat: what each block computes again in the backward pass: a name in
+            `train.models.decoder.REMAT_POLICIES`.
+        lora_targets: names of the linear layers that have low-rank adapters.
+        lora_rank: of the adapters.
+        lora_scale: factor of their product.
     """
 
     model_type: str
@@ -118,7 +122,10 @@ class ModelConfig:
     initializer_range: float = 0.02
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
+    lora_targets: tuple[str, ...] = ()
+    lora_rank: int = 0
+    lora_scale: float = 1.0
 
     def __post_init__(self):
         for name in (

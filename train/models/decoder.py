@@ -21,6 +21,13 @@ from train.models.layers import (
 )
 from train.models.rope import rotation_angles
 
+REMAT_POLICIES: dict[str, Any] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "weight_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What is kept of a block for its backward pass; of `"none"`, everything."""
+
 Params = dict[str, Any]
 Array = jax.Array | np.ndarray
 
@@ -181,9 +188,10 @@ class Decoder(nnx.Module):
             params, layer_cache = layer
             return nnx.merge(graphdef, params)(x, inputs, layer_cache, start)
 
-        if self.config.remat:
+        if self.config.remat != "none":
+            policy = REMAT_POLICIES[self.config.remat]
             # The scan already keeps the recomputation from being merged with the forward pass.
-            block = jax.checkpoint(block, prevent_cse=False)
+            block = jax.checkpoint(block, prevent_cse=False, policy=policy)
         x = constrain(self.embed_tokens[...][tokens].astype(self.config.dtype), RESIDUAL)
         x, cache = jax.lax.scan(block, x, (stacked, cache))
         return self.norm(x), cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def from_hf(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     mesh: Mesh | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> Decoder:
     """Loads a Llama, Qwen2 or Qwen3 checkpoint from safetensors files.
 
@@ -62,7 +62,7 @@ def from_hf(
         param_dtype: of the parameters.
         mesh: where to put the parameters, by the axes ``"fsdp"`` and ``"tensor"`` that they carry
             (see `param_shardings`). On the default device when None.
-        remat: recompute blocks in the backward pass.
+        remat: what blocks compute again in the backward pass, see `ModelConfig`.
 
     Returns:
         The model, with ``model.config``.
@@ -87,17 +87,39 @@ def from_hf(
     config = dataclasses.replace(
         shapes, dtype=compute, param_dtype=compute if held is None else held, remat=remat
     )
-    shardings = None if mesh is None else param_shardings(config, mesh)
     graphdef = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))[0]
+    dtypes = stored if held is None else {}
+    return nnx.merge(graphdef, read_params(weights, config, mesh, dtypes))
+
+
+def read_params(
+    weights: SafetensorsDir,
+    config: ModelConfig,
+    mesh: Mesh | None,
+    dtypes: Mapping[tuple[str, ...], np.dtype] | None = None,
+) -> Params:
+    """Reads the decoder's parameters one by one, once `check_tensors` has found them all.
+
+    Args:
+        weights: Their files.
+        config: Of the decoder.
+        mesh: Where they go, see `param_shardings`; None for the default device.
+        dtypes: Of parameters that have another type than ``config.param_dtype``, by path.
+
+    Returns:
+        A tree like that of `split_model`.
+    """
+    shardings = None if mesh is None else param_shardings(config, mesh)
+    others = {} if dtypes is None else dtypes
     params: Params = {}
-    for path, leaf in leaves.items():
+    for path, leaf in decoder_leaves(config).items():
         place = None if shardings is None else _at(shardings, path)
         node = params
         for name in path[:-1]:
             node = node.setdefault(name, {})
-        kept = stored[path] if held is None else np.dtype(held)
+        kept = others.get(path, np.dtype(config.param_dtype))
         node[path[-1]] = _load(weights, leaf, kept, place)
-    return nnx.merge(graphdef, params)
+    return params
 
 
 def check_hf_compatible(
@@ -171,17 +193,28 @@ def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
 
 
 def check_tensors(
-    weights: SafetensorsDir, config: ModelConfig, leaves: dict[tuple[str, ...], Leaf]
+    weights: SafetensorsDir,
+    config: ModelConfig,
+    leaves: dict[tuple[str, ...], Leaf],
+    others: Sequence[str] = (),
 ) -> None:
-    """Raises one `ValueError` naming every tensor that does not fit the configuration."""
+    """Raises one `ValueError` naming every tensor that does not fit the configuration.
+
+    Args:
+        weights: The files.
+        config: What they are to fit.
+        leaves: Of the decoder.
+        others: Tensors that may be there besides, of which nothing is checked.
+    """
     expected = {name: leaf.hf_shape for leaf in leaves.values() for name in leaf.names}
     found = weights.entries
     tied_copy = LM_HEAD if config.tie_word_embeddings else None
+    allowed = {*expected, tied_copy, *others}
     missing = [f"  {name} {list(expected[name])}" for name in expected if name not in found]
     unexpected = [
         f"  {name} {list(entry.shape)} in {entry.file.name}"
         for name, entry in found.items()
-        if name not in expected and name != tied_copy and not is_derived(name)
+        if name not in allowed and not is_derived(name)
     ]
     shaped = [
         f"  {name} in {found[name].file.name} is {list(found[name].shape)}, expected {list(shape)}"
@@ -210,7 +243,11 @@ def check_tensors(
             f"the tensors in {weights.directory} do not fit its config.json "
             f"(model_type {config.model_type}):\n" + "\n".join(lines)
         )
-    if tied_copy in found and not np.array_equal(weights.read(LM_HEAD), weights.read(EMBEDDING)):
+    if (
+        tied_copy in found
+        and tied_copy not in others
+        and not np.array_equal(weights.read(LM_HEAD), weights.read(EMBEDDING))
+    ):
         raise ValueError(
             f"{weights.directory}: config.json has tie_word_embeddings true, but {LM_HEAD} differs "
             f"from {EMBEDDING}; set tie_word_embeddings to false to use both"

@@ -45,6 +45,7 @@ def to_hf(
     like: str | Path,
     dtype: Any = None,
     max_shard_size: int = 5_000_000_000,
+    card: str | None = None,
 ) -> Path:
     """Writes a model so that transformers, vLLM and others load it.
 
@@ -60,6 +61,7 @@ def to_hf(
             comes back bit for bit, and float32 training results of a bfloat16 one are rounded.
         max_shard_size: bytes per safetensors file; above it the tensors are spread over several
             with an index.
+        card: model card, written as ``README.md``; none when None.
 
     Returns:
         ``out_path``.
@@ -87,12 +89,19 @@ def to_hf(
             key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
             text = json.dumps({**hf_config, key: np.dtype(dtype).name}, indent=2)
             (partial / "config.json").write_text(text + "\n", encoding="utf-8")
-        for name in _COPIED:
-            if (source / name).is_dir():
-                shutil.copytree(source / name, partial / name)
-            elif (source / name).exists():
-                shutil.copyfile(source / name, partial / name)
+        copy_companions(source, partial)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
     return out
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copies generation settings, tokenizer and chat templates from one model directory to another."""
+    for name in _COPIED:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, directory / name)
+        elif (source / name).exists():
+            shutil.copyfile(source / name, directory / name)
 
 
 def save_tensors(
@@ -146,14 +155,22 @@ def _tensors(
             copies = [name, LM_HEAD] if name == EMBEDDING and model.lm_head is None else [name]
             for target in copies:
                 if target in weights.entries:
-                    yield target, _cast(target, values, dtype or weights.entries[target].dtype)
+                    yield (
+                        target,
+                        cast_checked(target, values, dtype or weights.entries[target].dtype),
+                    )
                     written.add(target)
     for name in weights.entries:
         if name not in written:
             yield name, weights.read(name)  # derived tensors of old versions
 
 
-def _cast(name: str, values: np.ndarray, dtype: Any) -> np.ndarray:
+def cast_checked(name: str, values: np.ndarray, dtype: Any) -> np.ndarray:
+    """A tensor in another dtype.
+
+    Raises:
+        ValueError: a finite value, of the tensor that ``name`` says, becomes infinite.
+    """
     with np.errstate(over="ignore"):
         cast = values.astype(dtype)
     lost = np.isfinite(values.astype(np.float32)) & ~np.isfinite(cast.astype(np.float32))

@@ -60,10 +60,15 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """``x @ kernel + bias`` with the kernel stored as ``[inputs, outputs]``."""
+    """``x @ kernel + bias`` with the kernel stored as ``[inputs, outputs]``.
+
+    Where its name is one of ``config.lora_targets``, it has a low-rank adapter (Hu et al. 2021): A
+    ``[inputs, rank]``, drawn as PEFT draws it, and B ``[rank, outputs]``, 0.
+    """
 
     def __init__(
         self,
+        name: str,
         inputs: int,
         outputs: int,
         config: ModelConfig,
@@ -76,10 +81,24 @@ class Linear(nnx.Module):
         self.kernel = make_param(config.initializer_range * kernel, axes)
         bias = jnp.zeros(outputs, config.param_dtype)
         self.bias = make_param(bias, (axes[1],)) if use_bias else None
+        self.lora_scale = config.lora_scale
+        adapted = name in config.lora_targets
+        self.lora_a = self._draw_a(inputs, config, rngs, axes[0]) if adapted else None
+        zeros = jnp.zeros((config.lora_rank, outputs), config.param_dtype)
+        self.lora_b = make_param(zeros, (None, axes[1])) if adapted else None
+
+    def _draw_a(self, inputs: int, config: ModelConfig, rngs: nnx.Rngs, axis: str) -> nnx.Param:
+        bound = inputs**-0.5
+        shape = (inputs, config.lora_rank)
+        drawn = rngs.params.uniform(shape, config.param_dtype, -bound, bound)
+        return make_param(drawn, (axis, None))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[..., inputs]`` to ``[..., outputs]`` in the dtype of ``x``."""
         y = x @ self.kernel[...].astype(x.dtype)
+        if self.lora_a is not None and self.lora_b is not None:
+            low = x @ self.lora_a[...].astype(x.dtype)
+            y = y + self.lora_scale * (low @ self.lora_b[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -91,13 +110,14 @@ class Attention(nnx.Module):
         width, queries = config.hidden_size, config.num_heads * config.head_dim
         keys = config.num_kv_heads * config.head_dim
 
-        def project(outputs: int) -> Linear:
+        def project(name: str, outputs: int) -> Linear:
             axes, use_bias = ("embed", "heads"), config.qkv_bias
-            return Linear(width, outputs, config, rngs, axes=axes, use_bias=use_bias)
+            return Linear(name, width, outputs, config, rngs, axes=axes, use_bias=use_bias)
 
-        self.q_proj, self.k_proj, self.v_proj = project(queries), project(keys), project(keys)
+        self.q_proj = project("q_proj", queries)
+        self.k_proj, self.v_proj = project("k_proj", keys), project("v_proj", keys)
         self.o_proj = Linear(
-            queries, width, config, rngs, axes=("heads", "embed"), use_bias=config.o_bias
+            "o_proj", queries, width, config, rngs, axes=("heads", "embed"), use_bias=config.o_bias
         )
         self.q_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
@@ -134,9 +154,11 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         width, inner, use_bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         wide = {"axes": ("embed", "mlp"), "use_bias": use_bias}
-        self.gate_proj = Linear(width, inner, config, rngs, **wide)
-        self.up_proj = Linear(width, inner, config, rngs, **wide)
-        self.down_proj = Linear(inner, width, config, rngs, axes=("mlp", "embed"), use_bias=use_bias)
+        self.gate_proj = Linear("gate_proj", width, inner, config, rngs, **wide)
+        self.up_proj = Linear("up_proj", width, inner, config, rngs, **wide)
+        self.down_proj = Linear(
+            "down_proj", inner, width, config, rngs, axes=("mlp", "embed"), use_bias=use_bias
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[..., hidden]`` to the same."""

@@ -21,26 +21,20 @@ from rich.progress import (
 )
 
 from train.config import UserError, require
-from train.taxbench import examples, plot, report, tasks
+from train.taxbench import plot, report, tasks
 from train.taxbench.methods import (
     METHODS,
     OFFLINE_WEIGHTS,
     Checkpoint,
-    Subject,
     add_delta,
     align,
     offline_linear,
 )
 from train.taxbench.scoring import is_right
+from train.taxbench.subjects import Subject, make_subject, train_models
 from train.taxbench.training import Lab, Params, Tick
-from train.taxbench.trajectories import Trajectory, compare, grade, records
+from train.taxbench.trajectories import Trajectory, compare, records
 
-# The pairs are about two families of eight; the tax shows on all of them.
-PREFERENCE_FAMILIES = ("copy", "add")
-LABEL_NOISE, WRONG_RATE, STYLE_RATE = 0.15, 0.3, 0.2
-# Facts take more repetitions than rules; copying takes fewer.
-STATEMENT_WEIGHTS = {"facts": 3.0, "copy": 0.5, "reverse": 0.5}
-BASE_LEARNING_RATE, SFT_LEARNING_RATE, SUPERVISED_BATCH = 4e-3, 2e-3, 128
 ALIGN_BATCH = 64
 
 
@@ -167,41 +161,18 @@ def expected_seconds(config: DemoConfig) -> float:
 
 def prepare(lab: Lab, config: DemoConfig, stages: Stages) -> Subject:
     """Trains the base model, fine-tunes it and makes the preference data."""
-    n = SUPERVISED_BATCH
-    rng = np.random.default_rng([config.seed, 1])
-    with stages.stage("base model", config.base_steps) as tick:
-        trainer = lab.supervised(
-            learning_rate=BASE_LEARNING_RATE,
-            warmup_steps=min(50, config.base_steps - 1),
-            steps=config.base_steps,
-            batch_size=n,
-        )
-        data = examples.statements(rng, n * config.base_steps, STATEMENT_WEIGHTS)
-        base = trainer.run(lab.fresh_params(config.seed), data, rng, tick=tick)
-    with stages.stage("SFT", config.sft_steps) as tick:
-        trainer = lab.supervised(
-            learning_rate=SFT_LEARNING_RATE,
-            warmup_steps=min(50, config.sft_steps - 1),
-            steps=config.sft_steps,
-            batch_size=n,
-        )
-        data = examples.instructions(rng, n * config.sft_steps, STYLE_RATE)
-        sft = trainer.run(base, data, rng, tick=tick)
-    pairs = examples.preferences(
-        np.random.default_rng([config.seed, 2]),
-        config.pairs,
-        PREFERENCE_FAMILIES,
-        noise=LABEL_NOISE,
-        wrong_rate=WRONG_RATE,
-    )
-    # The questions are part of the benchmark: the same for every seed.
-    questions = examples.questions(np.random.default_rng(99), config.questions)
-    start = grade(lab.answers(sft, questions), questions, at=0)
+    with (
+        stages.stage("base model", config.base_steps) as base_tick,
+        stages.stage("SFT", config.sft_steps) as sft_tick,
+    ):
+        ticks = (base_tick, sft_tick)
+        models = train_models(lab, config.seed, config.base_steps, config.sft_steps, ticks)
+    subject = make_subject(lab, models, config.seed, config.pairs, config.questions)
     stages.say(
-        f"SFT model: reward {start.reward:.2f}, {100 * start.capability:.1f} % of the "
-        "held-out questions right"
+        f"SFT model: reward {subject.start.reward:.2f}, {100 * subject.start.capability:.1f} % of "
+        "the held-out questions right"
     )
-    return Subject(base, sft, lab.with_reference(sft, pairs), questions, start, config.seed)
+    return subject
 
 
 def align_all(

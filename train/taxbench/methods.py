@@ -14,9 +14,9 @@ import numpy as np
 import omerge_jax as om
 from train.config import OptimizerOptions
 from train.objectives import check_starts_at_reference
-from train.taxbench.examples import Batch, Questions
+from train.taxbench.subjects import Subject
 from train.taxbench.training import Lab, Params, Tick
-from train.taxbench.trajectories import Point, Trajectory, grade
+from train.taxbench.trajectories import Trajectory, grade
 
 WARMUP_STEPS = 10
 
@@ -41,7 +41,7 @@ class Method:
         """Its settings in words, with the total weight of the reference delta over `steps`."""
         options = self.optimizer
         text = f"lr {options.learning_rate:g}, β {self.beta:g}"
-        if options.alpha:
+        if isinstance(options.alpha, float) and options.alpha:
             text += f", α {options.alpha:g}, p {options.density:g}, α·T {options.alpha * steps:.2g}"
         return text
 
@@ -61,27 +61,6 @@ METHODS = (
     ),
 )
 OFFLINE_WEIGHTS = tuple(np.linspace(0.05, 1.0, 20).round(2).tolist())
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """A model to align and what to align and score it with.
-
-    Attributes:
-        base: parameters before fine-tuning.
-        sft: parameters after it; the reference, and where every method starts.
-        pairs: preference data with the reference's log-probabilities.
-        questions: held-out questions.
-        start: the score of `sft`.
-        seed: orders the preference data, the same for all methods.
-    """
-
-    base: Params
-    sft: Params
-    pairs: Batch
-    questions: Questions
-    start: Point
-    seed: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
+from train.averages import Followers
 from train.config import AdamWOptions, ScheduleOptions
-from train.generate import make_greedy
 from train.models import Decoder, ModelConfig, layer_axes, split_model
 from train.objectives import preference_loss, reference_logps_fn, sft_loss
 from train.optimizers import make_optimizer, make_schedule
+from train.sampling import make_greedy
 from train.step import LossFn, init_state, make_train_step
 from train.taxbench import examples, tasks
 from train.taxbench.examples import Batch, Questions
@@ -50,24 +52,25 @@ class Trainer:
 
     Args:
         loss_fn: `loss_fn(params, batch) -> (loss, metrics)`.
-        options: the optimizer.
-        schedule: shape of the learning rate over `steps`.
+        tx: the optimizer.
         steps: length of a run.
         batch_size: rows of the data in a step.
+        ema_decay: of the moving average that is visited in place of the parameters.
     """
 
     def __init__(
         self,
         loss_fn: LossFn,
-        options: AdamWOptions,
-        schedule: ScheduleOptions,
+        tx: optax.GradientTransformation,
         *,
         steps: int,
         batch_size: int,
+        ema_decay: float | None = None,
     ):
-        rate = make_schedule(schedule, options.learning_rate, steps)
-        self._tx = make_optimizer(options, rate, layer_axes=layer_axes)
-        self._step = make_train_step(loss_fn, self._tx)
+        self._tx = tx
+        self._followers = Followers(ema_decay=ema_decay)
+        self._visited = "params" if ema_decay is None else "ema"
+        self._step = make_train_step(loss_fn, tx, followers=self._followers)
         self.steps, self.batch_size = steps, batch_size
 
     def run(
@@ -77,6 +80,7 @@ class Trainer:
         rng: np.random.Generator,
         *,
         delta: Params | None = None,
+        frozen: Params | None = None,
         visit: Visit | None = None,
         visit_every: int = 1,
         check_start: Callable[[dict[str, jax.Array]], None] | None = None,
@@ -89,6 +93,7 @@ class Trainer:
             data: examples, arrays of equal length.
             rng: order of the examples.
             delta: τ_r, where the optimizer merges.
+            frozen: parameters beside `params` that are not trained.
             visit: called with (step, params, metrics of the step) every `visit_every` steps; the
                 parameters are only valid during the call.
             visit_every: steps from one visit to the next.
@@ -98,11 +103,11 @@ class Trainer:
         Returns:
             The trained parameters.
         """
-        state = init_state(params, self._tx, delta)
+        state = init_state(params, self._tx, delta, self._followers)
         done = 0
         batches = examples.batches(data, self.batch_size, rng, self.steps)
         for step, batch in enumerate(batches, start=1):
-            state, metrics = self._step(state, batch)
+            state, metrics = self._step(state, batch, frozen)
             if step == 1 and check_start is not None:
                 check_start(metrics)
             if step % _SYNC_EVERY == 0 or step == self.steps:
@@ -110,7 +115,7 @@ class Trainer:
                 tick(step - done)
                 done = step
             if visit is not None and step % visit_every == 0:
-                visit(step, state["params"], {name: float(v) for name, v in metrics.items()})
+                visit(step, state[self._visited], {name: float(v) for name, v in metrics.items()})
         return state["params"]
 
 
@@ -135,11 +140,13 @@ class Lab:
         self, *, learning_rate: float, warmup_steps: int, steps: int, batch_size: int
     ) -> Trainer:
         """A trainer for the base model or for fine-tuning."""
+        # A short memory of squared gradients suits runs of a thousand steps.
+        options = AdamWOptions(learning_rate=learning_rate, b2=0.98)
+        shape = ScheduleOptions(type="cosine", warmup_steps=warmup_steps, final_scale=0.02)
+        rate = make_schedule(shape, learning_rate, steps)
         return Trainer(
             sft_loss(self.graphdef),
-            # A short memory of squared gradients suits runs of a thousand steps.
-            AdamWOptions(learning_rate=learning_rate, b2=0.98),
-            ScheduleOptions(type="cosine", warmup_steps=warmup_steps, final_scale=0.02),
+            make_optimizer(options, rate, layer_axes=layer_axes, steps=steps),
             steps=steps,
             batch_size=batch_size,
         )
@@ -154,9 +161,21 @@ class Lab:
         batch_size: int,
     ) -> Trainer:
         """A trainer for DPO."""
-        schedule = ScheduleOptions(type="constant", warmup_steps=warmup_steps)
-        loss = preference_loss(self.graphdef, beta=beta)
-        return Trainer(loss, options, schedule, steps=steps, batch_size=batch_size)
+        return Trainer(
+            preference_loss(self.graphdef, beta=beta),
+            self.optimizer(options, warmup_steps, steps),
+            steps=steps,
+            batch_size=batch_size,
+        )
+
+    @staticmethod
+    def optimizer(
+        options: AdamWOptions, warmup_steps: int, steps: int
+    ) -> optax.GradientTransformation:
+        """An optimizer for alignment: a learning rate that stays after its warm-up."""
+        shape = ScheduleOptions(type="constant", warmup_steps=warmup_steps)
+        rate = make_schedule(shape, options.learning_rate, steps)
+        return make_optimizer(options, rate, layer_axes=layer_axes, steps=steps)
 
     def with_reference(self, params: Params, pairs: Batch) -> Batch:
         """Preference data with the log-probabilities of the reference model `params`."""

@@ -1,0 +1,178 @@
+"""Perplexity, exact match and listed choices, each next to transformers on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.train.tiny_runs import make_model_dir, make_tokenizer, write_jsonl
+from train.cli import main
+from train.config import GenerationTaskOptions, TaskOptions, TextOptions, UserError
+from train.exact_match import extract, normalised
+from train.multiple_choice import read_questions
+from train.perplexity import read_texts
+from train.windows import sliding_windows
+
+TEXT = "The quick brown fox jumps over the lazy dog; then it sleeps, and dreams of 12,345 hens. "
+QUESTIONS = [
+    {
+        "q": "Sky?",
+        "choices": {"label": ["1", "2", "3"], "text": ["blue", "green now", "a"]},
+        "key": "2",
+    },
+    {"q": "Grass, in May?", "choices": {"label": ["A", "B"], "text": ["red", "green"]}, "key": "B"},
+    {"q": "Snow?", "choices": {"label": ["A", "B", "C"], "text": ["x", "yy", "white"]}, "key": "C"},
+]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return make_model_dir(tmp_path_factory.mktemp("model"), 5)
+
+
+@pytest.fixture(scope="module")
+def theirs(directory):
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def evaluate(directory, tmp_path, settings):
+    file = tmp_path / "eval.json"
+    output = tmp_path / "results.json"
+    file.write_text(json.dumps({"model": str(directory), "output": str(output), **settings}))
+    assert main(["eval", "--config", str(file)]) == 0
+    return json.loads(output.read_text())
+
+
+def documented_nll(model, ids, max_length, stride):
+    """The loop of transformers' page on perplexity; returns the sum of nll and the tokens."""
+    total, count, reached = 0.0, 0, 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + max_length, len(ids))
+        inputs = torch.tensor([ids[begin:end]])
+        labels = inputs.clone()
+        labels[:, : -(end - reached)] = -100
+        with torch.no_grad():
+            loss = model(inputs, labels=labels).loss
+        tokens = int((labels != -100).sum()) - int(begin == 0)
+        total += float(loss) * tokens
+        count += tokens
+        reached = end
+        if end == len(ids):
+            break
+    return total, count
+
+
+@pytest.mark.parametrize("separator", [None, "\n\n"])
+def test_perplexity(directory, theirs, tmp_path, separator):
+    texts = [TEXT * 3, TEXT, "Short."]
+    path = write_jsonl(tmp_path / "texts.jsonl", [{"body": text} for text in texts])
+    task = {"path": str(path), "field": "body", "max_length": 64, "stride": 24}
+    if separator is not None:
+        task["separator"] = separator
+        texts = [separator.join(texts)]  # as the page does
+    found = evaluate(directory, tmp_path, {"texts": {"t": task}, "batch_size": 4})["texts"]["t"]
+    tokenizer = make_tokenizer()
+    sums = [documented_nll(theirs, tokenizer(text)["input_ids"], 64, 24) for text in texts]
+    nll, count = (sum(column) for column in zip(*sums, strict=True))
+    assert found["tokens"] == count
+    assert found["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-4)
+    size = sum(len(text.encode()) for text in texts)
+    assert found["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-4)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(7, 3), (5, 1), (64, 32)])
+def test_windows_score_every_token_once(length, stride):
+    tokens = list(range(50))
+    scored = [t for w in sliding_windows(tokens, length, stride) for t in w.tokens[w.first :]]
+    assert scored == tokens[1:]
+
+
+def test_exact_match(directory, theirs, tmp_path):
+    """Answers are what transformers generates, for half of the problems."""
+    tokenizer = make_tokenizer()
+    records = []
+    for number in range(6):
+        prompt = f"{number} and {number * 7}" + "?" * number
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        mask = torch.ones_like(ids)
+        out = theirs.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        records.append({"prompt": prompt, "answer": f"so #### {text}" if number % 2 else "#### no"})
+    path = write_jsonl(tmp_path / "sums.jsonl", records)
+    task = {
+        "path": str(path),
+        "prompt": "{prompt}",
+        "answer": "{answer}",
+        "extract": "(?s).+",
+        "answer_extract": "(?s)#### (.+)",
+        "max_new_tokens": 12,
+        "chat_template": False,
+    }
+    found = evaluate(directory, tmp_path, {"generation": {"g": task}, "batch_size": 4})
+    assert found["generation"]["g"] == {"exact_match": 0.5, "extracted": 1.0, "problems": 6}
+
+
+def test_extraction():
+    """As lm-evaluation-harness scores GSM8K: the last number, without separators."""
+    pattern = GenerationTaskOptions(path="", prompt="", answer="").extract
+    assert normalised(extract(pattern, "First 3, then $1,234.") or "") == "1234"
+    assert extract(pattern, "none") is None
+    assert extract("x=(a)|y=(b)", "x=a y=b") == "b"
+
+
+@pytest.mark.parametrize("letters", [False, True])
+def test_listed_choices(directory, theirs, tmp_path, letters):
+    """acc and acc_norm as lm-evaluation-harness defines them, with uneven numbers of choices."""
+    path = write_jsonl(tmp_path / "q.jsonl", QUESTIONS * 2)
+    task = {"path": str(path), "prompt": "{q}", "answer": "{key}", "choices_field": "choices"}
+    task |= {"chat_template": False, "letters": letters}
+    found = evaluate(directory, tmp_path, {"tasks": {"c": task}, "batch_size": 4})["tasks"]["c"]
+    tokenizer, hits, normed = make_tokenizer(), [], []
+    for question in QUESTIONS:
+        texts = question["choices"]["text"]
+        if letters:
+            texts = ["A", "B", "C"][: len(texts)]
+        scores = []
+        for text in texts:
+            prompt, answer = (tokenizer(part)["input_ids"] for part in (question["q"], f" {text}"))
+            with torch.no_grad():
+                logits = theirs(torch.tensor([prompt + answer])).logits[0].double()
+            logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            scores.append(float(logps.gather(1, torch.tensor(answer)[:, None]).sum()))
+        right = question["choices"]["label"].index(question["key"])
+        hits.append(np.argmax(scores) == right)
+        normed.append(np.argmax(np.array(scores) / [len(t) for t in texts]) == right)
+    assert found["acc"] == pytest.approx(np.mean(hits))
+    assert found["acc_norm"] == pytest.approx(np.mean(normed))
+    assert found["questions"] == 6
+
+
+@pytest.mark.parametrize("answer", ["B", "1"])
+def test_answers_by_letter_and_number(tmp_path, answer):
+    record = {"q": "?", "choices": ["zero", "one"], "key": answer}
+    path = write_jsonl(tmp_path / "q.jsonl", [record])
+    task = TaskOptions(path=str(path), prompt="{q}", answer="{key}", choices_field="choices")
+    tokenizer = make_tokenizer()
+    (question,), _ = read_questions("c", task, tokenizer)
+    assert tokenizer.decode(question.answers[0]) == "one"
+
+
+def test_refusals(tmp_path):
+    record = {"q": "?", "choices": ["zero", "one"], "key": "F", "text": 3}
+    path = str(write_jsonl(tmp_path / "q.jsonl", [record]))
+    task = {"path": path, "prompt": "{q}", "answer": "{key}"}
+    with pytest.raises(UserError, match="names none of its 2 choices"):
+        read_questions("c", TaskOptions(**task, choices_field="choices"), make_tokenizer())
+    with pytest.raises(UserError, match=r"tasks\.c\.choices_field"):
+        read_questions("c", TaskOptions(**task, choices_field="none"), make_tokenizer())
+    with pytest.raises(UserError, match=r"tasks\.c\.letters"):
+        read_questions("c", TaskOptions(**task, letters=True), make_tokenizer())
+    with pytest.raises(UserError, match=r"texts\.t\.stride"):
+        read_texts("t", TextOptions(path=path, stride=2000), make_tokenizer(), 2048)
+    with pytest.raises(UserError, match=r"texts\.t\.field"):
+        read_texts("t", TextOptions(path=path), make_tokenizer(), 2048)

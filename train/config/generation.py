@@ -1,0 +1,46 @@
+"""Settings of ``python -m train generate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from train.config.base import DType
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Continuations of one prompt, shown as they are written, or of a file of prompts.
+
+    Attributes:
+        model: Directory in Hugging Face format, or a hub name.
+        prompt: One prompt, whose answer is written to the terminal.
+        prompts: A .json, .jsonl, .jsonl.gz or .parquet file, or a data set on the hub, whose
+            records have a field `prompt`: a string, or a list of messages.
+        output: JSON lines file to write for `prompts`, each record with fields `generated`,
+            `generated_tokens` and `finish_reason` (`stop` or `length`) added; it
+            must not exist yet.
+        chat_template: Make a user turn of prompts that are strings; otherwise they are continued as
+            plain text. Lists of messages always take the chat template.
+        max_new_tokens: Longest continuation, in tokens.
+        temperature: Divides the logits; 0 takes the most probable token.
+        top_k: Sample from the most probable tokens only, so many. Unset: all.
+        top_p: Sample from the smallest set of tokens that holds this much probability.
+        min_p: Sample from tokens at least so probable, relative to the most probable one.
+        seed: Seed of the draws. A prompt's own number in the file counts too, the batch does not.
+        batch_size: Prompts continued at once.
+        dtype: Type of the computations; parameters stay float32.
+    """
+
+    model: str
+    prompt: str | None = None
+    prompts: str | None = None
+    output: str | None = None
+    chat_template: bool = True
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    batch_size: int = 16
+    dtype: DType = "float32"

@@ -1,0 +1,1 @@
+"""``python -m train report RUN… --output report.html``: curves and tables of runs on one page."""

@@ -1,0 +1,94 @@
+"""What a report says of each run, read from its directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train.config import UserError
+
+Curve = tuple[list[float], list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        name: Label, different from those of the other runs.
+        settings: Flat settings by field name, the command among them.
+        curves: ``(steps, values)`` by metric.
+        finished: It ended and wrote its summary.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    curves: dict[str, Curve]
+    finished: bool
+
+    def last(self, metric: str) -> float | None:
+        """Last value of a metric, or None."""
+        return self.curves[metric][1][-1] if metric in self.curves else None
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """The runs in the order given.
+
+    Raises:
+        UserError: a directory is no run, is given twice, or has logged nothing.
+    """
+    directories = [Path(path).absolute() for path in paths]
+    if len(set(directories)) < len(directories):
+        raise UserError("The same run is given twice; give each once.")
+    names = _labels(directories)
+    return [_read(path, name) for path, name in zip(directories, names, strict=True)]
+
+
+def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Values, one a run, of the settings that are not the same in all; ``output_dir`` apart."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    rows = {name: [run.settings.get(name) for run in runs] for name in names}
+    return {
+        name: values
+        for name, values in rows.items()
+        if name != "output_dir" and any(value != values[0] for value in values)
+    }
+
+
+def _labels(directories: Sequence[Path]) -> list[str]:
+    """As many trailing parts of the paths as make them different."""
+    for length in range(1, max(len(path.parts) for path in directories) + 1):
+        labels = ["/".join(path.parts[-length:]) for path in directories]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [str(path) for path in directories]
+
+
+def _read(path: Path, name: str) -> Run:
+    try:
+        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        settings = {"command": record["command"], **record["settings"]}
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"{str(path)!r} holds no run with metrics: {error.filename}.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(path)!r} cannot be read as a run ({error!r}).") from error
+    curves: dict[str, Curve] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            step = row.pop("step")
+        except (ValueError, KeyError) as error:
+            if number == len(lines):  # cut off by a kill, or being written
+                continue
+            raise UserError(f"{path / 'metrics.jsonl'}, line {number} is damaged.") from error
+        for metric, value in row.items():
+            steps, values = curves.setdefault(metric, ([], []))
+            steps.append(step)
+            values.append(value)
+    if not curves:
+        raise UserError(f"{str(path)!r} has logged nothing yet.")
+    return Run(name, settings, curves, (path / "summary.json").exists())

@@ -1,0 +1,119 @@
+"""What one run of the benchmark is: an optimizer, a loss, a delta, and what is made of its models."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, Literal
+
+from train.config import AlphaOptions, OptimizerOptions
+
+DeltaKind = Literal[
+    "tau", "negative", "permuted", "random", "earlier", "low_rank", "attention", "mlp"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Models made from a run's after training.
+
+    Attributes:
+        name: identifier of the trajectory it makes.
+        label: name in tables.
+        method: of `omerge_jax.offline_merge`, between the fine-tuned model and the run's last one over
+            a grid of weights; or ``add_delta``: τ times a fixed weight, added to each of its models.
+        density: where the method drops entries.
+        weight: λ of ``add_delta``.
+    """
+
+    name: str
+    label: str
+    method: str
+    density: float | None = None
+    weight: float | None = None
+
+    def settings(self) -> str:
+        """Its settings in words."""
+        if self.method == "add_delta":
+            return f"λ {self.weight:g}"
+        return "w = 0.05 … 1" + ("" if self.density is None else f", p {self.density:g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One way to align the fine-tuned model.
+
+    Attributes:
+        group: the method; recipes of a group are its settings, among which one is chosen.
+        label: name of the group in tables.
+        optimizer: as for `python -m train dpo`.
+        loss: sigmoid, ipo, simpo or kto.
+        beta: strength of the loss's pull towards the reference.
+        delta: what is merged in place of τ, the difference of the fine-tuned and the base model.
+        ema: decay of the moving average that is scored in place of the parameters.
+        anchor: rate and form of the pull towards the start, see `omerge_jax.anchored`.
+        lora_rank: rank of the adapters that alone are trained.
+        merges: what is made of its models.
+        control: True for what is there to judge the others by.
+    """
+
+    group: str
+    label: str
+    optimizer: OptimizerOptions
+    loss: str = "sigmoid"
+    beta: float = 0.1
+    delta: DeltaKind = "tau"
+    ema: float | None = None
+    anchor: tuple[float, str] | None = None
+    lora_rank: int | None = None
+    merges: tuple[Merge, ...] = ()
+    control: bool = False
+
+    def fingerprint(self) -> str:
+        """Identifies everything that its results rest on; labels are not part of it."""
+        settings = dataclasses.asdict(self)
+        for name in ("group", "label", "control", "merges"):
+            settings.pop(name)
+        text = json.dumps(settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def settings(self, steps: int) -> str:
+        """Its settings in words, with the total weight of the reference delta over `steps`."""
+        options = self.optimizer
+        words = [f"lr {options.learning_rate:g}"]
+        if self.loss != "simpo" or self.beta != 0.1:
+            words.append(f"β {self.beta:g}")
+        words += _alpha_words(options.alpha, steps)
+        for name in ("density", "every_k", "delta_mask", "sparsifier", "consensus", "election"):
+            value = getattr(options, name)
+            if value is not None:
+                words.append(f"{_SHORT.get(name, name)} {value}")
+        if self.ema is not None:
+            words.append(f"decay {self.ema:g}")
+        if self.anchor is not None:
+            words.append(f"anchor {self.anchor[0]:g} ({self.anchor[1]})")
+        if self.lora_rank is not None:
+            words.append(f"rank {self.lora_rank}")
+        if self.delta != "tau":
+            words.append(f"delta: {self.delta}")
+        return ", ".join(words)
+
+
+_SHORT = {"density": "p", "every_k": "K", "delta_mask": "masks"}
+
+
+def _alpha_words(alpha: Any, steps: int) -> list[str]:
+    if isinstance(alpha, AlphaOptions):
+        shape = alpha.schedule.type + (" with warm-up" if alpha.schedule.warmup_steps else "")
+        if alpha.relative is not None:
+            return [f"relative α {alpha.relative:g}, {shape}"]
+        return [f"α {alpha.value:g}, {shape}"]
+    if alpha:
+        return [f"α {alpha:g} (α·T {alpha * steps:.2g})"]
+    return []
+
+
+def optimizer(name: str = "adamw", **fields: Any) -> OptimizerOptions:
+    """Optimizer settings with the benchmark's usual learning rate."""
+    return OptimizerOptions(**({"name": name, "learning_rate": 3e-5} | fields))

@@ -1,0 +1,252 @@
+"""The suite's report: report.md and report.html with the same tables and figures."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+import numpy as np
+
+from train.taxbench import suite_plots
+from train.taxbench.report import environment
+from train.taxbench.selection import Entry
+from train.taxbench.statistics import Difference, mean_sd, paired
+from train.taxbench.studies import CONTROL
+from train.taxbench.suite import Outcome, TaxbenchConfig
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with text, a table and a figure.
+
+    Attributes:
+        title: heading.
+        text: paragraphs above the table.
+        headings: of the table.
+        rows: its cells.
+        figure: file in the report's directory.
+    """
+
+    title: str
+    text: Sequence[str]
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    figure: str | None = None
+
+
+def write_report(outcome: Outcome, config: TaxbenchConfig, directory: Path) -> Path:
+    """Writes report.md, report.html and their figures.
+
+    Args:
+        outcome: from `train.taxbench.suite.run_suite`.
+        config: the settings.
+        directory: where to.
+
+    Returns:
+        The HTML file.
+    """
+    sections = [_first_table(outcome, config, directory)]
+    for study, rows in outcome.studies:
+        figure = f"{study.name}.png"
+        suite_plots.draw_study(outcome, study, rows, config.reward, directory / figure)
+        sections.append(
+            Section(
+                study.title,
+                [f"The paper: {study.finding}", _seeds_line(outcome.study_seeds)],
+                _headings(config),
+                _rows(
+                    outcome,
+                    [(f"{r.group}, {r.label}", r) for r in rows],
+                    outcome.study_seeds,
+                    config,
+                ),
+                figure,
+            )
+        )
+    intro = _introduction(outcome, config)
+    (directory / "report.md").write_text(_markdown(intro, sections), encoding="utf-8")
+    page = directory / "report.html"
+    page.write_text(_page(intro, sections, directory), encoding="utf-8")
+    return page
+
+
+def _introduction(outcome: Outcome, config: TaxbenchConfig) -> list[str]:
+    flags = f"--suite {config.suite} --output_dir DIR"
+    return [
+        f"Made by `python -m train taxbench {flags}` ({environment()}).",
+        f"Every seed has its own base model ({config.base_steps} steps from scratch), fine-tuned model "
+        f"({config.sft_steps} steps), preference data and order. Reward is the style of greedy answers "
+        f"to {8 * config.questions} held-out questions, capability the share answered right. "
+        f"Capability is read where a trajectory of {config.steps} steps first reaches reward "
+        f"{config.reward:g}, by linear interpolation between evaluations {config.eval_every} steps "
+        "apart, never beyond what was measured; a dash says that it was not reached.",
+        f"Settings were chosen on dev seeds {_list(outcome.dev_seeds)}, four for each method (offline "
+        "linear and slerp have none but their weight), by mean capability there; the table is of "
+        "other seeds. "
+        "Differences are paired by seed; p is that of a two-sided paired t-test, not corrected for "
+        "the number of rows.",
+    ]
+
+
+def _first_table(outcome: Outcome, config: TaxbenchConfig, directory: Path) -> Section:
+    rows = [*outcome.first, *outcome.controls]
+    suite_plots.draw_first(outcome, rows, config.reward, directory / "methods.png")
+    return Section(
+        "All methods (the paper's Table 1)",
+        [
+            "The paper: OnDARE and OnTIES gain more reward and lose less capability than AdamW, KL "
+            "penalties, EMA, ChildTuning, LoRA and offline merging.",
+            _seeds_line(outcome.seeds),
+        ],
+        _headings(config),
+        _rows(outcome, [(r.label, r) for r in rows], outcome.seeds, config),
+        "methods.png",
+    )
+
+
+def _seeds_line(seeds: Sequence[int]) -> str:
+    return (
+        f"Mean ± standard deviation over seeds {_list(seeds)}; (n) where only n of them reach it."
+    )
+
+
+def _list(seeds: Sequence[int]) -> str:
+    return ", ".join(str(seed) for seed in seeds)
+
+
+def _headings(config: TaxbenchConfig) -> list[str]:
+    return [
+        "method",
+        "settings",
+        f"capability % at reward {config.reward:g}",
+        "over AdamW",
+        "p",
+        "over AdamW + λτ",
+        "p",
+        f"reward at step {config.steps}",
+        f"capability % at step {config.steps}",
+    ]
+
+
+def _rows(
+    outcome: Outcome,
+    named: Sequence[tuple[str, Entry]],
+    seeds: Sequence[int],
+    config: TaxbenchConfig,
+) -> list[list[str]]:
+    def matched(row: Entry) -> np.ndarray:
+        return outcome.results.matched(row.key, seeds, config.reward)
+
+    base, control = _of_group(outcome, "adamw"), _of_group(outcome, CONTROL)
+    out = []
+    for label, row in named:
+        values, last = matched(row), outcome.results.last(row.key, seeds)
+        to_base = paired(values, matched(base)) if base and base.key != row.key else None
+        to_control = (
+            paired(values, matched(control)) if control and control.key != row.key else None
+        )
+        # The last weight of an offline merge is the trained model itself.
+        ends = (
+            ["—", "—"]
+            if "w = " in row.settings
+            else [_mean(last[:, 0], 1, 2, len(seeds)), _mean(last[:, 1], 100, 1, len(seeds))]
+        )
+        out.append(
+            [
+                label,
+                row.settings,
+                _mean(values, 100, 1, len(seeds)),
+                *_gap(to_base),
+                *_gap(to_control),
+                *ends,
+            ]
+        )
+    return out
+
+
+def _of_group(outcome: Outcome, group: str) -> Entry | None:
+    return next((row for row in outcome.first if row.group == group), None)
+
+
+def _mean(values: np.ndarray, scale: float, digits: int, total: int) -> str:
+    mean, sd, n = mean_sd(values)
+    if n == 0:
+        return "—"
+    spread = "" if math.isnan(sd) else f" ± {scale * sd:.{digits}f}"
+    return f"{scale * mean:.{digits}f}{spread}" + ("" if n == total else f" ({n})")
+
+
+def _gap(difference: Difference | None) -> list[str]:
+    if difference is None or difference.n == 0:
+        return ["—", "—"]
+    spread = "" if math.isnan(difference.sd) else f" ± {100 * difference.sd:.1f}"
+    p = "—" if math.isnan(difference.p) else f"{difference.p:.2g}"
+    return [f"{100 * difference.mean:+.1f}{spread}", p]
+
+
+def _markdown(intro: Sequence[str], sections: Sequence[Section]) -> str:
+    parts = ["# The alignment tax over seeds", *intro]
+    for section in sections:
+        parts += [f"## {section.title}", *section.text]
+        if section.figure:
+            parts.append(f"![{section.title}]({section.figure})")
+        lines = [section.headings, ["---"] * len(section.headings), *section.rows]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _page(intro: Sequence[str], sections: Sequence[Section], directory: Path) -> str:
+    parts = [f"<p>{html.escape(text)}</p>" for text in intro]
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.title)}</h2>")
+        parts += [f"<p>{html.escape(text)}</p>" for text in section.text]
+        if section.figure:
+            data = base64.b64encode((directory / section.figure).read_bytes()).decode("ascii")
+            parts.append(
+                f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">'
+            )
+        parts.append(_table(section))
+    return _PAGE.substitute(body="\n".join(parts))
+
+
+def _table(section: Section) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        inner = "".join(
+            f"<{tag}{' class=n' if i > 1 else ''}>{html.escape(c)}</{tag}>"
+            for i, c in enumerate(cells)
+        )
+        return f"<tr>{inner}</tr>"
+
+    body = "".join(line(row, "td") for row in section.rows)
+    return (
+        f'<div class="scroll"><table><thead>{line(section.headings, "th")}</thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>The alignment tax over seeds</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff;
+         max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+  h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
+  img { max-width: 100%; height: auto; }
+  .scroll { overflow-x: auto; }
+  table { border-collapse: collapse; font-size: .85rem; }
+  th, td { padding: .25rem .6rem; border-bottom: 1px solid #e2e2e2; text-align: left;
+           vertical-align: top; }
+  th { border-bottom: 2px solid #888; }
+  .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+</style>
+<h1>The alignment tax over seeds</h1>
+$body
+</html>
+""")
