@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ from jax.sharding import Mesh
 
 import omerge_jax as om
 from train.config import DPOConfig, UserError
-from train.losses import pair_loss
+from train.dpo import settings_of
+from train.losses import beta_schedule, pair_loss
 from train.models import ModelConfig, layer_axes, read_hf_config
 from train.objectives import preference_loss
 from train.optimizers import make_optimizer, make_schedule, needs_delta
@@ -59,8 +61,6 @@ def read_shape(path: str) -> ModelConfig:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    import json
-
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -73,8 +73,10 @@ def make_program(config: DPOConfig, model: ModelConfig, mesh: Mesh | None) -> Pr
         mesh: Devices, of this machine or of a topology.
 
     Raises:
-        UserError: the batch cannot be split over the mesh.
+        UserError: the batch cannot be split over the mesh, or the run trains a part of the model or
+            holds copies of it, whose steps are not built here.
     """
+    _check_whole(config)
     options, trainer = config.model, config.trainer
     parts = trainer.gradient_accumulation_steps
     check_batch("trainer.batch_size", trainer.batch_size, mesh, parts)
@@ -82,8 +84,9 @@ def make_program(config: DPOConfig, model: ModelConfig, mesh: Mesh | None) -> Pr
         model, dtype=options.dtype, param_dtype=options.param_dtype, remat=options.remat
     )
     graphdef, params = abstract_model(model, mesh)
-    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, trainer.steps or 1000)
-    tx = make_optimizer(config.optimizer, schedule, layer_axes=layer_axes)
+    steps = trainer.steps or 1000  # changes constants of the schedules alone
+    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, steps)
+    tx = make_optimizer(config.optimizer, schedule, layer_axes=layer_axes, steps=steps)
     delta = None
     if needs_delta(config.optimizer):
         dtype = config.optimizer.delta_dtype
@@ -96,14 +99,31 @@ def make_program(config: DPOConfig, model: ModelConfig, mesh: Mesh | None) -> Pr
             state,
             shardings,
         )
-    loss_fn = preference_loss(graphdef, vocab_chunk=config.loss.vocab_chunk, **_loss(config))
+    loss = config.loss
+    loss_fn = preference_loss(
+        graphdef,
+        beta_at=beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, steps),
+        vocab_chunk=loss.vocab_chunk,
+        **settings_of(loss),
+    )
     step = make_train_step(loss_fn, tx, shardings=shardings, accumulate=parts)
     return Program(step, state, _batch(config, mesh))
 
 
-def _loss(config: DPOConfig) -> dict[str, Any]:
-    loss = config.loss
-    return {"loss_type": loss.type, "beta": loss.beta, "label_smoothing": loss.label_smoothing}
+def _check_whole(config: DPOConfig) -> None:
+    given = {
+        "model.lora": config.model.lora,
+        "model.freeze": config.model.freeze,
+        "model.trainable": config.model.trainable,
+        "trainer.ema": config.trainer.ema,
+        "sync_ref_model": config.sync_ref_model,
+    }
+    for name, value in given.items():
+        if value:
+            raise UserError(
+                f"{name} is set; the plan covers runs that train all parameters and hold no copies of "
+                "them. Unset it."
+            )
 
 
 def _batch(config: DPOConfig, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -120,7 +140,7 @@ def _batch(config: DPOConfig, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStru
     for name, length in lengths.items():
         batch[f"{name}_tokens"] = column((size, length), jnp.int32)
         batch[f"{name}_mask"] = column((size, length), jnp.bool_)
-    if pair_loss(**_loss(config)).needs_reference:
+    if pair_loss(**settings_of(config.loss)).needs_reference:
         for name in ("chosen", "rejected"):
             batch[f"reference_{name}_logps"] = column((size,), jnp.float32)
     return batch
