@@ -127,7 +127,7 @@ def _check_whole(config: DPOConfig) -> None:
 
 
 def _batch(config: DPOConfig, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """The longest rows that the data settings allow."""
+    """The longest rows that the data settings allow, every prompt computed once for each answer."""
     place = None if mesh is None else rows(mesh)
     size, data = config.trainer.batch_size, config.data
     lengths = {"prompt": data.max_prompt_length}
