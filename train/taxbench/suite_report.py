@@ -161,8 +161,8 @@ def _rows(
                 label,
                 row.settings,
                 _mean(values, 100, 1, len(seeds)),
-                *_gap(to_base),
-                *_gap(to_control),
+                *_gap(to_base, len(seeds)),
+                *_gap(to_control, len(seeds)),
                 *ends,
             ]
         )
@@ -181,12 +181,13 @@ def _mean(values: np.ndarray, scale: float, digits: int, total: int) -> str:
     return f"{scale * mean:.{digits}f}{spread}" + ("" if n == total else f" ({n})")
 
 
-def _gap(difference: Difference | None) -> list[str]:
+def _gap(difference: Difference | None, total: int) -> list[str]:
     if difference is None or difference.n == 0:
         return ["—", "—"]
     spread = "" if math.isnan(difference.sd) else f" ± {100 * difference.sd:.1f}"
     p = "—" if math.isnan(difference.p) else f"{difference.p:.2g}"
-    return [f"{100 * difference.mean:+.1f}{spread}", p]
+    some = "" if difference.n == total else f" ({difference.n})"
+    return [f"{100 * difference.mean:+.1f}{spread}{some}", p]
 
 
 def _markdown(intro: Sequence[str], sections: Sequence[Section]) -> str:
