@@ -1,6 +1,7 @@
 """How large the benchmark is: what results rest on besides seed and recipe."""
 
 import dataclasses
+from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,3 +25,8 @@ class Sizes:
     pairs: int = 4000
     questions: int = 64
     batch_size: int = 64
+
+
+def models_file(directory: Path, seed: int, sizes: Sizes) -> Path:
+    """Where the base and the fine-tuned model of a seed are kept; models of other lengths elsewhere."""
+    return directory / f"models-{seed}-{sizes.base_steps}-{sizes.sft_steps}.npz"

@@ -159,7 +159,7 @@ def run(config: TaxbenchConfig) -> Path:
     """
     check(config)
     directory, suite, console = open_directory(config), SUITES[config.suite], Console()
-    workers = config.workers or len(os.sched_getaffinity(0))
+    workers = config.workers or os.cpu_count() or 1
     runner = Runner(directory, config.sizes(), workers, console)
     outcome = run_suite(config, suite, runner)
     from train.taxbench.suite_report import write_report
