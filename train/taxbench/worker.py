@@ -22,15 +22,13 @@ from train.objectives import preference_loss, unpaired_logps_fn, unpaired_loss
 from train.optimizers import needs_delta
 from train.taxbench.deltas import make_delta
 from train.taxbench.examples import Batch
+from train.taxbench.methods import OFFLINE_WEIGHTS, WARMUP_STEPS
 from train.taxbench.recipes import Merge, Recipe
 from train.taxbench.sizes import Sizes, models_file
 from train.taxbench.subjects import Models, make_subject, on_host, train_models
 from train.taxbench.training import MODEL, Lab, Params, Trainer
 from train.taxbench.trajectories import Point, grade
 from train.trainable import join
-
-WEIGHTS = tuple(np.linspace(0.05, 1.0, 20).round(2).tolist())
-WARMUP_STEPS = 10
 
 
 class Bench:
@@ -174,7 +172,7 @@ class Bench:
                 for model in models
             )
         else:
-            at, merged = [0.0, *WEIGHTS], self._along_weights(merge, models[-1])
+            at, merged = [0.0, *OFFLINE_WEIGHTS], self._along_weights(merge, models[-1])
         points = [self._score(model, place) for place, model in zip(at, merged, strict=True)]
         return self._record(recipe, points, merge)
 
@@ -183,10 +181,10 @@ class Bench:
         yield sft
         extra: dict[str, Any] = {} if merge.density is None else {"density": merge.density}
         if merge.method == "slerp":
-            for weight in WEIGHTS:
+            for weight in OFFLINE_WEIGHTS:
                 yield om.offline_merge(sft, [trained], method="slerp", t=weight)
             return
-        for weight in WEIGHTS:
+        for weight in OFFLINE_WEIGHTS:
             yield om.offline_merge(
                 base, [sft, trained], method=merge.method, weights=[1 - weight, weight], **extra
             )
