@@ -52,6 +52,7 @@ def anchored(
         when ``update`` is traced, missing parameters.
 
     Example:
+      >>> import optax
       >>> tx = optax.chain(optax.sgd(0.0), anchored(0.25))
       >>> state = tx.init({"w": jnp.array([1.0])})
       >>> tx.update({"w": jnp.array([9.0])}, state, {"w": jnp.array([5.0])})[0]["w"].tolist()

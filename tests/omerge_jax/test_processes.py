@@ -12,6 +12,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 TIMEOUT = 120
 PROGRAM = """
@@ -155,6 +156,7 @@ def distinct(runs, key):
     return {json.dumps(seen[key], sort_keys=True) for seen in everything if key in seen}
 
 
+@pytest.mark.slow
 def test_masks_and_trajectories_are_the_same_everywhere_and_after_a_restore(tmp_path):
     """One test, since the runs that all of it looks at take half a minute."""
     of_8, of_2_processes = str(tmp_path / "saved on 8"), str(tmp_path / "saved by 2 processes")

@@ -86,6 +86,7 @@ def timeless(run):
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows_of(run)]
 
 
+@pytest.mark.slow
 def test_reward_rises_and_a_resumed_run_ends_the_same(inputs, tmp_path, capsys):
     run = tmp_path / "run"
     changes = {"trainer__steps": 80, "trainer__batch_size": 16, "data__eval_fraction": 0.2}

@@ -31,11 +31,10 @@ from train.taxbench.methods import (
     offline_linear,
 )
 from train.taxbench.scoring import is_right
+from train.taxbench.sizes import ALIGN_BATCH, check_sizes
 from train.taxbench.subjects import Subject, make_subject, train_models
 from train.taxbench.training import Lab, Params, Tick
 from train.taxbench.trajectories import Trajectory, compare, records
-
-ALIGN_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,19 +73,9 @@ def check(config: DemoConfig) -> None:
     Raises:
         UserError: names the first field that cannot be used.
     """
-    for name, least in {"base_steps": 2, "sft_steps": 2, "steps": 2, "eval_every": 1}.items():
-        value = getattr(config, name)
-        require(value >= least, name, value, f"{least} or larger")
+    check_sizes(config)
     require(config.seed >= 0, "seed", config.seed, "0 or larger")
-    require(config.questions >= 1, "questions", config.questions, "1 or larger")
-    require(config.pairs >= ALIGN_BATCH, "pairs", config.pairs, f"{ALIGN_BATCH} or larger")
-    require(0 < config.reward < 1, "reward", config.reward, "between 0 and 1")
     require(config.control_weight > 0, "control_weight", config.control_weight, "positive")
-    if config.steps % config.eval_every:
-        raise UserError(
-            f"eval_every must divide steps, so that the last step is evaluated; got "
-            f"{config.eval_every} and {config.steps}."
-        )
 
 
 def new_run_dir(output_dir: str) -> Path:

@@ -81,9 +81,7 @@ class Recipe:
     def settings(self, steps: int) -> str:
         """Its settings in words, with the total weight of the reference delta over `steps`."""
         options = self.optimizer
-        words = [f"lr {options.learning_rate:g}"]
-        if self.loss != "simpo" or self.beta != 0.1:
-            words.append(f"β {self.beta:g}")
+        words = [f"lr {options.learning_rate:g}", f"β {self.beta:g}"]
         words += _alpha_words(options.alpha, steps)
         for name in ("density", "every_k", "delta_mask", "sparsifier", "consensus", "election"):
             value = getattr(options, name)

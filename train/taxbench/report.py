@@ -159,7 +159,7 @@ def environment() -> str:
     return f"{versions}; Python {platform.python_version()}, {os.cpu_count()} CPU cores"
 
 
-def _html_table(headings: Sequence[str], body: Sequence[Sequence[str]], first: int) -> str:
+def html_table(headings: Sequence[str], body: Sequence[Sequence[str]], first: int) -> str:
     """An HTML table whose first `first` columns hold text, the others numbers."""
 
     def line(cells: Sequence[str], tag: str) -> str:
@@ -212,12 +212,10 @@ def write_page(rows: Sequence[Row], page: Page, plot: Path, path: Path) -> None:
     text = _PAGE.substitute(
         headline=html.escape(headline(rows, page.level)),
         plot=base64.b64encode(plot.read_bytes()).decode("ascii"),
-        table=_html_table(
-            _headings(page.level, page.steps), [_cells(row) for row in rows], first=2
-        ),
-        answers=_html_table(*page.answers, first=len(page.answers[0])),
+        table=html_table(_headings(page.level, page.steps), [_cells(row) for row in rows], first=2),
+        answers=html_table(*page.answers, first=len(page.answers[0])),
         notes=items,
-        settings=_html_table(["setting", "value"], settings, first=2),
+        settings=html_table(["setting", "value"], settings, first=2),
         command=html.escape(page.command),
         cost=html.escape(page.cost),
         environment=html.escape(environment()),

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from train.taxbench.recipes import Recipe
-from train.taxbench.sizes import Sizes
+from train.taxbench.sizes import Sizes, models_file
 from train.taxbench.statistics import Key, Results
 
 
@@ -87,7 +87,7 @@ class Runner:
         self, pool: ProcessPoolExecutor, progress: Progress, seeds: list[int]
     ) -> None:
         """Trains the models of all seeds first, so that no two processes train the same ones."""
-        todo = [seed for seed in seeds if not (self._directory / f"models-{seed}.npz").exists()]
+        todo = [s for s in seeds if not models_file(self._directory, s, self._sizes).exists()]
         if not todo:
             return
         bar = progress.add_task("base and SFT models", total=len(todo))

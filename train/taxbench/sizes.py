@@ -1,6 +1,13 @@
 """How large the benchmark is: what results rest on besides seed and recipe."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
+
+from train.config import UserError, require
+
+ALIGN_BATCH = 64
+"""Pairs in a step of alignment."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,4 +30,28 @@ class Sizes:
     eval_every: int = 10
     pairs: int = 4000
     questions: int = 64
-    batch_size: int = 64
+    batch_size: int = ALIGN_BATCH
+
+
+def check_sizes(config: Any) -> None:
+    """Checks the fields that the demo and the suite have in common.
+
+    Raises:
+        UserError: names the first field that cannot be used.
+    """
+    for name in ("base_steps", "sft_steps", "steps"):
+        require(getattr(config, name) >= 2, name, getattr(config, name), "2 or larger")
+    for name in ("eval_every", "questions"):
+        require(getattr(config, name) >= 1, name, getattr(config, name), "1 or larger")
+    require(config.pairs >= ALIGN_BATCH, "pairs", config.pairs, f"{ALIGN_BATCH} or larger")
+    require(0 < config.reward < 1, "reward", config.reward, "between 0 and 1")
+    if config.steps % config.eval_every:
+        raise UserError(
+            f"eval_every must divide steps, so that the last step is evaluated; got "
+            f"{config.eval_every} and {config.steps}."
+        )
+
+
+def models_file(directory: Path, seed: int, sizes: Sizes) -> Path:
+    """Where the base and the fine-tuned model of a seed are kept; models of other lengths elsewhere."""
+    return directory / f"models-{seed}-{sizes.base_steps}-{sizes.sft_steps}.npz"

@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from train.taxbench import examples
 from train.taxbench.examples import Batch, Questions
-from train.taxbench.training import Lab, Params, Tick
+from train.taxbench.training import Lab, Params, Tick, Trainer
 from train.taxbench.trajectories import Point, grade
 
 # The pairs are about two families of eight; the tax shows on all of them.
@@ -79,23 +79,18 @@ def train_models(
         ticks: told about the steps of the two stages.
     """
     n, rng = SUPERVISED_BATCH, np.random.default_rng([seed, 1])
-    trainer = lab.supervised(
-        learning_rate=BASE_LEARNING_RATE,
-        warmup_steps=min(50, base_steps - 1),
-        steps=base_steps,
-        batch_size=n,
-    )
+
+    def stage(rate: float, steps: int) -> Trainer:
+        warmup = min(50, steps - 1)
+        return lab.supervised(learning_rate=rate, warmup_steps=warmup, steps=steps, batch_size=n)
+
     data = examples.statements(rng, n * base_steps, STATEMENT_WEIGHTS)
-    base = trainer.run(lab.fresh_params(seed), data, rng, tick=ticks[0])
-    trainer = lab.supervised(
-        learning_rate=SFT_LEARNING_RATE,
-        warmup_steps=min(50, sft_steps - 1),
-        steps=sft_steps,
-        batch_size=n,
+    base = stage(BASE_LEARNING_RATE, base_steps).run(
+        lab.fresh_params(seed), data, rng, tick=ticks[0]
     )
     data = examples.instructions(rng, n * sft_steps, STYLE_RATE)
     halves: list[Params] = []
-    sft = trainer.run(
+    sft = stage(SFT_LEARNING_RATE, sft_steps).run(
         base,
         data,
         rng,

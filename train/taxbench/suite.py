@@ -14,7 +14,7 @@ from rich.console import Console
 from train.config import UserError, require
 from train.taxbench.runner import Job, Runner
 from train.taxbench.selection import Entry, choose, entries, narrowed
-from train.taxbench.sizes import Sizes
+from train.taxbench.sizes import Sizes, check_sizes
 from train.taxbench.statistics import Results
 from train.taxbench.studies import Study, candidates, controls, studies
 
@@ -87,19 +87,9 @@ def check(config: TaxbenchConfig) -> None:
     Raises:
         UserError: names the first field that cannot be used.
     """
-    require(0 < config.reward < 1, "reward", config.reward, "between 0 and 1")
-    for name in ("base_steps", "sft_steps", "steps"):
-        require(getattr(config, name) >= 2, name, getattr(config, name), "2 or larger")
-    for name in ("eval_every", "questions"):
-        require(getattr(config, name) >= 1, name, getattr(config, name), "1 or larger")
-    require(config.pairs >= 64, "pairs", config.pairs, "64 or larger")
+    check_sizes(config)
     if config.workers is not None:
         require(config.workers >= 1, "workers", config.workers, "1 or larger")
-    if config.steps % config.eval_every:
-        raise UserError(
-            f"eval_every must divide steps, so that the last step is evaluated; got "
-            f"{config.eval_every} and {config.steps}."
-        )
 
 
 def open_directory(config: TaxbenchConfig) -> Path:
@@ -159,7 +149,7 @@ def run(config: TaxbenchConfig) -> Path:
     """
     check(config)
     directory, suite, console = open_directory(config), SUITES[config.suite], Console()
-    workers = config.workers or len(os.sched_getaffinity(0))
+    workers = config.workers or os.cpu_count() or 1
     runner = Runner(directory, config.sizes(), workers, console)
     outcome = run_suite(config, suite, runner)
     from train.taxbench.suite_report import write_report

@@ -13,7 +13,7 @@ from string import Template
 import numpy as np
 
 from train.taxbench import suite_plots
-from train.taxbench.report import environment
+from train.taxbench.report import environment, html_table
 from train.taxbench.selection import Entry
 from train.taxbench.statistics import Difference, mean_sd, paired
 from train.taxbench.studies import CONTROL
@@ -111,7 +111,8 @@ def _first_table(outcome: Outcome, config: TaxbenchConfig, directory: Path) -> S
 
 def _seeds_line(seeds: Sequence[int]) -> str:
     return (
-        f"Mean ± standard deviation over seeds {_list(seeds)}; (n) where only n of them reach it."
+        f"Mean ± standard deviation over seeds {_list(seeds)}; (n) where only n of them reach the "
+        "reward, or for a difference where only n of them do with both methods."
     )
 
 
@@ -161,8 +162,8 @@ def _rows(
                 label,
                 row.settings,
                 _mean(values, 100, 1, len(seeds)),
-                *_gap(to_base),
-                *_gap(to_control),
+                *_gap(to_base, len(seeds)),
+                *_gap(to_control, len(seeds)),
                 *ends,
             ]
         )
@@ -181,12 +182,13 @@ def _mean(values: np.ndarray, scale: float, digits: int, total: int) -> str:
     return f"{scale * mean:.{digits}f}{spread}" + ("" if n == total else f" ({n})")
 
 
-def _gap(difference: Difference | None) -> list[str]:
+def _gap(difference: Difference | None, total: int) -> list[str]:
     if difference is None or difference.n == 0:
         return ["—", "—"]
     spread = "" if math.isnan(difference.sd) else f" ± {100 * difference.sd:.1f}"
     p = "—" if math.isnan(difference.p) else f"{difference.p:.2g}"
-    return [f"{100 * difference.mean:+.1f}{spread}", p]
+    some = "" if difference.n == total else f" ({difference.n})"
+    return [f"{100 * difference.mean:+.1f}{spread}{some}", p]
 
 
 def _markdown(intro: Sequence[str], sections: Sequence[Section]) -> str:
@@ -210,23 +212,9 @@ def _page(intro: Sequence[str], sections: Sequence[Section], directory: Path) ->
             parts.append(
                 f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">'
             )
-        parts.append(_table(section))
+        table = html_table(section.headings, section.rows, first=2)
+        parts.append(f'<div class="scroll">{table}</div>')
     return _PAGE.substitute(body="\n".join(parts))
-
-
-def _table(section: Section) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        inner = "".join(
-            f"<{tag}{' class=n' if i > 1 else ''}>{html.escape(c)}</{tag}>"
-            for i, c in enumerate(cells)
-        )
-        return f"<tr>{inner}</tr>"
-
-    body = "".join(line(row, "td") for row in section.rows)
-    return (
-        f'<div class="scroll"><table><thead>{line(section.headings, "th")}</thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
 
 
 _PAGE = Template("""<!doctype html>

@@ -19,32 +19,30 @@ from train.kl_pairs import rotation
 from train.models import Decoder, split_model
 from train.models.lora import TARGETS, fresh_adapters, merge_adapters
 from train.objectives import preference_loss, unpaired_logps_fn, unpaired_loss
-from train.optimizers import takes_delta
+from train.optimizers import needs_delta
 from train.taxbench.deltas import make_delta
 from train.taxbench.examples import Batch
+from train.taxbench.methods import OFFLINE_WEIGHTS, WARMUP_STEPS
 from train.taxbench.recipes import Merge, Recipe
-from train.taxbench.sizes import Sizes
+from train.taxbench.sizes import Sizes, models_file
 from train.taxbench.subjects import Models, make_subject, on_host, train_models
 from train.taxbench.training import MODEL, Lab, Params, Trainer
 from train.taxbench.trajectories import Point, grade
 from train.trainable import join
-
-WEIGHTS = tuple(np.linspace(0.05, 1.0, 20).round(2).tolist())
-WARMUP_STEPS = 10
 
 
 class Bench:
     """The models of one seed, and the runs on them.
 
     Args:
-        directory: where models are kept, as models-SEED.npz.
+        directory: where models are kept, see `models_file`.
         seed: of the models, the data and their order.
         sizes: of everything.
     """
 
     def __init__(self, directory: Path, seed: int, sizes: Sizes):
         self.sizes, self.seed, self._lab = sizes, seed, Lab()
-        path = directory / f"models-{seed}.npz"
+        path = models_file(directory, seed, sizes)
         if path.exists():
             self._models = Models.load(path)
         else:
@@ -97,12 +95,11 @@ class Bench:
             if recipe.merges:
                 kept.append(on_host(model))
 
-        merges = takes_delta(recipe.optimizer) and recipe.optimizer.alpha != 0
         trainer.run(
             start,
             data,
             np.random.default_rng([subject.seed, 3]),
-            delta=delta if merges else None,
+            delta=delta if needs_delta(recipe.optimizer) else None,
             frozen=frozen,
             visit=visit,
             visit_every=sizes.eval_every,
@@ -175,7 +172,7 @@ class Bench:
                 for model in models
             )
         else:
-            at, merged = [0.0, *WEIGHTS], self._along_weights(merge, models[-1])
+            at, merged = [0.0, *OFFLINE_WEIGHTS], self._along_weights(merge, models[-1])
         points = [self._score(model, place) for place, model in zip(at, merged, strict=True)]
         return self._record(recipe, points, merge)
 
@@ -184,10 +181,10 @@ class Bench:
         yield sft
         extra: dict[str, Any] = {} if merge.density is None else {"density": merge.density}
         if merge.method == "slerp":
-            for weight in WEIGHTS:
+            for weight in OFFLINE_WEIGHTS:
                 yield om.offline_merge(sft, [trained], method="slerp", t=weight)
             return
-        for weight in WEIGHTS:
+        for weight in OFFLINE_WEIGHTS:
             yield om.offline_merge(
                 base, [sft, trained], method=merge.method, weights=[1 - weight, weight], **extra
             )
