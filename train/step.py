@@ -30,8 +30,9 @@ def state_shardings(state: Any, params: Any) -> Any:
     """Where every array of a training state belongs when `params` are spread over a mesh.
 
     A leaf of the state takes the sharding of the parameter whose key path its own path ends with
-    and whose shape it has (moments, task vectors, the parameters themselves); anything else, such
-    as counters, is replicated.
+    and whose shape it has (moments, task vectors, the parameters themselves). The entries of a
+    sparse task vector are split over all devices, whatever their places; anything else, such as
+    counters, is replicated.
 
     Args:
       state: A training state of arrays or `jax.ShapeDtypeStruct`, as `init_state` makes.
@@ -49,7 +50,8 @@ def state_shardings(state: Any, params: Any) -> Any:
     }
     if not meshes:
         return None
-    replicated = jax.sharding.NamedSharding(meshes.pop(), jax.sharding.PartitionSpec())
+    mesh = meshes.pop()
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def place(path: tuple[Any, ...], leaf: Any) -> jax.sharding.Sharding:
         names = _key_names(path)
@@ -57,9 +59,22 @@ def state_shardings(state: Any, params: Any) -> Any:
             parameter = by_path.get(names[start:])
             if parameter is not None and parameter.shape == leaf.shape:
                 return parameter.sharding
+            if names[-1] in ("places", "values") and names[start:-1] in by_path:
+                return _split_last(leaf, mesh)
         return replicated
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _split_last(leaf: Any, mesh: Any) -> jax.sharding.NamedSharding:
+    """Over as many axes of the mesh, the slowest network last, as divide the last axis of a leaf."""
+    axes, count = [], 1
+    for axis in reversed(mesh.axis_names):
+        if leaf.shape[-1] % (count * mesh.shape[axis]) == 0:
+            axes.insert(0, axis)
+            count *= mesh.shape[axis]
+    spec = jax.sharding.PartitionSpec(*[None] * (leaf.ndim - 1), tuple(axes) or None)
+    return jax.sharding.NamedSharding(mesh, spec)
 
 
 def _key_names(path: tuple[Any, ...]) -> tuple[str, ...]:

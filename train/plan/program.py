@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 import omerge_jax as om
 from train.config import DPOConfig, UserError
+from train.data.buckets import LEAST_SHARED
 from train.dpo import settings_of
 from train.losses import beta_schedule, pair_loss
 from train.models import ModelConfig, layer_axes, read_hf_config
@@ -127,20 +128,34 @@ def _check_whole(config: DPOConfig) -> None:
 
 
 def _batch(config: DPOConfig, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """The longest rows that the data settings allow, every prompt computed once for each answer."""
+    """The longest rows that the data settings allow, with what `train.data.loader` puts into a batch."""
     place = None if mesh is None else rows(mesh)
     size, data = config.trainer.batch_size, config.data
-    lengths = {"prompt": data.max_prompt_length}
-    lengths |= dict.fromkeys(("chosen", "rejected"), data.max_completion_length)
-
-    def column(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    batch = {}
-    for name, length in lengths.items():
-        batch[f"{name}_tokens"] = column((size, length), jnp.int32)
-        batch[f"{name}_mask"] = column((size, length), jnp.bool_)
+    prompt, answer = data.max_prompt_length, data.max_completion_length
+    columns: dict[str, tuple[int, Any]] = {}
+    for name, length in {"prompt": prompt, "chosen": answer, "rejected": answer}.items():
+        columns |= {f"{name}_tokens": (length, jnp.int32), f"{name}_mask": (length, jnp.bool_)}
+    if shares_prompts(config):
+        for name in ("joined_ids", "joined_parts"):
+            columns[name] = (prompt + 2 * answer, jnp.int32)
+        for name in ("scored_ids", "scored_from"):
+            columns[name] = (2 * answer, jnp.int32)
+    batch = {
+        name: jax.ShapeDtypeStruct((size, length), dtype, sharding=place)
+        for name, (length, dtype) in columns.items()
+    }
     if pair_loss(**settings_of(config.loss)).needs_reference:
         for name in ("chosen", "rejected"):
-            batch[f"reference_{name}_logps"] = column((size,), jnp.float32)
+            batch[f"reference_{name}_logps"] = jax.ShapeDtypeStruct(
+                (size,), jnp.float32, sharding=place
+            )
     return batch
+
+
+def shares_prompts(config: DPOConfig) -> bool:
+    """Whether rows hold their prompt once for both answers, when all are as long as they may be."""
+    data = config.data
+    if isinstance(data.prefix_sharing, bool):
+        return data.prefix_sharing
+    tokens = 2 * (data.max_prompt_length + data.max_completion_length)
+    return data.max_prompt_length >= LEAST_SHARED * tokens

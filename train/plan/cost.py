@@ -1,0 +1,297 @@
+"""What a compiled program computes, reads, writes and sends, with every loop's body as often as it runs.
+
+XLA's own ``cost_analysis`` counts the body of a loop once, and a decoder is a loop over its layers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+
+from train.plan.hlo import Array, Computation, Instruction, Module, parse, trips
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_VIEWS = ("bitcast", "get-tuple-element", "tuple", "parameter", "constant", "after-all")
+_FREE = (*_VIEWS, "partition-id", "replica-id", "iota", "opt-barrier", "custom-call")
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclass
+class Cost:
+    """What one run of a program, or of a part of it, costs one chip.
+
+    Attributes:
+        flops: Of matrix products, twice the multiplications.
+        hbm_bytes: Read from and written to the chip's main memory. What a fusion takes a slice of
+            counts by the slice, and what is updated in place by the update.
+        sent: Bytes that each kind of collective brings to the chip from others, with the best known
+            algorithm on ``n`` chips: ``(n − 1)/n`` of the result for a gather, of the operand for a
+            scatter, and both for an all-reduce.
+        loops: Names of loops whose trips the text does not tell; they count as one.
+    """
+
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+    sent: dict[str, float] = field(default_factory=dict)
+    loops: tuple[str, ...] = ()
+
+    def add(self, other: Cost, times: int = 1) -> None:
+        """Adds `times` runs of another part."""
+        self.flops += times * other.flops
+        self.hbm_bytes += times * other.hbm_bytes
+        for kind, size in other.sent.items():
+            self.send(kind, times * size)
+        self.loops += other.loops
+
+    def send(self, kind: str, size: float) -> None:
+        """Adds what one collective brings."""
+        self.sent[kind] = self.sent.get(kind, 0.0) + size
+
+    @property
+    def sent_bytes(self) -> float:
+        """Of all collectives together."""
+        return sum(self.sent.values())
+
+
+def program_cost(text: str, chips: int, *, count_loops: bool = True) -> Cost:
+    """The cost of a compiled program on each chip.
+
+    Args:
+        text: ``compiled.as_text()``.
+        chips: How many run it.
+        count_loops: False: every body once, as XLA's ``cost_analysis`` does.
+    """
+    return _Walk(parse(text), chips, count_loops).of(None)
+
+
+class _Walk:
+    def __init__(self, module: Module, chips: int, count_loops: bool) -> None:
+        self.module, self.chips, self.count_loops = module, chips, count_loops
+        self.known: dict[str, Cost] = {}
+
+    def of(self, name: str | None) -> Cost:
+        """The cost of one run of a computation; of the whole program for None."""
+        name = self.module.entry if name is None else name
+        if name not in self.known:
+            total = Cost()
+            computation = self.module.computations[name]
+            for instruction in computation.values():
+                self._add(total, computation, instruction)
+            self.known[name] = total
+        return self.known[name]
+
+    def _add(self, total: Cost, computation: Computation, instruction: Instruction) -> None:
+        opcode = instruction.opcode
+        if opcode == "while":
+            self._add_loop(total, computation, instruction)
+        elif opcode == "conditional":
+            costs = [self.of(name) for name in instruction.branches()]
+            total.add(max(costs, key=lambda cost: (cost.flops, cost.hbm_bytes), default=Cost()))
+        elif opcode in ("call", "async-start"):
+            total.add(self.of(instruction.called("to_apply") or instruction.called("calls")))
+        elif opcode == "fusion":
+            self._add_inside(total, self._inside(instruction))
+            total.hbm_bytes += self._fusion_bytes(computation, instruction)
+        elif kind := collective(instruction):
+            total.send(kind, sent(instruction, computation, self.chips))
+            total.hbm_bytes += 2 * _result(instruction)
+        elif not opcode.endswith("-done") and opcode not in _FREE:
+            total.flops += flops(instruction, computation)
+            total.hbm_bytes += _plain_bytes(computation, instruction)
+
+    def _add_loop(self, total: Cost, computation: Computation, loop: Instruction) -> None:
+        times = 1
+        if self.count_loops:
+            try:
+                times = trips(self.module, computation, loop)
+            except ValueError:
+                total.loops += (loop.name,)
+        total.add(self.of(loop.called("body")), times)
+
+    def _inside(self, fusion: Instruction) -> Computation:
+        return self.module.computations[fusion.called("calls") or ""]
+
+    def _add_inside(self, total: Cost, inside: Computation) -> None:
+        """Products and collectives of a fusion; its other work stays on the chip."""
+        users = _users(inside)
+        for instruction in inside.values():
+            if instruction.opcode == "fusion":
+                self._add_inside(total, self._inside(instruction))
+            total.flops += flops(instruction, inside)
+            kind = collective(instruction)
+            if kind is None or not _starts(instruction, users):
+                continue
+            size = sent(instruction, inside, self.chips)
+            if kind == "all-reduce" and _only_sliced(users, instruction):
+                kind, size = "reduce-scatter", size / 2
+            total.send(kind, size)
+            total.hbm_bytes += 2 * _result(instruction)
+
+    def _fusion_bytes(self, computation: Computation, fusion: Instruction) -> float:
+        inside = self._inside(fusion)
+        users = _users(inside)
+        parameters = {
+            int(i.literal): i for i in inside.values() if i.opcode == "parameter"
+        }
+        total = 0.0
+        for number, name in enumerate(fusion.operands):
+            operand = computation[name]
+            if operand.arrays and operand.arrays[0].in_hbm and number in parameters:
+                total += _read(inside, users, parameters[number])
+        root = next(i for i in inside.values() if i.is_root)
+        if "AsyncCollective" in root.attributes:
+            return 0.0
+        results = [inside[n] for n in root.operands] if root.opcode == "tuple" else [root]
+        for result, array in zip(results, fusion.arrays, strict=False):
+            if array.in_hbm:
+                total += _written(inside, result, array)
+        return total
+
+
+def _users(computation: Computation) -> dict[str, list[Instruction]]:
+    users: dict[str, list[Instruction]] = {}
+    for instruction in computation.values():
+        for name in instruction.operands:
+            users.setdefault(name, []).append(instruction)
+    return users
+
+
+def _read(inside: Computation, users: dict[str, list[Instruction]], value: Instruction) -> float:
+    """Bytes that a fusion reads of a parameter."""
+    whole, total = sum(array.size for array in value.arrays), 0.0
+    for user in users.get(value.name, []):
+        if user.opcode in _SLICES and user.operands[0] == value.name:
+            total += sum(array.size for array in user.arrays)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+            continue
+        elif user.opcode == "bitcast":
+            total += _read(inside, users, user)
+        elif user.opcode == "tuple" or collective(user):
+            continue
+        else:
+            return whole
+    return min(whole, total)
+
+
+def _written(inside: Computation, result: Instruction, array: Array) -> float:
+    while result.opcode == "bitcast":
+        result = inside[result.operands[0]]
+    if result.opcode == "parameter" or collective(result):
+        return 0.0
+    if result.opcode == "dynamic-update-slice":
+        return sum(a.size for a in inside[result.operands[1]].arrays)
+    return array.size
+
+
+def _plain_bytes(computation: Computation, instruction: Instruction) -> float:
+    opcode = instruction.opcode
+    if opcode in (*_SLICES, "slice-start"):
+        written = instruction.arrays if opcode != "slice-start" else instruction.arrays[1:2]
+        moved = sum(array.size for array in written)
+        source = computation[instruction.operands[0]].arrays
+        ends = (any(a.in_hbm for a in source), any(a.in_hbm for a in written))
+        return moved * sum(ends)
+    if opcode == "dynamic-update-slice":
+        return 2 * sum(a.size for a in computation[instruction.operands[1]].arrays if a.in_hbm)
+    if opcode == "copy-start":
+        return sum(array.size for array in instruction.arrays[:2] if array.in_hbm)
+    names = instruction.operands
+    read = sum(a.size for name in names for a in computation[name].arrays if a.in_hbm)
+    return read + sum(array.size for array in instruction.arrays if array.in_hbm)
+
+
+def _result(instruction: Instruction) -> float:
+    """Bytes of the result of a collective, without the operand that an asynchronous one repeats."""
+    if instruction.opcode.endswith("-start") and len(instruction.arrays) > 1:
+        if instruction.opcode.startswith("all-reduce"):
+            return sum(array.size for array in instruction.arrays)
+        return instruction.arrays[1].size
+    return sum(array.size for array in instruction.arrays)
+
+
+def collective(instruction: Instruction) -> str | None:
+    """The kind of collective that an instruction is or starts."""
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in COLLECTIVES else None
+
+
+def sent(instruction: Instruction, computation: Computation, chips: int) -> float:
+    """Bytes that a collective brings to each chip from others."""
+    kind, size = collective(instruction), _result(instruction)
+    if kind in ("collective-permute", "collective-broadcast"):
+        return size
+    others = 1 - 1 / group_size(instruction.attributes, chips)
+    if kind == "all-reduce":
+        return 2 * size * others
+    if kind == "reduce-scatter":
+        size = sum(a.size for name in instruction.operands for a in computation[name].arrays)
+    return size * others
+
+
+def group_size(attributes: str, chips: int) -> int:
+    """How many chips take part in one group of a collective.
+
+    Example:
+        >>> group_size("replica_groups=[8,2]<=[16]", 16), group_size("replica_groups={{0,1,2}}", 3)
+        (2, 3)
+    """
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=", attributes):
+        return int(found[1].split(",")[-1])
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=@?\w*\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in axes)
+    return chips
+
+
+def _starts(instruction: Instruction, users: dict[str, list[Instruction]]) -> bool:
+    """False where a fusion only lets a collective go on that an earlier one has started."""
+    if "chain_id" not in instruction.attributes:
+        return True
+    return any("AsyncCollectiveStart" in user.attributes for user in users[instruction.name])
+
+
+def _only_sliced(users: dict[str, list[Instruction]], instruction: Instruction) -> bool:
+    """Whether a chip keeps only its part of an all-reduce, which is then sent as a scatter."""
+    names, found = [instruction.name], []
+    while names:
+        for user in users.get(names.pop(), []):
+            if user.opcode == "bitcast":
+                names.append(user.name)
+            else:
+                found.append(user.opcode)
+    return bool(found) and set(found) <= {"dynamic-slice"}
+
+
+def flops(instruction: Instruction, computation: Computation) -> float:
+    """Of a matrix product, which compilers for TPUs write as a convolution; else 0."""
+    if instruction.opcode not in ("dot", "convolution"):
+        return 0.0
+    left, right = (computation[name].arrays[0].dims for name in instruction.operands[:2])
+    out = math.prod(instruction.arrays[0].dims)
+    if instruction.opcode == "dot":
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        axes = [int(axis) for axis in axes[1].split(",") if axis] if axes else []
+        return 2.0 * out * math.prod(left[axis] for axis in axes)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels is not None, instruction.attributes
+    sizes = [
+        dict(zip(names, dims, strict=True))
+        for names, dims in zip(labels.groups(), (left, right, instruction.arrays[0].dims), strict=True)
+    ]
+    summed = sizes[1]["i"]
+    for axis in (name for name in sizes[1] if name.isdigit()):
+        if sizes[0][axis] == sizes[1][axis] and sizes[2][axis] == 1:
+            summed *= sizes[1][axis]
+    return 2.0 * out * summed

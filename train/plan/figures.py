@@ -1,0 +1,162 @@
+"""The figures of a plan, each for one chip and one step unless it says otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from train.plan.target import Target
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes of what a chip holds from step to step, and of its part of a batch.
+
+    Attributes:
+        parameters: Of the model.
+        optimizer: Moments and counters.
+        delta: The reference delta, with the sums and the residuals that a merge keeps.
+        batch: One batch.
+    """
+
+    parameters: float
+    optimizer: float
+    delta: float
+    batch: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.parameters + self.optimizer + self.delta + self.batch
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a step needs of a chip's memory, in bytes.
+
+    Attributes:
+        state: What is held, by the shapes.
+        padding: What the layout of the state's arrays adds to it.
+        temporaries: Activations, gradients, gathered weights, and results that replace nothing.
+        program: The compiled program.
+    """
+
+    state: State
+    padding: float
+    temporaries: float
+    program: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.state.total + self.padding + self.temporaries + self.program
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does.
+
+    Attributes:
+        flops: Of matrix products.
+        hbm_bytes: Read from and written to memory; None where nobody has counted them.
+        sent: Bytes that each kind of collective brings from other chips.
+        uncounted_loops: Loops of unknown length, whose body counts once.
+    """
+
+    flops: float
+    hbm_bytes: float | None
+    sent: dict[str, float] = field(default_factory=dict)
+    uncounted_loops: int = 0
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Lower bounds of the time of a step, in seconds, each at the peak of what it is named after.
+
+    Attributes:
+        compute: Matrix products.
+        hbm: Memory.
+        interconnect: Collectives.
+        mfu: Upper bound of the model's FLOPs utilisation (Chowdhery et al. 2022): what forward and
+            backward pass need without recomputation, at the peak, as a share of the step.
+    """
+
+    compute: float
+    hbm: float
+    interconnect: float
+    mfu: float
+
+    @property
+    def step(self) -> float:
+        """The largest: everything overlaps."""
+        return max(self.compute, self.hbm, self.interconnect)
+
+    @property
+    def bound(self) -> str:
+        """The name of the largest."""
+        return max(("compute", "hbm", "interconnect"), key=lambda name: getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step of one configuration on one machine.
+
+    Attributes:
+        target: The machine.
+        mesh: Chips along each axis.
+        source: ``"compiler"``, or ``"arithmetic"`` where only the state is exact.
+        parameters: Of the model, over all chips.
+        model_flops: Of a step, over all chips, without recomputation.
+        memory: Of a chip.
+        work: Of a chip; None where the compiler refused a program that does not fit.
+    """
+
+    target: Target
+    mesh: dict[str, int]
+    source: str
+    parameters: int
+    model_flops: float
+    memory: Memory
+    work: Work | None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the memory suffices; None where that of a chip is not known."""
+        return None if self.target.hbm is None else self.memory.total <= self.target.hbm
+
+    @property
+    def roofline(self) -> Roofline | None:
+        """Bounds of the time, where the peaks are known."""
+        peaks, work = self.target.peaks, self.work
+        if peaks is None or work is None:
+            return None
+        compute = work.flops / peaks.flops
+        hbm = (work.hbm_bytes or 0.0) / peaks.hbm_bandwidth
+        arriving = peaks.arriving(self.target.chips)
+        interconnect = sum(work.sent.values()) / arriving
+        used = 1
+        for size in self.mesh.values():
+            used *= size
+        ideal = self.model_flops / (used * peaks.flops)
+        mfu = ideal / max(compute, hbm, interconnect)
+        return Roofline(compute, hbm, interconnect, mfu)
+
+    def as_json(self) -> dict[str, Any]:
+        """What is written to a file."""
+        memory, roofline = self.memory, self.roofline
+        hbm = {**asdict(memory.state), "padding": memory.padding}
+        hbm |= {"temporaries": memory.temporaries, "program": memory.program}
+        hbm |= {"total": memory.total, "capacity": self.target.hbm}
+        times = None if roofline is None else {**asdict(roofline), "step": roofline.step}
+        return {
+            "topology": self.target.topology,
+            "chips": self.target.chips,
+            "mesh": self.mesh,
+            "source": self.source,
+            "model_parameters": self.parameters,
+            "model_flops_of_all_chips": self.model_flops,
+            "hbm_bytes_per_chip": hbm,
+            "fits": self.fits,
+            "step_per_chip": None if self.work is None else asdict(self.work),
+            "roofline_seconds": times,
+        }

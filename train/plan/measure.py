@@ -1,0 +1,123 @@
+"""Compiles the step of a configuration for a machine and takes the compiler's figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+
+import omerge_jax as om
+from train.config import DPOConfig, OptimizerOptions
+from train.models import ModelConfig
+from train.models.hf_names import decoder_leaves
+from train.optimizers import inner_name, needs_delta
+from train.plan.arithmetic import estimate, model_flops
+from train.plan.cost import program_cost
+from train.plan.figures import Memory, Plan, State, Work
+from train.plan.program import Program, make_program
+from train.plan.target import Target
+from train.sharding import on_mesh
+
+_REFUSED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def make_plan(config: DPOConfig, model: ModelConfig, target: Target) -> Plan:
+    """The figures of a step.
+
+    Args:
+        config: Of the run.
+        model: Its shapes.
+        target: From `train.plan.target.read_target`.
+
+    Returns:
+        The plan, from the compiler where the target has one.
+
+    Raises:
+        UserError: a field cannot be used there.
+    """
+    mesh = target.mesh(config.mesh)
+    program = make_program(config, model, mesh)
+    state = state_bytes(program)
+    if target.devices:
+        source = "compiler"
+        memory, work = _compiled(program, state, mesh, target)
+    else:
+        source = "arithmetic"
+        memory, work = estimate(config, model, mesh, state)
+    return Plan(
+        target=target,
+        mesh={axis: size for axis, size in mesh.shape.items()},
+        source=source,
+        parameters=sum(math.prod(leaf.shape) for leaf in decoder_leaves(model).values()),
+        model_flops=model_flops(config, model),
+        memory=memory,
+        work=work,
+    )
+
+
+def without_merge(options: OptimizerOptions) -> OptimizerOptions | None:
+    """The optimizer that a merging one is built on, to compare with; None where there is no name for it."""
+    name = inner_name(options)
+    if not needs_delta(options) or name not in ("adamw", "lion"):
+        return None
+    kept = {
+        item.name: getattr(options, item.name)
+        for item in dataclasses.fields(options)
+        if item.name in ("learning_rate", "b1", "b2", "eps", "weight_decay", "max_grad_norm")
+    }
+    return OptimizerOptions(name=name, moment_dtype=options.moment_dtype, **kept)
+
+
+def state_bytes(program: Program) -> State:
+    """Bytes of a chip's part of the state and of a batch, by shapes and places."""
+    sizes = {"parameters": 0.0, "optimizer": 0.0, "delta": 0.0}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(program.state):
+        sizes[_kind(path)] += part_bytes(leaf)
+    batch = sum(part_bytes(leaf) for leaf in jax.tree.leaves(program.batch))
+    return State(**sizes, batch=batch)
+
+
+_OF_DELTA = ("reference_delta", "delta_fit", "cached_delta", "rounding_residual", "merge_scalars")
+
+
+def _kind(path: tuple[Any, ...]) -> str:
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    if names[0] == "params":
+        return "parameters"
+    return "delta" if set(names) & set(_OF_DELTA) else "optimizer"
+
+
+def part_bytes(leaf: jax.ShapeDtypeStruct) -> float:
+    """Bytes of what one device holds of an array."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _compiled(
+    program: Program, state: State, mesh: Any, target: Target
+) -> tuple[Memory, Work | None]:
+    try:
+        with on_mesh(mesh):
+            compiled: Any = program.step.lower(program.state, program.batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = _REFUSED.search(str(error))
+        if found is None:
+            raise
+        used = float(found[1]) * _UNITS[found[2]]
+        return Memory(state, 0.0, max(0.0, used - state.total)), None
+    memory = compiled.memory_analysis()
+    new = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    cost = program_cost(compiled.as_text(), mesh.size)
+    return (
+        Memory(
+            state,
+            padding=memory.argument_size_in_bytes - state.total,
+            temporaries=memory.temp_size_in_bytes + new,
+            program=memory.generated_code_size_in_bytes,
+        ),
+        Work(cost.flops, cost.hbm_bytes, cost.sent, len(cost.loops)),
+    )

@@ -1,0 +1,128 @@
+"""The machines that a plan is made for: their number, peaks and, where they have one, compiler."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from train.config import MeshOptions, UserError
+from train.models.axes import MESH_AXES
+from train.sharding import mesh_shape
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peaks of one chip.
+
+    TPUs: cloud.google.com/tpu/docs/v5e, /v5p and /v6e (bfloat16 peak, HBM, and interchip
+    interconnect, of which half of the bidirectional figure counts here). GPUs: NVIDIA's data sheets of
+    the SXM modules (bfloat16 without sparsity; half of NVLink's figure).
+
+    Attributes:
+        flops: bfloat16 operations a second.
+        hbm: Bytes of memory, of which the system keeps some.
+        hbm_bandwidth: Bytes a second.
+        interconnect: Bytes a second that arrive from other chips, over all links together.
+        node: Chips that this holds for; above, `network` does. 0: any number.
+        network: Bytes a second that arrive from other machines, for each chip.
+    """
+
+    flops: float
+    hbm: float
+    hbm_bandwidth: float
+    interconnect: float
+    node: int = 0
+    network: float = 0.0
+
+    def arriving(self, chips: int) -> float:
+        """Bytes a second that arrive where so many chips work together."""
+        return self.network if self.node and chips > self.node else self.interconnect
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 16e9, 819e9, 200e9),
+    "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32e9, 1638e9, 400e9),
+    "h100": Chip(989e12, 80e9, 3350e9, 450e9, node=8, network=50e9),
+    "h200": Chip(989e12, 141e9, 4800e9, 450e9, node=8, network=50e9),
+}
+"""By the name that `topology` begins with. The network of GPUs is 400 Gbit/s for each, the usual one."""
+
+TPUS = ("v5e", "v5p", "v6e")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan is made for.
+
+    Attributes:
+        topology: As given.
+        chips: How many.
+        hbm: Bytes of memory of one; None where it is not known.
+        peaks: Of one; None where they are not known.
+        devices: To compile for; empty where there is no compiler.
+    """
+
+    topology: str
+    chips: int
+    hbm: float | None
+    peaks: Chip | None
+    devices: tuple[Any, ...]
+
+    def mesh(self, options: MeshOptions) -> Mesh | AbstractMesh | None:
+        """The mesh that a run there has; None for one chip of this machine.
+
+        Raises:
+            UserError: there are fewer chips.
+        """
+        shape = mesh_shape(options, self.chips)
+        count, kinds = math.prod(shape), (AxisType.Auto,) * len(MESH_AXES)
+        if not self.devices:
+            return AbstractMesh(shape, MESH_AXES, axis_types=kinds)
+        if count == len(self.devices):
+            return jax.make_mesh(shape, MESH_AXES, kinds, devices=self.devices)
+        chosen = np.array(self.devices[:count]).reshape(shape)
+        return Mesh(chosen, MESH_AXES, axis_types=kinds)
+
+
+def read_target(topology: str) -> Target:
+    """What a name stands for.
+
+    Args:
+        topology: Such as ``v5p:4x4x8``, ``cpu:8``, ``h100:8`` or ``gpu:8x80``.
+
+    Raises:
+        UserError: it stands for nothing, or its compiler is not installed.
+    """
+    name, _, size = topology.partition(":")
+    if name in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", size):
+        return _tpus(topology, name)
+    if name == "cpu" and re.fullmatch(r"[1-9]\d*", size):
+        devices = tuple(jax.devices("cpu")[: int(size)])
+        return Target(topology, int(size), None, None, devices)
+    if name == "gpu" and (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size)):
+        return Target(topology, int(found[1]), 1e9 * int(found[2]), None, ())
+    if name in CHIPS and name not in TPUS and re.fullmatch(r"[1-9]\d*", size):
+        return Target(topology, int(size), CHIPS[name].hbm, CHIPS[name], ())
+    raise UserError(
+        f"topology is {topology!r}; give a slice of TPUs ({', '.join(TPUS)}) such as v5p:4x4x8, cpu:8, "
+        "h100:8 or h200:8, or gpu:8x80 for 8 GPUs with 80 GB each."
+    )
+
+
+def _tpus(topology: str, name: str) -> Target:
+    try:
+        found = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+    except Exception as error:  # the compiler's own types are not public
+        raise UserError(
+            f"topology {topology}: {error}. It needs the TPU compiler (pip install '.[tpu]'), and a "
+            f"slice that exists, such as {'v5p:2x2x1' if name == 'v5p' else name + ':2x2'}."
+        ) from error
+    return Target(topology, len(found), CHIPS[name].hbm, CHIPS[name], tuple(found))
