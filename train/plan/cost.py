@@ -1,4 +1,4 @@
-"""What a compiled program computes, reads, writes and sends, with every loop's body as often as it runs.
+"""What a compiled program computes, moves and sends, with every loop's body as often as it runs.
 
 XLA's own ``cost_analysis`` counts the body of a loop once, and a decoder is a loop over its layers.
 """
@@ -139,9 +139,7 @@ class _Walk:
     def _fusion_bytes(self, computation: Computation, fusion: Instruction) -> float:
         inside = self._inside(fusion)
         users = _users(inside)
-        parameters = {
-            int(i.literal): i for i in inside.values() if i.opcode == "parameter"
-        }
+        parameters = {int(i.literal): i for i in inside.values() if i.opcode == "parameter"}
         total = 0.0
         for number, name in enumerate(fusion.operands):
             operand = computation[name]
@@ -288,7 +286,9 @@ def flops(instruction: Instruction, computation: Computation) -> float:
     assert labels is not None, instruction.attributes
     sizes = [
         dict(zip(names, dims, strict=True))
-        for names, dims in zip(labels.groups(), (left, right, instruction.arrays[0].dims), strict=True)
+        for names, dims in zip(
+            labels.groups(), (left, right, instruction.arrays[0].dims), strict=True
+        )
     ]
     summed = sizes[1]["i"]
     for axis in (name for name in sizes[1] if name.isdigit()):

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-import omerge_jax as om
 from train.config import DPOConfig, OptimizerOptions
 from train.models import ModelConfig
 from train.models.hf_names import decoder_leaves
@@ -50,7 +49,7 @@ def make_plan(config: DPOConfig, model: ModelConfig, target: Target) -> Plan:
         memory, work = estimate(config, model, mesh, state)
     return Plan(
         target=target,
-        mesh={axis: size for axis, size in mesh.shape.items()},
+        mesh=dict(mesh.shape),
         source=source,
         parameters=sum(math.prod(leaf.shape) for leaf in decoder_leaves(model).values()),
         model_flops=model_flops(config, model),
@@ -60,7 +59,7 @@ def make_plan(config: DPOConfig, model: ModelConfig, target: Target) -> Plan:
 
 
 def without_merge(options: OptimizerOptions) -> OptimizerOptions | None:
-    """The optimizer that a merging one is built on, to compare with; None where there is no name for it."""
+    """The optimizer that a merging one is built on, or None where it has no name of its own."""
     name = inner_name(options)
     if not needs_delta(options) or name not in ("adamw", "lion"):
         return None

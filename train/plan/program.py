@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 import omerge_jax as om
 from train.config import DPOConfig, UserError
@@ -19,7 +19,7 @@ from train.losses import beta_schedule, pair_loss
 from train.models import ModelConfig, layer_axes, read_hf_config
 from train.objectives import preference_loss
 from train.optimizers import make_optimizer, make_schedule, needs_delta
-from train.sharding import abstract_model, check_batch, rows
+from train.sharding import abstract_model, check_batch, compiler_options, rows
 from train.step import init_state, make_train_step, state_shardings
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -65,13 +65,15 @@ def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def make_program(config: DPOConfig, model: ModelConfig, mesh: Mesh | None) -> Program:
+def make_program(
+    config: DPOConfig, model: ModelConfig, mesh: Mesh | AbstractMesh | None
+) -> Program:
     """Builds the step that `train.dpo` runs; nothing is allocated.
 
     Args:
         config: Of the run.
         model: Its shapes; the types are those of `config`.
-        mesh: Devices, of this machine or of a topology.
+        mesh: Devices, of this machine or of a topology; without any, the step cannot be compiled.
 
     Raises:
         UserError: the batch cannot be split over the mesh, or the run trains a part of the model or
@@ -107,7 +109,13 @@ def make_program(config: DPOConfig, model: ModelConfig, mesh: Mesh | None) -> Pr
         vocab_chunk=loss.vocab_chunk,
         **settings_of(loss),
     )
-    step = make_train_step(loss_fn, tx, shardings=shardings, accumulate=parts)
+    step = make_train_step(
+        loss_fn,
+        tx,
+        shardings=shardings,
+        accumulate=parts,
+        compiler_options=compiler_options(mesh),
+    )
     return Program(step, state, _batch(config, mesh))
 
 
@@ -127,8 +135,8 @@ def _check_whole(config: DPOConfig) -> None:
             )
 
 
-def _batch(config: DPOConfig, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """The longest rows that the data settings allow, with what `train.data.loader` puts into a batch."""
+def _batch(config: DPOConfig, mesh: Mesh | AbstractMesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """The longest rows that the data settings allow, as `train.data.loader` batches them."""
     place = None if mesh is None else rows(mesh)
     size, data = config.trainer.batch_size, config.data
     prompt, answer = data.max_prompt_length, data.max_completion_length

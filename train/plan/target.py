@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from train.config import MeshOptions, UserError
 from train.models.axes import MESH_AXES
-from train.sharding import mesh_shape
+from train.sharding import arrange, mesh_shape
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ CHIPS = {
     "h100": Chip(989e12, 80e9, 3350e9, 450e9, node=8, network=50e9),
     "h200": Chip(989e12, 141e9, 4800e9, 450e9, node=8, network=50e9),
 }
-"""By the name that `topology` begins with. The network of GPUs is 400 Gbit/s for each, the usual one."""
+"""By the name that `topology` begins with. The network of GPUs is the usual 400 Gbit/s for each."""
 
 TPUS = ("v5e", "v5p", "v6e")
 
@@ -76,20 +75,17 @@ class Target:
     peaks: Chip | None
     devices: tuple[Any, ...]
 
-    def mesh(self, options: MeshOptions) -> Mesh | AbstractMesh | None:
-        """The mesh that a run there has; None for one chip of this machine.
+    def mesh(self, options: MeshOptions) -> Mesh | AbstractMesh:
+        """The mesh that a run there has; an abstract one where there are no devices.
 
         Raises:
             UserError: there are fewer chips.
         """
         shape = mesh_shape(options, self.chips)
-        count, kinds = math.prod(shape), (AxisType.Auto,) * len(MESH_AXES)
         if not self.devices:
+            kinds = (AxisType.Auto,) * len(MESH_AXES)
             return AbstractMesh(shape, MESH_AXES, axis_types=kinds)
-        if count == len(self.devices):
-            return jax.make_mesh(shape, MESH_AXES, kinds, devices=self.devices)
-        chosen = np.array(self.devices[:count]).reshape(shape)
-        return Mesh(chosen, MESH_AXES, axis_types=kinds)
+        return arrange(self.devices[: math.prod(shape)], shape)
 
 
 def read_target(topology: str) -> Target:

@@ -1,0 +1,154 @@
+"""Figures that follow from the shapes alone: what a step must compute, and roughly what it needs.
+
+Where there is no compiler for a machine, `estimate` stands in for it. It knows the arrays that
+dominate, not how a compiler fuses and reuses them: expect a quarter more or less.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from train.config import DPOConfig
+from train.models import ModelConfig
+from train.models.hf_names import decoder_leaves
+from train.objectives import resolve_vocab_chunk
+from train.plan.figures import Memory, State, Work
+from train.plan.program import shares_prompts
+from train.sharding import row_devices
+
+
+class Rows(NamedTuple):
+    """What the model computes for one pair.
+
+    Attributes:
+        number: How many.
+        length: Tokens of a row.
+        scored: Tokens whose log-probability is taken, in all rows together.
+        seen: Pairs of tokens of which one looks at the other, in all rows together.
+    """
+
+    number: int
+    length: int
+    scored: int
+    seen: float
+
+
+def rows_of_pair(config: DPOConfig) -> Rows:
+    """The rows of a pair whose prompt and answers are as long as they may be."""
+    prompt, answer = config.data.max_prompt_length, config.data.max_completion_length
+    own = answer**2 / 2 + answer * prompt
+    if shares_prompts(config):
+        return Rows(1, prompt + 2 * answer, 2 * answer, prompt**2 / 2 + 2 * own)
+    return Rows(2, prompt + answer, 2 * answer, prompt**2 + 2 * own)
+
+
+def model_flops(config: DPOConfig, model: ModelConfig) -> float:
+    """Floating-point operations that forward and backward pass of a step need, over all chips.
+
+    Every weight of the layers makes 6 for a token, those of the output matrix for a scored token, and
+    attention 12 for a layer, a channel of its heads and a pair of tokens of which one sees the other
+    (Chowdhery et al. 2022, appendix B). Nothing is computed twice.
+    """
+    pair = rows_of_pair(config)
+    weights = layer_weights(model) * pair.number * pair.length
+    output = model.vocab_size * model.hidden_size * pair.scored
+    attention = model.num_layers * model.num_heads * model.head_dim * pair.seen
+    return config.trainer.batch_size * (6.0 * (weights + output) + 12.0 * attention)
+
+
+def layer_weights(model: ModelConfig) -> int:
+    """Entries of the matrices of all layers."""
+    leaves = decoder_leaves(model).items()
+    return sum(math.prod(leaf.shape) for path, leaf in leaves if path[-1] == "kernel")
+
+
+def fsdp_traffic(parameter_bytes: float, chips: int, gathers: int = 2) -> float:
+    """Bytes that splitting the parameters over chips brings to each of them in a step.
+
+    Every pass gathers the parameters, and the gradients are scattered once: ``(gathers + 1) · bytes ·
+    (n − 1)/n`` (Rajbhandari et al. 2020, section 7).
+
+    Args:
+        parameter_bytes: Of the whole model.
+        chips: Over which it is split.
+        gathers: 2 for forward and backward pass, 3 where layers are also recomputed.
+
+    Example:
+        >>> fsdp_traffic(16e9, 4) / 1e9
+        36.0
+    """
+    return (gathers + 1) * parameter_bytes * (chips - 1) / chips
+
+
+def estimate(config: DPOConfig, model: ModelConfig, mesh: Any, state: State) -> tuple[Memory, Work]:
+    """Temporaries and work of a chip from formulas; bytes moved in memory are not estimated.
+
+    Args:
+        config: Of the run.
+        model: Its shapes.
+        mesh: Of the run.
+        state: Bytes that a chip holds.
+    """
+    return Memory(state, 0.0, _temporaries(config, model, mesh, state)), _work(config, model, mesh)
+
+
+def _size(dtype: Any) -> int:
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+def _temporaries(config: DPOConfig, model: ModelConfig, mesh: Any, state: State) -> float:
+    parts, tensor = config.trainer.gradient_accumulation_steps, mesh.shape["tensor"]
+    pair = rows_of_pair(config)
+    pairs = config.trainer.batch_size / row_devices(mesh) / parts
+    tokens = pairs * pair.number * pair.length
+    item, held = _size(config.model.dtype), _size(config.model.param_dtype)
+    width, inner = model.hidden_size, model.intermediate_size / tensor
+    heads = model.num_heads / tensor
+    projected = (heads + 2 * model.num_kv_heads / tensor) * model.head_dim
+    scores = 4 * pairs * pair.number * heads * pair.length**2
+    residual = tokens * width * item / tensor
+    products = tokens * item * (projected + 2 * inner) + 2 * residual
+    kept = {
+        "full": residual,
+        "weight_dots": residual + products,
+        "dots": residual + products + 2 * scores,
+        "none": residual + 2 * products + 3 * scores,
+    }[config.model.remat]
+    layer = layer_weights(model) / model.num_layers / tensor * item
+    one_layer = 3 * scores + 2 * products + 2 * layer
+    chunk = resolve_vocab_chunk(config.loss.vocab_chunk, model.vocab_size) or model.vocab_size
+    logits = 2 * 4 * pairs * pair.scored * chunk / tensor
+    gradients = state.parameters * (1 if parts == 1 else 1 + 4 / held)
+    return model.num_layers * kept + max(one_layer, logits) + gradients
+
+
+def _work(config: DPOConfig, model: ModelConfig, mesh: Any) -> Work:
+    parts, remat = config.trainer.gradient_accumulation_steps, config.model.remat
+    pair, pairs = rows_of_pair(config), config.trainer.batch_size
+    tokens = pairs * pair.number * pair.length
+    again = 1 if remat == "full" else 0
+    # Scores are computed of all pairs of tokens, and again unless they are kept.
+    scores = model.num_layers * model.num_heads * model.head_dim * pairs * pair.number
+    attention = 4.0 * scores * pair.length**2 * (3 + (remat in ("full", "weight_dots")))
+    output = 2.0 * model.vocab_size * model.hidden_size * pairs * pair.scored
+    chunked = resolve_vocab_chunk(config.loss.vocab_chunk, model.vocab_size) is not None
+    flops = 2.0 * layer_weights(model) * tokens * (3 + again) + attention + output * (3 + chunked)
+    sizes = mesh.shape
+    bytes_held = (
+        _size(config.model.param_dtype)
+        / sizes["tensor"]
+        * sum(math.prod(leaf.shape) for leaf in decoder_leaves(model).values())
+    )
+    sent = {"parameters and gradients": parts * fsdp_traffic(bytes_held, sizes["fsdp"], 2 + again)}
+    if sizes["data"] > 1:
+        share = (sizes["data"] - 1) / sizes["data"]
+        sent["gradients over data"] = 2 * bytes_held / sizes["fsdp"] * share
+    if sizes["tensor"] > 1:
+        residual = tokens / row_devices(mesh) * model.hidden_size * _size(config.model.dtype)
+        share = (sizes["tensor"] - 1) / sizes["tensor"]
+        # A gather and a scatter around attention and around the feed-forward block, in each pass.
+        sent["activations"] = 4 * model.num_layers * (2 + again) * residual * share
+    return Work(flops / mesh.size, None, sent)

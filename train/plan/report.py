@@ -1,0 +1,120 @@
+"""A plan as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from train.plan.figures import Memory, Plan
+
+
+def show(plan: Plan, plain: Plan | None, advised: Sequence[str], console: Console) -> None:
+    """Prints a plan.
+
+    Args:
+        plan: The step that was asked for.
+        plain: The same step without merging, if there is one.
+        advised: From `train.plan.advice.advice`.
+        console: Where to.
+    """
+    size = " x ".join(f"{axis} {count}" for axis, count in plan.mesh.items())
+    console.print(f"\n{plan.target.topology}: {plan.target.chips} chips, mesh {size}")
+    if plan.source == "arithmetic":
+        console.print(
+            "There is no compiler for this machine here: the state is exact; temporaries, FLOPs and "
+            "collectives are arithmetic."
+        )
+    console.print(_memory_table(plan, plain))
+    if plan.work is None:
+        console.print("The compiler refused the program, and gave no figures of its work.")
+    else:
+        console.print(_work_table(plan, plain))
+        _show_times(plan, console)
+    _show_verdict(plan, advised, console)
+
+
+def _memory_table(plan: Plan, plain: Plan | None) -> Table:
+    table = _table("memory of a chip", "GB", plain)
+    temporaries = "temporaries" + (" (arithmetic)" if plan.source == "arithmetic" else "")
+    rows = {
+        "parameters": lambda m: m.state.parameters,
+        "optimizer": lambda m: m.state.optimizer,
+        "delta": lambda m: m.state.delta,
+        "batch": lambda m: m.state.batch,
+        "padding of layouts": lambda m: m.padding,
+        temporaries: lambda m: m.temporaries,
+        "program": lambda m: m.program,
+        "total": lambda m: m.total,
+    }
+    for name, of in rows.items():
+        values: list[Memory] = [p.memory for p in (plan, plain) if p is not None]
+        table.add_row(name, *_compared([of(memory) / 1e9 for memory in values]))
+    return table
+
+
+def _work_table(plan: Plan, plain: Plan | None) -> Table:
+    table = _table("a step of a chip", "", plain)
+    plans = [p for p in (plan, plain) if p is not None and p.work is not None]
+    works = [p.work for p in plans if p.work is not None]
+    table.add_row("TFLOPs of products", *_compared([work.flops / 1e12 for work in works]))
+    if works[0].hbm_bytes is not None:
+        table.add_row("memory traffic, GB", *_compared([(w.hbm_bytes or 0) / 1e9 for w in works]))
+    for kind in sorted(works[0].sent, key=lambda kind: -works[0].sent[kind]):
+        values = [work.sent.get(kind, 0.0) / 1e9 for work in works]
+        if values[0] >= 1e-3:
+            table.add_row(f"{kind}, GB", *_compared(values))
+    return table
+
+
+def _table(title: str, unit: str, plain: Plan | None) -> Table:
+    table = Table("", unit, title=title, title_justify="left")
+    if plain is not None:
+        table.add_column("without merging")
+        table.add_column("merge's share")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _compared(values: Sequence[float]) -> list[str]:
+    shown = [f"{value:,.3f}" if abs(value) < 10 else f"{value:,.1f}" for value in values]
+    if len(values) < 2:
+        return shown
+    share = (values[0] - values[1]) / values[0] if values[0] else 0.0
+    return [*shown, f"{100 * share:.1f}%"]
+
+
+def _show_times(plan: Plan, console: Console) -> None:
+    times, work = plan.roofline, plan.work
+    if times is not None:
+        parts = [f"products {times.compute:.3f} s", f"memory {times.hbm:.3f} s"]
+        if work is not None and work.hbm_bytes is None:
+            parts[1] = "memory not counted"
+        parts.append(f"interconnect {times.interconnect:.3f} s")
+        console.print(
+            f"At the peaks: {', '.join(parts)}. A step takes at least {times.step:.3f} s "
+            f"({times.bound}), and uses at most {100 * times.mfu:.0f}% of the peak (MFU)."
+        )
+    if work is not None and work.uncounted_loops:
+        console.print(
+            f"{work.uncounted_loops} loops of unknown length, such as searches for a threshold, count "
+            "once."
+        )
+
+
+def _show_verdict(plan: Plan, advised: Sequence[str], console: Console) -> None:
+    total, hbm = plan.memory.total / 1e9, plan.target.hbm
+    if hbm is None:
+        console.print(f"A device needs {total:.2f} GB; the memory of this machine is shared.")
+    elif plan.fits:
+        console.print(
+            f"It fits: {total:.1f} of {hbm / 1e9:.0f} GB ({100 * total * 1e9 / hbm:.0f}%)."
+        )
+    else:
+        console.print(
+            f"It does not fit: {total:.1f} GB, and a chip has {hbm / 1e9:.0f} GB. Change:"
+        )
+        for line in advised:
+            console.print(f"  {line}")

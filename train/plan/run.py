@@ -1,0 +1,105 @@
+"""``python -m train plan``: what a `dpo` run needs on a machine, before anyone rents it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from train.config import PlanConfig, UserError, check, flatten
+from train.dpo import check_loss
+from train.models import ModelConfig
+from train.optimizers import check_optimizer
+from train.output_dir import check_place, write_atomically
+from train.plan.advice import advice
+from train.plan.figures import Plan
+from train.plan.measure import make_plan, without_merge
+from train.plan.program import read_shape
+from train.plan.report import show
+from train.plan.search import search, show_found
+from train.plan.target import Target, read_target
+
+FORMAT = "omerge_jax plan"
+
+
+def run(config: PlanConfig) -> None:
+    """Plans, prints and writes.
+
+    Raises:
+        UserError: a field cannot be used; before anything is compiled.
+    """
+    # Tables are not to be folded where they go to a file.
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    check(config)
+    check_optimizer(config.optimizer)
+    check_loss(config.loss, config.trainer.gradient_accumulation_steps)
+    output = None if config.output_file is None else Path(config.output_file)
+    if output is not None:
+        check_output(output)
+    model, target = read_shape(config.model.path), read_target(config.topology)
+    if config.search:
+        found = search(config, model, target, console)
+        show_found(found, console)
+        written: dict[str, Any] = {"search": [one.as_json() for one in found]}
+    else:
+        written = _plan(config, model, target, console)
+    if output is not None:
+        settings = {name: value for name, value in flatten(config).items() if name != "output_file"}
+        content = {"format": FORMAT, "settings": settings, **written}
+        write_atomically(output, json.dumps(content, indent=2, default=dataclasses.asdict))
+        console.print(f"wrote {output}", soft_wrap=True)
+
+
+def _plan(
+    config: PlanConfig, model: ModelConfig, target: Target, console: Console
+) -> dict[str, Any]:
+    with console.status(f"Compiling a step for {target.topology} ..."):
+        plan, plain = make_plan(config, model, target), None
+    inner = without_merge(config.optimizer)
+    if inner is not None:
+        with console.status("Compiling it without the merge, to compare ..."):
+            plain = make_plan(dataclasses.replace(config, optimizer=inner), model, target)
+    advised = advice(config, plan)
+    show(plan, plain, advised, console)
+    written = {"plan": plan.as_json(), "advice": advised}
+    if plain is not None:
+        written |= {"without_merge": plain.as_json(), "merge_share": merge_share(plan, plain)}
+    return written
+
+
+def merge_share(plan: Plan, plain: Plan) -> dict[str, float]:
+    """What the merge adds, as shares of the step with it.
+
+    Args:
+        plan: With merging.
+        plain: The same without.
+    """
+    shares = {"hbm": 1 - plain.memory.total / plan.memory.total}
+    if plan.work and plain.work and plan.work.hbm_bytes and plain.work.hbm_bytes:
+        shares["hbm_bytes_of_a_step"] = 1 - plain.work.hbm_bytes / plan.work.hbm_bytes
+    return shares
+
+
+def check_output(path: Path) -> None:
+    """Checks that a plan may be written to `path`.
+
+    Raises:
+        UserError: it holds something else, or cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"output_file: there is no directory {str(path.parent)!r}; make it.")
+    check_place(path.parent, "output_file")
+    if not path.exists():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(
+            f"output_file {str(path)!r} exists and holds no plan, so it is kept. Choose another name."
+        )
