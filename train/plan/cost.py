@@ -257,7 +257,9 @@ def _starts(instruction: Instruction, users: dict[str, list[Instruction]]) -> bo
     """False where a fusion only lets a collective go on that an earlier one has started."""
     if "chain_id" not in instruction.attributes:
         return True
-    return any("AsyncCollectiveStart" in user.attributes for user in users[instruction.name])
+    return any(
+        "AsyncCollectiveStart" in user.attributes for user in users.get(instruction.name, [])
+    )
 
 
 def _only_sliced(users: dict[str, list[Instruction]], instruction: Instruction) -> bool:

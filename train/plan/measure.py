@@ -114,7 +114,8 @@ def _compiled(
     return (
         Memory(
             state,
-            padding=memory.argument_size_in_bytes - state.total,
+            # Columns that the step does not read are no arguments.
+            padding=max(0.0, memory.argument_size_in_bytes - state.total),
             temporaries=memory.temp_size_in_bytes + new,
             program=memory.generated_code_size_in_bytes,
         ),

@@ -152,12 +152,15 @@ def _batch(config: DPOConfig, mesh: Mesh | AbstractMesh | None) -> dict[str, jax
         name: jax.ShapeDtypeStruct((size, length), dtype, sharding=place)
         for name, (length, dtype) in columns.items()
     }
+    numbers: dict[str, Any] = {"index": jnp.int32}
     if pair_loss(**settings_of(config.loss)).needs_reference:
-        for name in ("chosen", "rejected"):
-            batch[f"reference_{name}_logps"] = jax.ShapeDtypeStruct(
-                (size,), jnp.float32, sharding=place
-            )
-    return batch
+        numbers |= dict.fromkeys(
+            ("reference_chosen_logps", "reference_rejected_logps"), jnp.float32
+        )
+    return batch | {
+        name: jax.ShapeDtypeStruct((size,), dtype, sharding=place)
+        for name, dtype in numbers.items()
+    }
 
 
 def shares_prompts(config: DPOConfig) -> bool:

@@ -82,8 +82,9 @@ def _compared(values: Sequence[float]) -> list[str]:
     shown = [f"{value:,.3f}" if abs(value) < 10 else f"{value:,.1f}" for value in values]
     if len(values) < 2:
         return shown
-    share = (values[0] - values[1]) / values[0] if values[0] else 0.0
-    return [*shown, f"{100 * share:.1f}%"]
+    if abs(values[0]) < 5e-4:
+        return [*shown, ""]
+    return [*shown, f"{100 * (values[0] - values[1]) / values[0]:.1f}%"]
 
 
 def _show_times(plan: Plan, console: Console) -> None:

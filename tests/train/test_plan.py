@@ -1,0 +1,270 @@
+"""`python -m train plan` against the memory that the same run holds, and by the TPU compiler."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.train.tiny_runs import flags, make_model_dir, make_tokenizer, write_jsonl
+from train.cli import main
+from train.config import MeshOptions, UserError
+from train.plan.run import check_output
+from train.plan.target import read_target
+
+ROOT = Path(__file__).parents[2]
+COMPILER = Path(sys.prefix) / "tpu"
+HAS_COMPILER = (COMPILER / "libtpu").is_dir() or importlib.util.find_spec("libtpu") is not None
+needs_compiler = pytest.mark.skipif(
+    not HAS_COMPILER, reason="the TPU compiler is not built for this platform"
+)
+
+# Runs a real `dpo` on eight devices and notes what its second step holds and needs.
+RUN = """
+import json, sys
+import jax
+import train.run
+from train.cli import main
+
+notes, make = [], train.run.make_train_step
+
+def watched(*args, **kwargs):
+    step = make(*args, **kwargs)
+    def call(state, batch, frozen):
+        first = jax.devices()[0]
+        def held(tree):
+            return sum(shard.data.nbytes for leaf in jax.tree.leaves(tree)
+                       for shard in leaf.addressable_shards if shard.device == first)
+        live = held(jax.live_arrays())  # first: looking at the shards of an array makes more arrays
+        memory = step.lower(state, batch, frozen).compile().memory_analysis()
+        new = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+        notes.append({"parameters": held(state["params"]), "batch": held(batch), "all": held(state),
+                      "live": live,
+                      "total": memory.argument_size_in_bytes + memory.temp_size_in_bytes + new})
+        return step(state, batch, frozen)
+    return call
+
+train.run.make_train_step = watched
+assert main(["dpo", *json.loads(sys.argv[1])]) == 0
+print("NOTES", json.dumps(notes[-1]))
+"""
+
+
+def run_python(*arguments, devices=None):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(COMPILER), env.get("PYTHONPATH", "")])
+    if devices is not None:
+        count = f"--xla_force_host_platform_device_count={devices}"
+        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {count}"
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def planned(values, tmp_path, topology):
+    """The content of the file that the command line writes."""
+    file = tmp_path / "plan.json"
+    values = {**values, "topology": topology, "output_file": file}
+    shown = run_python("-m", "train", "plan", *flags(values))
+    assert "total" in shown
+    return json.loads(file.read_text())
+
+
+def settings(tmp_path, model, base, prompt, answer, **changes):
+    """Of a run whose rows are all as long as they may be, so that batches have the planned shape."""
+    long = "many words " * 50
+    records = [
+        {"prompt": f"{long}{i}", "chosen": f"{i} {long}", "rejected": f"no {i} {long}"}
+        for i in range(16)
+    ]
+    values = {
+        "model.path": model,
+        "model.base": base,
+        "data.path": write_jsonl(tmp_path / "pairs.jsonl", records),
+        "data.max_prompt_length": prompt,
+        "data.max_completion_length": answer,
+        "optimizer.name": "on_dare",
+        "optimizer.learning_rate": 1e-4,
+        "optimizer.alpha": 1e-3,
+        "optimizer.density": 0.5,
+        "optimizer.delta_dtype": "bfloat16",
+        "trainer.batch_size": 8,
+        "trainer.steps": 2,
+    }
+    return values | changes
+
+
+def assert_plan_is_the_run(values, tmp_path):
+    plan = planned(values, tmp_path, "cpu:8")["plan"]
+    run = flags({**values, "output_dir": tmp_path / "run"})
+    out = run_python("-c", RUN, json.dumps(run), devices=8)
+    notes = json.loads(out.split("NOTES ", 1)[1].splitlines()[0])
+    hbm = plan["hbm_bytes_per_chip"]
+    state = hbm["parameters"] + hbm["optimizer"] + hbm["delta"]
+    assert hbm["parameters"] == notes["parameters"]
+    assert state == notes["all"]
+    assert hbm["batch"] == notes["batch"]
+    assert hbm["total"] - hbm["program"] == pytest.approx(notes["total"], rel=0.1)
+    # Besides state and batch a run holds next to nothing on a device.
+    assert state <= notes["live"] <= 1.1 * (state + hbm["batch"]) + 2**14
+    return hbm
+
+
+def test_what_eight_devices_hold_is_what_was_planned(tmp_path):
+    model, base = (make_model_dir(tmp_path / name, seed) for seed, name in enumerate("ab"))
+    changes = {"mesh.fsdp": 4, "mesh.tensor": 2, "model.remat": "full"}
+    values = settings(tmp_path, model, base, 24, 16, **changes)
+    assert_plan_is_the_run(values, tmp_path)
+
+
+def make_model_of_30m(path, seed):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=9,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_model_of_30m_holds_what_was_planned(tmp_path, remat):
+    model, base = (make_model_of_30m(tmp_path / name, seed) for seed, name in enumerate("ab"))
+    values = settings(tmp_path, model, base, 128, 64, **{"model.remat": remat})
+    hbm = assert_plan_is_the_run(values, tmp_path)
+    assert 29e6 < 8 * hbm["parameters"] / 4 < 32e6
+
+
+def big(model, batch_size, **changes):
+    """The settings of a plan for a published model, of which nothing but its shapes is needed."""
+    values = {
+        "model.path": model,
+        "model.dtype": "bfloat16",
+        "model.param_dtype": "bfloat16",
+        "model.remat": "full",
+        "data.path": "unused",
+        "data.max_prompt_length": 1024,
+        "data.max_completion_length": 1024,
+        "optimizer.name": "on_dare",
+        "optimizer.learning_rate": 1e-6,
+        "optimizer.alpha": 5e-7,
+        "optimizer.density": 0.01,
+        "optimizer.delta_dtype": "bfloat16",
+        "trainer.batch_size": batch_size,
+        "trainer.steps": 100,
+    }
+    return values | changes
+
+
+SPARSE = {"optimizer.storage": "sparse", "optimizer.delta_mask": "fixed"}
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("changes", [{}, SPARSE], ids=["dense", "sparse"])
+def test_llama_3_70b_fits_64_chips(tmp_path, changes):
+    written = planned(big("llama-3-70b", 64, **changes), tmp_path, "v5p:4x4x4")
+    plan, share = written["plan"], written["merge_share"]
+    hbm = plan["hbm_bytes_per_chip"]
+    assert plan["fits"]
+    assert hbm["total"] < 95e9
+    assert hbm["temporaries"] < 25 * 2**30
+    assert 0 < share["hbm"] < 0.2
+    assert 0 < share["hbm_bytes_of_a_step"] < 0.1
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_llama_3_8b_fits_sixteen_small_chips(tmp_path):
+    plan = planned(big("llama-3-8b", 16), tmp_path, "v5e:4x4")["plan"]
+    assert plan["fits"]
+    assert plan["hbm_bytes_per_chip"]["total"] < 16e9
+    # The compiler multiplies about as much as forward, recomputed forward and backward pass need.
+    ratio = 16 * plan["step_per_chip"]["flops"] / plan["model_flops_of_all_chips"]
+    assert 4 / 3 < ratio < 1.6
+
+
+def test_gpus_by_arithmetic_say_so_and_what_to_change(tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    values = {**big("llama-3-8b", 16), "topology": "h100:1", "output_file": file}
+    assert main(["plan", *flags(values)]) == 0
+    shown = capsys.readouterr().out
+    assert "no compiler for this machine" in shown
+    assert "does not fit" in shown
+    assert "trainer.gradient_accumulation_steps 2" in shown
+    written = json.loads(file.read_text())
+    hbm, parameters = written["plan"]["hbm_bytes_per_chip"], 8_030_261_248
+    # Adam's moments are two copies in the type of the parameters, and the delta is one in bfloat16.
+    assert hbm["parameters"] == hbm["delta"] - 8 == 2 * parameters
+    assert hbm["optimizer"] == pytest.approx(4 * parameters, rel=1e-6)
+    assert not written["plan"]["fits"]
+    assert written["advice"]
+
+
+def test_a_larger_slice_of_gpus_fits(tmp_path):
+    file = tmp_path / "plan.json"
+    values = {**big("llama-3-8b", 16), "topology": "gpu:8x80", "output_file": file}
+    assert main(["plan", *flags(values)]) == 0
+    plan = json.loads(file.read_text())["plan"]
+    assert plan["fits"]
+    assert plan["hbm_bytes_per_chip"]["parameters"] == pytest.approx(
+        2 * 8_030_261_248 / 8, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"topology": "v5p"}, "topology is 'v5p'; give a slice of TPUs"),
+        ({"topology": "h100:8", "mesh.fsdp": 3}, "trainer.batch_size must be a multiple of 3"),
+        ({"topology": "h100:8", "mesh.fsdp": 16}, "must be at most 8"),
+        (
+            {"topology": "h100:8", "model.path": "nowhere"},
+            "model.path: .*or name one of llama-3-70b",
+        ),
+        ({"topology": "h100:8", "output_file": "README.md"}, "holds no plan, so it is kept"),
+        ({"topology": "h100:8", "output_file": "no/such/plan.json"}, "there is no directory"),
+        ({"topology": "h100:8", "trainer.steps": 0}, "trainer.steps must be positive"),
+    ],
+)
+def test_mistakes_name_the_field(changes, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["plan", *flags({**big("llama-3-8b", 16), **changes})]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_plan_replaces_an_older_one_alone(tmp_path):
+    file = tmp_path / "plan.json"
+    check_output(file)
+    file.write_text('{"format": "omerge_jax plan"}')
+    check_output(file)
+    file.write_text('{"format": "another"}')
+    with pytest.raises(UserError, match="holds no plan"):
+        check_output(file)
+
+
+def test_meshes_of_machines_that_are_not_there():
+    mesh = read_target("h200:16").mesh(MeshOptions(data=2, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 2}
