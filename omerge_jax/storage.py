@@ -87,7 +87,8 @@ class Recipe:
             return places.astype(jnp.int32), jnp.where(real, row[places], 0)
 
         rows = sparse.reshape(math.prod(layers), math.prod(tensor))
-        places, values = jax.vmap(compress)(rows)
+        # One tensor after the other: on a mesh each is gathered for its search.
+        places, values = jax.lax.map(compress, rows)
         shape = (*layers, kept)
         return SparseDelta(places.reshape(shape), values.reshape(shape), delta.shape, self)
 
