@@ -234,6 +234,28 @@ def test_a_larger_slice_of_gpus_fits(tmp_path):
     )
 
 
+def test_the_search_puts_the_fastest_that_fits_first(tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    values = {**big("llama-3-8b", 32, **{"optimizer.delta_mask": "fixed"}), "topology": "h100:8"}
+    assert main(["plan", *flags({**values, "output_file": file, "search": "true"})]) == 0
+    found = json.loads(file.read_text())["search"]
+    fits = [one["fits"] for one in found]
+    assert fits == sorted(fits, reverse=True)
+    assert fits[0]
+    steps = [one["roofline_seconds"]["step"] for one in found if one["fits"]]
+    assert steps == sorted(steps)
+    tried = [one["settings"] for one in found]
+    assert {one["model.remat"] for one in tried} == {"none", "weight_dots", "full"}
+    assert {one["mesh.tensor"] for one in tried} == {1, 2, 4}
+    assert any(one.get("optimizer.storage") == "sparse" for one in tried)
+    assert any(one.get("trainer.gradient_accumulation_steps") == 2 for one in tried)
+    best = found[0]["settings"]
+    assert (
+        f"mesh {best['mesh.data']}x{best['mesh.fsdp']}x{best['mesh.tensor']}"
+        in capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

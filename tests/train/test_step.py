@@ -226,7 +226,11 @@ from tests.train.test_step import CONFIG, OPTIMIZERS, make_batch, make_model
 from train.models import ModelConfig, param_shardings
 from train.objectives import *
 from train.step import *
+import omerge_jax as om
+from omerge_jax.state import merge_states
 
+SPARSE = {"density": 0.1, "delta_mask": "fixed", "storage": "sparse"}
+OPTIMIZERS = OPTIMIZERS | {"sparse": lambda: om.on_dare_adamw(1e-2, alpha=1e-3, **SPARSE)}
 mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 graphdef, params = make_model()
 batch = make_batch(("chosen", "rejected"))
@@ -243,6 +247,10 @@ for name, make in OPTIMIZERS.items():
         assert layout == jax.tree.map(lambda x: x.sharding, split)
         like = [x.sharding for x in jax.tree.leaves(split["opt_state"])]
         assert sum(not s.is_fully_replicated for s in like) >= 2 * 9, like
+        held = merge_states(split["opt_state"])
+        for leaf in jax.tree.leaves(held[0].reference_delta if held else None):
+            if leaf.size > 16:  # a matrix, or the entries that are kept of one
+                assert not leaf.sharding.is_fully_replicated, leaf.shape
         split_step = make_train_step(loss_fn, tx, shardings=layout)
         for _ in range(3):
             state, metrics = step(state, batch)
@@ -266,4 +274,4 @@ def test_step_on_a_mesh_keeps_its_layout_and_its_numbers():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("is the same on 4 devices") == 3
+    assert done.stdout.count("is the same on 4 devices") == 4
