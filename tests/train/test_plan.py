@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.train.tiny_runs import flags, make_model_dir, make_tokenizer, write_jsonl
 from train.cli import main
 from train.config import MeshOptions, UserError
+from train.plan.figures import State
+from train.plan.measure import refused_temporaries
 from train.plan.run import check_output
 from train.plan.target import read_target
 
@@ -275,6 +277,19 @@ def test_mistakes_name_the_field(changes, message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(["plan", *flags({**big("llama-3-8b", 16), **changes})]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_program_that_the_compiler_refuses_has_the_memory_it_names():
+    """In the words of libtpu 0.0.42, and of versions before it."""
+    state = State(parameters=2.0**30, optimizer=0.0, delta=0.0, batch=0.0)
+    temporaries = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (378.10G) exceeds available HBM (15.75G)."
+    )
+    whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm."
+    assert refused_temporaries(temporaries, state) == pytest.approx(378.10 * 2**30)
+    assert refused_temporaries(whole, state) == pytest.approx(20.5 * 2**30)
+    assert refused_temporaries("INTERNAL: something else", state) is None
 
 
 def test_a_plan_replaces_an_older_one_alone(tmp_path):

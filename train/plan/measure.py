@@ -20,7 +20,12 @@ from train.plan.program import Program, make_program
 from train.plan.target import Target
 from train.sharding import on_mesh
 
-_REFUSED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_REFUSED = (
+    re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM"),
+    re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"),
+)
+"""What the compiler says of a program that does not fit: its temporaries, or all that it needs."""
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -103,11 +108,10 @@ def _compiled(
         with on_mesh(mesh):
             compiled: Any = program.step.lower(program.state, program.batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        found = _REFUSED.search(str(error))
-        if found is None:
+        temporaries = refused_temporaries(str(error), state)
+        if temporaries is None:
             raise
-        used = float(found[1]) * _UNITS[found[2]]
-        return Memory(state, 0.0, max(0.0, used - state.total)), None
+        return Memory(state, 0.0, temporaries), None
     memory = compiled.memory_analysis()
     new = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
     cost = program_cost(compiled.as_text(), mesh.size)
@@ -121,3 +125,18 @@ def _compiled(
         ),
         Work(cost.flops, cost.hbm_bytes, cost.sent, len(cost.loops)),
     )
+
+
+def refused_temporaries(message: str, state: State) -> float | None:
+    """Bytes of temporaries by the message of a compiler that refuses a program; None: it says nothing.
+
+    Example:
+        >>> held = State(parameters=1e9, optimizer=0.0, delta=0.0, batch=0.0)
+        >>> refused_temporaries("required for HLO temporaries (2.00G) exceeds available HBM", held)
+        2147483648.0
+    """
+    for pattern, held in zip(_REFUSED, (0.0, state.total), strict=True):
+        found = pattern.search(message)
+        if found:
+            return max(0.0, float(found[1]) * _UNITS[found[2]] - held)
+    return None
