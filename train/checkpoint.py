@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from train.step import State
 
 # Orbax writes into it once more after `_seal`; a restore does not need it.
 _TIMES = "_CHECKPOINT_METADATA"
+_PARTIAL = ".orbax-checkpoint-tmp"
 _LOG = logging.getLogger(__name__)
 _policies = ocp.checkpoint_managers
 Warn = Callable[[str], None]
@@ -62,6 +64,11 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        # Orbax would remove remains in the background, where a manager opened soon after another
+        # one finds files gone that it is just removing, and fails its first save.
+        if is_first() and not self._read_only:
+            for remains in self._directory.glob(f"*{_PARTIAL}*"):
+                shutil.rmtree(remains, ignore_errors=True)
         interval = (
             _policies.FixedIntervalPolicy(self._every)
             if self._every
@@ -72,7 +79,7 @@ class Checkpoints:
             preservation_policy=self._preserve,
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
-            cleanup_tmp_directories=not self._read_only,
+            cleanup_tmp_directories=False,
             read_only=self._read_only,
         )
         return ocp.CheckpointManager(self._directory, options=options)
@@ -138,7 +145,7 @@ class Checkpoints:
     def _seal(self) -> None:
         """Called by Orbax when all files are written, before they get their final name."""
         if is_first():
-            for partial in self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+            for partial in self._directory.glob(f"{self._saving}{_PARTIAL}*"):
                 write_manifest(partial, ignore=_TIMES)
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
