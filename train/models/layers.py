@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from train.models.attention import attend
 from train.models.config import ModelConfig
 from train.models.rope import rotate
 
@@ -106,7 +107,7 @@ class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions and optional query and key norms."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.head_dim = config.head_dim
+        self.config, self.head_dim = config, config.head_dim
         width, queries = config.hidden_size, config.num_heads * config.head_dim
         keys = config.num_kv_heads * config.head_dim
 
@@ -142,8 +143,14 @@ class Attention(nnx.Module):
             key = jax.lax.dynamic_update_slice(cache.key, key, at)
             value = jax.lax.dynamic_update_slice(cache.value, value, at)
             cache = KVCache(key, value)
-        out = jax.nn.dot_product_attention(
-            query, key, value, mask=inputs.mask, is_causal=inputs.causal
+        out = attend(
+            self.config,
+            query,
+            key,
+            value,
+            mask=inputs.mask,
+            causal=inputs.causal,
+            cached=cache is not None,
         )
         return self.o_proj(out.reshape(batch, length, -1)), cache
 
