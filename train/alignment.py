@@ -26,7 +26,7 @@ from train.optimizers import check_optimizer, make_optimizer, needs_delta, takes
 from train.prepare import blamed_on, check_related, hash_model, hash_start
 from train.reference import Scores, cache_file, with_reference
 from train.run import Run
-from train.sharding import Params
+from train.sharding import Params, on_mesh
 from train.step import Batch, LossFn, State, init_state
 from train.trainable import join
 
@@ -108,7 +108,8 @@ def align(config: DPOConfig | KTOConfig | OnlineDPOConfig, this: Run, objective:
         if inputs["base"] == inputs["model"]:
             raise _no_delta()
     this.begin(**inputs, **objective.inputs)
-    _Alignment(config, this, objective, reference).train()
+    with on_mesh(this.mesh):
+        _Alignment(config, this, objective, reference).train()
 
 
 def _no_delta(as_held: str = "") -> UserError:

@@ -25,7 +25,7 @@ from train.held_out import padded_width
 from train.models.reward import RewardModel, last_token_scores, load_reward_model
 from train.prepare import blamed_on, load_tokenizer
 from train.processes import largest
-from train.sharding import put_batch
+from train.sharding import put_batch, row_devices
 
 TRIED = 2
 """Records that a reward function is tried on."""
@@ -186,7 +186,7 @@ def model_reward(path: str, *, dtype: str, template: Any, mesh: Mesh | None) -> 
         encoder = Encoder(tokenizer, template)
         model = load_reward_model(path, dtype=np.dtype(dtype), mesh=mesh)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    devices = 1 if mesh is None else mesh.shape["fsdp"]
+    devices = row_devices(mesh)
     graphdef, *weights = model
 
     def score(weights: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:

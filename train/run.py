@@ -303,7 +303,7 @@ def set_up(
     if arrange is not None:
         data, held_out = arrange(data, held_out, console)
     steps = count_steps(config.trainer, data.rows_per_epoch)
-    mesh = make_mesh(config.trainer.fsdp)
+    mesh = make_mesh(config.mesh)
     check_batch(
         "trainer.batch_size",
         config.trainer.batch_size,

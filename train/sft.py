@@ -11,7 +11,7 @@ from train.objectives import sft_loss
 from train.optimizers import make_optimizer
 from train.prepare import hash_start
 from train.run import set_up
-from train.sharding import Params
+from train.sharding import Params, on_mesh
 from train.step import State, init_state
 
 
@@ -51,12 +51,13 @@ def run(config: SFTConfig) -> None:
         return rest[0]
 
     like = jax.eval_shape(make_state, this.trained_shapes)
-    this.train(
-        loss_fn,
-        tx,
-        lambda: make_state(load()),
-        like=like,
-        data=this.data,
-        evaluate=evaluate,
-        frozen=frozen,
-    )
+    with on_mesh(this.mesh):
+        this.train(
+            loss_fn,
+            tx,
+            lambda: make_state(load()),
+            like=like,
+            data=this.data,
+            evaluate=evaluate,
+            frozen=frozen,
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -10,17 +12,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from train.config import require
+from train.config import MeshOptions, require
 from train.models import Decoder, ModelConfig, param_shardings, split_model
+from train.models.axes import MESH_AXES, RULES
 
 Params = dict[str, Any]
 
 
-def make_mesh(fsdp: int | None) -> Mesh | None:
-    """A mesh with the axes ``fsdp`` and ``tensor`` that the models' parameters name.
+def make_mesh(options: MeshOptions) -> Mesh | None:
+    """The mesh of a run, with the axes of `train.models.axes.MESH_AXES`.
 
     Args:
-        fsdp: Devices to use; None: all of them.
+        options: Devices along each axis.
 
     Returns:
         The mesh, or None for a single device, where none is needed.
@@ -29,17 +32,48 @@ def make_mesh(fsdp: int | None) -> Mesh | None:
         UserError: there are fewer devices.
     """
     devices = jax.devices()
-    count = len(devices) if fsdp is None else fsdp
-    require(count <= len(devices), "trainer.fsdp", count, f"at most {len(devices)} (devices here)")
+    shape = mesh_shape(options, len(devices))
+    count = math.prod(shape)
     if count == 1:
         return None
-    axes = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((count, 1), ("fsdp", "tensor"), axes, devices=devices[:count])
+    if count == len(devices):  # in the order that the links between them make fast
+        return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * 3)
+    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * 3, devices=devices[:count])
+
+
+def mesh_shape(options: MeshOptions, devices: int) -> tuple[int, int, int]:
+    """Devices along ``data``, ``fsdp`` and ``tensor``.
+
+    Args:
+        options: As set.
+        devices: How many there are.
+
+    Raises:
+        UserError: they do not suffice.
+
+    Example:
+        >>> mesh_shape(MeshOptions(tensor=2), 8)
+        (1, 4, 2)
+    """
+    others = options.data * options.tensor
+    fsdp = max(1, devices // others) if options.fsdp is None else options.fsdp
+    count = others * fsdp
+    expected = f"at most {devices} (devices here)"
+    require(count <= devices, "mesh.data * mesh.fsdp * mesh.tensor", count, expected)
+    if options.fsdp is None:
+        named = f"a divisor of the {devices} devices, or mesh.fsdp set"
+        require(count == devices, "mesh.data * mesh.tensor", others, named)
+    return options.data, fsdp, options.tensor
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """Within it, activations find the mesh (`train.models.axes.constrain`)."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def check_batch(name: str, batch_size: int, mesh: Mesh | None, parts: int = 1) -> None:
     """Raises `UserError` when a batch, or each of its equal parts, cannot be split over the mesh."""
-    devices = 1 if mesh is None else mesh.shape["fsdp"]
+    devices = row_devices(mesh)
     reasons = [f"{devices} devices of the mesh"] if parts == 1 or devices > 1 else []
     if parts > 1:
         reasons.append(f"{parts} trainer.gradient_accumulation_steps")
@@ -48,8 +82,22 @@ def check_batch(name: str, batch_size: int, mesh: Mesh | None, parts: int = 1) -
     require(batch_size % count == 0, name, batch_size, expected)
 
 
+def row_devices(mesh: Mesh | None) -> int:
+    """Devices over which the rows of a batch are split."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in _row_axes(mesh))
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """Where a batch lies: its rows split over ``data`` and ``fsdp``."""
+    return NamedSharding(mesh, PartitionSpec(_row_axes(mesh)))
+
+
+def _row_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(axis for axis in RULES["batch"] if axis in mesh.shape)
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
-    """Moves a batch onto the devices, its rows split over ``fsdp``.
+    """Moves a batch onto the devices, its rows split over the mesh.
 
     Args:
         batch: Arrays with the rows on axis 0; on several hosts, this host's rows.
@@ -57,9 +105,9 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, A
     """
     if mesh is None:
         return {name: jax.device_put(value) for name, value in batch.items()}
-    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    place = rows(mesh)
     return {
-        name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()
+        name: jax.make_array_from_process_local_data(place, value) for name, value in batch.items()
     }
 
 

@@ -79,7 +79,7 @@ def test_mixtures_name_what_is_wrong():
         ("trainer.save_every", 0, "positive"),
         ("trainer.keep", 0, "positive"),
         ("trainer.log_every", 0, "positive"),
-        ("trainer.fsdp", 0, "positive"),
+        ("mesh.fsdp", 0, "positive"),
     ],
 )
 def test_ranges(field, value, expected):
@@ -129,7 +129,15 @@ def test_flatten_names_every_field():
     flat = flatten(GOOD)
     assert flat["optimizer.learning_rate"] == 1e-6
     assert flat["output_dir"] == "out"
-    groups = (GOOD.model, GOOD.data, GOOD.optimizer, GOOD.trainer, GOOD.loss, GOOD.schedule)
+    groups = (
+        GOOD.model,
+        GOOD.data,
+        GOOD.optimizer,
+        GOOD.trainer,
+        GOOD.loss,
+        GOOD.schedule,
+        GOOD.mesh,
+    )
     assert len(flat) == 6 + sum(len(dataclasses.fields(group)) for group in groups)
     assert set(flatten(AdamWOptions(learning_rate=1.0))) < {
         name.removeprefix("optimizer.") for name in flat

@@ -12,12 +12,13 @@ from train.models import ModelConfig, from_hf, param_shardings
 # Eight virtual devices have to be asked for before jax starts, so this runs in its own process.
 PROGRAM = """
 import sys
+from pathlib import Path
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from train.sampling import make_greedy
-from train.models import from_hf, merge_model, split_model
+from train.models import from_hf, merge_model, split_model, to_hf
 
-directory = sys.argv[1]
+directory, exports = sys.argv[1], Path(sys.argv[2])
 mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 rng = np.random.default_rng(0)
 tokens = rng.integers(3, 96, (8, 10), dtype=np.int32)
@@ -33,6 +34,10 @@ assert split["embed_tokens"].sharding.spec == P("tensor", "fsdp")
 assert split["layers"]["self_attn"]["q_proj"]["bias"].sharding.spec == P(None, "tensor")
 assert split["norm"]["weight"].sharding.is_fully_replicated
 jax.tree.map(np.testing.assert_array_equal, params, split)
+for name, weights in (("single", params), ("split", split)):
+    to_hf(merge_model(graphdef, weights), exports / name, like=directory)
+files = [(exports / name / "model.safetensors").read_bytes() for name in ("single", "split")]
+assert files[0] == files[1]
 
 forward = jax.jit(lambda p, t, m: merge_model(graphdef, p)(t, m))
 generate = make_greedy(graphdef, max_new_tokens=4, eos_id=2, pad_id=0)
@@ -49,10 +54,12 @@ print("same on 8 devices")
 
 
 def test_sharded_model_computes_the_same(tmp_path):
-    save_model("qwen2-tied", tmp_path)
+    directory = tmp_path / "model"
+    directory.mkdir()
+    save_model("qwen2-tied", directory)
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        [sys.executable, "-c", PROGRAM, str(directory), str(tmp_path)],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

@@ -26,6 +26,7 @@ from train.config.evaluation import (
 from train.config.generation import GenerateConfig
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
 from train.config.merge import MergeConfig, MergeModelOptions
+from train.config.mesh import MeshOptions
 from train.config.model import LoraOptions, ModelOptions, PolicyOptions
 from train.config.online import RewardOptions, SamplingOptions
 from train.config.optimizer import (
@@ -55,6 +56,7 @@ __all__ = [
     "LoraOptions",
     "MergeConfig",
     "MergeModelOptions",
+    "MeshOptions",
     "ModelOptions",
     "OnlineDPOConfig",
     "OptimizerName",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from train.config.base import DType
 from train.config.data import DataOptions, PromptDataOptions
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
+from train.config.mesh import MeshOptions
 from train.config.model import ModelOptions, PolicyOptions
 from train.config.online import RewardOptions, SamplingOptions
 from train.config.optimizer import AdamWOptions, OptimizerOptions, ScheduleOptions
@@ -22,6 +23,7 @@ class _RunConfig:
             same command given again resumes what it holds; it never holds two runs.
         trainer: The training run.
         schedule: The schedule.
+        mesh: The devices.
         dry_run: Show token statistics, batches and the first examples with their loss masks, and
             stop before any weight is read.
     """
@@ -29,6 +31,7 @@ class _RunConfig:
     output_dir: str
     trainer: TrainerOptions
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
     dry_run: bool = False
 
 
@@ -176,7 +179,9 @@ FREE_FIELDS = frozenset(
         "trainer.save_every",
         "trainer.keep",
         "trainer.log_every",
-        "trainer.fsdp",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
         "trainer.max_skipped_steps",
     }
 )

@@ -19,7 +19,8 @@ def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
     positive = (
         "optimizer.learning_rate trainer.steps trainer.epochs trainer.batch_size "
         "trainer.eval_batch_size trainer.eval_every trainer.save_every trainer.keep "
-        "trainer.log_every trainer.fsdp trainer.gradient_accumulation_steps optimizer.eps"
+        "trainer.log_every trainer.gradient_accumulation_steps optimizer.eps "
+        "mesh.data mesh.fsdp mesh.tensor"
     )
     for name in positive.split():
         require(flat[name] is None or flat[name] > 0, name, flat[name], "positive")

@@ -61,7 +61,6 @@ class TrainerOptions:
         keep: Checkpoints to keep. With 2 or more, a damaged one can be done without.
         log_every: Steps from one line of metrics to the next.
         seed: Seed of the order of the records, and of sampled answers.
-        fsdp: Devices over which parameters and batches are split. Unset: all of them.
         max_skipped_steps: A step whose loss or gradient is not finite is skipped and counted; more
             of them in a row end the run. 0: the first one does.
         early_stop: When to end before the last step.
@@ -81,7 +80,6 @@ class TrainerOptions:
     keep: int = 2
     log_every: int = 1
     seed: int = 0
-    fsdp: int | None = None
     max_skipped_steps: int = 10
     early_stop: EarlyStopOptions | None = None
     export_best: str | None = None

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from train.models.axes import constrain
 from train.models.config import ModelConfig
 from train.models.layers import (
-    COLUMN_PARALLEL,
-    ROW_PARALLEL,
+    RESIDUAL,
     AttentionInputs,
     Block,
     KVCache,
@@ -58,17 +58,17 @@ class Decoder(nnx.Module):
             values = rngs.params.normal((rows, columns), config.param_dtype)
             return config.initializer_range * values
 
-        self.embed_tokens = make_param(draw(vocab, width), ROW_PARALLEL)
+        self.embed_tokens = make_param(draw(vocab, width), ("vocab", "embed"))
 
         @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+        @nnx.vmap(in_axes=0, out_axes=0)
         def make_layers(rngs: nnx.Rngs) -> Block:
             return Block(config, rngs)
 
         self.layers = make_layers(rngs)
         self.norm = RMSNorm(config.hidden_size, config)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else make_param(draw(width, vocab), COLUMN_PARALLEL)
+        self.lm_head = None if tied else make_param(draw(width, vocab), ("embed", "vocab"))
 
     def __call__(
         self,
@@ -192,7 +192,7 @@ class Decoder(nnx.Module):
             policy = REMAT_POLICIES[self.config.remat]
             # The scan already keeps the recomputation from being merged with the forward pass.
             block = jax.checkpoint(block, prevent_cse=False, policy=policy)
-        x = self.embed_tokens[...][tokens].astype(self.config.dtype)
+        x = constrain(self.embed_tokens[...][tokens].astype(self.config.dtype), RESIDUAL)
         x, cache = jax.lax.scan(block, x, (stacked, cache))
         return self.norm(x), cache
 

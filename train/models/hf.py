@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from train.models.attention import check_attention
+from train.models.axes import partition_spec
 from train.models.config import ModelConfig
 from train.models.decoder import Decoder, Params
 from train.models.hf_names import EMBEDDING, LM_HEAD, Leaf, decoder_leaves, is_derived
@@ -51,8 +52,9 @@ def from_hf(
 
     Everything that can be wrong with the directory is checked from ``config.json`` and the headers
     of the files before weights are read. Tensors are read one at a time into the stacked parameter
-    they belong to, so host memory beyond the model itself is one parameter. No remote code is run
-    and no pickle is opened.
+    they belong to, so host memory beyond the model itself is one parameter; on a mesh it is one
+    shard, for a process reads only what its own devices hold. No remote code is run and no pickle
+    is opened.
 
     Args:
         path_or_hub_name: a directory, or a name like ``"Qwen/Qwen2.5-0.5B"`` to download.
@@ -119,11 +121,12 @@ def read_params(
     others = {} if dtypes is None else dtypes
     params: Params = {}
     for path, leaf in decoder_leaves(config).items():
-        host = _read_leaf(weights, leaf, others.get(path, np.dtype(config.param_dtype)))
+        place = None if shardings is None else _at(shardings, path)
         node = params
         for name in path[:-1]:
             node = node.setdefault(name, {})
-        node[path[-1]] = _place(host, None if shardings is None else _at(shardings, path))
+        kept = others.get(path, np.dtype(config.param_dtype))
+        node[path[-1]] = _load(weights, leaf, kept, place)
     return params
 
 
@@ -189,14 +192,11 @@ def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
         )
     shardings: Params = {}
     for path, leaf in decoder_leaves(config).items():
-        spec = [
-            axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
-            for size, axis in zip(leaf.shape, leaf.axes, strict=True)
-        ]
+        spec = partition_spec(leaf.axes, leaf.shape, mesh)
         node = shardings
         for name in path[:-1]:
             node = node.setdefault(name, {})
-        node[path[-1]] = NamedSharding(mesh, PartitionSpec(*spec))
+        node[path[-1]] = NamedSharding(mesh, spec)
     return shardings
 
 
@@ -276,20 +276,32 @@ def _promote(dtypes: Any) -> np.dtype:
     return np.dtype(jnp.result_type(*set(dtypes)))
 
 
-def _read_leaf(weights: SafetensorsDir, leaf: Leaf, dtype: np.dtype) -> np.ndarray:
-    host = np.empty(leaf.shape, dtype)
+def _load(
+    weights: SafetensorsDir, leaf: Leaf, dtype: np.dtype, sharding: NamedSharding | None
+) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(_read_shard(weights, leaf, dtype, (slice(None),) * len(leaf.shape)))
+
+    # Each process reads the shards of its own devices only.
+    def read(index: Any) -> np.ndarray:
+        return _read_shard(weights, leaf, dtype, index)
+
+    return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+
+def _read_shard(
+    weights: SafetensorsDir, leaf: Leaf, dtype: np.dtype, index: tuple[slice, ...]
+) -> np.ndarray:
+    """The part of a parameter that `index` says, read from the files alone."""
+    spans = [range(size)[part] for size, part in zip(leaf.shape, index, strict=True)]
+    host = np.empty([len(span) for span in spans], dtype)
+    inner = index[1:] if leaf.stacked else index
+    chosen = [leaf.names[i] for i in spans[0]] if leaf.stacked else leaf.names
     slots = host if leaf.stacked else [host]
-    for slot, name in zip(slots, leaf.names, strict=True):
-        tensor = weights.read(name)
+    for slot, name in zip(slots, chosen, strict=True):
+        tensor = weights.read(name, inner[::-1] if leaf.transposed else inner)
         slot[...] = tensor.T if leaf.transposed else tensor
     return host
-
-
-def _place(host: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
-    if sharding is None:
-        return jnp.asarray(host)
-    # Each process hands over the shards of its own devices only.
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _at(tree: Params, path: tuple[str, ...]) -> Any:

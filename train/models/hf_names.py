@@ -27,7 +27,7 @@ class Leaf:
         stacked: the tensors lie along axis 0.
         transposed: Hugging Face stores the last two axes the other way round.
         shape: of the parameter, the stacking axis included.
-        axes: mesh axis name or None for each axis.
+        axes: logical axis of each axis, see `train.models.axes`.
     """
 
     names: tuple[str, ...]
@@ -62,7 +62,7 @@ def decoder_leaves(config: ModelConfig) -> dict[Path, Leaf]:
     for path, variable in nnx.to_flat_state(state):
         value = jax.tree.leaves(variable)[0]
         names = tuple(str(part) for part in path)
-        leaves[names] = _describe(names, value.shape, variable.get_metadata("out_sharding"), config)
+        leaves[names] = _describe(names, value.shape, variable.get_metadata("logical_axes"), config)
     return leaves
 
 
@@ -76,6 +76,7 @@ def _describe(
 ) -> Leaf:
     transposed = path[-1] in ("kernel", "lm_head")
     stacked = path[0] == "layers"
+    axes = (None, *axes) if stacked else axes
     if path == ("embed_tokens",):
         names = (EMBEDDING,)
     elif path == ("lm_head",):

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from train.models.attention import attend
+from train.models.axes import constrain
 from train.models.config import ModelConfig
 from train.models.rope import rotate
 
-# Mesh axes of a matrix by the side that is split over "tensor"; the other side goes over "fsdp".
-COLUMN_PARALLEL = ("fsdp", "tensor")
-ROW_PARALLEL = ("tensor", "fsdp")
+RESIDUAL = ("batch", "length", None)
+"""Logical axes of the residual stream; its channels stay together."""
 
 
 class AttentionInputs(NamedTuple):
@@ -42,8 +42,8 @@ class KVCache(NamedTuple):
 
 
 def make_param(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:
-    """A parameter that knows its mesh axes without being placed by them yet."""
-    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+    """A parameter that knows its logical axes (`train.models.axes`), not yet placed by them."""
+    return nnx.Param(value, logical_axes=axes)
 
 
 class RMSNorm(nnx.Module):
@@ -112,13 +112,13 @@ class Attention(nnx.Module):
         keys = config.num_kv_heads * config.head_dim
 
         def project(name: str, outputs: int) -> Linear:
-            axes, use_bias = COLUMN_PARALLEL, config.qkv_bias
+            axes, use_bias = ("embed", "heads"), config.qkv_bias
             return Linear(name, width, outputs, config, rngs, axes=axes, use_bias=use_bias)
 
         self.q_proj = project("q_proj", queries)
         self.k_proj, self.v_proj = project("k_proj", keys), project("v_proj", keys)
         self.o_proj = Linear(
-            "o_proj", queries, width, config, rngs, axes=ROW_PARALLEL, use_bias=config.o_bias
+            "o_proj", queries, width, config, rngs, axes=("heads", "embed"), use_bias=config.o_bias
         )
         self.q_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
@@ -160,11 +160,11 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         width, inner, use_bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        wide = {"axes": COLUMN_PARALLEL, "use_bias": use_bias}
+        wide = {"axes": ("embed", "mlp"), "use_bias": use_bias}
         self.gate_proj = Linear("gate_proj", width, inner, config, rngs, **wide)
         self.up_proj = Linear("up_proj", width, inner, config, rngs, **wide)
         self.down_proj = Linear(
-            "down_proj", inner, width, config, rngs, axes=ROW_PARALLEL, use_bias=use_bias
+            "down_proj", inner, width, config, rngs, axes=("mlp", "embed"), use_bias=use_bias
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -190,5 +190,5 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """``[batch, length, hidden]`` to the same; writes ``cache`` at slot ``start``."""
         attended, cache = self.self_attn(self.input_layernorm(x), inputs, cache, start)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        x = constrain(x + attended, RESIDUAL)
+        return constrain(x + self.mlp(self.post_attention_layernorm(x)), RESIDUAL), cache

@@ -73,9 +73,12 @@ class SafetensorsDir:
                 view = handle.get_slice(name)
                 self.entries[name] = Entry(file, tuple(view.get_shape()), view.get_dtype())
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored dtype."""
-        return self._open[self.entries[name].file].get_tensor(name)
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """One tensor in its stored dtype, or the part of it that `index` says."""
+        handle = self._open[self.entries[name].file]
+        if index is None or all(part == slice(None) for part in index):
+            return handle.get_tensor(name)
+        return handle.get_slice(name)[index]
 
 
 def _weight_files(directory: Path) -> list[Path]:

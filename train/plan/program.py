@@ -1,0 +1,146 @@
+"""The true DPO step of a configuration, with abstract arrays in place of weights and batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+import omerge_jax as om
+from train.config import DPOConfig, UserError
+from train.dpo import settings_of
+from train.losses import beta_schedule, pair_loss
+from train.models import ModelConfig, layer_axes, read_hf_config
+from train.objectives import preference_loss
+from train.optimizers import make_optimizer, make_schedule, needs_delta
+from train.sharding import abstract_model, check_batch, rows
+from train.step import init_state, make_train_step, state_shardings
+
+SHAPES = Path(__file__).parent / "shapes"
+
+
+class Program(NamedTuple):
+    """A step that can be lowered.
+
+    Attributes:
+        step: The jitted ``step(state, batch)`` of `train.step.make_train_step`.
+        state: `jax.ShapeDtypeStruct` leaves with their places.
+        batch: Likewise.
+    """
+
+    step: Any
+    state: Any
+    batch: Any
+
+
+def read_shape(path: str) -> ModelConfig:
+    """The model of a directory with a ``config.json``, or of a file in ``train/plan/shapes``.
+
+    Args:
+        path: Directory, or a name such as ``llama-3-70b``.
+
+    Raises:
+        UserError: neither, or the decoder does not compute such a model.
+    """
+    try:
+        if (SHAPES / f"{path}.json").is_file():
+            return ModelConfig.from_hf(_read(SHAPES / f"{path}.json"))
+        return ModelConfig.from_hf(read_hf_config(path))
+    except FileNotFoundError as error:
+        names = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
+        raise UserError(
+            f"model.path: {error}. plan needs nothing else of the model; or name one of {names}."
+        ) from error
+    except ValueError as error:
+        raise UserError(f"model.path: {error}") from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def make_program(config: DPOConfig, model: ModelConfig, mesh: Mesh | None) -> Program:
+    """Builds the step that `train.dpo` runs; nothing is allocated.
+
+    Args:
+        config: Of the run.
+        model: Its shapes; the types are those of `config`.
+        mesh: Devices, of this machine or of a topology.
+
+    Raises:
+        UserError: the batch cannot be split over the mesh, or the run trains a part of the model or
+            holds copies of it, whose steps are not built here.
+    """
+    _check_whole(config)
+    options, trainer = config.model, config.trainer
+    parts = trainer.gradient_accumulation_steps
+    check_batch("trainer.batch_size", trainer.batch_size, mesh, parts)
+    model = dataclasses.replace(
+        model, dtype=options.dtype, param_dtype=options.param_dtype, remat=options.remat
+    )
+    graphdef, params = abstract_model(model, mesh)
+    steps = trainer.steps or 1000  # changes constants of the schedules alone
+    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, steps)
+    tx = make_optimizer(config.optimizer, schedule, layer_axes=layer_axes, steps=steps)
+    delta = None
+    if needs_delta(config.optimizer):
+        dtype = config.optimizer.delta_dtype
+        delta = jax.eval_shape(lambda a, b: om.task_vector(a, b, dtype=dtype), params, params)
+    state = jax.eval_shape(lambda p, d: init_state(p, tx, d), params, delta)
+    shardings = state_shardings(state, params)
+    if shardings is not None:
+        state = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            state,
+            shardings,
+        )
+    loss = config.loss
+    loss_fn = preference_loss(
+        graphdef,
+        beta_at=beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, steps),
+        vocab_chunk=loss.vocab_chunk,
+        **settings_of(loss),
+    )
+    step = make_train_step(loss_fn, tx, shardings=shardings, accumulate=parts)
+    return Program(step, state, _batch(config, mesh))
+
+
+def _check_whole(config: DPOConfig) -> None:
+    given = {
+        "model.lora": config.model.lora,
+        "model.freeze": config.model.freeze,
+        "model.trainable": config.model.trainable,
+        "trainer.ema": config.trainer.ema,
+        "sync_ref_model": config.sync_ref_model,
+    }
+    for name, value in given.items():
+        if value:
+            raise UserError(
+                f"{name} is set; the plan covers runs that train all parameters and hold no copies of "
+                "them. Unset it."
+            )
+
+
+def _batch(config: DPOConfig, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """The longest rows that the data settings allow, every prompt computed once for each answer."""
+    place = None if mesh is None else rows(mesh)
+    size, data = config.trainer.batch_size, config.data
+    lengths = {"prompt": data.max_prompt_length}
+    lengths |= dict.fromkeys(("chosen", "rejected"), data.max_completion_length)
+
+    def column(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    batch = {}
+    for name, length in lengths.items():
+        batch[f"{name}_tokens"] = column((size, length), jnp.int32)
+        batch[f"{name}_mask"] = column((size, length), jnp.bool_)
+    if pair_loss(**settings_of(config.loss)).needs_reference:
+        for name in ("chosen", "rejected"):
+            batch[f"reference_{name}_logps"] = column((size,), jnp.float32)
+    return batch
