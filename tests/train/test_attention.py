@@ -11,7 +11,8 @@ from flax import nnx
 from tests.train.tiny_runs import make_model_dir
 from train.config import ModelOptions, UserError
 from train.models import Decoder, ModelConfig, merge_model, split_model
-from train.models.attention import check_attention
+from train.models.attention import AttentionInputs, attend, check_attention
+from train.models.splash import splash_attention
 from train.pairs import attention_of_parts
 from train.prepare import check_model
 
@@ -84,3 +85,55 @@ def test_cudnn_is_as_near_to_float32_as_xla_is(layout):
         return (apart / sum(float(jnp.sum(b**2)) for b in exact)) ** 0.5
 
     assert error(cudnn) <= 2 * error(xla) < 0.1
+
+
+# Splash attention, whose kernel is interpreted here
+
+
+def _arrays(length, heads=4, kv_heads=2, dim=16):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(4, length, count, dim) for count in (heads, kv_heads, kv_heads)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def _splash_gradient(arrays, real, kept):
+    def loss(arrays):
+        out = splash_attention(*arrays, real, interpret=True)
+        return jnp.sum(jnp.sin(out) * kept), out
+
+    return jax.grad(loss, has_aux=True)(arrays)
+
+
+@pytest.mark.parametrize(("length", "padding"), [(128, False), (150, True)])
+def test_splash_attention_is_attention(length, padding):
+    arrays = _arrays(length)
+    # Padding before, behind and in the middle, as between a prompt and an answer.
+    places = np.arange(length)
+    rows = [places >= 9, places < 100, (places < 40) | (places >= 70), places >= 0]
+    real = jnp.asarray(np.stack(rows)) if padding else None
+    kept = 1.0 if real is None else real[..., None, None]
+    keys = None if real is None else real[:, None, None, :] | jnp.eye(length, dtype=bool)
+
+    def loss(arrays):
+        inputs = AttentionInputs(arrays[0], arrays[0], keys, causal=True, real=real)
+        out = attend(CONFIG, *arrays, inputs, cached=False)
+        return jnp.sum(jnp.sin(out) * kept), out
+
+    wanted, out = jax.grad(loss, has_aux=True)(arrays)
+    found, splashed = _splash_gradient(arrays, real, kept)
+    np.testing.assert_allclose(splashed * kept, out * kept, atol=2e-6)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_splash_refuses_rows_of_several_sequences():
+    config = dataclasses.replace(CONFIG, attention="splash")
+    arrays = _arrays(16)
+    inputs = AttentionInputs(arrays[0], arrays[0], jnp.ones((4, 1, 16, 16), bool), causal=False)
+    with pytest.raises(ValueError, match="rows hold several"):
+        attend(config, *arrays, inputs, cached=False)
+
+
+def test_unknown_attention_is_refused():
+    with pytest.raises(ValueError, match="attention is 'flash'; supported are xla, cudnn, splash"):
+        check_attention(dataclasses.replace(CONFIG, attention="flash"))

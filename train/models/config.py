@@ -97,8 +97,8 @@ class ModelConfig:
         param_dtype: of the stored parameters.
         remat: what each block computes again in the backward pass: a name in
             `train.models.decoder.REMAT_POLICIES`.
-        attention: ``"xla"``, or ``"cudnn"`` for cuDNN's flash attention (half-precision ``dtype``,
-            NVIDIA GPU).
+        attention: ``"xla"``; ``"cudnn"`` for cuDNN's flash attention (half-precision ``dtype``,
+            NVIDIA GPU); ``"splash"`` for Pallas' on a TPU (rows of one sequence).
         lora_targets: names of the linear layers that have low-rank adapters.
         lora_rank: of the adapters.
         lora_scale: factor of their product.
