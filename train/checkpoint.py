@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -264,8 +265,19 @@ def _reported_here(record: logging.LogRecord) -> bool:
     return record.exc_info is None or "orbax" not in record.pathname
 
 
+def _late_news(unraisable: Any) -> bool:
+    """Whether TensorStore told of a write whose save had failed and was given up by then."""
+    error = unraisable.exc_value
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+
+def _but_late_news(show: Callable[[Any], None]) -> Callable[[Any], None]:
+    return lambda unraisable: None if _late_news(unraisable) else show(unraisable)
+
+
 # Orbax logs the traceback of a failed save, which `Checkpoints` reports.
 logging.getLogger("absl").addFilter(_reported_here)
+sys.unraisablehook = _but_late_news(sys.unraisablehook)
 
 
 def restore_params(directory: Path, step: int, like: Any, name: str = "params") -> Any:
