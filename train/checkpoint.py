@@ -265,6 +265,17 @@ def _reported_here(record: logging.LogRecord) -> bool:
     return record.exc_info is None or "orbax" not in record.pathname
 
 
+def _not_of_a_write(record: logging.LogRecord) -> bool:
+    """False where asyncio reports one write of a save; the first of them has ended the save."""
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    trace = None if error is None else error.__traceback__
+    while trace is not None:
+        if "orbax" in trace.tb_frame.f_code.co_filename:
+            return False
+        trace = trace.tb_next
+    return True
+
+
 def _late_news(unraisable: Any) -> bool:
     """Whether TensorStore told of a write whose save had failed and was given up by then."""
     error = unraisable.exc_value
@@ -277,6 +288,7 @@ def _but_late_news(show: Callable[[Any], None]) -> Callable[[Any], None]:
 
 # Orbax logs the traceback of a failed save, which `Checkpoints` reports.
 logging.getLogger("absl").addFilter(_reported_here)
+logging.getLogger("asyncio").addFilter(_not_of_a_write)
 sys.unraisablehook = _but_late_news(sys.unraisablehook)
 
 
