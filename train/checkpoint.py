@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import re
+import shutil
+import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +23,7 @@ from train.step import State
 
 # Orbax writes into it once more after `_seal`; a restore does not need it.
 _TIMES = "_CHECKPOINT_METADATA"
+_PARTIAL = ".orbax-checkpoint-tmp"
 _LOG = logging.getLogger(__name__)
 _policies = ocp.checkpoint_managers
 Warn = Callable[[str], None]
@@ -62,6 +65,11 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        # Orbax would remove remains in the background, where a manager opened soon after another
+        # one finds files gone that it is just removing, and fails its first save.
+        if is_first() and not self._read_only:
+            for remains in self._directory.glob(f"*{_PARTIAL}*"):
+                shutil.rmtree(remains, ignore_errors=True)
         interval = (
             _policies.FixedIntervalPolicy(self._every)
             if self._every
@@ -72,7 +80,7 @@ class Checkpoints:
             preservation_policy=self._preserve,
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
-            cleanup_tmp_directories=not self._read_only,
+            cleanup_tmp_directories=False,
             read_only=self._read_only,
         )
         return ocp.CheckpointManager(self._directory, options=options)
@@ -138,7 +146,7 @@ class Checkpoints:
     def _seal(self) -> None:
         """Called by Orbax when all files are written, before they get their final name."""
         if is_first():
-            for partial in self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+            for partial in self._directory.glob(f"{self._saving}{_PARTIAL}*"):
                 write_manifest(partial, ignore=_TIMES)
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
@@ -257,8 +265,31 @@ def _reported_here(record: logging.LogRecord) -> bool:
     return record.exc_info is None or "orbax" not in record.pathname
 
 
+def _not_of_a_write(record: logging.LogRecord) -> bool:
+    """False where asyncio reports one write of a save; the first of them has ended the save."""
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    trace = None if error is None else error.__traceback__
+    while trace is not None:
+        if "orbax" in trace.tb_frame.f_code.co_filename:
+            return False
+        trace = trace.tb_next
+    return True
+
+
+def _late_news(unraisable: Any) -> bool:
+    """Whether TensorStore told of a write whose save had failed and was given up by then."""
+    error = unraisable.exc_value
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+
+def _but_late_news(show: Callable[[Any], None]) -> Callable[[Any], None]:
+    return lambda unraisable: None if _late_news(unraisable) else show(unraisable)
+
+
 # Orbax logs the traceback of a failed save, which `Checkpoints` reports.
 logging.getLogger("absl").addFilter(_reported_here)
+logging.getLogger("asyncio").addFilter(_not_of_a_write)
+sys.unraisablehook = _but_late_news(sys.unraisablehook)
 
 
 def restore_params(directory: Path, step: int, like: Any, name: str = "params") -> Any:

@@ -15,7 +15,14 @@ from train.models.hf_names import EMBEDDING, LM_HEAD
 from train.models.safetensors_dir import SafetensorsDir
 
 # Fields that change no output of the network for given weights.
-_FREE = ("dtype", "param_dtype", "remat", "initializer_range", "max_position_embeddings")
+_FREE = (
+    "dtype",
+    "param_dtype",
+    "remat",
+    "attention",
+    "initializer_range",
+    "max_position_embeddings",
+)
 _COMPARED = ("architectures", "tie_word_embeddings")  # of architectures that the decoder lacks
 
 

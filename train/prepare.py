@@ -22,6 +22,7 @@ from train.data import (
     split_by_prompt,
 )
 from train.models import ModelConfig, check_hf_compatible, resolve_model_dir
+from train.models.attention import check_attention
 from train.models.lora import CONFIG_FILE, TARGETS, WEIGHTS_FILE, read_adapter_config
 
 if TYPE_CHECKING:
@@ -62,8 +63,14 @@ def check_model(options: ModelOptions, name: str = "model.path") -> ModelConfig:
     with blamed_on(name):
         config = check_hf_compatible(options.path)
     config = dataclasses.replace(
-        config, dtype=options.dtype, param_dtype=options.param_dtype, remat=options.remat
+        config,
+        dtype=options.dtype,
+        param_dtype=options.param_dtype,
+        remat=options.remat,
+        attention=options.attention,
     )
+    with blamed_on("model"):
+        check_attention(config)
     return config if options.lora is None else with_adapters(config, options.lora)
 
 

@@ -184,6 +184,11 @@ def test_value_that_the_optimizer_refuses(refused):
     assert "optimizer on_ties: rescale must be 'none' or 'norm'" in message
 
 
+def test_attention_that_cannot_share_prompts(refused):
+    message = refused(model__attention="splash")
+    assert "data.prefix_sharing is auto; set it to false" in message
+
+
 def test_unknown_loss(refused):
     message = refused(loss__type="dpo2")
     assert "loss: Unknown loss_type 'dpo2'" in message

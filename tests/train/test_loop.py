@@ -74,7 +74,11 @@ def run(path: Path, job: Job, **options: Any):
     output = OutputDir(path, {}, started=False, summary=None)
     shown = io.StringIO()
     trainer = TrainerOptions(batch_size=2, **options)
-    state = fit(job, trainer, output, Console(file=shown, width=100))
+    try:
+        state = fit(job, trainer, output, Console(file=shown, width=100))
+    except UserError as error:
+        error.add_note(shown.getvalue())
+        raise
     return state, read_metrics(path / "metrics.jsonl"), shown.getvalue()
 
 

@@ -29,8 +29,25 @@ rows = compiled.step_figures("v5p:2x2x1", shapes, compared, passes, lambda name:
 print(json.dumps([rows, compiled.leaf_bytes(shapes, 4)]))
 """
 
+ATTENTION = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from train.bench.compiled import make_mesh
+from train.models.splash import splash_attention
+mesh = make_mesh("v5p:2x2x1")
+rows = P("fsdp", None, None, None)
+place = lambda heads: jax.ShapeDtypeStruct((8, 2048, heads, 128), jnp.bfloat16,
+                                           sharding=NamedSharding(mesh, rows))
+real = jax.ShapeDtypeStruct((8, 2048), bool, sharding=NamedSharding(mesh, P("fsdp")))
+loss = lambda *x: jnp.sum(splash_attention(*x).astype(jnp.float32) ** 2)
+with jax.set_mesh(mesh):
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    compiled = gradient.lower(place(8), place(2), place(2), real).compile()
+print(compiled.memory_analysis().temp_size_in_bytes)
+"""
 
-def figures(*names):
+
+def run(program, *arguments):
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -40,10 +57,14 @@ def figures(*names):
         "TPU_WORKER_HOSTNAMES": "localhost",
         "PYTHONPATH": os.pathsep.join([str(COMPILER), str(Path(__file__).parents[2])]),
     }
-    arguments = [sys.executable, "-c", PROGRAM, json.dumps(names)]
-    done = subprocess.run(arguments, env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows, leaf = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def figures(*names):
+    rows, leaf = run(PROGRAM, json.dumps(names))
     return {row["optimizer"]: row for row in rows}, leaf
 
 
@@ -70,3 +91,11 @@ def test_an_exact_threshold_stays_below_three_steps():
 
     rows, _ = figures(cases.BASELINE, cases.TIES_EXACT)
     assert rows[cases.TIES_EXACT]["bytes_ratio"] <= 3
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_splash_attention_holds_no_matrix_of_all_pairs():
+    # Of 2 rows a chip, 8 heads and 2048 positions, in float32.
+    pairs = 4 * 2 * 8 * 2048**2
+    assert run(ATTENTION) < pairs / 4

@@ -13,7 +13,7 @@ from rich.console import Console
 from train.bench import cases, compiled, storage, tables, timing
 from train.bench.budgets import budgets
 
-PARTS = ("cpu", "accelerator", "torch", "tpu", "storage")
+PARTS = ("cpu", "accelerator", "torch", "torch_gpu", "tpu", "storage")
 _STORAGE_RUN_MILLIONS = 2.0
 
 
@@ -93,17 +93,28 @@ class Benchmark:
         tables.print_times(self.console, title, rows)
 
     def run_torch(self, say: Callable[[str], None]) -> None:
-        """Times the published algorithm in torch."""
+        """Times the published algorithm in torch on the CPU."""
+        self._time_published("cpu", say)
+
+    def run_torch_gpu(self, say: Callable[[str], None]) -> None:
+        """Times the published algorithm in torch on the GPU, where torch sees one."""
+        self._time_published("cuda", say)
+
+    def _time_published(self, device: str, say: Callable[[str], None]) -> None:
         if importlib.util.find_spec("torch") is None:
             self._skip("No torch here (install a CPU build of it): no times of the published code.")
             return
         from train.bench import torch_times
 
+        if not torch_times.sees(device):
+            self._skip("No GPU seen by torch: no times of the published code on one.")
+            return
         say("published algorithm")
-        rounds = max(2, self.rounds // 3)
-        rows = torch_times.time_published(self.shapes, rounds, os.cpu_count() or 1)
-        self.results["torch"] = rows
-        tables.print_times(self.console, "The published algorithm in torch, on the CPU", rows)
+        threads, rounds = os.cpu_count() or 1, max(2, self.rounds // 3)
+        rows = torch_times.time_published(self.shapes, rounds, threads, device)
+        self.results["torch" if device == "cpu" else "torch_gpu"] = rows
+        where = {"cpu": "the CPU", "cuda": "the GPU"}[device]
+        tables.print_times(self.console, f"The published algorithm in torch, on {where}", rows)
 
     def run_tpu(self, say: Callable[[str], None]) -> None:
         """Compiles optimizer steps and whole training steps for TPUs."""

@@ -1,4 +1,4 @@
-"""Times of the published algorithm next to torch's fused AdamW, on the CPU."""
+"""Times of the published algorithm next to torch's fused AdamW."""
 
 import dataclasses
 import itertools
@@ -17,25 +17,25 @@ DARE = "published OnDARE p=0.01"
 TIES = "published OnTIES p=0.1"
 
 
-def _tensors(shapes: Any, scale: float, seed: int) -> list[torch.Tensor]:
+def _tensors(shapes: Any, scale: float, seed: int, device: str) -> list[torch.Tensor]:
     """Returns random tensors, one per layer where layers are stacked, as in a torch model."""
     leaves = jax.tree_util.tree_flatten_with_path(random_tree(shapes, scale, seed))[0]
     tensors = []
     for path, leaf in leaves:
         tensor = torch.from_numpy(leaf)
         tensors += tensor.unbind() if layer_axes((path[0].key,)) else [tensor]
-    return [tensor.clone() for tensor in tensors]
+    return [tensor.to(device, copy=True) for tensor in tensors]
 
 
 class Setting:
     """Optimizers over the same shapes and gradients."""
 
-    def __init__(self, shapes: Any):
-        self.shapes = shapes
-        self.grads = [_tensors(shapes, 1e-3, seed) for seed in (2, 3, 4)]
+    def __init__(self, shapes: Any, device: str):
+        self.shapes, self.device = shapes, device
+        self.grads = [_tensors(shapes, 1e-3, seed, device) for seed in (2, 3, 4)]
 
     def _stepper(self, make: Callable[[list[torch.Tensor]], Any]) -> Callable[[], None]:
-        params = _tensors(self.shapes, 0.02, 0)
+        params = _tensors(self.shapes, 0.02, 0, self.device)
         grads: Iterator[list[torch.Tensor]] = itertools.cycle(self.grads)
         optimizer = make(params)
 
@@ -43,6 +43,8 @@ class Setting:
             for param, grad in zip(params, next(grads), strict=True):
                 param.grad = grad
             optimizer.step()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
 
         step()
         return step
@@ -55,7 +57,7 @@ class Setting:
         self, sparsify: authors.Sparsify, consensus: authors.Consensus, clip: float | None
     ) -> Callable[[], None]:
         """Returns a step of the published algorithm."""
-        deltas = _tensors(self.shapes, 1e-3, 1)
+        deltas = _tensors(self.shapes, 1e-3, 1, self.device)
         return self._stepper(
             lambda params: authors.OnlineMergingAdam(
                 params, deltas, sparsify, consensus, lr=1e-6, clip=clip
@@ -63,20 +65,28 @@ class Setting:
         )
 
 
-def time_published(shapes: Any, rounds: int, threads: int) -> list[dict[str, Any]]:
+def sees(device: str) -> bool:
+    """Whether torch can use the device, cpu or cuda."""
+    return device == "cpu" or torch.cuda.is_available()
+
+
+def time_published(
+    shapes: Any, rounds: int, threads: int, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """Times the published algorithm in pairs with torch's fused AdamW.
 
     Args:
       shapes: tree of the parameters' shapes.
       rounds: pairs of steps.
       threads: torch's threads.
+      device: torch's name of where.
 
     Returns:
       A row per optimizer.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    setting = Setting(shapes)
+    setting = Setting(shapes, device)
     baseline = setting.baseline()
     others = {
         BASELINE: setting.baseline,

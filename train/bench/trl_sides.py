@@ -45,7 +45,14 @@ def omerge_epochs(settings: Settings) -> Epochs:
         max_completion_length=settings["max_length"],
     )
     data = sharing_prompts(data, DataOptions(path=settings["data"]))
-    graphdef, params = split_model(from_hf(settings["model"]))
+    on_gpu = settings["device"] == "gpu"
+    model = from_hf(
+        settings["model"],
+        dtype="bfloat16" if on_gpu else "float32",
+        param_dtype="float32",
+        attention=settings["attention"],
+    )
+    graphdef, params = split_model(model)
     score = reference_logps_fn(graphdef)
     chosen, rejected = answer_logps(score, params, data, size, None)
     data = data.with_columns(reference_chosen_logps=chosen, reference_rejected_logps=rejected)
@@ -53,7 +60,7 @@ def omerge_epochs(settings: Settings) -> Epochs:
         optax.clip_by_global_norm(1.0), optax.adamw(settings["learning_rate"], weight_decay=0.0)
     )
     state, step = init_state(params, tx), make_train_step(preference_loss(graphdef), tx)
-    del params
+    del params, model
     loader = make_loader(data, size, buckets=make_buckets(data, size))
     metrics: dict[str, Any] = {}
     while True:
@@ -71,12 +78,14 @@ def trl_epochs(settings: Settings) -> Callable[[Callable[[], None], Callable[[in
     Its own loop calls back, so this gives a function of what to call before and after an epoch.
     """
     import datasets
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
     from train.data import read_records
 
+    on_gpu = settings["device"] == "gpu"
     records = [dict(record) for record in read_records(settings["data"])]
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     config = DPOConfig(
@@ -90,17 +99,19 @@ def trl_epochs(settings: Settings) -> Callable[[Callable[[], None], Callable[[in
         remove_unused_columns=False,  # keeps the column that rows are grouped by
         gradient_checkpointing=False,
         optim="adamw_torch_fused",
-        bf16=False,
-        use_cpu=True,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
         dataloader_drop_last=True,
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=on_gpu,
         disable_tqdm=True,
         logging_strategy="no",
         save_strategy="no",
         report_to=[],
     )
     trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(settings["model"], dtype="float32"),
+        model=AutoModelForCausalLM.from_pretrained(
+            settings["model"], dtype="float32", attn_implementation="sdpa"
+        ),
         args=config,
         train_dataset=datasets.Dataset.from_list(records),
         processing_class=tokenizer,
@@ -114,6 +125,8 @@ def trl_epochs(settings: Settings) -> Callable[[Callable[[], None], Callable[[in
                 before()
 
             def on_epoch_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+                if on_gpu:
+                    torch.cuda.synchronize()
                 after(state.global_step - self.done)
                 self.done = state.global_step
 
@@ -126,8 +139,8 @@ def trl_epochs(settings: Settings) -> Callable[[Callable[[], None], Callable[[in
 class _Turns:
     """Waits for a line, times what follows, answers."""
 
-    def __init__(self, answers: Any) -> None:
-        self.answers, self.start, self.worked = answers, 0.0, 0.0
+    def __init__(self, answers: Any, peak: Callable[[], float]) -> None:
+        self.answers, self.peak, self.start, self.worked = answers, peak, 0.0, 0.0
 
     def before(self) -> None:
         if not sys.stdin.readline().strip():
@@ -136,18 +149,34 @@ class _Turns:
 
     def after(self, steps: int) -> None:
         seconds, worked = time.perf_counter() - self.start, time.process_time() - self.worked
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        figures = {"seconds": seconds, "cpu_seconds": worked, "steps": steps, "peak_mib": peak}
+        figures = {"seconds": seconds, "cpu_seconds": worked, "steps": steps}
+        figures["peak_mib"] = self.peak() / 2**20
         self.say(figures)
 
     def say(self, value: Any) -> None:
         print(json.dumps(value), file=self.answers, flush=True)
 
 
+def _resident() -> float:
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_of(side: str) -> Callable[[], float]:
+    """What reads the most bytes that a side's arrays had on the GPU at once."""
+    if side == "trl":
+        import torch
+
+        return torch.cuda.max_memory_allocated
+    import jax
+
+    return lambda: (jax.devices()[0].memory_stats() or {})["peak_bytes_in_use"]
+
+
 def main(side: str, settings_file: str) -> None:
     """Runs one side until its input ends."""
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
-    settings, turns = json.loads(Path(settings_file).read_text()), _Turns(answers)
+    settings = json.loads(Path(settings_file).read_text())
+    turns = _Turns(answers, peak_of(side) if settings["device"] == "gpu" else _resident)
     if side == "trl":
         train = trl_epochs(settings)
         turns.say("ready")

@@ -1,8 +1,9 @@
 """Throughput and memory next to TRL: ``python -m train.bench.trl_throughput``.
 
-The same model, pairs, batch size and optimizer settings, float32, on one CPU. Each side runs in its
-own process and they take turns, an epoch each, so that what else the machine does meets both; the
-fastest epoch of each counts. The first epoch of either is not counted: it compiles, or warms up.
+The same model, pairs, batch size and optimizer settings, on the CPU in float32 or on a GPU in
+bfloat16 with float32 parameters. Each side runs in its own process and they take turns, an epoch
+each, so that what else the machine does meets both; the fastest epoch of each counts. The first
+epoch of either is not counted: it compiles, or warms up.
 
 Both sides are credited with the same useful tokens: those of the prompt and an answer, for both
 answers of every pair, without padding. That one side computes a prompt once does not change what it
@@ -74,9 +75,9 @@ def write_model(directory: Path, texts: Sequence[str], args: argparse.Namespace)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(directory)
     config = Qwen2Config(
-        vocab_size=args.vocabulary,
+        vocab_size=max(args.vocabulary, args.embedding_rows or 0),
         hidden_size=args.hidden,
-        intermediate_size=8 * args.hidden // 3,
+        intermediate_size=args.intermediate or 8 * args.hidden // 3,
         num_hidden_layers=args.layers,
         num_attention_heads=args.hidden // 64,
         num_key_value_heads=2,
@@ -135,8 +136,14 @@ def usable_pairs(
 class Side:
     """One process and the epochs it has run."""
 
-    def __init__(self, name: str, settings_file: Path) -> None:
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+    def __init__(self, name: str, settings_file: Path, device: str) -> None:
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": {"cpu": "cpu", "gpu": "cuda"}[device],
+            "TOKENIZERS_PARALLELISM": "false",
+            # Both sides share one GPU.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
         log = settings_file.with_name(f"{name}.log")
         self.log = log.open("w")
         self.name, self.rounds = name, []
@@ -187,10 +194,12 @@ def compare(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "learning_rate": 1e-5,
         "epochs": args.rounds + 1,
         "trl_sampling": args.trl_sampling,
+        "device": args.device,
+        "attention": args.attention,
     }
     settings_file = directory / "settings.json"
     settings_file.write_text(json.dumps(settings))
-    sides = [Side(name, settings_file) for name in ("omerge", "trl")]
+    sides = [Side(name, settings_file, args.device) for name in ("omerge", "trl")]
     try:
         console = Console(stderr=True)
         for number in track(range(args.rounds + 1), "epochs in turns", console=console):
@@ -201,7 +210,8 @@ def compare(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     finally:
         for side in sides:
             side.close()
-    results: dict[str, Any] = {"parameters": parameters, "useful_tokens_per_epoch": tokens}
+    results: dict[str, Any] = {"device": args.device, "parameters": parameters}
+    results["useful_tokens_per_epoch"] = tokens
     for side in sides:
         seconds = [one["seconds"] for one in side.rounds[1:]]
         results[side.name] = {
@@ -218,15 +228,16 @@ def compare(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
 def show(results: dict[str, Any], console: Console) -> None:
     """Prints the comparison."""
     ours, theirs = results["omerge"], results["trl"]
+    kind = {"cpu": "float32 on the CPU", "gpu": "bfloat16 on the GPU"}[results["device"]]
     table = Table(
-        title=f"DPO, Qwen2 shape of {results['parameters'] / 1e6:.1f} M parameters, float32"
+        title=f"DPO, Qwen2 shape of {results['parameters'] / 1e6:.1f} M parameters, {kind}"
     )
     for column in ("", "omerge_jax", "TRL", "ratio"):
         table.add_column(column, justify="right" if column else "left")
     for label, name, form in (
         ("useful tokens/s, fastest epoch", "tokens_per_second", ",.0f"),
         ("processor seconds of an epoch, least", "cpu_seconds", ".1f"),
-        ("peak resident memory, MiB", "peak_mib", ",.0f"),
+        ("peak memory (resident, or of the GPU), MiB", "peak_mib", ",.0f"),
         ("first epoch, with compilation, s", "first_epoch_seconds", ".1f"),
     ):
         a, b = ours[name], theirs[name]
@@ -249,7 +260,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed epochs of each side")
     parser.add_argument("--hidden", type=int, default=384, help="width, a multiple of 128")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--vocabulary", type=int, default=16384)
+    parser.add_argument("--intermediate", type=int, help="default: 8/3 of the width")
+    parser.add_argument("--vocabulary", type=int, default=16384, help="most tokens of the BPE")
+    parser.add_argument("--embedding_rows", type=int, help="default: as many as tokens")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument(
+        "--attention", choices=("xla", "cudnn"), default="xla", help="of omerge_jax; TRL has sdpa"
+    )
     parser.add_argument(
         "--trl_sampling",
         choices=("random", "group_by_length"),

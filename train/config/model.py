@@ -51,6 +51,9 @@ class ModelOptions:
         remat: What the backward pass computes again: none; full (each layer, from its input: least
             memory, about a third more time); dots (all but the results of matrix products); or
             weight_dots (also attention's own products, whose size grows with the length squared).
+        attention: Program of the attention: xla; or flash attention, without a matrix of all pairs of
+            positions: cudnn (an NVIDIA GPU and dtype bfloat16), or splash (a TPU; preference pairs
+            need data.prefix_sharing false).
         export_dtype: Type of the exported weights. Unset: as stored at `path`, so float32 results
             of a bfloat16 model are rounded.
         lora: Train low-rank adapters alone. Exported are the model with them merged in, and the
@@ -64,6 +67,7 @@ class ModelOptions:
     dtype: DType = "float32"
     param_dtype: DType = "float32"
     remat: RematPolicy = "none"
+    attention: Literal["xla", "cudnn", "splash"] = "xla"
     export_dtype: DType | None = None
     lora: LoraOptions | None = None
     freeze: list[str] = field(default_factory=list)

@@ -80,6 +80,12 @@ def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
         raise UserError("Give exactly one of trainer.steps and trainer.epochs.")
     if not isinstance(config, SFTConfig):
         require(config.loss.beta > 0, "loss.beta", config.loss.beta, "positive")
+    shares = isinstance(config, DPOConfig) and config.data.prefix_sharing is not False
+    if config.model.attention == "splash" and shares:
+        raise UserError(
+            "model.attention is splash, which computes rows of one sequence each, but "
+            f"data.prefix_sharing is {config.data.prefix_sharing}; set it to false."
+        )
     if isinstance(config, OnlineDPOConfig):
         check_on_policy(config.sampling, config.reward)
     if isinstance(config, DPOConfig | OnlineDPOConfig):

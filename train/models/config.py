@@ -97,6 +97,8 @@ class ModelConfig:
         param_dtype: of the stored parameters.
         remat: what each block computes again in the backward pass: a name in
             `train.models.decoder.REMAT_POLICIES`.
+        attention: ``"xla"``; ``"cudnn"`` for cuDNN's flash attention (half-precision ``dtype``,
+            NVIDIA GPU); ``"splash"`` for Pallas' on a TPU (rows of one sequence).
         lora_targets: names of the linear layers that have low-rank adapters.
         lora_rank: of the adapters.
         lora_scale: factor of their product.
@@ -123,6 +125,7 @@ class ModelConfig:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "none"
+    attention: str = "xla"
     lora_targets: tuple[str, ...] = ()
     lora_rank: int = 0
     lora_scale: float = 1.0

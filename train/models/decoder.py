@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from train.models.attention import AttentionInputs
 from train.models.axes import constrain
 from train.models.config import ModelConfig
 from train.models.layers import (
     RESIDUAL,
-    AttentionInputs,
     Block,
     KVCache,
     RMSNorm,
@@ -123,14 +123,16 @@ class Decoder(nnx.Module):
             return self._run(tokens, inputs, None, 0)[0]
         if positions is None:
             positions = token_positions(tokens, mask)
-        keys = None
+        keys = real = None
         if mask is not None:
+            real = jnp.asarray(mask, bool)
             # A padding query sees no real key; letting it see itself keeps its softmax, and so its
             # gradient, finite whatever the attention implementation does with an empty row.
             itself = jnp.eye(length, dtype=bool)
-            keys = jnp.asarray(mask, bool)[:, None, None, :] | itself[None, None]
+            keys = real[:, None, None, :] | itself[None, None]
         cos, sin = rotation_angles(self.config, positions)
-        return self._run(tokens, AttentionInputs(cos, sin, keys, causal=True), None, 0)[0]
+        inputs = AttentionInputs(cos, sin, keys, causal=True, real=real)
+        return self._run(tokens, inputs, None, 0)[0]
 
     def extend(
         self,

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
+from train.models.attention import check_attention
 from train.models.axes import partition_spec
 from train.models.config import ModelConfig
 from train.models.decoder import Decoder, Params
@@ -45,6 +46,7 @@ def from_hf(
     param_dtype: Any = None,
     mesh: Mesh | None = None,
     remat: str = "none",
+    attention: str = "xla",
 ) -> Decoder:
     """Loads a Llama, Qwen2 or Qwen3 checkpoint from safetensors files.
 
@@ -63,6 +65,7 @@ def from_hf(
         mesh: where to put the parameters, by the axes ``"fsdp"`` and ``"tensor"`` that they carry
             (see `param_shardings`). On the default device when None.
         remat: what blocks compute again in the backward pass, see `ModelConfig`.
+        attention: which program computes it, see `ModelConfig`.
 
     Returns:
         The model, with ``model.config``.
@@ -85,8 +88,13 @@ def from_hf(
     compute = _promote(stored.values()) if dtype is None else np.dtype(dtype)
     held = param_dtype if param_dtype is not None else dtype
     config = dataclasses.replace(
-        shapes, dtype=compute, param_dtype=compute if held is None else held, remat=remat
+        shapes,
+        dtype=compute,
+        param_dtype=compute if held is None else held,
+        remat=remat,
+        attention=attention,
     )
+    check_attention(config)
     graphdef = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))[0]
     dtypes = stored if held is None else {}
     return nnx.merge(graphdef, read_params(weights, config, mesh, dtypes))

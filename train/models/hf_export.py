@@ -35,7 +35,14 @@ _COPIED = (
     "additional_chat_templates",
 )
 # These do not change what the network computes from given parameters.
-_FREE_FIELDS = ("dtype", "param_dtype", "remat", "initializer_range", "max_position_embeddings")
+_FREE_FIELDS = (
+    "dtype",
+    "param_dtype",
+    "remat",
+    "attention",
+    "initializer_range",
+    "max_position_embeddings",
+)
 
 
 def to_hf(

@@ -8,29 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from train.models.attention import AttentionInputs, attend
 from train.models.axes import constrain
 from train.models.config import ModelConfig
 from train.models.rope import rotate
 
 RESIDUAL = ("batch", "length", None)
 """Logical axes of the residual stream; its channels stay together."""
-
-
-class AttentionInputs(NamedTuple):
-    """What every block needs besides the residual stream.
-
-    Attributes:
-        cos: float32 ``[batch, length, 1, head_dim / 2]``.
-        sin: like ``cos``.
-        mask: bool, broadcastable to ``[batch, heads, length, keys]``, True where a query may look,
-            or None for no restriction beyond ``causal``.
-        causal: also forbid keys after the query. Off when ``mask`` says it all (cached decoding).
-    """
-
-    cos: jax.Array
-    sin: jax.Array
-    mask: jax.Array | None
-    causal: bool
 
 
 class KVCache(NamedTuple):
@@ -106,7 +90,7 @@ class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions and optional query and key norms."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.head_dim = config.head_dim
+        self.config, self.head_dim = config, config.head_dim
         width, queries = config.hidden_size, config.num_heads * config.head_dim
         keys = config.num_kv_heads * config.head_dim
 
@@ -142,9 +126,7 @@ class Attention(nnx.Module):
             key = jax.lax.dynamic_update_slice(cache.key, key, at)
             value = jax.lax.dynamic_update_slice(cache.value, value, at)
             cache = KVCache(key, value)
-        out = jax.nn.dot_product_attention(
-            query, key, value, mask=inputs.mask, is_causal=inputs.causal
-        )
+        out = attend(self.config, query, key, value, inputs, cached=cache is not None)
         return self.o_proj(out.reshape(batch, length, -1)), cache
 
 

@@ -1,0 +1,102 @@
+"""Which program computes attention."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.models.config import ModelConfig
+from train.models.splash import splash_attention
+
+_HALVES = (np.dtype(jnp.bfloat16), np.dtype(jnp.float16))
+_CUDNN_WIDTH = 128
+_BACKENDS = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}
+
+
+def check_attention(config: ModelConfig) -> None:
+    """Checks that the attention asked for can run on this machine.
+
+    Raises:
+        ValueError: an unknown name, no device for it, or cuDNN's attention with another type or width
+            of heads than it computes.
+    """
+    kind = config.attention
+    if kind == "xla":
+        return
+    if kind not in _BACKENDS:
+        raise ValueError(f"attention is {kind!r}; supported are xla, {', '.join(_BACKENDS)}")
+    if kind == "cudnn" and np.dtype(config.dtype) not in _HALVES:
+        raise ValueError(f"attention is cudnn, which needs dtype bfloat16, not {config.dtype}")
+    if kind == "cudnn" and (config.head_dim % 8 or config.head_dim > _CUDNN_WIDTH):
+        raise ValueError(
+            f"attention is cudnn, which needs heads of 8, 16, … {_CUDNN_WIDTH} entries, not "
+            f"{config.head_dim}; use xla"
+        )
+    backend, device = _BACKENDS[kind]
+    if jax.default_backend() != backend:
+        raise ValueError(
+            f"attention is {kind}, which needs {device}, and JAX runs on "
+            f"{jax.default_backend()}; use xla"
+        )
+
+
+class AttentionInputs(NamedTuple):
+    """What every block needs besides the residual stream.
+
+    Attributes:
+        cos: float32 ``[batch, length, 1, head_dim / 2]``.
+        sin: like ``cos``.
+        mask: bool, broadcastable to ``[batch, heads, length, keys]``, True where a query may look,
+            or None for no restriction beyond ``causal``.
+        causal: also forbid keys after the query. Off when ``mask`` says it all (cached decoding, rows
+            of several sequences).
+        real: bool ``[batch, length]``, False at padding; what ``mask`` says where ``causal`` is on,
+            for programs that take no mask. None: no padding, or ``mask`` says more.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    mask: jax.Array | None
+    causal: bool
+    real: jax.Array | None = None
+
+
+def attend(
+    config: ModelConfig,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    inputs: AttentionInputs,
+    *,
+    cached: bool,
+) -> jax.Array:
+    """Scaled dot-product attention.
+
+    Args:
+        config: its ``attention`` says how.
+        query: ``[batch, length, heads, head_dim]``.
+        key: ``[batch, keys, kv_heads, head_dim]``.
+        value: like ``key``.
+        inputs: who sees whom.
+        cached: keys come from a cache. Always XLA's: there is no backward pass, and often one query.
+
+    Returns:
+        Like ``query``.
+
+    Raises:
+        ValueError: splash attention of rows that hold several sequences.
+    """
+    if config.attention == "splash" and not cached:
+        if not inputs.causal:
+            raise ValueError(
+                "attention is splash, which computes rows of one sequence each, and these rows hold "
+                "several; use xla, or do not share prompts"
+            )
+        return splash_attention(query, key, value, inputs.real)
+    kind = "cudnn" if config.attention == "cudnn" and not cached else "xla"
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=inputs.mask, is_causal=inputs.causal, implementation=kind
+    )

@@ -1,0 +1,112 @@
+"""Splash attention: JAX's Pallas kernel for TPUs, causal, without a matrix of all pairs.
+
+The kernel works on one device's heads and rows, so on a mesh it runs under `jax.shard_map`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from train.models.axes import partition_spec
+
+if TYPE_CHECKING:
+    from jax.sharding import AbstractMesh
+
+_LANES = 128
+"""Lengths are a multiple of this inside of the kernel."""
+_LARGEST_BLOCK = 512
+
+
+def splash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    real: jax.Array | None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Causal attention within rows of one sequence each.
+
+    Args:
+        query: ``[batch, length, heads, head_dim]``.
+        key: ``[batch, length, kv_heads, head_dim]``.
+        value: like ``key``.
+        real: bool ``[batch, length]``, False at padding, which sees padding alone; None: no padding.
+        interpret: run the kernel's Python on any machine, for tests.
+
+    Returns:
+        Like ``query``.
+
+    Source: ``jax.experimental.pallas.ops.tpu.splash_attention``; FlashAttention-2 (Dao 2023) with
+    blocks above the diagonal left out.
+    """
+    length = query.shape[1]
+    padded = -length % _LANES
+    if padded:
+        real = jnp.ones(query.shape[:2], bool) if real is None else real
+        query, key, value, real = (
+            jnp.pad(x, [(0, 0), (0, padded)] + [(0, 0)] * (x.ndim - 2))
+            for x in (query, key, value, real)
+        )
+    mesh = jax.sharding.get_abstract_mesh()
+    attend = functools.partial(_local, interpret=interpret)
+    if mesh.empty or mesh.size == 1:
+        out = attend(query, key, value, real)
+    else:
+        out = _on_mesh(attend, mesh, query, key, value, real)
+    return out[:, :length]
+
+
+def _on_mesh(attend, mesh: AbstractMesh, query, key, value, real) -> jax.Array:
+    axes = ("batch", None, "heads", None)
+    of_query = partition_spec(axes, query.shape, mesh)
+    if partition_spec(axes, key.shape, mesh) != of_query:
+        # Too few key heads for the mesh: every query head gets its own.
+        groups = query.shape[2] // key.shape[2]
+        key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+    arrays = (query, key, value) if real is None else (query, key, value, real)
+    specs = [partition_spec(axes[: x.ndim], x.shape, mesh) for x in arrays]
+    return jax.shard_map(
+        lambda q, k, v, r=None: attend(q, k, v, r),
+        in_specs=tuple(specs),
+        out_specs=of_query,
+        check_vma=False,  # a Pallas call does not say how its outputs vary
+    )(*arrays)
+
+
+def _local(
+    query: jax.Array, key: jax.Array, value: jax.Array, real: jax.Array | None, *, interpret: bool
+) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, length, heads, head_dim = query.shape
+    block = next(b for b in (_LARGEST_BLOCK, 384, 256, _LANES) if length % b == 0)
+    sizes = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    kernel: Any = kernels.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    rows = [x.swapaxes(1, 2) for x in (query * head_dim**-0.5, key, value)]
+    if real is None:
+        out = jax.vmap(kernel)(*rows)
+    else:
+        ids = kernels.SegmentIds(real.astype(jnp.int32), real.astype(jnp.int32))
+        out = jax.vmap(kernel)(*rows, ids)
+    return out.swapaxes(1, 2).astype(query.dtype)
