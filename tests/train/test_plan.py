@@ -270,6 +270,7 @@ def test_the_search_puts_the_fastest_that_fits_first(tmp_path, capsys):
         ),
         ({"topology": "h100:8", "output_file": "README.md"}, "holds no plan, so it is kept"),
         ({"topology": "h100:8", "output_file": "no/such/plan.json"}, "there is no directory"),
+        ({"topology": "cpu:1", "model.attention": "splash"}, "model.attention is splash, which"),
         ({"topology": "h100:8", "trainer.steps": 0}, "trainer.steps must be positive"),
     ],
 )

@@ -29,6 +29,8 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 class Cost:
     """What one run of a program, or of a part of it, costs one chip.
 
+    What a kernel of its own (Pallas) does is not seen.
+
     Attributes:
         flops: Of matrix products, twice the multiplications.
         hbm_bytes: Read from and written to the chip's main memory. What a fusion takes a slice of

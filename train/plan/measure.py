@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from train.config import DPOConfig, OptimizerOptions
+from train.config import DPOConfig, OptimizerOptions, UserError
 from train.models import ModelConfig
 from train.models.hf_names import decoder_leaves
 from train.optimizers import inner_name, needs_delta
@@ -43,6 +43,7 @@ def make_plan(config: DPOConfig, model: ModelConfig, target: Target) -> Plan:
     Raises:
         UserError: a field cannot be used there.
     """
+    _check_attention(config.model.attention, target)
     mesh = target.mesh(config.mesh)
     program = make_program(config, model, mesh)
     state = state_bytes(program)
@@ -61,6 +62,15 @@ def make_plan(config: DPOConfig, model: ModelConfig, target: Target) -> Plan:
         memory=memory,
         work=work,
     )
+
+
+def _check_attention(kind: str, target: Target) -> None:
+    """Raises `UserError` where the compiler of the target does not know a program of attention."""
+    runs_on = {"xla": ("cpu", "tpu"), "splash": ("tpu",)}.get(kind, ())
+    if target.devices and target.devices[0].platform not in runs_on:
+        raise UserError(
+            f"model.attention is {kind}, which cannot be compiled for topology {target.topology}; use xla."
+        )
 
 
 def without_merge(options: OptimizerOptions) -> OptimizerOptions | None:

@@ -84,7 +84,11 @@ def make_program(
     parts = trainer.gradient_accumulation_steps
     check_batch("trainer.batch_size", trainer.batch_size, mesh, parts)
     model = dataclasses.replace(
-        model, dtype=options.dtype, param_dtype=options.param_dtype, remat=options.remat
+        model,
+        dtype=options.dtype,
+        param_dtype=options.param_dtype,
+        remat=options.remat,
+        attention=options.attention,
     )
     graphdef, params = abstract_model(model, mesh)
     steps = trainer.steps or 1000  # changes constants of the schedules alone
