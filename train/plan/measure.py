@@ -69,7 +69,7 @@ def _check_attention(kind: str, target: Target) -> None:
     runs_on = {"xla": ("cpu", "tpu"), "splash": ("tpu",)}.get(kind, ())
     if target.devices and target.devices[0].platform not in runs_on:
         raise UserError(
-            f"model.attention is {kind}, which cannot be compiled for topology {target.topology}; use xla."
+            f"model.attention is {kind}, which cannot be compiled for {target.topology}; use xla."
         )
 
 
