@@ -69,12 +69,14 @@ def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
     """
     given = environment.get
     if all(name in environment for name in _SLURM):
-        return Cluster("Slurm", *(int(environment[name]) for name in _SLURM[1:]))
+        processes, process, local = (int(environment[name]) for name in _SLURM[1:])
+        return Cluster("Slurm", processes, process, local)
     if "OMPI_COMM_WORLD_SIZE" in environment:
         numbers = (environment.get(f"OMPI_COMM_WORLD_{name}") for name in _OMPI)
+        processes, process, local = (int(number or 0) for number in numbers)
         # Open MPI 5 no longer says where mpirun runs.
         known = "OMPI_MCA_orte_hnp_uri" in environment
-        return Cluster("Open MPI", *(int(number or 0) for number in numbers), known)
+        return Cluster("Open MPI", processes, process, local, known)
     if _may_use_tpu(environment):
         workers = given("TPU_PROCESS_ADDRESSES") or given("TPU_WORKER_HOSTNAMES")
         if workers is not None:

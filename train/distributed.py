@@ -65,7 +65,9 @@ def _initialise(group: Group, options: DistributedOptions) -> None:
     # Its handler would swallow a SIGTERM before training has its own, see `train.stop`.
     jax.config.update("jax_enable_preemption_service", False)
     if group.explicit:
-        assert group.address is not None and group.processes and group.process is not None
+        assert group.address is not None
+        assert group.processes is not None
+        assert group.process is not None
         print(
             f"Process {group.process} of {group.processes}, by way of {group.address} ...",
             file=sys.stderr,

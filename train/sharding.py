@@ -167,7 +167,8 @@ def _put(
         size = len(value) // len(parts)
         shape = (size * count, *value.shape[1:])
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             first = parts.index(index[0].indices(shape[0])[0] // size) * size
             return value[first : first + size]
 

@@ -45,8 +45,8 @@ def make_loader(
         is drawn anew in every epoch. `None` makes batches of any rows, as wide as the data set.
 
     Returns:
-      An iterator of dicts of arrays `[batch_size / count * len(parts), …]`. `get_state()` gives a small dict
-      that JSON can hold, naming the next batch; `set_state(state)` continues there.
+      An iterator of dicts of arrays `[batch_size / count * len(parts), …]`. `get_state()` gives a
+      small dict that JSON can hold, naming the next batch; `set_state(state)` continues there.
 
     Raises:
       ValueError: When no batch can be made, or the processes cannot share one evenly.
