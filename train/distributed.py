@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -48,6 +49,8 @@ def joined(options: DistributedOptions) -> Iterator[None]:
         return
     _initialise(group, options)
     peers = _meet_peers(group, silence)
+    from train.processes import meet
+
     try:
         yield
     except Stopped:
@@ -56,6 +59,7 @@ def joined(options: DistributedOptions) -> Iterator[None]:
     except BaseException as error:
         _fail(peers, error)
         raise
+    meet("end of the run")  # under watch; at the end of a process JAX waits for five minutes
     peers.close()
 
 
@@ -145,13 +149,14 @@ def _own_names(group: Group) -> list[str]:
 def _fail(peers: Peers, error: BaseException) -> None:
     """Tells the others, and makes sure that this process does not wait for them at its end."""
     status = 1
-    if isinstance(error, UserError):
-        status = 2
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, UserError) or full:
+        status = 2  # as `train.cli` answers
     elif isinstance(error, KeyboardInterrupt):
         status = 130
     else:
         time.sleep(_BLAME_S)
-    peers.fail(" ".join(str(error).split())[:400] or type(error).__name__)
+    peers.fail(" ".join(str(error).split())[:400] or type(error).__name__, status)
     # Registered last, it runs before JAX's own, which meets the others.
     atexit.register(_leave, status)
 

@@ -18,13 +18,16 @@ from typing import IO, Any
 
 from train.stop import EXIT_STATUS
 
-Ended = Callable[[str], None]
+Ended = Callable[[str, int], None]
 
 
-def stop_at_once(message: str) -> None:
-    """Ends this process, whatever it waits for, with the status of a run that can go on."""
+def stop_at_once(message: str, status: int) -> None:
+    """Ends this process, whatever it waits for."""
     os.write(2, f"\nerror: {message}\n".encode())
-    os._exit(EXIT_STATUS)
+    os._exit(status)
+
+
+_AGAIN = "This process stops too; the same command goes on from the last checkpoint."
 
 
 class Door:
@@ -48,7 +51,9 @@ class Peers:
         names: What to call each process, in order.
         mine: Number of this one.
         silence: Seconds without a sign of life after which a host counts as gone.
-        ended: Called in a thread of its own with a message when another process has ended.
+        ended: Called in a thread of its own when another process has ended, with a message and the
+            exit status that this one should have: that of the other one's error, or that of a run
+            that can go on where the other one is gone.
     """
 
     def __init__(
@@ -112,25 +117,19 @@ class Peers:
             said = json.loads(lines.readline() or b"{}")
         if self._closing.is_set() or said.get("done"):
             return
-        which = f"process {process} of {len(self._names)} ({self._names[process]})"
-        again = "This process stops too; the same command goes on from the last checkpoint."
-        if "failed" in said:
-            message = f"{which} ended with an error: {said['failed']}. {again}"
-        elif "ended" in said:
-            message = said["ended"]
-        else:
-            message = f"{which} is gone: it was killed, or its host is down. {again}"
-        self._tell({"ended": message})
-        self._ended(message)
+        if not said:
+            message = f"{self._name(process)} is gone: it was killed, or its host is down. {_AGAIN}"
+            said = {"ended": message, "status": EXIT_STATUS}
+        self._tell(said)
+        self._ended(said["ended"], said["status"])
 
-    def fail(self, reason: str) -> None:
-        """Tells the others that this process ends with an error."""
-        which = f"process {self._mine} of {len(self._names)} ({self._names[self._mine]})"
-        again = "This process stops too; the same command goes on from the last checkpoint."
-        if self._mine == 0:
-            self._tell({"ended": f"{which} ended with an error: {reason}. {again}"})
-        else:
-            self._tell({"failed": reason})
+    def fail(self, reason: str, status: int) -> None:
+        """Tells the others that this process ends with an error, and with which status."""
+        message = f"{self._name(self._mine)} ended with an error: {reason.rstrip('.')}. {_AGAIN}"
+        self._tell({"ended": message, "status": status})
+
+    def _name(self, process: int) -> str:
+        return f"process {process} of {len(self._names)} ({self._names[process]})"
 
     def close(self) -> None:
         """Ends the watch: what the others do from now on is theirs."""

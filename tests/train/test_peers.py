@@ -25,7 +25,7 @@ time.sleep(60)
 def three():
     """Three connected processes, and what each is told of the end of another."""
     told = [queue.Queue() for _ in NAMES]
-    peers = [Peers(NAMES, n, 10, told[n].put) for n in range(3)]
+    peers = [Peers(NAMES, n, 10, lambda *said, n=n: told[n].put(said)) for n in range(3)]
     door = Door(["nowhere.invalid", "127.0.0.1"])
     accepting = threading.Thread(target=peers[0].accept, args=(door, 10))
     accepting.start()
@@ -38,9 +38,10 @@ def three():
 
 def test_an_error_of_any_process_is_told_to_the_others(three):
     peers, told = three
-    peers[2].fail("the disk is full")
+    peers[2].fail("the disk is full.", 2)
     for number in (0, 1):
-        message = told[number].get(timeout=10)
+        message, status = told[number].get(timeout=10)
+        assert status == 2
         expected = "process 2 of 3 (host c, pid 3) ended with an error: the disk is full. "
         assert message.startswith(expected)
         assert "the same command goes on from the last checkpoint" in message
@@ -49,9 +50,11 @@ def test_an_error_of_any_process_is_told_to_the_others(three):
 
 def test_an_error_of_the_first_one_too(three):
     peers, told = three
-    peers[0].fail("no")
+    peers[0].fail("no", 1)
     for number in (1, 2):
-        assert told[number].get(timeout=10).startswith("process 0 of 3 (host a, pid 1) ended with")
+        message, status = told[number].get(timeout=10)
+        assert message.startswith("process 0 of 3 (host a, pid 1) ended with an error: no. ")
+        assert status == 1
 
 
 def test_after_the_end_of_the_run_nothing_is_told(three):
@@ -68,7 +71,7 @@ def test_after_the_end_of_the_run_nothing_is_told(three):
 
 def test_a_killed_process_is_named_at_once():
     told = [queue.Queue() for _ in range(2)]
-    peers = [Peers(NAMES, n, 10, told[n].put) for n in range(2)]
+    peers = [Peers(NAMES, n, 10, lambda *said, n=n: told[n].put(said)) for n in range(2)]
     door = Door(["127.0.0.1"])
     missing = []
     accepting = threading.Thread(target=lambda: missing.append(peers[0].accept(door, 60)))
@@ -82,7 +85,8 @@ def test_a_killed_process_is_named_at_once():
         assert missing == [[]]
         child.send_signal(signal.SIGKILL)
         for one in told:
-            message = one.get(timeout=10)
+            message, status = one.get(timeout=10)
+            assert status == 75
             assert message.startswith("process 2 of 3 (host c, pid 3) is gone: it was killed")
 
 
