@@ -79,7 +79,7 @@ def test_a_batch_costs_next_to_nothing():
     [
         ({"batch_size": 11}, "batch_size 11 is larger than the data set, which has 10 rows"),
         ({"batch_size": 0}, "batch_size must be a positive multiple .* 1, got 0"),
-        ({"batch_size": 5, "shard": ((0,), 2)}, "multiple of the 2 parts of a batch, got 5"),
+        ({"batch_size": 5, "shard": ((0,), 2)}, "multiple of its number of parts 2, got 5"),
         (
             {"batch_size": 4, "shard": ((2,), 2)},
             r"shard must be \(parts, count\).* got \(\(2,\), 2\)",

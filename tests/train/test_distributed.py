@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.train.groups import Wound, run_group, statuses
-from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
+from tests.train.test_reward import save_reward_model
+from tests.train.tiny_runs import flags, read_tensors, run_flags, write_inputs, write_jsonl
 from train.cli import main
 from train.metrics_log import read_metrics
 
@@ -57,8 +59,8 @@ def mesh_flags(data: int, fsdp: int, tensor: int) -> dict[str, int]:
 def test_two_processes_train_like_one(inputs, tmp_path):
     short = {"trainer__steps": 3, "data__eval_fraction": None, "data__buckets": 1}
     assert main(["dpo", *run_flags(inputs, tmp_path / "one", **short)]) == 0
-    flags = run_flags(inputs, tmp_path / "two", **short)
-    group = run_group(tmp_path / "logs", ["dpo", *flags], processes=2, devices=2)
+    command = run_flags(inputs, tmp_path / "two", **short)
+    group = run_group(tmp_path / "logs", ["dpo", *command], processes=2, devices=2)
     assert statuses(group) == [0, 0]
     assert_same_run(tmp_path / "two", tmp_path / "one")
     first, second = (one.log for one in group)
@@ -91,8 +93,8 @@ def test_any_number_of_processes_gives_the_same_curve_and_masks(
     name, inputs, undisturbed, tmp_path
 ):
     processes, devices, mesh = GROUPS[name]
-    flags = run_flags(inputs, tmp_path / "run", **TEN_STEPS, **mesh_flags(*mesh))
-    group = run_group(tmp_path / "logs", ["dpo", *flags], processes=processes, devices=devices)
+    command = run_flags(inputs, tmp_path / "run", **TEN_STEPS, **mesh_flags(*mesh))
+    group = run_group(tmp_path / "logs", ["dpo", *command], processes=processes, devices=devices)
     assert statuses(group) == [0] * processes
     assert_same_run(tmp_path / "run", undisturbed)
 
@@ -114,14 +116,14 @@ def test_other_masks_would_be_seen(inputs, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", [0, 1, 3])
+@pytest.mark.parametrize("which", [0, 3])
 def test_a_killed_process_ends_the_others_by_name_and_the_restart_goes_on(
     which, inputs, undisturbed, tmp_path
 ):
     settings = TEN_STEPS | {"trainer__save_every": 4}
-    flags = ["dpo", *run_flags(inputs, tmp_path / "run", **settings, **mesh_flags(1, 2, 2))]
+    command = ["dpo", *run_flags(inputs, tmp_path / "run", **settings, **mesh_flags(1, 2, 2))]
     wound = Wound(which, 7, signal.SIGKILL)
-    group = run_group(tmp_path / "killed", flags, processes=4, devices=4, wound=wound)
+    group = run_group(tmp_path / "killed", command, processes=4, devices=4, wound=wound)
     for number, one in enumerate(group):
         if number == which:
             assert one.status == -signal.SIGKILL
@@ -132,7 +134,7 @@ def test_a_killed_process_ends_the_others_by_name_and_the_restart_goes_on(
         assert "is gone: it was killed, or its host is down. This process stops too" in one.log
     assert not (tmp_path / "run" / "export").exists()
 
-    group = run_group(tmp_path / "again", flags, processes=4, devices=4)
+    group = run_group(tmp_path / "again", command, processes=4, devices=4)
     assert statuses(group) == [0] * 4
     assert "Resuming after step 4 of 10." in group[0].log
     assert_same_run(tmp_path / "run", undisturbed)
@@ -142,16 +144,16 @@ def test_a_killed_process_ends_the_others_by_name_and_the_restart_goes_on(
 def test_a_signal_to_one_process_saves_and_stops_all_after_the_same_step(
     inputs, undisturbed, tmp_path
 ):
-    flags = ["dpo", *run_flags(inputs, tmp_path / "run", **TEN_STEPS, **mesh_flags(1, 2, 1))]
+    command = ["dpo", *run_flags(inputs, tmp_path / "run", **TEN_STEPS, **mesh_flags(1, 2, 1))]
     wound = Wound(1, 6, signal.SIGTERM)
-    group = run_group(tmp_path / "stopped", flags, processes=2, devices=2, wound=wound)
+    group = run_group(tmp_path / "stopped", command, processes=2, devices=2, wound=wound)
     assert [one.status for one in group] == [75, 75], [one.log[-2500:] for one in group]
     stopped = "Stopped and saved after step 7 of 10; the same command goes on from there."
     assert all(stopped in one.log for one in group)
     assert "SIGTERM: saving after this step" in group[1].log
 
     # Fewer machines now: the same run goes on in one process.
-    assert main(flags) == 2  # with the mesh of two devices, which it does not have
+    assert main(command) == 2  # with the mesh of two devices, which it does not have
     resumed = ["dpo", *run_flags(inputs, tmp_path / "run", **TEN_STEPS)]
     assert main(resumed) == 0
     assert_same_run(tmp_path / "run", undisturbed)
@@ -166,14 +168,39 @@ if os.environ["JAX_PROCESS_ID"] == "1":
     sys.argv[sys.argv.index({inputs["pairs"]!r})] += "-missing"
 sys.exit(train.cli.main(sys.argv[1:]))
 """
-    flags = ["dpo", *run_flags(inputs, tmp_path / "run", **TEN_STEPS)]
-    group = run_group(tmp_path / "logs", flags, processes=2, devices=2, program=program)
+    command = ["dpo", *run_flags(inputs, tmp_path / "run", **TEN_STEPS)]
+    group = run_group(tmp_path / "logs", command, processes=2, devices=2, program=program)
     assert [one.status for one in group] == [2, 2], [one.log[-2500:] for one in group]
     assert "error: data.path" in group[1].log
     assert "process 1 of 2 (host " in group[0].log
     assert "ended with an error: data.path" in group[0].log
     assert not (tmp_path / "run").exists()
     assert max(one.seconds for one in group) < 60
+
+
+@pytest.mark.slow
+def test_processes_that_share_rows_sample_the_answers_of_one(inputs, tmp_path):
+    save_reward_model(tmp_path / "reward")
+    prompts = [{"prompt": [{"role": "user", "content": f"{n}?"}]} for n in range(24)]
+    settings: dict[str, Any] = {
+        "data.path": write_jsonl(tmp_path / "prompts.jsonl", prompts),
+        "data.max_completion_length": None,
+        "sampling.max_new_tokens": 8,
+        "reward.model": tmp_path / "reward",
+        "trainer.steps": 3,
+    }
+    given = dict(zip(*[iter(run_flags(inputs, tmp_path / "one"))] * 2, strict=True))
+    values = {name[2:]: value for name, value in given.items()} | settings
+    assert main(["online-dpo", *flags(values)]) == 0
+    # Two of four processes share the rows of each half of a batch.
+    mesh = {"mesh.fsdp": 2, "mesh.tensor": 2, "output_dir": tmp_path / "four"}
+    command = ["online-dpo", *flags(values | mesh)]
+    group = run_group(tmp_path / "logs", command, processes=4, devices=4)
+    assert statuses(group) == [0] * 4
+    rows, reference = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("four", "one"))
+    for name in ("loss", "objective/scores", "eval_objective/scores", "completions/mean_length"):
+        found, expected = ([row[name] for row in one if name in row] for one in (rows, reference))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, err_msg=name)
 
 
 ROUND_TRIP = """

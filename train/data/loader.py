@@ -107,7 +107,7 @@ def _check(
         raise ValueError(f"seed must not be negative, got {seed}.")
     if batch_size < 1 or batch_size % count:
         raise ValueError(
-            f"batch_size must be a positive multiple of the {count} parts of a batch, "
+            f"batch_size must be a positive multiple of its number of parts {count}, "
             f"got {batch_size}."
         )
     if drop_remainder and batch_size > rows:
