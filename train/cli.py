@@ -24,31 +24,36 @@ from train.config import (
     SFTConfig,
     UserError,
 )
+from train.distributed import joined
 from train.stop import EXIT_STATUS, Stopped
 
 
 def _run_sft(config: SFTConfig) -> None:
-    from train.sft import run
+    with joined(config.distributed):
+        from train.sft import run
 
-    run(config)
+        run(config)
 
 
 def _run_dpo(config: DPOConfig) -> None:
-    from train.dpo import run
+    with joined(config.distributed):
+        from train.dpo import run
 
-    run(config)
+        run(config)
 
 
 def _run_kto(config: KTOConfig) -> None:
-    from train.kto import run
+    with joined(config.distributed):
+        from train.kto import run
 
-    run(config)
+        run(config)
 
 
 def _run_online_dpo(config: OnlineDPOConfig) -> None:
-    from train.online_dpo import run
+    with joined(config.distributed):
+        from train.online_dpo import run
 
-    run(config)
+        run(config)
 
 
 def _run_eval(config: EvalConfig) -> None:

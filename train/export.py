@@ -21,6 +21,7 @@ from train.models.lora import merge_adapters, without_adapters, write_adapters
 from train.models.output_dir import check_writable
 from train.output_dir import OutputDir
 from train.prepare import blamed_on, check_model, hash_model
+from train.processes import first_says, is_first
 from train.sharding import abstract_model
 from train.trainable import choose, join, leaf_paths, split
 
@@ -35,7 +36,8 @@ def export_run(
 ) -> None:
     """Writes the trained model to ``output.export`` unless it is there already.
 
-    The adapters of a model that has some are written beside it first, in PEFT's format.
+    The adapters of a model that has some are written beside it first, in PEFT's format. On several
+    processes all must call this, and the first one writes.
 
     Args:
         output: The run's directory.
@@ -45,19 +47,19 @@ def export_run(
         step: Step that they are of, for the metrics of the model card.
     """
     adapter = output.path / "adapter"
-    for path in (output.export, adapter):
+    for path in (output.export, adapter) if is_first() else ():
         for partial in output.path.glob(f".{path.name}.partial-*"):
             shutil.rmtree(partial)  # left by a kill in the middle of an earlier export
     with blamed_on("export (the checkpoint is complete; the same command tries again)"):
-        if model.lora_targets and not adapter.exists():
+        if model.lora_targets and first_says(not adapter.exists()):
             write_adapters(params, model, adapter, options.path)
-        if not output.export.exists():  # it appears whole or not at all
-            card = run_card(output.path, output.path.name, step)
+        if first_says(not output.export.exists()):  # it appears whole or not at all
+            card = run_card(output.path, output.path.name, step) if is_first() else None
             _write(params, model, output.export, options, options.export_dtype, card)
 
 
 def _write(
-    params: Any, model: ModelConfig, out: Path, options: ModelOptions, dtype: Any, card: str
+    params: Any, model: ModelConfig, out: Path, options: ModelOptions, dtype: Any, card: str | None
 ) -> None:
     """Writes a model directory, adapters merged in."""
     if model.lora_targets:

@@ -13,7 +13,8 @@ from rich.progress import track
 
 from train.data import TokenDataset, Widths, answer_names, row_lengths, share_prompt, trim
 from train.losses import PairLogps, pair_loss, unpaired_loss
-from train.sharding import put_batch
+from train.processes import fetch, is_first
+from train.sharding import put_whole
 from train.step import LossFn
 
 Evaluate = Callable[[Any], dict[str, float]]
@@ -86,9 +87,9 @@ def answer_logps(
     batches = bucketed_batches(dataset, batch_size)
     if shown_as is not None:
         total = -(-len(dataset) // batch_size)
-        batches = track(batches, description=shown_as, total=total)
+        batches = track(batches, description=shown_as, total=total, disable=not is_first())
     for rows, batch in batches:
-        scores = jax.device_get(score(params, put_batch(batch, mesh)))
+        scores = fetch(score(params, put_whole(batch, mesh)))
         found = found or [np.zeros(len(dataset), np.float32) for _ in scores]
         for whole, part in zip(found, scores, strict=True):
             whole[rows] = part[: len(rows)]
@@ -200,7 +201,7 @@ def evaluate_sft(
 
     def evaluate(params: Any) -> dict[str, float]:
         rows = [
-            jax.device_get(measure(params, put_batch(batch, mesh)))
+            fetch(measure(params, put_whole(batch, mesh)))
             for _, batch in bucketed_batches(dataset, batch_size)
         ]
         tokens = np.array([row["num_tokens"] for row in rows], np.float64)

@@ -169,9 +169,12 @@ class _Training:
                 # It waits for the last step anyway, whose time is then its own.
                 self.reporter.flush()
                 batch = job.prepare(state, batch, done)
-            state, metrics = job.step(state, put_batch(batch, job.mesh))
+            placed = put_batch(batch, job.mesh)
+            state, metrics = job.step(state, placed)
             done = step
-            self.reporter.dispatched(step, metrics, batch)
+            # A process knows its own rows; counting all of them is left to the devices.
+            counts = _counts(batch) if jax.process_count() == 1 else _counts_jit(placed)
+            self.reporter.dispatched(step, metrics, counts)
             stopped = self.signals.agreed()
             best = not stopped and self._evaluation_is_due(step) and self._evaluate(step, state)
             last = step == steps or stopped or self.watch.reason is not None
@@ -222,17 +225,17 @@ class _Reporter:
         self.first, self.warn = done == 0, warn
         self.pending: _Pending = None
         self.skipped: float | None = None
-        self.tokens = 0
+        self.tokens: list[Any] = []
         self.since = time.perf_counter()
         self.task: TaskID = progress.add_task(
             "training", total=len(job.learning_rates), completed=done, rate="", figures=""
         )
 
-    def dispatched(self, step: int, metrics: Metrics, batch: Mapping[str, np.ndarray]) -> None:
-        shown = {**metrics, "padding_share": padding_share(batch)}
+    def dispatched(self, step: int, metrics: Metrics, counts: Mapping[str, Any]) -> None:
+        shown = {**metrics, "padding_share": counts["padding_share"]}
         previous, self.pending = self.pending, (step, shown)
         self._report(previous)
-        self.tokens += count_tokens(batch)
+        self.tokens.append(counts["tokens"])
         if self.first and self.job.check_first is not None:
             row = _read(metrics)
             # A step that was skipped says nothing, and leaves the next one to be the first.
@@ -252,7 +255,7 @@ class _Reporter:
 
     def skip_time(self) -> None:
         """Leaves what happened since the last report out of the throughput."""
-        self.tokens, self.since = 0, time.perf_counter()
+        self.tokens, self.since = [], time.perf_counter()
 
     def _report(self, pending: _Pending, *, waited_for: bool = False) -> None:
         if pending is None:
@@ -265,7 +268,7 @@ class _Reporter:
                 self._check_skips(step, _read(metrics))
             return
         row = _read(metrics)
-        rate = self.tokens / (time.perf_counter() - self.since)
+        rate = sum(map(float, self.tokens)) / (time.perf_counter() - self.since)
         shown = {name: value for name, value in row.items() if name != _IN_A_ROW}
         learning_rate = float(self.job.learning_rates[step - 1])
         self.log.write(step, {**shown, "learning_rate": learning_rate, "tokens_per_second": rate})
@@ -289,11 +292,18 @@ class _Reporter:
         self.skipped = total
 
 
-def count_tokens(batch: Mapping[str, np.ndarray]) -> int:
+def count_tokens(batch: Mapping[str, Any]) -> Any:
     """Real tokens that a batch sends through the model; a prompt counts once for each answer."""
     answers = [name for name in batch if name.endswith("_mask") and name != "prompt_mask"]
-    prompts = len(answers) * int(batch["prompt_mask"].sum())
-    return prompts + sum(int(batch[name].sum()) for name in answers)
+    prompts = len(answers) * batch["prompt_mask"].sum()
+    return prompts + sum(batch[name].sum() for name in answers)
+
+
+def _counts(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {"padding_share": padding_share(batch), "tokens": count_tokens(batch)}
+
+
+_counts_jit = jax.jit(_counts)
 
 
 def _read(metrics: Mapping[str, Any]) -> dict[str, float]:

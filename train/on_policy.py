@@ -21,7 +21,7 @@ from train.data import TokenDataset, Widths, normalise_prompt, share_prompt
 from train.held_out import Evaluate, Score, bucketed_batches
 from train.reward import Answers, Reward
 from train.sampling import Sampler
-from train.sharding import Params, put_batch
+from train.sharding import Params, own_rows, put_batch, row_numbers
 from train.step import Batch, LossFn, Metrics
 
 ANSWERS = 2
@@ -121,7 +121,7 @@ class OnPolicy:
         names = ("prompt_tokens", "prompt_mask", "number")
         given = put_batch({name: batch[name] for name in names}, self.mesh)
         drawn = self._draw(params, given, np.int32(stream), np.int32(step), copies=copies)
-        tokens, mask = (_own_rows(np.asarray(one), copies) for one in drawn)
+        tokens, mask = (self._own_rows(np.asarray(one), copies) for one in drawn)
         ended = np.any(np.isin(tokens, self.ends) & mask, axis=1)
         ids = [row[used].tolist() for row, used in zip(tokens, mask, strict=True)]
         records = list(batch["record"]) * copies
@@ -151,8 +151,7 @@ class OnPolicy:
             ``[rows]``, which `with_objectives` reads. Of two answers with the same score the first
             one is chosen, as in TRL.
         """
-        rows = len(batch["index"])
-        number = jax.process_index() * rows + np.arange(rows, dtype=np.int32)
+        number = row_numbers(len(batch["index"]), self.mesh)
         found = self.sample(params, {**batch, "number": number}, step)
         order = rank(found.scores)
         pairs = {name: batch[name] for name in ("prompt_tokens", "prompt_mask", "index")}
@@ -205,7 +204,7 @@ class OnPolicy:
         """
         scores = score(reference, put_batch(pairs, self.mesh))
         return {
-            f"reference_{name}_logps": _own_rows(np.asarray(one))
+            f"reference_{name}_logps": self._own_rows(np.asarray(one))
             for name, one in zip(_NAMES, scores, strict=True)
         }
 
@@ -213,13 +212,9 @@ class OnPolicy:
         """A function of parameters and batch, compiled so that every process has its results whole."""
         return jax.jit(score, out_shardings=self.everywhere)
 
-
-def _own_rows(rows: np.ndarray, copies: int = 1) -> np.ndarray:
-    """This process's rows of every copy of a global batch."""
-    parts = np.stack(np.split(rows, copies))
-    share = parts.shape[1] // jax.process_count()
-    mine = parts[:, jax.process_index() * share :][:, :share]
-    return mine.reshape(copies * share, *rows.shape[1:])
+    def _own_rows(self, rows: np.ndarray, copies: int = 1) -> np.ndarray:
+        """This process's rows of every copy of a global batch."""
+        return np.concatenate([own_rows(copy, self.mesh) for copy in np.split(rows, copies)])
 
 
 _EVALUATED = (

@@ -26,6 +26,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
 from train.config import FREE_FIELDS, UserError, flatten
@@ -98,6 +99,11 @@ class OutputDir:
             except OSError as error:
                 raise _unusable("output_dir", self.path, error) from error
         meet("output directory begun")
+        if not run_file.exists():
+            raise UserError(
+                f"output_dir {str(self.path)!r}: what the first process wrote there is not seen by "
+                f"process {jax.process_index()}. Choose a directory that all hosts share."
+            )
 
     def _record(self, config: Any, inputs: dict[str, str]) -> None:
         """Writes what is not there yet; a kill may have come between the two files."""
@@ -106,8 +112,10 @@ class OutputDir:
             write_atomically(self.path / "run.json", record)
         settings_file = self.path / "config.yaml"
         if not settings_file.exists():
-            settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-            write_atomically(settings_file, settings)
+            settings = dataclasses.asdict(config)
+            if "distributed" in settings:
+                settings["distributed"]["process_id"] = None  # each process has its own
+            write_atomically(settings_file, yaml.safe_dump(settings, sort_keys=False))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Marks the run as complete."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,17 @@ def largest(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays of all processes as NumPy's, whole, on every process; all of them must call this."""
+
+    def one(array: jax.Array) -> np.ndarray:
+        if array.is_fully_addressable or array.is_fully_replicated:
+            return np.asarray(array)
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+    return jax.tree.map(one, tree) if jax.process_count() > 1 else jax.device_get(tree)
 
 
 def meet(name: str) -> None:

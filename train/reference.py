@@ -18,6 +18,7 @@ import numpy as np
 
 from train.config import UserError
 from train.data import TokenDataset
+from train.processes import first_says, is_first
 
 Scores = Mapping[str, np.ndarray]
 """Log-probabilities by the kind of answer, each float32 `[rows]`."""
@@ -90,8 +91,15 @@ def with_reference(
     Returns:
         `dataset` with `reference_NAME_logps` for every name, float32 ``[rows]``.
     """
-    scores = read_cache(file, len(dataset), names)
-    if scores is None:
+    if first_says(file.exists()):
+        scores = read_cache(file, len(dataset), names)
+        if scores is None:
+            raise UserError(
+                f"cached log-probabilities {file} are there for the first process but not for this "
+                "one; reference_cache and output_dir must be on a file system that all hosts share."
+            )
+    else:
         scores = compute(dataset)
-        write_cache(file, scores)
+        if is_first():
+            write_cache(file, scores)
     return dataset.with_columns(**{f"reference_{name}_logps": scores[name] for name in names})

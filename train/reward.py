@@ -25,7 +25,7 @@ from train.held_out import padded_width
 from train.models.reward import RewardModel, last_token_scores, load_reward_model
 from train.prepare import blamed_on, load_tokenizer
 from train.processes import largest
-from train.sharding import put_batch, row_devices
+from train.sharding import own_rows, put_batch, row_devices
 
 TRIED = 2
 """Records that a reward function is tried on."""
@@ -207,7 +207,7 @@ def model_reward(path: str, *, dtype: str, template: Any, mesh: Mesh | None) -> 
         tokens, mask = pad_left(filled, width, encoder.pad_id)
         batch = put_batch({"tokens": tokens, "mask": mask}, mesh)
         scores = np.asarray(compiled(weights, **batch))
-        mine = scores[jax.process_index() * len(filled) :][:count]
+        mine = own_rows(scores, mesh)[:count]
         return _numbers(mine, len(rows), f"reward.model {path}")
 
     return reward

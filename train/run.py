@@ -41,12 +41,14 @@ from train.prepare import (
     load_data,
     load_tokenizer,
 )
+from train.processes import is_first, largest
 from train.sharding import (
     Params,
     abstract_model,
     check_batch,
     compiler_options,
     make_mesh,
+    row_parts,
 )
 from train.step import Batch, LossFn, State, make_train_step, state_shardings
 from train.summary import show_summary, summarise
@@ -223,11 +225,12 @@ class Run:
             state = fit(job, trainer, self.output, self.console)
             number, weights = self._to_export(state, job.like)
             export_run(self.output, self.config.model, self.model, join(weights, held()), number)
-            summary = summarise(self.output, exported=number)
-            self.output.finish(summary)
+            if is_first():
+                summary = summarise(self.output, exported=number)
+                self.output.finish(summary)
+                show_summary(summary, self.console)
         finally:
             release(self.output.path)
-        show_summary(summary, self.console)
 
     def _loader(self, data: TokenDataset, shuffle: bool) -> Loader:
         trainer, buckets = self.config.trainer, None
@@ -240,7 +243,7 @@ class Run:
             trainer.batch_size,
             seed=trainer.seed,
             shuffle=shuffle,
-            shard=_process(),
+            shard=row_parts(self.mesh),
             buckets=buckets,
         )
 
@@ -250,8 +253,10 @@ class Run:
         name = exported_weights(trainer)
         if trainer.export_best is None:
             return last, state[name]
-        step = best_step(trainer, self.output.path / "metrics.jsonl")
-        if step is None or step == last:
+        # Of the first process, which wrote the file; the others may not see the end of it yet.
+        best = best_step(trainer, self.output.path / "metrics.jsonl") if is_first() else None
+        step = largest((best or last) if is_first() else 0)
+        if step == last:
             return last, state[name]
         with Checkpoints(self.output.checkpoints, read_only=True) as saved:
             damage = saved.damage(step)
@@ -285,7 +290,7 @@ def set_up(
     Raises:
         UserError: something given cannot be used.
     """
-    console = Console()
+    console = Console(quiet=not is_first())
     check(config)
     check_optimizer(config.optimizer)
     output = open_output(command, config)
@@ -355,7 +360,3 @@ def count_steps(options: TrainerOptions, rows: int) -> int:
     if steps < 1:
         raise UserError(f"trainer.epochs {options.epochs} makes no step of {rows} rows.")
     return steps
-
-
-def _process() -> tuple[int, int]:
-    return jax.process_index(), jax.process_count()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ from train.models import Decoder, ModelConfig, param_shardings, split_model
 from train.models.axes import MESH_AXES, RULES
 
 Params = dict[str, Any]
+_PRODUCT = "mesh.data * mesh.fsdp * mesh.tensor"
 
 
 def make_mesh(options: MeshOptions) -> Mesh | None:
@@ -37,11 +39,14 @@ def make_mesh(options: MeshOptions) -> Mesh | None:
         The mesh, or None for a single device, where none is needed.
 
     Raises:
-        UserError: there are fewer devices.
+        UserError: there are fewer devices, or, on several processes, not exactly as many.
     """
     devices = jax.devices()
     shape = mesh_shape(options, len(devices))
     count = math.prod(shape)
+    if jax.process_count() > 1:  # one without devices in the mesh would have nothing to do
+        expected = f"{len(devices)}, the devices of all {jax.process_count()} processes"
+        require(count == len(devices), _PRODUCT, count, expected)
     return None if count == 1 else arrange(devices[:count], shape)
 
 
@@ -90,7 +95,7 @@ def mesh_shape(options: MeshOptions, devices: int) -> tuple[int, int, int]:
     fsdp = max(1, devices // others) if options.fsdp is None else options.fsdp
     count = others * fsdp
     expected = f"at most {devices} (devices here)"
-    require(count <= devices, "mesh.data * mesh.fsdp * mesh.tensor", count, expected)
+    require(count <= devices, _PRODUCT, count, expected)
     if options.fsdp is None:
         named = f"a divisor of the {devices} devices, or mesh.fsdp set"
         require(count == devices, "mesh.data * mesh.tensor", others, named)
@@ -129,19 +134,80 @@ def _row_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis in RULES["batch"] if axis in mesh.shape)
 
 
+@functools.cache
+def row_parts(mesh: Mesh | None) -> tuple[tuple[int, ...], int]:
+    """The parts of a batch that this process loads, and into how many equal parts it is cut.
+
+    Processes whose devices share a part, because a tensor axis spans them, all load it.
+
+    Args:
+        mesh: From `make_mesh`.
+
+    Example:
+        >>> row_parts(None)
+        ((0,), 1)
+    """
+    count = row_devices(mesh)
+    if mesh is None:
+        return (0,), count
+    places = rows(mesh).addressable_devices_indices_map((count,)).values()
+    return tuple(sorted({index[0].indices(count)[0] for index in places if index})), count
+
+
+def own_rows(values: np.ndarray, mesh: Mesh | None) -> np.ndarray:
+    """This process's rows of a batch that it has whole; the inverse of what `put_batch` does."""
+    parts, count = row_parts(mesh)
+    if len(parts) == count:
+        return values
+    size = len(values) // count
+    return np.concatenate([values[part * size : (part + 1) * size] for part in parts])
+
+
+def row_numbers(count: int, mesh: Mesh | None) -> np.ndarray:
+    """Where the `count` rows of this process are in the whole batch, int32 ``[count]``."""
+    parts, _ = row_parts(mesh)
+    size = count // len(parts)
+    return np.concatenate([part * size + np.arange(size, dtype=np.int32) for part in parts])
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
     """Moves a batch onto the devices, its rows split over the mesh.
 
     Args:
-        batch: Arrays with the rows on axis 0; on several hosts, this host's rows.
+        batch: Arrays with the rows on axis 0; on several processes the rows of this one, which are
+            those of its `row_parts`, in order.
         mesh: From `make_mesh`.
     """
+    parts, count = row_parts(mesh)
+    return _put(batch, mesh, parts, count)
+
+
+def put_whole(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
+    """Like `put_batch`, for a batch that every process has whole."""
+    count = row_devices(mesh)
+    return _put(batch, mesh, range(count), count)
+
+
+def _put(
+    batch: Mapping[str, np.ndarray], mesh: Mesh | None, parts: Sequence[int], count: int
+) -> dict[str, Any]:
     if mesh is None:
         return {name: jax.device_put(value) for name, value in batch.items()}
     place = rows(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(place, value) for name, value in batch.items()
-    }
+
+    def put(value: np.ndarray) -> jax.Array:
+        value = np.asarray(value)
+        size = len(value) // len(parts)
+        shape = (size * count, *value.shape[1:])
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            first = parts.index(index[0].indices(shape[0])[0] // size) * size
+            return value[first : first + size]
+
+        return jax.make_array_from_callback(shape, place, part)
+
+    return {name: put(value) for name, value in batch.items()}
 
 
 def abstract_model(

@@ -107,7 +107,7 @@ def test_processes_share_the_batches_and_shapes_of_one():
     def loader(shard):
         return take(make_loader(data, 8, seed=4, buckets=make_buckets(data, 8), shard=shard), 60)
 
-    for whole, *shares in zip(loader((0, 1)), loader((0, 2)), loader((1, 2)), strict=True):
+    for whole, *shares in zip(loader(((0,), 1)), loader(((0,), 2)), loader(((1,), 2)), strict=True):
         for name, column in whole.items():
             np.testing.assert_array_equal(np.concatenate([one[name] for one in shares]), column)
 

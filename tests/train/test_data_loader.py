@@ -60,7 +60,7 @@ def test_remainders():
 
 def test_processes_share_the_batches_of_one():
     whole = order(make_loader(make_dataset(20), 4, seed=4), 10)
-    shares = [order(make_loader(make_dataset(20), 4, seed=4, shard=(i, 2)), 10) for i in (0, 1)]
+    shares = [order(make_loader(make_dataset(20), 4, seed=4, shard=((i,), 2)), 10) for i in (0, 1)]
     assert [left + right for left, right in zip(*shares, strict=True)] == whole
 
 
@@ -79,11 +79,14 @@ def test_a_batch_costs_next_to_nothing():
     [
         ({"batch_size": 11}, "batch_size 11 is larger than the data set, which has 10 rows"),
         ({"batch_size": 0}, "batch_size must be a positive multiple .* 1, got 0"),
-        ({"batch_size": 5, "shard": (0, 2)}, "multiple of the number of processes 2, got 5"),
-        ({"batch_size": 4, "shard": (2, 2)}, r"shard must be \(index, count\).* got \(2, 2\)"),
+        ({"batch_size": 5, "shard": ((0,), 2)}, "multiple of its number of parts 2, got 5"),
         (
-            {"batch_size": 4, "shard": (0, 4), "drop_remainder": False},
-            "The last batch of 2 rows cannot be shared evenly among 4 processes",
+            {"batch_size": 4, "shard": ((2,), 2)},
+            r"shard must be \(parts, count\).* got \(\(2,\), 2\)",
+        ),
+        (
+            {"batch_size": 4, "shard": ((0,), 4), "drop_remainder": False},
+            "The last batch of 2 rows cannot be cut into 4 equal parts",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from train.config.commands import (
     SFTConfig,
 )
 from train.config.data import DataOptions, PromptDataOptions, RecordOptions, check_records
+from train.config.distributed import DistributedOptions
 from train.config.evaluation import (
     EvalConfig,
     GenerationTaskOptions,
@@ -47,6 +48,7 @@ __all__ = [
     "DPOConfig",
     "DType",
     "DataOptions",
+    "DistributedOptions",
     "EMAOptions",
     "EarlyStopOptions",
     "EvalConfig",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from train.config.base import DType
 from train.config.data import DataOptions, PromptDataOptions
+from train.config.distributed import DistributedOptions
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
 from train.config.mesh import MeshOptions
 from train.config.model import ModelOptions, PolicyOptions
@@ -24,6 +25,7 @@ class _RunConfig:
         trainer: The training run.
         schedule: The schedule.
         mesh: The devices.
+        distributed: The processes.
         dry_run: Show token statistics, batches and the first examples with their loss masks, and
             stop before any weight is read.
     """
@@ -32,6 +34,7 @@ class _RunConfig:
     trainer: TrainerOptions
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
+    distributed: DistributedOptions = field(default_factory=DistributedOptions)
     dry_run: bool = False
 
 
@@ -182,6 +185,12 @@ FREE_FIELDS = frozenset(
         "mesh.data",
         "mesh.fsdp",
         "mesh.tensor",
+        "distributed.mode",
+        "distributed.coordinator_address",
+        "distributed.num_processes",
+        "distributed.process_id",
+        "distributed.timeout",
+        "distributed.heartbeat_timeout",
         "trainer.max_skipped_steps",
     }
 )

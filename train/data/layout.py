@@ -116,13 +116,13 @@ def share_prompt(batch: Columns, widths: Widths) -> dict[str, np.ndarray]:
 
 
 def padding_share(batch: Columns) -> float:
-    """Share of padding among the positions that the model computes for a batch."""
+    """Share of padding among the positions that the model computes for a batch, traceable."""
     if "joined_parts" in batch:
-        return float((batch["joined_parts"] < 0).mean())
+        return (batch["joined_parts"] < 0).mean()
     names = answer_names(batch)
     real = len(names) * batch["prompt_mask"].sum()
     positions = len(names) * batch["prompt_mask"].size
     for name in names:
         real += batch[f"{name}_mask"].sum()
         positions += batch[f"{name}_mask"].size
-    return float(1 - real / positions)
+    return 1 - real / positions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +21,7 @@ def make_loader(
     shuffle: bool = True,
     num_epochs: int | None = None,
     drop_remainder: bool = True,
-    shard: tuple[int, int] = (0, 1),
+    shard: tuple[Sequence[int], int] = ((0,), 1),
     buckets: Buckets | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Iterate over batches of a tokenised data set.
@@ -37,14 +38,15 @@ def make_loader(
       num_epochs: How often to go through the data; `None` does not end.
       drop_remainder: Leave out the rows at the end of an epoch that do not fill a batch (with
         `shuffle`, other rows each time). `False` gives a last batch of fewer rows.
-      shard: `(index, count)` of this process, such as `(jax.process_index(), jax.process_count())`.
+      shard: `(parts, count)`: a batch is cut into `count` equal parts, of which this process takes
+        those numbered in `parts`, see `train.sharding.row_parts`.
       buckets: From `make_buckets`, for the same batch size: rows of similar length are batched
         together and cut to their bucket's shape; which rows meet, and in which order batches come,
         is drawn anew in every epoch. `None` makes batches of any rows, as wide as the data set.
 
     Returns:
-      An iterator of dicts of arrays `[batch_size / count, …]`. `get_state()` gives a small dict
-      that JSON can hold, naming the next batch; `set_state(state)` continues there.
+      An iterator of dicts of arrays `[batch_size / count * len(parts), …]`. `get_state()` gives a
+      small dict that JSON can hold, naming the next batch; `set_state(state)` continues there.
 
     Raises:
       ValueError: When no batch can be made, or the processes cannot share one evenly.
@@ -54,12 +56,12 @@ def make_loader(
         raise ValueError("buckets need shuffle=True and drop_remainder=True.")
     if dataset.parts and buckets is None:
         raise ValueError("A mixture of data sets needs buckets.")
-    index, count = shard
+    parts, count = shard
 
     def gather(numbers: Any) -> dict[str, np.ndarray]:
         rows = np.asarray(numbers)
         share = len(rows) // count
-        mine = rows[index * share : (index + 1) * share]
+        mine = np.concatenate([rows[part * share : (part + 1) * share] for part in parts])
         batch = {name: column[mine] for name, column in dataset.arrays.items()}
         return batch if buckets is None else buckets.shape(batch, rows)
 
@@ -92,16 +94,20 @@ def _plan(dataset: TokenDataset, buckets: Buckets, entropy: list[int]) -> np.nda
 
 
 def _check(
-    rows: int, batch_size: int, seed: int, drop_remainder: bool, shard: tuple[int, int]
+    rows: int,
+    batch_size: int,
+    seed: int,
+    drop_remainder: bool,
+    shard: tuple[Sequence[int], int],
 ) -> None:
-    index, count = shard
-    if not 0 <= index < count:
-        raise ValueError(f"shard must be (index, count) with 0 <= index < count, got {shard}.")
+    parts, count = shard
+    if not parts or not all(0 <= part < count for part in parts):
+        raise ValueError(f"shard must be (parts, count) with 0 <= part < count, got {shard}.")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}.")
     if batch_size < 1 or batch_size % count:
         raise ValueError(
-            f"batch_size must be a positive multiple of the number of processes {count}, "
+            f"batch_size must be a positive multiple of its number of parts {count}, "
             f"got {batch_size}."
         )
     if drop_remainder and batch_size > rows:
@@ -111,6 +117,6 @@ def _check(
         )
     if not drop_remainder and rows % batch_size % count:
         raise ValueError(
-            f"The last batch of {rows % batch_size} rows cannot be shared evenly among "
-            f"{count} processes. Use drop_remainder=True."
+            f"The last batch of {rows % batch_size} rows cannot be cut into {count} equal "
+            "parts. Use drop_remainder=True."
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
@@ -19,6 +20,7 @@ from train.models.hf_names import EMBEDDING, LM_HEAD, decoder_leaves
 from train.models.model_dir import read_hf_config, resolve_model_dir
 from train.models.output_dir import check_writable, written_whole
 from train.models.safetensors_dir import INDEX_FILE, SINGLE_FILE, SafetensorsDir
+from train.processes import fetch, is_first
 
 # What belongs to a model besides weights and config.json; each is copied when `like` has it.
 _COPIED = (
@@ -58,7 +60,8 @@ def to_hf(
 
     The directory has exactly the tensors of ``like``, its ``config.json``, generation settings,
     tokenizer and chat templates. It is written beside ``out_path`` and renamed when complete, so
-    ``out_path`` is either absent or whole.
+    ``out_path`` is either absent or whole. On several processes all must call this, and the first
+    one writes.
 
     Args:
         model: the decoder to write.
@@ -82,13 +85,19 @@ def to_hf(
         >>> to_hf(model, "out/aligned", like="models/smollm2")           # doctest: +SKIP
     """
     out, source = Path(out_path), resolve_model_dir(like)
-    check_writable(out)
+    if is_first():
+        check_writable(out)
     hf_config = read_hf_config(source)
     _check_same_network(model.config, ModelConfig.from_hf(hf_config), source)
     weights = SafetensorsDir(source)
     check_tensors(weights, model.config, decoder_leaves(model.config))
+    tensors = _tensors(model, weights, dtype)
+    if not is_first():
+        for _ in tensors:  # its parts of them are asked for
+            pass
+        return out
     with written_whole(out) as partial:
-        save_tensors(_tensors(model, weights, dtype), partial, max_shard_size)
+        save_tensors(tensors, partial, max_shard_size)
         if dtype is None:
             shutil.copyfile(source / "config.json", partial / "config.json")
         else:
@@ -156,8 +165,7 @@ def _tensors(
     flat = dict(nnx.to_flat_state(nnx.State(params)))
     written = set()
     for path, leaf in decoder_leaves(model.config).items():
-        host = np.asarray(flat[path])
-        for name, values in zip(leaf.names, host if leaf.stacked else [host], strict=True):
+        for name, values in zip(leaf.names, _layers(flat[path], leaf.stacked), strict=True):
             values = values.T if leaf.transposed else values
             copies = [name, LM_HEAD] if name == EMBEDDING and model.lm_head is None else [name]
             for target in copies:
@@ -170,6 +178,22 @@ def _tensors(
     for name in weights.entries:
         if name not in written:
             yield name, weights.read(name)  # derived tensors of old versions
+
+
+def _layers(array: jax.Array, stacked: bool) -> Iterator[np.ndarray]:
+    """Its layers on the host; one after the other where they are spread over several processes."""
+    if not stacked:
+        yield fetch(array)
+    elif array.is_fully_addressable:
+        yield from np.asarray(array)
+    else:
+        for number in range(len(array)):
+            yield fetch(_layer(array, number))
+
+
+@jax.jit
+def _layer(array: jax.Array, number: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(array, number, keepdims=False)
 
 
 def cast_checked(name: str, values: np.ndarray, dtype: Any) -> np.ndarray:

@@ -19,6 +19,7 @@ from train.models.config import ModelConfig
 from train.models.decoder import Decoder, Params, split_model
 from train.models.hf_names import decoder_leaves
 from train.models.output_dir import written_whole
+from train.processes import fetch, is_first
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -178,6 +179,8 @@ def read_adapters(directory: str | Path, config: ModelConfig) -> Params:
 def write_adapters(params: Params, config: ModelConfig, directory: Path, base: str) -> None:
     """Writes adapters so that ``peft.PeftModel.from_pretrained`` loads them; all or nothing.
 
+    On several processes all must call this, and the first one writes.
+
     Args:
         params: a tree that holds the adapters, in float32 or bfloat16.
         config: of the model with adapters.
@@ -189,8 +192,10 @@ def write_adapters(params: Params, config: ModelConfig, directory: Path, base: s
         node: Any = params
         for part in path:
             node = node[part]
-        for name, values in zip(names, np.asarray(node), strict=True):
+        for name, values in zip(names, fetch(node), strict=True):
             tensors[name] = np.ascontiguousarray(values.T)
+    if not is_first():
+        return
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

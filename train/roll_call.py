@@ -1,0 +1,153 @@
+"""The processes of a run meet before JAX starts, so that a missing one has a name.
+
+JAX's own service ends a process with a stack trace when the others do not come. This asks first, on
+the same port: process 0 waits for the others, which say who they are and how many they expect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from typing import Any
+
+from train.config import UserError
+
+
+def call_roll(address: str, processes: int, process: int, timeout: float) -> None:
+    """Returns when all processes have come.
+
+    Args:
+        address: HOST:PORT of process 0.
+        processes: How many this process expects.
+        process: Its number.
+        timeout: Seconds to wait for the others.
+
+    Raises:
+        UserError: on every process that has come: some have not, two have the same number, or they
+            expect different numbers. On one that does not reach process 0: that.
+    """
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + timeout
+    if process == 0:
+        _wait_for_others(address, int(port), processes, timeout, deadline)
+    else:
+        _report_to_first(host.strip("[]"), int(port), processes, process, timeout, deadline)
+
+
+def _wait_for_others(
+    address: str, port: int, processes: int, timeout: float, deadline: float
+) -> None:
+    came: dict[int, socket.socket] = {}
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(_listen(address, port))
+        problem = None
+        while problem is None and len(came) < processes - 1:
+            server.settimeout(max(0.0, deadline - time.monotonic()))
+            try:
+                connection = stack.enter_context(server.accept()[0])
+            except (TimeoutError, BlockingIOError):
+                problem = _missing(came, processes, timeout)
+                break
+            problem = _register(connection, came, processes)
+        for connection in came.values():
+            with contextlib.suppress(OSError):
+                _send(connection, {"problem": problem})
+        if problem is not None:
+            raise UserError(problem)
+        # They close first, and leave the port to JAX's service.
+        for connection in came.values():
+            with contextlib.suppress(OSError):
+                connection.settimeout(5)
+                connection.recv(1)
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    try:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+            )
+        return socket.create_server(("", port), backlog=1024)
+    except OSError as error:
+        raise UserError(
+            f"distributed.coordinator_address {address!r}: process 0 cannot listen on port {port} "
+            f"({error.strerror}); choose a free port."
+        ) from error
+
+
+def _register(
+    connection: socket.socket, came: dict[int, socket.socket], processes: int
+) -> str | None:
+    """Adds one process to those that have come, or says what is wrong with it."""
+    connection.settimeout(5)
+    try:
+        said = _receive(connection)
+        process, expects = int(said["process"]), int(said["processes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a stranger on this port
+    twice = process in came or process == 0
+    came[-1 if twice else process] = connection  # it too is told
+    if expects != processes:
+        return (
+            f"distributed.num_processes is {expects} on process {process} (host {said['host']}) and "
+            f"{processes} on process 0; give the same number everywhere."
+        )
+    if twice:
+        return f"distributed.process_id {process} is that of two processes; give each its own."
+    return None
+
+
+def _missing(came: dict[int, socket.socket], processes: int, timeout: float) -> str:
+    missing = [str(number) for number in range(1, processes) if number not in came]
+    listed = ", ".join(missing[:8]) + (" …" if len(missing) > 8 else "")
+    which = "process" if len(missing) == 1 else "processes"
+    return (
+        f"{which} {listed} of {processes} did not come within {timeout:.0f} s (distributed.timeout). "
+        "Look at their logs, and whether distributed.coordinator_address can be reached from there."
+    )
+
+
+def _report_to_first(
+    host: str, port: int, processes: int, process: int, timeout: float, deadline: float
+) -> None:
+    connection = _connect(host, port, timeout, deadline)
+    with connection:
+        try:
+            me = {"process": process, "processes": processes, "host": socket.gethostname()}
+            _send(connection, me)
+            # Process 0 may wait as long as this one, and answers after that.
+            connection.settimeout(max(1.0, deadline - time.monotonic()) + timeout)
+            problem = _receive(connection)["problem"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"process 0 at {host}:{port} ended, or is no process of this run ({error}); look at "
+                "its log."
+            ) from error
+    if problem is not None:
+        raise UserError(problem)
+
+
+def _connect(host: str, port: int, timeout: float, deadline: float) -> socket.socket:
+    while True:
+        try:
+            return socket.create_connection((host, port), max(1.0, deadline - time.monotonic()))
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"distributed.coordinator_address {host}:{port} cannot be reached within "
+                    f"{timeout:.0f} s (distributed.timeout): {error.strerror or error}. Start process "
+                    "0 there, or give the address where it runs."
+                ) from error
+        time.sleep(0.2)
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _receive(connection: socket.socket) -> dict[str, Any]:
+    """One line of JSON. Raises `ValueError` when the other side has closed or says something else."""
+    with connection.makefile("rb") as lines:
+        return json.loads(lines.readline(65536))
