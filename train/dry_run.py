@@ -31,6 +31,7 @@ from train.data import (
 )
 from train.models import ModelConfig, read_hf_config
 from train.prepare import Tokenize, blamed_on, load_data
+from train.task_scores import read_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,6 +73,7 @@ def dry_run(config: Config, tokenize: Tokenize, console: Console) -> None:
         raise _hub_is_needed("model.path", path, _HUB_FILES, error) from error
     check_length(config, model)
     data, held_out = load_data(config.records, tokenize, tokenizer, console)
+    read_tasks(config.evaluation, tokenizer, model.max_position_embeddings, console, "evaluation.")
     rows = data.rows_per_epoch
     batch = config.trainer.batch_size
     if batch > rows:

@@ -317,9 +317,17 @@ _SHOWN = {
     "merge/reference_ratio": "merge share",
 }
 
+_SHOWN_OF_TASKS = ("/accuracy", "/perplexity", "/exact_match")
+
 
 def _figures(row: Mapping[str, float]) -> str:
-    return "  ".join(f"{shown} {row[name]:.4g}" for name, shown in _SHOWN.items() if name in row)
+    tasks = {
+        name: name.removeprefix("eval_").rpartition("/")[0]
+        for name in row
+        if name.startswith("eval_") and name.endswith(_SHOWN_OF_TASKS)
+    }
+    shown = {**_SHOWN, **tasks}
+    return "  ".join(f"{label} {row[name]:.4g}" for name, label in shown.items() if name in row)
 
 
 def _progress(console: Console) -> Progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from train.config import (
 from train.data import TokenDataset, make_buckets, make_loader
 from train.dry_run import check_length, dry_run
 from train.export import export_run, exported_weights
+from train.generate import end_tokens
 from train.held_out import Evaluate
 from train.lock import release
 from train.loop import Job, Loader, fit
@@ -44,8 +46,9 @@ from train.prepare import (
 from train.sharding import Params, abstract_model, check_batch, make_mesh
 from train.step import Batch, LossFn, State, make_train_step, state_shardings
 from train.summary import show_summary, summarise
+from train.task_scores import Tasks, as_metrics, read_tasks, task_scorer
 from train.trainable import Trained, choose, join, leaf_paths, split
-from train.watch import best_step
+from train.watch import step_to_export
 
 Arrange = Callable[
     [TokenDataset, TokenDataset | None, Console], tuple[TokenDataset, TokenDataset | None]
@@ -69,6 +72,8 @@ class Run:
         schedule: Learning rate.
         mesh: Devices, None for a single one.
         trained: Test of a parameter's path.
+        tokenizer: The model's.
+        tasks: What else is scored at every evaluation.
     """
 
     config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig
@@ -83,6 +88,8 @@ class Run:
     schedule: optax.Schedule
     mesh: Mesh | None
     trained: Trained
+    tokenizer: Any
+    tasks: Tasks
 
     @property
     def trained_shapes(self) -> Params:
@@ -122,6 +129,8 @@ class Run:
     def begin(self, **inputs: str) -> None:
         """Claims the output directory; `inputs` are content hashes besides those of the data."""
         held_out = {} if self.held_out is None else {"held_out": self.held_out.fingerprint()}
+        if self.tasks:
+            held_out["tasks"] = self.tasks.fingerprint()
         self.output.begin(self.config, {**inputs, "data": self.data.fingerprint(), **held_out})
 
     def load(self, path: str, name: str) -> Params:
@@ -192,9 +201,11 @@ class Run:
             reference_columns=reference_columns,
         )
 
+        measure = self._with_tasks(evaluate)
+
         def evaluate_trained(params: Params) -> dict[str, float]:
-            assert evaluate is not None
-            return evaluate(join(params, held()))
+            assert measure is not None
+            return measure(join(params, held()))
 
         def prepare_batch(state: State, batch: Batch, done: int) -> dict[str, np.ndarray]:
             assert prepare is not None
@@ -205,7 +216,7 @@ class Run:
             like=abstract(like, shardings),
             step=lambda state, batch: step(state, batch, held()),
             loader=self._loader(data, shuffle),
-            evaluate=None if evaluate is None else evaluate_trained,
+            evaluate=None if measure is None else evaluate_trained,
             check_first=check_first,
             learning_rates=learning_rates(self.schedule, self.steps),
             mesh=self.mesh,
@@ -221,6 +232,24 @@ class Run:
         finally:
             release(self.output.path)
         show_summary(summary, self.console)
+
+    def _with_tasks(self, evaluate: Evaluate | None) -> Evaluate | None:
+        """An evaluation of held-out rows, if any, and of the tasks, if any."""
+        if not self.tasks:
+            return evaluate
+        scores = task_scorer(
+            self.graphdef,
+            self.tasks,
+            self.tokenizer,
+            end_tokens(self.config.model.path, self.tokenizer),
+            batch_size=self.eval_batch_size,
+            mesh=self.mesh,
+        )
+
+        def measure(params: Params) -> dict[str, float]:
+            return ({} if evaluate is None else evaluate(params)) | as_metrics(scores(params))
+
+        return measure
 
     def _loader(self, data: TokenDataset, shuffle: bool) -> Loader:
         trainer, buckets = self.config.trainer, None
@@ -241,19 +270,19 @@ class Run:
         """The step and the trained weights that the settings choose: the last ones or the best."""
         trainer, last = self.config.trainer, int(state["step"])
         name = exported_weights(trainer)
-        if trainer.export_best is None:
-            return last, state[name]
-        step = best_step(trainer, self.output.path / "metrics.jsonl")
-        if step is None or step == last:
+        by = trainer.export_best
+        step = step_to_export(trainer, self.output.path / "metrics.jsonl", last)
+        if step == last:
             return last, state[name]
         with Checkpoints(self.output.checkpoints, read_only=True) as saved:
             damage = saved.damage(step)
         if damage is not None:
             raise UserError(
-                f"the checkpoint of step {step}, the best by {trainer.export_best}, is damaged "
-                f"({damage}). `python -m train export --step {last}` writes the last one."
+                f"the checkpoint of step {step}, which is to be exported, is damaged ({damage}). "
+                "`python -m train export` with another --step writes another one."
             )
-        self.console.print(f"Best by {trainer.export_best}: step {step}.", highlight=False)
+        chosen = f"Best by {by}" if by is not None else "Last evaluation within the floors"
+        self.console.print(f"{chosen}: step {step}.", highlight=False)
         return step, restore_params(self.output.checkpoints, step, like[name], name)
 
 
@@ -300,6 +329,9 @@ def set_up(
     check_length(config, model)
     tokenizer = load_tokenizer(config.model.path, "model.path")
     data, held_out = load_data(config.records, tokenize, tokenizer, console)
+    tasks = read_tasks(
+        config.evaluation, tokenizer, model.max_position_embeddings, console, "evaluation."
+    )
     if arrange is not None:
         data, held_out = arrange(data, held_out, console)
     steps = count_steps(config.trainer, data.rows_per_epoch)
@@ -327,6 +359,8 @@ def set_up(
         schedule=make_schedule(config.schedule, config.optimizer.learning_rate, steps),
         mesh=mesh,
         trained=trained,
+        tokenizer=tokenizer,
+        tasks=tasks,
     )
 
 

@@ -21,6 +21,7 @@ from train.config.evaluation import (
     GenerationTaskOptions,
     PreferenceEvalOptions,
     TaskOptions,
+    TaskSetOptions,
     TextOptions,
 )
 from train.config.generation import GenerateConfig
@@ -72,6 +73,7 @@ __all__ = [
     "SamplingOptions",
     "ScheduleOptions",
     "TaskOptions",
+    "TaskSetOptions",
     "TextOptions",
     "TrainerOptions",
     "UnpairedLossOptions",
