@@ -29,7 +29,7 @@ from rich.progress import (
 
 from train.checkpoint import Checkpoints
 from train.config import TrainerOptions, UserError
-from train.data import padding_share
+from train.data import is_packed, padding_share
 from train.metrics_log import MetricsLog, read_metrics
 from train.output_dir import OutputDir
 from train.sharding import put_batch
@@ -291,6 +291,8 @@ class _Reporter:
 
 def count_tokens(batch: Mapping[str, np.ndarray]) -> int:
     """Real tokens that a batch sends through the model; a prompt counts once for each answer."""
+    if is_packed(batch):
+        return int((batch["packed_parts"] >= 0).sum())
     answers = [name for name in batch if name.endswith("_mask") and name != "prompt_mask"]
     prompts = len(answers) * int(batch["prompt_mask"].sum())
     return prompts + sum(int(batch[name].sum()) for name in answers)

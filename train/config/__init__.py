@@ -15,7 +15,13 @@ from train.config.commands import (
     OnlineDPOConfig,
     SFTConfig,
 )
-from train.config.data import DataOptions, PromptDataOptions, RecordOptions, check_records
+from train.config.data import (
+    DataOptions,
+    PromptDataOptions,
+    RecordOptions,
+    SFTDataOptions,
+    check_records,
+)
 from train.config.evaluation import (
     EvalConfig,
     GenerationTaskOptions,
@@ -69,6 +75,7 @@ __all__ = [
     "RecordOptions",
     "RewardOptions",
     "SFTConfig",
+    "SFTDataOptions",
     "SFTLossOptions",
     "SamplingOptions",
     "ScheduleOptions",

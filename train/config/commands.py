@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from train.config.base import DType
-from train.config.data import DataOptions, PromptDataOptions
+from train.config.data import DataOptions, PromptDataOptions, SFTDataOptions
 from train.config.evaluation import TaskSetOptions
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
 from train.config.mesh import MeshOptions
@@ -62,11 +62,13 @@ class SFTConfig(_RecordsConfig):
     """Supervised fine-tuning of a model on prompts with answers.
 
     Attributes:
+        data: The data.
         model: The model.
         optimizer: The optimizer.
         loss: The loss.
     """
 
+    data: SFTDataOptions
     model: ModelOptions
     optimizer: AdamWOptions
     loss: SFTLossOptions = field(default_factory=SFTLossOptions)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from train.config.base import UserError, flatten, require
 from train.config.commands import DPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig
-from train.config.data import check_records
+from train.config.data import SFTDataOptions, check_records
 from train.config.online import check_on_policy
 from train.config.trainer import TrainerOptions
 
@@ -80,6 +80,8 @@ def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
         require(weight > 0, f"data.mix: the weight of {path}", weight, "positive")
     require(data.path not in data.mix, "data.mix", data.path, "of other data sets than data.path")
     require(data.buckets is None or data.buckets > 0, "data.buckets", data.buckets, "positive")
+    if isinstance(config, SFTConfig):
+        check_packing(config.data)
     if (config.trainer.steps is None) == (config.trainer.epochs is None):
         raise UserError("Give exactly one of trainer.steps and trainer.epochs.")
     if not isinstance(config, SFTConfig):
@@ -93,6 +95,20 @@ def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
         # The divergence comes from the other completions of a batch.
         size = config.trainer.batch_size
         require(size > 1, "trainer.batch_size", size, "at least 2 for loss.type kto")
+
+
+def check_packing(data: SFTDataOptions) -> None:
+    """Checks the settings of packed rows. Raises `UserError`."""
+    length, buckets = data.packed_length, data.buckets
+    require(length is None or length > 0, "data.packed_length", length, "positive")
+    if length is not None and not data.packing:
+        raise UserError(
+            f"data.packed_length is {length}, but data.packing is not set; set it, or unset the length."
+        )
+    if data.packing and buckets is not None:
+        raise UserError(
+            f"data.buckets is {buckets}, but packed rows have one shape; unset it, or data.packing."
+        )
 
 
 def check_held_out_use(trainer: TrainerOptions, tasks: Sequence[str] = ()) -> None:

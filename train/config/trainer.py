@@ -56,7 +56,8 @@ class TrainerOptions:
     Attributes:
         steps: Optimizer steps. Give this or `epochs`.
         epochs: Passes over the training records.
-        batch_size: Records (pairs, for preferences) in a step, over all devices.
+        batch_size: Records (pairs, for preferences; rows, with `data.packing`) in a step, over all
+            devices.
         gradient_accumulation_steps: Equal parts of `batch_size` that are looked at one after the other
             before an update: the same update with less memory.
         eval_batch_size: Records in one evaluation batch. Unset: `batch_size`.
