@@ -166,6 +166,7 @@ class Run:
         evaluate: Evaluate | None,
         check_first: Callable[[Mapping[str, float]], None] | None = None,
         frozen: Callable[[], Params],
+        models: Callable[[], dict[str, Params]] = dict,
         reference_columns: Callable[[Params, Batch], Batch] | None = None,
         shuffle: bool = True,
         prepare: Callable[[Params, Batch, int], dict[str, np.ndarray]] | None = None,
@@ -181,6 +182,8 @@ class Run:
             evaluate: Held-out metrics.
             check_first: See `train.loop.Job`.
             frozen: The parameters that are not trained; asked for once the state is there.
+            models: What the optimizer's updates are given besides, see
+                `train.step.make_train_step`; likewise.
             reference_columns: See `train.step.make_train_step`.
             shuffle: Draw a new order of the rows in every epoch.
             prepare: Makes the batch of a step of the loader's, given all parameters before it and
@@ -190,7 +193,8 @@ class Run:
             Stopped: by a signal; the run is saved.
             UserError: training ended, and said why; nothing is exported.
         """
-        trainer, held = self.config.trainer, functools.cache(frozen)
+        trainer = self.config.trainer
+        held, given = functools.cache(frozen), functools.cache(models)
         shardings = state_shardings(like, self.trained_shapes)
         step = make_train_step(
             loss_fn,
@@ -214,7 +218,7 @@ class Run:
         job = Job(
             start=start,
             like=abstract(like, shardings),
-            step=lambda state, batch: step(state, batch, held()),
+            step=lambda state, batch: step(state, batch, held(), given()),
             loader=self._loader(data, shuffle),
             evaluate=None if measure is None else evaluate_trained,
             check_first=check_first,
