@@ -108,7 +108,7 @@ class TaskSetOptions:
     """Tasks that measure what a model can do.
 
     Attributes:
-        tasks: Multiple choice by name. In flags: ``--tasks.NAME.path FILE``.
+        tasks: Multiple choice by name; flags end in ``tasks.NAME.path FILE`` and so on.
         texts: Texts for perplexity by name.
         generation: Tasks with generated answers by name.
     """
