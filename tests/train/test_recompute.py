@@ -29,6 +29,7 @@ def names_in_checkpoint(run, step):
     return set(json.loads(file.read_text())["tree_metadata"])
 
 
+@pytest.mark.slow
 def test_run_is_that_with_a_delta_and_goes_on_after_a_stop(inputs, tmp_path):
     settings = {"trainer__steps": 4, "trainer__save_every": 2, "data__eval_fraction": None}
     runs = {name: tmp_path / name for name in ("dense", "recompute")}
