@@ -2,8 +2,9 @@
 
 The policy starts as the reference, so the weights are read once: they give the reference's
 log-probabilities (kept on disk), the delta τ_r = reference − base, and the first parameters. Neither
-the reference nor the base stays in memory, except for a reference that follows the policy, and one
-that has to score answers which the policy gives during training.
+the reference nor the base stays in memory, except for a reference that follows the policy, one that
+has to score answers which the policy gives during training, and both where the delta is not held but
+computed at every merge.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from train.config import DPOConfig, KTOConfig, OnlineDPOConfig, UserError
 from train.data import TokenDataset
 from train.held_out import Evaluate, Score, answer_logps
 from train.models import layer_axes
-from train.optimizers import check_optimizer, make_optimizer, needs_delta, takes_delta
+from train.optimizers import (
+    check_optimizer,
+    holds_delta,
+    make_optimizer,
+    needs_delta,
+    recomputes_delta,
+    takes_delta,
+)
 from train.prepare import blamed_on, check_related, hash_model, hash_start
 from train.reference import Scores, cache_file, with_reference
 from train.run import Run
@@ -137,6 +145,7 @@ class _Alignment:
         self.loaded: Params | None = None
         self.frozen: Params | None = None
         self.reference: Params | None = None
+        self.base: Params | None = None
 
     def train(self) -> None:
         this, objective, evaluate = self.run, self.objective, None
@@ -157,6 +166,7 @@ class _Alignment:
             data=data,
             evaluate=evaluate,
             frozen=self._frozen,
+            models=self._models,
             check_first=self._check_first,
             reference_columns=self._reference_columns if objective.synced else None,
             shuffle=objective.shuffle,
@@ -179,18 +189,34 @@ class _Alignment:
         names = [f"reference_{name}_logps" for name in self.objective.names]
         return dict(zip(names, self.objective.score(params, batch), strict=True))
 
+    @property
+    def _recomputes(self) -> bool:
+        return recomputes_delta(self.config.optimizer)
+
+    def _models(self) -> dict[str, Params]:
+        """What a delta is computed from at every merge; nothing where it is held."""
+        if not self._recomputes:
+            return {}
+        self._frozen()
+        assert self.reference is not None
+        assert self.base is not None
+        return {"reference_params": self.reference, "base_params": self.base}
+
     def _frozen(self) -> Params:
-        if self.frozen is None:
-            wanted = self._holds_reference or self.run.split(self.run.shapes)[1]
+        if self.frozen is None:  # a run that goes on
+            held = self._holds_reference or self._recomputes
+            wanted = held or self.run.split(self.run.shapes)[1]
             trained, frozen = self.run.split(self._params()) if wanted else ({}, {})
-            self._keep(trained, frozen)
+            self._keep(trained, frozen, self._base_of(trained) if self._recomputes else None)
             return frozen
         return self.frozen
 
-    def _keep(self, trained: Params, frozen: Params) -> None:
-        """What stays in memory of the weights that training starts from."""
+    def _keep(self, trained: Params, frozen: Params, base: Params | None) -> None:
+        """What stays in memory of the weights that training starts from, and of the base's."""
+        held = self._holds_reference or self._recomputes
         self.loaded, self.frozen = None, frozen
-        self.reference = trained if self._holds_reference else None
+        self.reference = trained if held else None
+        self.base = base if self._recomputes else None
 
     def _params(self) -> Params:
         if self.loaded is None:
@@ -227,12 +253,14 @@ class _Alignment:
     def _delta_of(self, params: Params, base: Params) -> Params:
         return om.task_vector(params, base, dtype=self.config.optimizer.delta_dtype)
 
-    def _delta_and_size(self, params: Params, base: Params) -> tuple[Params, jax.Array]:
+    def _delta_and_size(self, params: Params, base: Params) -> tuple[Params | None, jax.Array]:
+        """The delta, where it is held, and its norm as a share of that of the weights."""
         delta = self._delta_of(params, base)
-        return delta, optax.tree.norm(delta) / optax.tree.norm(params)
+        size = optax.tree.norm(delta) / optax.tree.norm(params)
+        return delta if holds_delta(self.config.optimizer) else None, size
 
     def _delta_shapes(self) -> Params | None:
-        if not needs_delta(self.config.optimizer):
+        if not holds_delta(self.config.optimizer):
             return None
         shapes = self.run.trained_shapes
         return jax.eval_shape(self._delta_of, shapes, shapes)
@@ -247,17 +275,17 @@ class _Alignment:
 
     def _start(self) -> State:
         params, frozen = self.run.split(self._params())
-        delta = None
+        delta = base = None
         if needs_delta(self.config.optimizer):
             base = self._base_of(params)
             delta, size = jax.jit(self._delta_and_size)(params, base)
-            del base
             if size == 0:
                 # The same weights in other files, or a difference that the types have no room for.
                 types = [self.config.model.param_dtype, self.config.optimizer.delta_dtype]
                 raise _no_delta(f" in {' and '.join(dict.fromkeys(filter(None, types)))}")
             self.run.console.print(f"Reference delta: {size:.3g} of the norm of the weights.")
-        self._keep(params, frozen)
+        self._keep(params, frozen, base)
+        del base
         return self._make_state(params, delta)
 
     def _check_first(self, metrics: Mapping[str, float]) -> None:

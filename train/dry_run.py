@@ -30,7 +30,8 @@ from train.data import (
     read_records,
 )
 from train.models import ModelConfig, read_hf_config
-from train.prepare import Tokenize, blamed_on, load_data
+from train.prepare import Tokenize, blamed_on, load_data, packed
+from train.task_scores import read_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,12 +73,14 @@ def dry_run(config: Config, tokenize: Tokenize, console: Console) -> None:
         raise _hub_is_needed("model.path", path, _HUB_FILES, error) from error
     check_length(config, model)
     data, held_out = load_data(config.records, tokenize, tokenizer, console)
-    rows = data.rows_per_epoch
-    batch = config.trainer.batch_size
+    read_tasks(config.evaluation, tokenizer, model.max_position_embeddings, console, "evaluation.")
+    show_data(data, console)
+    batched = packed(config.data, data, console) if isinstance(config, SFTConfig) else data
+    rows, batch = batched.rows_per_epoch, config.trainer.batch_size
     if batch > rows:
         raise UserError(f"trainer.batch_size is {batch}, but there are only {rows} training rows.")
-    trainer = config.trainer
-    show_data(data, trainer.batch_size, config.data.buckets, console, steps=trainer.steps)
+    chosen = make_buckets(batched, batch, config.data.buckets, steps=config.trainer.steps)
+    console.print(f"Batches: {chosen.describe(batched.arrays)}", highlight=False)
     show_examples(data, tokenizer, console)
     steps = config.trainer.steps or round((config.trainer.epochs or 0) * (rows // batch))
     console.print(
@@ -145,21 +148,11 @@ def _is_usable(record: Record, normalise: Any) -> bool:
     return True
 
 
-def show_data(
-    data: TokenDataset,
-    batch_size: int,
-    buckets: int | None,
-    console: Console,
-    *,
-    steps: int | None = None,
-) -> None:
-    """Prints tables of lengths, of what was left out, and of batches.
+def show_data(data: TokenDataset, console: Console) -> None:
+    """Prints tables of lengths and of what was left out.
 
     Args:
         data: Training rows.
-        batch_size: Rows in a batch.
-        buckets: See `train.data.make_buckets`.
-        steps: Likewise.
         console: Where they are shown.
     """
     answers, arrays = answer_names(data.arrays), data.arrays
@@ -192,8 +185,6 @@ def show_data(
             table.add_row(name, str(count))
         if rows:
             console.print(table)
-    chosen = make_buckets(data, batch_size, buckets, steps=steps)
-    console.print(f"Batches: {chosen.describe(arrays)}", highlight=False)
 
 
 def show_examples(data: TokenDataset, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:

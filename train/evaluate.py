@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,11 @@ from rich.table import Table
 
 from train.config import EvalConfig, ModelOptions, UserError, check_records, require
 from train.data import TokenDataset, tokenize_preference
-from train.exact_match import Problem, exact_match, read_problems
+from train.generate import end_tokens
 from train.held_out import Score, answer_logps, evaluate_preferences
-from train.models import from_hf, resolve_model_dir, split_model
-from train.multiple_choice import Question, choice_scorer, measure, read_questions
+from train.models import from_hf, split_model
 from train.objectives import reference_logps_fn
 from train.output_dir import check_place, write_atomically
-from train.perplexity import Texts, perplexity, read_texts
 from train.prepare import (
     blamed_on,
     check_model,
@@ -31,19 +28,9 @@ from train.prepare import (
     tokenized,
 )
 from train.sharding import abstract_model
-from train.windows import window_scorer
+from train.task_scores import Tasks, read_tasks, task_scorer
 
 Results = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Everything to evaluate, tokenised."""
-
-    questions: dict[str, list[Question]]
-    texts: dict[str, Texts]
-    problems: dict[str, list[Problem]]
-    pairs: TokenDataset | None
 
 
 def run(config: EvalConfig) -> Results:
@@ -60,11 +47,7 @@ def run(config: EvalConfig) -> Results:
     output = _check(config)
     model = check_model(ModelOptions(path=config.model, dtype=config.dtype), name="model")
     tokenizer = load_tokenizer(config.model, "model")
-    questions = {}
-    for name, options in config.tasks.items():
-        questions[name], unusable = read_questions(name, options, tokenizer)
-        skipped = f", {unusable} records left out" if unusable else ""
-        console.print(f"{name}: {len(questions[name])} questions{skipped}", highlight=False)
+    tasks = read_tasks(config, tokenizer, model.max_position_embeddings, console)
     pairs = None
     if config.preferences is not None:
         check_related(config.preferences.reference, config.model, "preferences.reference")
@@ -77,15 +60,7 @@ def run(config: EvalConfig) -> Results:
             config.preferences,
         )
         console.print(f"preferences: {pairs.report}", highlight=False)
-    texts = {
-        name: read_texts(name, options, tokenizer, model.max_position_embeddings)
-        for name, options in config.texts.items()
-    }
-    problems = {
-        name: read_problems(name, options, tokenizer) for name, options in config.generation.items()
-    }
-    loaded = Inputs(questions, texts, problems, pairs)
-    results = _evaluate(config, abstract_model(model, None)[0], loaded, tokenizer)
+    results = _evaluate(config, abstract_model(model, None)[0], tasks, pairs, tokenizer)
     # Shown first: whatever keeps the file from being written, the work is not lost.
     console.print(_table(results))
     with blamed_on("output"):
@@ -119,13 +94,13 @@ def _check_new(output: Path) -> None:
 def _evaluate(
     config: EvalConfig,
     graphdef: nnx.GraphDef,
-    loaded: Inputs,
+    tasks: Tasks,
+    pairs: TokenDataset | None,
     tokenizer: Any,
 ) -> Results:
     """One model in memory at a time: the reference's scores first, then everything of the model."""
     results: Results = {"model": str(config.model)}
     pair_score = reference_logps_fn(graphdef)
-    pairs = loaded.pairs
     if pairs is not None:
         assert config.preferences is not None
         pairs = _with_reference(config, pair_score, pairs)
@@ -140,42 +115,9 @@ def _evaluate(
         )
         metrics = {name.removeprefix("eval_"): v for name, v in evaluate(params).items()}
         results["preferences"] = {**metrics, "pairs": len(pairs)}
-    shared: dict[str, Any] = {"batch_size": config.batch_size}
-    scored = {**shared, "pad_id": tokenizer.pad_token_id or 0}
-    choose, score = choice_scorer(graphdef), window_scorer(graphdef)
-    results["tasks"] = {
-        name: measure(choose, params, asked, shown_as=name, **scored)
-        for name, asked in loaded.questions.items()
-    }
-    results["texts"] = {
-        name: perplexity(score, params, texts, shown_as=name, **scored)
-        for name, texts in loaded.texts.items()
-    }
     ends = end_tokens(config.model, tokenizer)
-    results["generation"] = {
-        name: exact_match(
-            graphdef,
-            params,
-            asked,
-            config.generation[name],
-            tokenizer,
-            ends,
-            shown_as=name,
-            **shared,
-        )
-        for name, asked in loaded.problems.items()
-    }
-    return results
-
-
-def end_tokens(model: str, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the tokenizer's and those of generation_config.json."""
-    ends = {tokenizer.eos_token_id}
-    file = resolve_model_dir(model) / "generation_config.json"
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        ends |= set(found) if isinstance(found, list) else {found}
-    return sorted(ends - {None}) or [-1]  # without any, only the length ends it
+    scores = task_scorer(graphdef, tasks, tokenizer, ends, batch_size=config.batch_size, show=True)
+    return {**results, **scores(params)}
 
 
 def _with_reference(config: EvalConfig, score: Score, pairs: TokenDataset) -> TokenDataset:

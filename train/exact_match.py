@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from rich.progress import Progress
 
 from train.config import GenerationTaskOptions, UserError, require
@@ -15,7 +14,7 @@ from train.data.dataset import pad_left
 from train.data.formats import read_records
 from train.multiple_choice import filled
 from train.prepare import blamed_on
-from train.sampling import make_greedy
+from train.sampling import Greedy
 
 _WIDTH = 32
 # What lm-evaluation-harness takes out of GSM8K's answers: separators, currency, a final full stop.
@@ -30,13 +29,15 @@ class Problem:
     answer: str
 
 
-def read_problems(name: str, options: GenerationTaskOptions, tokenizer: Any) -> list[Problem]:
-    """Problems of a task.
+def read_problems(
+    name: str, options: GenerationTaskOptions, tokenizer: Any, within: str = ""
+) -> list[Problem]:
+    """Problems of a task; `within` is the group of the settings that it is in, for messages.
 
     Raises:
         UserError: a file, field or pattern cannot be used, or a record's own answer is not found.
     """
-    field = f"generation.{name}"
+    field = f"{within}generation.{name}"
     for setting in ("limit", "max_new_tokens"):
         value = getattr(options, setting)
         require(value is None or value > 0, f"{field}.{setting}", value, "positive")
@@ -80,25 +81,31 @@ def normalised(answer: str) -> str:
 
 
 def exact_match(
-    graphdef: nnx.GraphDef,
+    generate: Greedy,
     params: Any,
     problems: list[Problem],
-    options: GenerationTaskOptions,
+    pattern: str,
     tokenizer: Any,
-    end_ids: list[int],
     *,
     batch_size: int,
-    shown_as: str,
+    shown_as: str | None,
 ) -> dict[str, float]:
-    """Share of problems whose extracted answer is right, share with any, and their number."""
+    """Share of problems whose extracted answer is right, share with any, and their number.
+
+    Args:
+        generate: From `train.sampling.make_greedy`.
+        params: Of the model.
+        problems: From `read_problems`.
+        pattern: Finds an answer in what was generated, see `extract`.
+        tokenizer: The model's.
+        batch_size: Problems answered at once.
+        shown_as: Label of a progress bar; None for none.
+    """
     pad_id = tokenizer.pad_token_id or 0
-    generate = make_greedy(
-        graphdef, max_new_tokens=options.max_new_tokens, eos_id=end_ids, pad_id=pad_id
-    )
     right = found = 0
     ordered = sorted(problems, key=lambda problem: len(problem.prompt))
-    with Progress() as progress:
-        task = progress.add_task(shown_as, total=len(problems))
+    with Progress(disable=shown_as is None) as progress:
+        task = progress.add_task(shown_as or "", total=len(problems))
         for start in range(0, len(ordered), batch_size):
             batch = ordered[start : start + batch_size]
             width = -(-len(batch[-1].prompt) // _WIDTH) * _WIDTH
@@ -107,7 +114,7 @@ def exact_match(
             out = np.asarray(generate(params, tokens, mask))[: len(batch)]
             texts = tokenizer.batch_decode(out, skip_special_tokens=True)
             for problem, text in zip(batch, texts, strict=True):
-                answer = extract(options.extract, text)
+                answer = extract(pattern, text)
                 found += answer is not None
                 right += answer is not None and normalised(answer) == problem.answer
             progress.advance(task, len(batch))

@@ -94,19 +94,19 @@ def encode_prompts(
 
 
 def end_tokens(model: str, tokenizer: Any) -> list[int]:
-    """The tokenizer's EOS and those of the model's generation_config.json, sorted.
+    """The tokenizer's EOS and those of the model's generation_config.json, sorted; [-1] without any.
 
     Raises:
         UserError: the file is no JSON object, or its ``eos_token_id`` no token ids.
     """
-    ends = {int(tokenizer.eos_token_id)}
+    ends = {tokenizer.eos_token_id} - {None}
     file = resolve_model_dir(model) / "generation_config.json"
     if not file.is_file():
-        return sorted(ends)
+        return sorted(ends) or [-1]  # only the length ends a row
     try:
         more = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         more = [] if more is None else more if isinstance(more, list) else [more]
-        return sorted(ends | {int(one) for one in more})
+        return sorted(ends | {int(one) for one in more}) or [-1]
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"model: {file} has no usable eos_token_id ({error}).") from error
 

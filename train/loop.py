@@ -29,7 +29,7 @@ from rich.progress import (
 
 from train.checkpoint import Checkpoints
 from train.config import TrainerOptions, UserError
-from train.data import padding_share
+from train.data import is_packed, padding_share
 from train.metrics_log import MetricsLog, read_metrics
 from train.output_dir import OutputDir
 from train.sharding import put_batch
@@ -294,6 +294,8 @@ class _Reporter:
 
 def count_tokens(batch: Mapping[str, Any]) -> Any:
     """Real tokens that a batch sends through the model; a prompt counts once for each answer."""
+    if is_packed(batch):
+        return int((batch["packed_parts"] >= 0).sum())
     answers = [name for name in batch if name.endswith("_mask") and name != "prompt_mask"]
     prompts = len(answers) * batch["prompt_mask"].sum()
     return prompts + sum(batch[name].sum() for name in answers)
@@ -327,9 +329,17 @@ _SHOWN = {
     "merge/reference_ratio": "merge share",
 }
 
+_SHOWN_OF_TASKS = ("/accuracy", "/perplexity", "/exact_match")
+
 
 def _figures(row: Mapping[str, float]) -> str:
-    return "  ".join(f"{shown} {row[name]:.4g}" for name, shown in _SHOWN.items() if name in row)
+    tasks = {
+        name: name.removeprefix("eval_").rpartition("/")[0]
+        for name in row
+        if name.startswith("eval_") and name.endswith(_SHOWN_OF_TASKS)
+    }
+    shown = {**_SHOWN, **tasks}
+    return "  ".join(f"{label} {row[name]:.4g}" for name, label in shown.items() if name in row)
 
 
 def _progress(console: Console) -> Progress:

@@ -48,7 +48,7 @@ class Question:
 
 
 def read_questions(
-    name: str, options: TaskOptions, tokenizer: PreTrainedTokenizerBase
+    name: str, options: TaskOptions, tokenizer: PreTrainedTokenizerBase, within: str = ""
 ) -> tuple[list[Question], int]:
     """Questions of a task, the same on every call.
 
@@ -56,6 +56,7 @@ def read_questions(
         name: Of the task, for messages.
         options: The task.
         tokenizer: The model's.
+        within: Group of the settings that the task is in, for messages.
 
     Returns:
         The questions, and the number of records that could not be tokenised.
@@ -63,7 +64,7 @@ def read_questions(
     Raises:
         UserError: a file or field is missing, or there are too few different answers.
     """
-    field = f"tasks.{name}"
+    field = f"{within}tasks.{name}"
     require(options.choices >= 2, f"{field}.choices", options.choices, "2 or larger")
     require(options.limit is None or options.limit > 0, f"{field}.limit", options.limit, "positive")
     with blamed_on(f"{field}.path"):
@@ -229,7 +230,7 @@ def measure(
     *,
     batch_size: int,
     pad_id: int,
-    shown_as: str,
+    shown_as: str | None,
 ) -> dict[str, float]:
     """Accuracy of a model on questions.
 
@@ -239,7 +240,7 @@ def measure(
         questions: From `read_questions`.
         batch_size: Questions scored at once.
         pad_id: Token at padding.
-        shown_as: Label of the progress bar.
+        shown_as: Label of a progress bar; None for none.
 
     Returns:
         ``accuracy``: share of questions whose right answer has the highest log-probability (a tie
@@ -252,8 +253,8 @@ def measure(
     rows: list[tuple[float, ...]] = []
     names = ["accuracy", "accuracy_per_token", "exact", "logp"]
     names += ["acc", "acc_norm"] if questions[0].sizes else []
-    with Progress() as progress:
-        task = progress.add_task(shown_as, total=len(questions))
+    with Progress(disable=shown_as is None) as progress:
+        task = progress.add_task(shown_as or "", total=len(questions))
         for batch, asked in _batches(questions, batch_size, pad_id):
             logps, top1 = jax.device_get(score(params, *batch))
             mask = batch[3]

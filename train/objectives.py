@@ -12,7 +12,9 @@ from flax import nnx
 
 from train import losses
 from train.accumulate import NORMALIZERS, Parted
+from train.data import is_packed
 from train.logps import completion_logps, completion_statistics
+from train.packed import packed_statistics
 from train.pairs import pair_token_logps
 from train.step import Batch, LossFn, Metrics
 
@@ -202,24 +204,31 @@ def sft_loss(graphdef: nnx.GraphDef, *, vocab_chunk: VocabChunk = "auto") -> Los
 
     Returns:
       `loss_fn(params, batch) -> (loss, metrics)` with the metrics of `losses.sft`. `batch` holds
-      `prompt_tokens`, `prompt_mask` `[B, P]`, `completion_tokens` and `completion_mask` `[B, C]`.
+      `prompt_tokens`, `prompt_mask` `[B, P]`, `completion_tokens` and `completion_mask` `[B, C]`, or
+      several examples a row in the columns of `train.data.packing.pack`.
     """
+
+    def scored(batch: Batch) -> jax.Array:
+        return batch["packed_from"] >= 0 if is_packed(batch) else batch["completion_mask"]
 
     def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
         model = nnx.merge(graphdef, params)
-        mask = batch["completion_mask"]
-        logps, top1 = completion_statistics(
-            model,
-            batch["prompt_tokens"],
-            batch["prompt_mask"],
-            batch["completion_tokens"],
-            mask,
-            vocab_chunk=resolve_vocab_chunk(vocab_chunk, model.unembedding().shape[1]),
-        )
-        return losses.sft(logps, mask, top1)
+        chunk = resolve_vocab_chunk(vocab_chunk, model.unembedding().shape[1])
+        if is_packed(batch):
+            logps, top1 = packed_statistics(model, batch, vocab_chunk=chunk)
+        else:
+            logps, top1 = completion_statistics(
+                model,
+                batch["prompt_tokens"],
+                batch["prompt_mask"],
+                batch["completion_tokens"],
+                batch["completion_mask"],
+                vocab_chunk=chunk,
+            )
+        return losses.sft(logps, scored(batch), top1)
 
     def masses(batch: Batch) -> dict[str, jax.Array]:
-        tokens = jnp.sum(batch["completion_mask"], dtype=jnp.float32)
+        tokens = jnp.sum(scored(batch), dtype=jnp.float32)
         return {"loss": tokens, "mean_token_accuracy": tokens}
 
     return Parted(loss_fn, masses=masses, sums=("num_tokens",))

@@ -74,6 +74,18 @@ def needs_delta(options: AdamWOptions) -> bool:
     return isinstance(options, OptimizerOptions) and takes_delta(options) and options.alpha != 0
 
 
+def holds_delta(options: AdamWOptions) -> bool:
+    """Whether its state holds a delta, which has to be set before the first step."""
+    return needs_delta(options) and not recomputes_delta(options)
+
+
+def recomputes_delta(options: AdamWOptions) -> bool:
+    """Whether every update has to be given the parameters of the reference and of the base."""
+    if not isinstance(options, OptimizerOptions):
+        return False
+    return needs_delta(options) and options.storage == "recompute"
+
+
 def rounds_updates(options: AdamWOptions) -> bool:
     """Whether updates arrive in parameters that cannot hold them, at least on average."""
     if not isinstance(options, OptimizerOptions):
@@ -103,6 +115,11 @@ def check_optimizer(options: AdamWOptions) -> None:
             raise UserError(f"optimizer.{field} is not set; {_shown(options)} needs it.")
     _check_alpha(options.alpha)
     _check_inner(options)
+    if options.storage == "recompute" and options.delta_dtype is not None:
+        raise UserError(
+            f"optimizer.delta_dtype is {options.delta_dtype}, but with storage recompute no delta is "
+            "held. Unset it, or choose another optimizer.storage."
+        )
     if options.density is not None:
         require(0 < options.density <= 1, "optimizer.density", options.density, "in (0, 1]")
     if options.every_k is not None:
@@ -252,7 +269,7 @@ def make_optimizer(
 
     Returns:
         The transformation. With a merging optimizer its state still needs the delta
-        (`omerge_jax.with_delta`).
+        (`omerge_jax.with_delta`), or with storage recompute its updates both models.
 
     Raises:
         UserError: the warm-up of alpha is longer than the run.

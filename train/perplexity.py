@@ -21,7 +21,9 @@ class Texts:
     size: int
 
 
-def read_texts(name: str, options: TextOptions, tokenizer: Any, longest: int) -> Texts:
+def read_texts(
+    name: str, options: TextOptions, tokenizer: Any, longest: int, within: str = ""
+) -> Texts:
     """Tokenised windows of a file's texts, each for itself or all as one.
 
     Args:
@@ -29,11 +31,12 @@ def read_texts(name: str, options: TextOptions, tokenizer: Any, longest: int) ->
         options: The file. A .txt file is one text.
         tokenizer: The model's; its own special tokens (such as BOS) are added.
         longest: Positions that the model was made for.
+        within: Group of the settings that the task is in, for messages.
 
     Raises:
         UserError: a file or field is missing, a setting does not fit, or there is nothing to score.
     """
-    field = f"texts.{name}"
+    field = f"{within}texts.{name}"
     length = min(1024, longest) if options.max_length is None else options.max_length
     require(2 <= length <= longest, f"{field}.max_length", length, f"from 2 to {longest}")
     stride = max(1, length // 2) if options.stride is None else options.stride
@@ -64,7 +67,13 @@ def _text(record: Any, name: str, field: str) -> str:
 
 
 def perplexity(
-    score: Score, params: Any, texts: Texts, *, batch_size: int, pad_id: int, shown_as: str
+    score: Score,
+    params: Any,
+    texts: Texts,
+    *,
+    batch_size: int,
+    pad_id: int,
+    shown_as: str | None,
 ) -> dict[str, float]:
     """``perplexity`` per token, ``bits_per_byte``, mean ``nll`` in nats, and number of ``tokens``."""
     logps, _ = score_windows(

@@ -11,12 +11,21 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from train.config import DataOptions, LoraOptions, ModelOptions, RecordOptions, UserError
+from train.config import (
+    DataOptions,
+    LoraOptions,
+    ModelOptions,
+    RecordOptions,
+    SFTDataOptions,
+    UserError,
+)
 from train.data import (
     Record,
     TokenDataset,
     answer_names,
     mix,
+    pack,
+    padding_share,
     read_records,
     saves_by_sharing,
     split_by_prompt,
@@ -183,6 +192,27 @@ def load_data(
     evaluation = _together(evaluations, [1.0] * len(evaluations), options)
     console.print(f"Held-out records: {evaluation.report}", highlight=False)
     return train, evaluation
+
+
+def packed(options: SFTDataOptions, data: TokenDataset, console: Console) -> TokenDataset:
+    """The training examples, several to a row where `options` ask for it, which is said.
+
+    Raises:
+        UserError: an example is longer than a row.
+    """
+    if not options.packing:
+        return data
+    length = options.packed_length
+    if length is None:
+        length = options.max_prompt_length + options.max_completion_length
+    with blamed_on("data.packed_length"):
+        rows = pack(data, length)
+    console.print(
+        f"Packed: {len(data)} examples in {len(rows)} rows of {length} tokens, padding "
+        f"{padding_share(rows.arrays):.1%}",
+        highlight=False,
+    )
+    return rows
 
 
 def _together(

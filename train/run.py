@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from train.config import (
 from train.data import TokenDataset, make_buckets, make_loader
 from train.dry_run import check_length, dry_run
 from train.export import export_run, exported_weights
+from train.generate import end_tokens
 from train.held_out import Evaluate
 from train.lock import release
 from train.loop import Job, Loader, fit
@@ -52,8 +54,9 @@ from train.sharding import (
 )
 from train.step import Batch, LossFn, State, make_train_step, state_shardings
 from train.summary import show_summary, summarise
+from train.task_scores import Tasks, as_metrics, read_tasks, task_scorer
 from train.trainable import Trained, choose, join, leaf_paths, split
-from train.watch import best_step
+from train.watch import step_to_export
 
 Arrange = Callable[
     [TokenDataset, TokenDataset | None, Console], tuple[TokenDataset, TokenDataset | None]
@@ -77,6 +80,8 @@ class Run:
         schedule: Learning rate.
         mesh: Devices, None for a single one.
         trained: Test of a parameter's path.
+        tokenizer: The model's.
+        tasks: What else is scored at every evaluation.
     """
 
     config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig
@@ -91,6 +96,8 @@ class Run:
     schedule: optax.Schedule
     mesh: Mesh | None
     trained: Trained
+    tokenizer: Any
+    tasks: Tasks
 
     @property
     def trained_shapes(self) -> Params:
@@ -130,6 +137,8 @@ class Run:
     def begin(self, **inputs: str) -> None:
         """Claims the output directory; `inputs` are content hashes besides those of the data."""
         held_out = {} if self.held_out is None else {"held_out": self.held_out.fingerprint()}
+        if self.tasks:
+            held_out["tasks"] = self.tasks.fingerprint()
         self.output.begin(self.config, {**inputs, "data": self.data.fingerprint(), **held_out})
 
     def load(self, path: str, name: str) -> Params:
@@ -165,6 +174,7 @@ class Run:
         evaluate: Evaluate | None,
         check_first: Callable[[Mapping[str, float]], None] | None = None,
         frozen: Callable[[], Params],
+        models: Callable[[], dict[str, Params]] = dict,
         reference_columns: Callable[[Params, Batch], Batch] | None = None,
         shuffle: bool = True,
         prepare: Callable[[Params, Batch, int], dict[str, np.ndarray]] | None = None,
@@ -180,6 +190,8 @@ class Run:
             evaluate: Held-out metrics.
             check_first: See `train.loop.Job`.
             frozen: The parameters that are not trained; asked for once the state is there.
+            models: What the optimizer's updates are given besides, see
+                `train.step.make_train_step`; likewise.
             reference_columns: See `train.step.make_train_step`.
             shuffle: Draw a new order of the rows in every epoch.
             prepare: Makes the batch of a step of the loader's, given all parameters before it and
@@ -189,7 +201,8 @@ class Run:
             Stopped: by a signal; the run is saved.
             UserError: training ended, and said why; nothing is exported.
         """
-        trainer, held = self.config.trainer, functools.cache(frozen)
+        trainer = self.config.trainer
+        held, given = functools.cache(frozen), functools.cache(models)
         shardings = state_shardings(like, self.trained_shapes)
         step = make_train_step(
             loss_fn,
@@ -201,9 +214,11 @@ class Run:
             compiler_options=compiler_options(self.mesh),
         )
 
+        measure = self._with_tasks(evaluate)
+
         def evaluate_trained(params: Params) -> dict[str, float]:
-            assert evaluate is not None
-            return evaluate(join(params, held()))
+            assert measure is not None
+            return measure(join(params, held()))
 
         def prepare_batch(state: State, batch: Batch, done: int) -> dict[str, np.ndarray]:
             assert prepare is not None
@@ -212,9 +227,9 @@ class Run:
         job = Job(
             start=start,
             like=abstract(like, shardings),
-            step=lambda state, batch: step(state, batch, held()),
+            step=lambda state, batch: step(state, batch, held(), given()),
             loader=self._loader(data, shuffle),
-            evaluate=None if evaluate is None else evaluate_trained,
+            evaluate=None if measure is None else evaluate_trained,
             check_first=check_first,
             learning_rates=learning_rates(self.schedule, self.steps),
             mesh=self.mesh,
@@ -231,6 +246,24 @@ class Run:
                 show_summary(summary, self.console)
         finally:
             release(self.output.path)
+
+    def _with_tasks(self, evaluate: Evaluate | None) -> Evaluate | None:
+        """An evaluation of held-out rows, if any, and of the tasks, if any."""
+        if not self.tasks:
+            return evaluate
+        scores = task_scorer(
+            self.graphdef,
+            self.tasks,
+            self.tokenizer,
+            end_tokens(self.config.model.path, self.tokenizer),
+            batch_size=self.eval_batch_size,
+            mesh=self.mesh,
+        )
+
+        def measure(params: Params) -> dict[str, float]:
+            return ({} if evaluate is None else evaluate(params)) | as_metrics(scores(params))
+
+        return measure
 
     def _loader(self, data: TokenDataset, shuffle: bool) -> Loader:
         trainer, buckets = self.config.trainer, None
@@ -251,21 +284,20 @@ class Run:
         """The step and the trained weights that the settings choose: the last ones or the best."""
         trainer, last = self.config.trainer, int(state["step"])
         name = exported_weights(trainer)
-        if trainer.export_best is None:
-            return last, state[name]
+        by, log = trainer.export_best, self.output.path / "metrics.jsonl"
         # Of the first process, which wrote the file; the others may not see the end of it yet.
-        best = best_step(trainer, self.output.path / "metrics.jsonl") if is_first() else None
-        step = largest((best or last) if is_first() else 0)
+        step = largest(step_to_export(trainer, log, last) if is_first() else 0)
         if step == last:
             return last, state[name]
         with Checkpoints(self.output.checkpoints, read_only=True) as saved:
             damage = saved.damage(step)
         if damage is not None:
             raise UserError(
-                f"the checkpoint of step {step}, the best by {trainer.export_best}, is damaged "
-                f"({damage}). `python -m train export --step {last}` writes the last one."
+                f"the checkpoint of step {step}, which is to be exported, is damaged ({damage}). "
+                "`python -m train export` with another --step writes another one."
             )
-        self.console.print(f"Best by {trainer.export_best}: step {step}.", highlight=False)
+        chosen = f"Best by {by}" if by is not None else "Last evaluation within the floors"
+        self.console.print(f"{chosen}: step {step}.", highlight=False)
         return step, restore_params(self.output.checkpoints, step, like[name], name)
 
 
@@ -312,6 +344,9 @@ def set_up(
     check_length(config, model)
     tokenizer = load_tokenizer(config.model.path, "model.path")
     data, held_out = load_data(config.records, tokenize, tokenizer, console)
+    tasks = read_tasks(
+        config.evaluation, tokenizer, model.max_position_embeddings, console, "evaluation."
+    )
     if arrange is not None:
         data, held_out = arrange(data, held_out, console)
     steps = count_steps(config.trainer, data.rows_per_epoch)
@@ -339,6 +374,8 @@ def set_up(
         schedule=make_schedule(config.schedule, config.optimizer.learning_rate, steps),
         mesh=mesh,
         trained=trained,
+        tokenizer=tokenizer,
+        tasks=tasks,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import jax
+from rich.console import Console
 
 from train.config import SFTConfig
-from train.data import tokenize_sft
+from train.data import TokenDataset, tokenize_sft
 from train.held_out import evaluate_sft
 from train.objectives import sft_loss
 from train.optimizers import make_optimizer
-from train.prepare import hash_start
+from train.prepare import hash_start, packed
 from train.run import set_up
 from train.sharding import Params, on_mesh
 from train.step import State, init_state
@@ -21,7 +22,13 @@ def run(config: SFTConfig) -> None:
     Raises:
         UserError: something given cannot be used; before training starts.
     """
-    this = set_up("sft", config, tokenize_sft)
+
+    def arrange(
+        data: TokenDataset, held_out: TokenDataset | None, console: Console
+    ) -> tuple[TokenDataset, TokenDataset | None]:
+        return packed(config.data, data, console), held_out
+
+    this = set_up("sft", config, tokenize_sft, arrange)
     if this is None:
         return
     this.begin(**hash_start(config.model))

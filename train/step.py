@@ -128,7 +128,9 @@ def make_train_step(
     reference_columns: Callable[[Any, Batch], Batch] | None = None,
     compiler_options: Mapping[str, bool] | None = None,
 ) -> Callable[..., tuple[State, Metrics]]:
-    """The jitted `step(state, batch, frozen={}) -> (state, metrics)`; it consumes the state.
+    """The jitted `step(state, batch, frozen={}, models={}) -> (state, metrics)`.
+
+    It consumes the state.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> (loss, metrics)`, or a `train.accumulate.Parted`; its batch
@@ -144,17 +146,20 @@ def make_train_step(
       compiler_options: Of `jax.jit`, see `train.sharding.compiler_options`.
 
     Returns:
-      A function of a state, a batch and the parameters that are not trained, a nested dict that
-      belongs beside `state["params"]`. Its metrics are float32 scalars on the device: `loss`,
-      `grad_norm` (global norm before any clipping), those of `loss_fn`, `merge/<name>` for every
-      scalar of `omerge_jax.merge_metrics` when the optimizer merges, and `skipped_steps` and
-      `skipped_in_a_row` of `train.finite`: a step whose loss or gradient is not finite changes
-      neither parameters nor optimizer nor followers.
+      A function of a state, a batch, the parameters that are not trained, a nested dict that
+      belongs beside `state["params"]`, and what the optimizer's update is given besides:
+      `reference_params` and `base_params` for a merge that recomputes its delta. Its metrics are
+      float32 scalars on the device: `loss`, `grad_norm` (global norm before any clipping), those of
+      `loss_fn`, `merge/<name>` for every scalar of `omerge_jax.merge_metrics` when the optimizer
+      merges, and `skipped_steps` and `skipped_in_a_row` of `train.finite`: a step whose loss or
+      gradient is not finite changes neither parameters nor optimizer nor followers.
     """
     tx = optax.with_extra_args_support(tx)
     copies = Followers() if followers is None else followers
 
-    def step(state: State, batch: Batch, frozen: Any = None) -> tuple[State, Metrics]:
+    def step(
+        state: State, batch: Batch, frozen: Any = None, models: Mapping[str, Any] | None = None
+    ) -> tuple[State, Metrics]:
         frozen = {} if frozen is None else frozen
         batch = {**batch, "step": state["step"]}  # for losses whose settings change with it
         of_trained: Any = with_frozen(loss_fn, frozen) if frozen else loss_fn
@@ -165,7 +170,9 @@ def make_train_step(
             batch = {**batch, **jax.lax.stop_gradient(known)}
         gradient = loss_and_gradient(of_trained, accumulate)
         (loss, metrics), grads = gradient(state["params"], batch)
-        updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
+        updates, opt_state = tx.update(
+            grads, state["opt_state"], state["params"], **({} if models is None else models)
+        )
         params = optax.apply_updates(state["params"], updates)
         merge = {f"merge/{name}": value for name, value in om.merge_metrics(opt_state).items()}
         grad_norm, count = _global_norm(grads), state["step"] + 1

@@ -15,7 +15,7 @@ from train.metrics_log import read_metrics
 
 def lower_is_better(metric: str) -> bool:
     """By the name of a metric, as in transformers: losses and perplexities are to fall."""
-    return metric.endswith(("loss", "perplexity"))
+    return metric.endswith(("loss", "perplexity", "nll", "bits_per_byte"))
 
 
 class Watch:
@@ -26,8 +26,8 @@ class Watch:
         rows: Logged metrics of the run so far; those of evaluations count.
 
     Attributes:
-        best_step: Step of the best evaluation by `export_best`, or None. Step 0, before training,
-            does not count.
+        best_step: Step of the best evaluation by `export_best`, of the last one where only floors
+            are given, that keeps to all floors; or None. Step 0, before training, does not count.
         reason: Why the run is over before its last step, in words; None while it goes on.
         evaluated: Steps of all evaluations.
     """
@@ -37,6 +37,7 @@ class Watch:
         self.best_step: int | None = None
         self.reason: str | None = None
         self.evaluated: set[int] = set()
+        self._floors = {} if self._stop is None else dict(self._stop.floors)
         self._best = self._top = -math.inf
         self._without = 0
         for row in rows:
@@ -56,21 +57,42 @@ class Watch:
             metrics: Held-out metrics by name.
 
         Returns:
-            Whether the step is the best so far, by `export_best`.
+            Whether the step is the best so far, see `best_step`.
 
         Raises:
             UserError: there is no metric of a name that the settings give, or the model is beyond
                 a floor before the first step.
         """
         self.evaluated.add(step)
+        self._count_from_start(step, metrics)
         crossed = self._look_for_stop(step, metrics)
-        if self._best_by is None:
+        if self._best_by is not None:
+            score = _score(self._best_by, metrics, "trainer.export_best")
+        elif self._floors:
+            score = float(step)
+        else:
             return False
-        score = _score(self._best_by, metrics, "trainer.export_best")
         if step == 0 or crossed or not score > self._best:
             return False
         self._best, self.best_step = score, step
         return True
+
+    def _count_from_start(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Makes floors of the drops that are allowed, at the evaluation before the first step."""
+        drops = {} if self._stop is None else self._stop.max_drop
+        field = "trainer.early_stop.max_drop"
+        for name, drop in drops.items():
+            if name in self._floors:
+                continue
+            if step != 0:
+                raise UserError(
+                    f"{field}: the evaluation of {name} before the first step is missing from "
+                    "metrics.jsonl. Start again in a new output_dir."
+                )
+            start = _score(name, metrics, field) - drop
+            if math.isinf(start):
+                raise UserError(f"{field}: before the first step {name} is {metrics[name]}.")
+            self._floors[name] = -start if lower_is_better(name) else start
 
     def _look_for_stop(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Sets `reason`; returns whether a floor is crossed."""
@@ -79,7 +101,7 @@ class Watch:
             return False
         crossed = [
             f"{name} is {metrics[name]:.4g}, and {floor:.4g} is the floor"
-            for name, floor in stop.floors.items()
+            for name, floor in self._floors.items()
             if _score(name, metrics, "trainer.early_stop.floors")
             < (-floor if lower_is_better(name) else floor)
         ]
@@ -103,6 +125,26 @@ class Watch:
                 )
         return bool(crossed)
 
+    def step_to_export(self, last: int) -> int:
+        """The step whose checkpoint is to be exported.
+
+        Args:
+            last: Step of the last one.
+
+        Raises:
+            UserError: no evaluated step keeps to the floors.
+        """
+        if self.best_step is not None:
+            return self.best_step
+        if self._floors:
+            raise UserError(
+                f"{self.reason or 'no step was evaluated'}, and no earlier step was evaluated, so "
+                "nothing is exported; the checkpoints stay. Lower optimizer.learning_rate or "
+                "trainer.eval_every, in a new output_dir; `python -m train export` writes the last "
+                f"one, of step {last}."
+            )
+        return last
+
 
 def _score(metric: str, metrics: Mapping[str, float], field: str, mode: str | None = None) -> float:
     """The value, with its sign turned where lower is better; the worst one where it is NaN."""
@@ -114,11 +156,15 @@ def _score(metric: str, metrics: Mapping[str, float], field: str, mode: str | No
     return -math.inf if math.isnan(value) else -value if lower else value
 
 
-def best_step(options: TrainerOptions, metrics_file: Path) -> int | None:
-    """Step of the best evaluation in a log, or None when none can be exported.
+def step_to_export(options: TrainerOptions, metrics_file: Path, last: int) -> int:
+    """The step that the evaluations in a log choose for the export.
 
     Args:
-        options: With `export_best`.
+        options: With `export_best` and `early_stop`.
         metrics_file: metrics.jsonl of the run.
+        last: Step of the last checkpoint, which is taken where nothing asks for another one.
+
+    Raises:
+        UserError: no evaluated step keeps to the floors.
     """
-    return Watch(options, read_metrics(metrics_file)).best_step
+    return Watch(options, read_metrics(metrics_file)).step_to_export(last)

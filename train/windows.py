@@ -60,7 +60,7 @@ def score_windows(
     *,
     batch_size: int,
     pad_id: int,
-    shown_as: str,
+    shown_as: str | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores windows, those of similar length together.
 
@@ -70,8 +70,8 @@ def score_windows(
     """
     logps, greedy = np.zeros(len(windows)), np.zeros(len(windows), bool)
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].tokens))
-    with Progress() as progress:
-        task = progress.add_task(shown_as, total=len(windows))
+    with Progress(disable=shown_as is None) as progress:
+        task = progress.add_task(shown_as or "", total=len(windows))
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             rows = [windows[i] for i in numbers]

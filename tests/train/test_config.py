@@ -138,6 +138,7 @@ def test_flatten_names_every_field():
         GOOD.schedule,
         GOOD.mesh,
         GOOD.distributed,
+        GOOD.evaluation,
     )
     assert len(flat) == 6 + sum(len(dataclasses.fields(group)) for group in groups)
     assert set(flatten(AdamWOptions(learning_rate=1.0))) < {

@@ -8,12 +8,15 @@ import pytest
     "name",
     [
         "train.data.formats",
+        "train.data.packing",
         "train.data.records",
         "train.kl_pairs",
         "train.logps",
         "train.losses.mix",
         "train.losses.schedule",
         "train.losses.unpaired",
+        "train.packed",
+        "train.task_scores",
     ],
 )
 def test_examples_in_docstrings(name):

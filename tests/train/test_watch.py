@@ -7,7 +7,7 @@ import math
 import pytest
 
 from train.config import EarlyStopOptions, TrainerOptions, UserError
-from train.watch import Watch, best_step, lower_is_better
+from train.watch import Watch, lower_is_better, step_to_export
 
 MARGIN, LOSS, SKILL = "eval_rewards/margins", "eval_loss", "eval_tasks/sums"
 
@@ -70,6 +70,36 @@ def test_best_step_is_an_intact_one_above_the_floors():
     assert watch.best_step == 2
 
 
+def test_drop_is_counted_from_the_start():
+    watch = Watch(options(max_drop={SKILL: 0.1, LOSS: 0.5}))
+    watch.see(0, {SKILL: 0.8, LOSS: 1.0})
+    watch.see(1, {SKILL: 0.71, LOSS: 1.5})  # as bad as is allowed
+    assert watch.reason is None
+    watch.see(2, {SKILL: 0.69, LOSS: 1.51})
+    assert watch.reason is not None
+    assert "at step 2 eval_tasks/sums is 0.69, and 0.7 is the floor" in watch.reason
+    assert "eval_loss is 1.51, and 1.5 is the floor" in watch.reason
+
+
+@pytest.mark.parametrize("stop", [{"floors": {SKILL: 0.5}}, {"max_drop": {SKILL: 0.3}}])
+def test_last_step_within_the_floors_is_exported(stop):
+    values = [0.8, 0.6, 0.7, 0.55, 0.2]
+    rows = [{"step": step, SKILL: value} for step, value in enumerate(values)]
+    assert Watch(options(**stop), rows[:3]).step_to_export(2) == 2
+    watch = Watch(options(**stop), rows)
+    assert watch.step_to_export(4) == 3
+    with pytest.raises(UserError, match=r"at step 1 .* nothing is exported; .* export"):
+        Watch(options(**stop), [rows[0], {"step": 1, SKILL: math.nan}]).step_to_export(1)
+
+
+def test_drop_without_a_start_is_refused():
+    stop = options(max_drop={SKILL: 0.1})
+    with pytest.raises(UserError, match="max_drop: the evaluation of eval_tasks/sums before"):
+        Watch(stop, [{"step": 4, SKILL: 0.5}])
+    with pytest.raises(UserError, match="before the first step eval_tasks/sums is nan"):
+        Watch(stop).see(0, {SKILL: math.nan})
+
+
 def test_log_gives_the_same_answer(tmp_path):
     rows = [{"step": s, LOSS: v} for s, v in enumerate([3.0, 2.0, 1.0, 1.5, 1.4])]
     rows.insert(2, {"step": 1, "loss": 7.0})  # of training
@@ -80,7 +110,7 @@ def test_log_gives_the_same_answer(tmp_path):
     assert not watch.wants_start
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(str(row).replace("'", '"') + "\n" for row in rows))
-    assert best_step(options(LOSS), log) == 2
+    assert step_to_export(options(LOSS), log, last=4) == 2
 
 
 def test_unknown_metric_is_named_with_those_there_are():
@@ -96,9 +126,6 @@ def test_unknown_metric_is_named_with_those_there_are():
 
 
 def test_direction_follows_the_name():
-    assert [lower_is_better(name) for name in (LOSS, "eval_perplexity", MARGIN, SKILL)] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    lower = (LOSS, "eval_texts/a/perplexity", "eval_texts/a/nll", "eval_texts/a/bits_per_byte")
+    assert all(map(lower_is_better, lower))
+    assert not any(map(lower_is_better, (MARGIN, SKILL, "eval_tasks/sums/logp")))

@@ -15,13 +15,20 @@ from train.config.commands import (
     OnlineDPOConfig,
     SFTConfig,
 )
-from train.config.data import DataOptions, PromptDataOptions, RecordOptions, check_records
+from train.config.data import (
+    DataOptions,
+    PromptDataOptions,
+    RecordOptions,
+    SFTDataOptions,
+    check_records,
+)
 from train.config.distributed import DistributedOptions
 from train.config.evaluation import (
     EvalConfig,
     GenerationTaskOptions,
     PreferenceEvalOptions,
     TaskOptions,
+    TaskSetOptions,
     TextOptions,
 )
 from train.config.generation import GenerateConfig
@@ -72,10 +79,12 @@ __all__ = [
     "RecordOptions",
     "RewardOptions",
     "SFTConfig",
+    "SFTDataOptions",
     "SFTLossOptions",
     "SamplingOptions",
     "ScheduleOptions",
     "TaskOptions",
+    "TaskSetOptions",
     "TextOptions",
     "TrainerOptions",
     "UnpairedLossOptions",

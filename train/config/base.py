@@ -23,8 +23,15 @@ def flatten(config: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             flat |= {f"{item.name}.{key}": inner for key, inner in flatten(value).items()}
         else:
-            flat[item.name] = value
+            flat[item.name] = _plain(value)
     return flat
+
+
+def _plain(value: Any) -> Any:
+    """Groups of fields that are named by the user, as dicts that JSON can hold."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(type(value)) else value
 
 
 def require(condition: bool, name: str, value: Any, expected: str) -> None:

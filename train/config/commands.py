@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from train.config.base import DType
-from train.config.data import DataOptions, PromptDataOptions
+from train.config.data import DataOptions, PromptDataOptions, SFTDataOptions
 from train.config.distributed import DistributedOptions
+from train.config.evaluation import TaskSetOptions
 from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
 from train.config.mesh import MeshOptions
 from train.config.model import ModelOptions, PolicyOptions
@@ -24,6 +25,10 @@ class _RunConfig:
             same command given again resumes what it holds; it never holds two runs.
         trainer: The training run.
         schedule: The schedule.
+        evaluation: What else to score at every evaluation: the tasks of the `eval` command. Metrics are
+            logged as eval_tasks/NAME/accuracy, eval_texts/NAME/perplexity,
+            eval_generation/NAME/exact_match and so on, and `trainer.early_stop` and
+            `trainer.export_best` can go by them.
         mesh: The devices.
         distributed: The processes.
         dry_run: Show token statistics, batches and the first examples with their loss masks, and
@@ -33,6 +38,7 @@ class _RunConfig:
     output_dir: str
     trainer: TrainerOptions
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    evaluation: TaskSetOptions = field(default_factory=TaskSetOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
     distributed: DistributedOptions = field(default_factory=DistributedOptions)
     dry_run: bool = False
@@ -59,11 +65,13 @@ class SFTConfig(_RecordsConfig):
     """Supervised fine-tuning of a model on prompts with answers.
 
     Attributes:
+        data: The data.
         model: The model.
         optimizer: The optimizer.
         loss: The loss.
     """
 
+    data: SFTDataOptions
     model: ModelOptions
     optimizer: AdamWOptions
     loss: SFTLossOptions = field(default_factory=SFTLossOptions)

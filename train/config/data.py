@@ -77,6 +77,23 @@ class DataOptions(_Sources, RecordOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SFTDataOptions(DataOptions):
+    """Training examples, and those to evaluate on.
+
+    Attributes:
+        packing: Put several examples into one row, so that hardly any padding is computed. They see
+            nothing of each other, and the loss stays the mean over the tokens of the answers.
+            `trainer.batch_size` and `trainer.epochs` then count rows. Which examples share a row
+            is decided once, by best-fit decreasing (TRL's packing_strategy "bfd"); those that
+            are held out are not packed.
+        packed_length: Tokens of a packed row. Unset: max_prompt_length + max_completion_length.
+    """
+
+    packing: bool = False
+    packed_length: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptDataOptions(_Sources, PromptOptions):
     """Prompts to sample answers to, and those to evaluate on."""
 

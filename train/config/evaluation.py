@@ -104,16 +104,34 @@ class GenerationTaskOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class TaskSetOptions:
+    """Tasks that measure what a model can do.
+
+    Attributes:
+        tasks: Multiple choice by name; flags end in ``tasks.NAME.path FILE`` and so on.
+        texts: Texts for perplexity by name.
+        generation: Tasks with generated answers by name.
+    """
+
+    tasks: dict[str, TaskOptions] = field(default_factory=dict)
+    texts: dict[str, TextOptions] = field(default_factory=dict)
+    generation: dict[str, GenerationTaskOptions] = field(default_factory=dict)
+
+    @property
+    def metric_prefixes(self) -> list[str]:
+        """What the names of their metrics begin with when they are scored during training."""
+        kinds = {"tasks": self.tasks, "texts": self.texts, "generation": self.generation}
+        return [f"eval_{kind}/{name}/" for kind, named in kinds.items() for name in named]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(TaskSetOptions):
     """Preference accuracy, multiple choice, perplexity and exact match for one model.
 
     Attributes:
         model: Directory in Hugging Face format, or a hub name.
         output: JSON file to write; it must not exist yet.
         preferences: Preference data to evaluate on.
-        tasks: Tasks by name. In flags: ``--tasks.NAME.path FILE``.
-        texts: Texts for perplexity by name.
-        generation: Tasks with generated answers by name.
         batch_size: Pairs or questions scored at once.
         dtype: Type of the computations; parameters stay float32.
     """
@@ -121,8 +139,5 @@ class EvalConfig:
     model: str
     output: str
     preferences: PreferenceEvalOptions | None = None
-    tasks: dict[str, TaskOptions] = field(default_factory=dict)
-    texts: dict[str, TextOptions] = field(default_factory=dict)
-    generation: dict[str, GenerationTaskOptions] = field(default_factory=dict)
     batch_size: int = 32
     dtype: DType = "float32"

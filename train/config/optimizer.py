@@ -107,7 +107,9 @@ class OptimizerOptions(AdamWOptions):
         threshold: How TIES finds the largest entries: exact, or sampled (faster; the share kept is
             off by about half a percent of itself).
         storage: How the delta is held: dense, sparse (kept entries alone; with random masks it needs
-            delta_mask fixed) or pinned_host (in the host's memory, on an accelerator).
+            delta_mask fixed), pinned_host (in the host's memory, on an accelerator) or recompute (not
+            at all: the weights of reference and base stay in memory, which are subtracted at
+            every merge, and checkpoints hold none of it).
         rounding: stochastic or compensated (what is added arrives, however small, also in bfloat16) or
             nearest. Unset: stochastic where a delta is merged, nearest otherwise.
         moment_dtype: Type of the optimizer's moments. Unset: that of the parameters; bfloat16 second
@@ -132,7 +134,7 @@ class OptimizerOptions(AdamWOptions):
     clip: float | None = None
     election: Literal["unweighted", "weighted"] | None = None
     threshold: Literal["exact", "sampled"] | None = None
-    storage: Literal["dense", "sparse", "pinned_host"] | None = None
+    storage: Literal["dense", "sparse", "pinned_host", "recompute"] | None = None
     rounding: Literal["stochastic", "compensated", "nearest"] | None = None
     moment_dtype: Literal["float32", "bfloat16"] | None = None
     seed: int | None = None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from train.config.base import UserError, flatten, require
 from train.config.commands import DPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig
-from train.config.data import check_records
+from train.config.data import SFTDataOptions, check_records
 from train.config.online import check_on_policy
 from train.config.trainer import TrainerOptions
 
@@ -54,17 +57,18 @@ def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
             "data.eval_path and data.eval_fraction are both set; give the file to evaluate on, or "
             "the share to hold out."
         )
-    if config.trainer.eval_every is not None and not (data.eval_path or data.eval_fraction):
+    held_out = data.eval_path or data.eval_fraction or config.evaluation.metric_prefixes
+    if config.trainer.eval_every is not None and not held_out:
         raise UserError(
             f"trainer.eval_every is {config.trainer.eval_every}, but there is nothing to evaluate "
-            "on; give data.eval_fraction or data.eval_path, or unset it."
+            "on; give data.eval_fraction, data.eval_path or tasks under evaluation, or unset it."
         )
     if config.schedule.type == "constant" and config.schedule.final_scale:
         raise UserError(
             f"schedule.final_scale is {config.schedule.final_scale}, but a constant schedule has "
             "no use for it; unset it, or choose another schedule.type."
         )
-    check_held_out_use(config.trainer)
+    check_held_out_use(config.trainer, config.evaluation.metric_prefixes)
     check_followers(config)
     lora = config.model.lora
     if lora is not None:
@@ -76,6 +80,8 @@ def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
         require(weight > 0, f"data.mix: the weight of {path}", weight, "positive")
     require(data.path not in data.mix, "data.mix", data.path, "of other data sets than data.path")
     require(data.buckets is None or data.buckets > 0, "data.buckets", data.buckets, "positive")
+    if isinstance(config, SFTConfig):
+        check_packing(config.data)
     if (config.trainer.steps is None) == (config.trainer.epochs is None):
         raise UserError("Give exactly one of trainer.steps and trainer.epochs.")
     if not isinstance(config, SFTConfig):
@@ -97,8 +103,30 @@ def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
         require(size > 1, "trainer.batch_size", size, "at least 2 for loss.type kto")
 
 
-def check_held_out_use(trainer: TrainerOptions) -> None:
-    """Checks early stop and the choice of a checkpoint by held-out metrics. Raises `UserError`."""
+def check_packing(data: SFTDataOptions) -> None:
+    """Checks the settings of packed rows. Raises `UserError`."""
+    length, buckets = data.packed_length, data.buckets
+    require(length is None or length > 0, "data.packed_length", length, "positive")
+    if length is not None and not data.packing:
+        raise UserError(
+            f"data.packed_length is {length}, but data.packing is not set; set it, or unset the length."
+        )
+    if data.packing and buckets is not None:
+        raise UserError(
+            f"data.buckets is {buckets}, but packed rows have one shape; unset it, or data.packing."
+        )
+
+
+def check_held_out_use(trainer: TrainerOptions, tasks: Sequence[str] = ()) -> None:
+    """Checks early stop and the choice of a checkpoint by held-out metrics.
+
+    Args:
+        trainer: With both.
+        tasks: What the metrics of the tasks under `evaluation` begin with.
+
+    Raises:
+        UserError: names the field.
+    """
     stop = trainer.early_stop
     for name, used in (("early_stop", stop), ("export_best", trainer.export_best)):
         if used is not None and trainer.eval_every is None:
@@ -106,16 +134,40 @@ def check_held_out_use(trainer: TrainerOptions) -> None:
                 f"trainer.{name} is set, but trainer.eval_every is not, so that nothing is evaluated "
                 "before the end; give it, or unset the former."
             )
+    if trainer.export_best is not None:
+        _check_task("trainer.export_best", trainer.export_best, tasks)
     if stop is None:
         return
-    if stop.metric is None and not stop.floors:
+    if stop.metric is None and not stop.floors and not stop.max_drop:
         raise UserError(
-            "trainer.early_stop has neither a metric nor floors; give one, or unset early_stop."
+            "trainer.early_stop has neither a metric nor floors nor max_drop; give one, or unset "
+            "early_stop."
         )
+    for name in (stop.metric, *stop.floors, *stop.max_drop):
+        if name is not None:
+            _check_task("trainer.early_stop", name, tasks)
+    for name, drop in stop.max_drop.items():
+        field = f"trainer.early_stop.max_drop: that of {name}"
+        require(0 <= drop < math.inf, field, drop, "0 or larger")
+        if name in stop.floors:
+            raise UserError(
+                f"trainer.early_stop has {name} both in floors and in max_drop; keep one of them."
+            )
     require(stop.patience > 0, "trainer.early_stop.patience", stop.patience, "positive")
     require(stop.min_delta >= 0, "trainer.early_stop.min_delta", stop.min_delta, "0 or larger")
     if stop.mode is not None and stop.metric is None:
         raise UserError("trainer.early_stop.mode is set without a metric; give one, or unset mode.")
+
+
+def _check_task(field: str, metric: str, tasks: Sequence[str]) -> None:
+    """Raises `UserError` when a metric is that of a task which is not there."""
+    kinds = ("eval_tasks/", "eval_texts/", "eval_generation/")
+    if metric.startswith(kinds) and not metric.startswith(tuple(tasks)):
+        found = ", ".join(f"{name}…" for name in tasks) or "none"
+        raise UserError(
+            f"{field} names {metric!r}, but there is no such task under evaluation; there "
+            f"{'is' if len(tasks) < 2 else 'are'} {found}."
+        )
 
 
 def check_followers(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:

@@ -12,14 +12,18 @@ class EarlyStopOptions:
 
     Attributes:
         metric: Held-out metric that must go on improving, such as eval_rewards/margins or
-            eval_loss. Unset: `floors` alone decide.
-        mode: max or min, the direction that is better. Unset: min for names that end in loss or
-            perplexity, otherwise max.
+            eval_loss. Unset: floors alone decide.
+        mode: max or min, the direction that is better. Unset: min for names that end in loss,
+            perplexity, nll or bits_per_byte, otherwise max.
         patience: Evaluations in a row without an improvement that end the run.
         min_delta: Smallest change that is an improvement.
-        floors: Metrics with the worst value that each may have, such as the accuracy of a task:
-            the run ends at the first evaluation that is below (above, for losses), and
-            `trainer.export_best` never takes such a step.
+        floors: Metrics with the worst value that each may have, such as the accuracy of a task under
+            `evaluation`: the run ends at the first evaluation that is below (above, for losses),
+            and what is exported is the best by `trainer.export_best`, or else the last, of the
+            evaluated steps that keep to all floors. In YAML:
+            ``floors: {eval_tasks/sums/accuracy: 0.6}``.
+        max_drop: The same with floors counted from the model before the first step: how much worse
+            each metric may become, in its own unit. 0.02 for an accuracy allows two points less.
     """
 
     metric: str | None = None
@@ -27,6 +31,7 @@ class EarlyStopOptions:
     patience: int = 3
     min_delta: float = 0.0
     floors: dict[str, float] = field(default_factory=dict)
+    max_drop: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,8 @@ class TrainerOptions:
     Attributes:
         steps: Optimizer steps. Give this or `epochs`.
         epochs: Passes over the training records.
-        batch_size: Records (pairs, for preferences) in a step, over all devices.
+        batch_size: Records (pairs, for preferences; rows, with `data.packing`) in a step, over all
+            devices.
         gradient_accumulation_steps: Equal parts of `batch_size` that are looked at one after the other
             before an update: the same update with less memory.
         eval_batch_size: Records in one evaluation batch. Unset: `batch_size`.
@@ -65,8 +71,9 @@ class TrainerOptions:
             of them in a row end the run. 0: the first one does.
         early_stop: When to end before the last step.
         export_best: Held-out metric by which the checkpoint to export is chosen (the lowest value
-            of names that end in loss or perplexity, the highest of others). That checkpoint is
-            kept. Unset: the last step is exported.
+            of names that end in loss, perplexity, nll or bits_per_byte, the highest of others).
+            That checkpoint is kept. Unset: the last step is exported, unless it is below a floor of
+            `early_stop`.
         ema: Moving average of the weights.
     """
 

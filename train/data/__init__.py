@@ -6,6 +6,7 @@ from train.data.formats import DataError, Record, read_records
 from train.data.layout import (
     Widths,
     answer_names,
+    is_packed,
     padding_share,
     row_lengths,
     share_prompt,
@@ -13,6 +14,7 @@ from train.data.layout import (
 )
 from train.data.loader import make_loader
 from train.data.mixing import mix
+from train.data.packing import pack
 from train.data.records import (
     Example,
     Labelled,
@@ -44,6 +46,7 @@ __all__ = [
     "UnusableRecord",
     "Widths",
     "answer_names",
+    "is_packed",
     "make_buckets",
     "make_loader",
     "mix",
@@ -51,6 +54,7 @@ __all__ = [
     "normalise_prompt",
     "normalise_sft",
     "normalise_unpaired",
+    "pack",
     "padding_share",
     "read_records",
     "row_lengths",

@@ -17,6 +17,8 @@ from train.data.layout import (
     RowLengths,
     Widths,
     answer_names,
+    is_packed,
+    padding_share,
     row_lengths,
     share_prompt,
     trim,
@@ -75,6 +77,8 @@ class Buckets:
         Args:
           columns: Those of the data set.
         """
+        if is_packed(columns):
+            return padding_share(columns)
         lengths, answers = row_lengths(columns), max(1, len(answer_names(columns)))
         copies = 1 if self.share_prompts else answers
         batches = self.group(np.arange(len(self.of_row)))
@@ -119,12 +123,16 @@ def make_buckets(
     """Chooses the shapes of the batches of a data set.
 
     Args:
-      dataset: The rows; `dataset.share_prompts` says whether pairs share their prompt.
+      dataset: The rows; `dataset.share_prompts` says whether pairs share their prompt. Packed rows
+        have one shape.
       batch_size: Rows in a batch, over all processes together.
       count: Buckets, at most; with 1 all batches have one shape. `None` takes as many as the number
         of batches can pay for, see `default_buckets`.
       steps: Batches of the whole run; `None` for one epoch. With a `count` they do not matter.
     """
+    if is_packed(dataset.arrays):  # as wide as the row that holds most
+        one = np.zeros(len(dataset), int)
+        return Buckets(one, (Widths(0, 0, 0, 0),), share_prompts=False, batch_size=batch_size)
     if count is None:
         per_epoch = dataset.rows_per_epoch // batch_size
         count = default_buckets(per_epoch if steps is None else min(per_epoch, steps))

@@ -77,8 +77,9 @@ class TokenDataset:
       arrays: Columns by name, the first axis of each being the row: `prompt_tokens` int32
         `[rows, P]` and `prompt_mask` bool, padded on the left; `completion_tokens` (or
         `chosen_tokens` and `rejected_tokens`) int32 `[rows, C]` with their masks, padded on the
-        right; `index` int32 `[rows]`, the row's own number. Prompts alone have no answers, and
-        their records in `record`, object `[rows]`.
+        right; or in place of all these the columns of `train.data.packing.pack`; `index` int32
+        `[rows]`, the row's own number. Prompts alone have no answers, and their records in
+        `record`, object `[rows]`.
       report: What became of the records.
       share_prompts: Whether batches hold a prompt once for both answers of a pair, see
         `train.data.layout.share_prompt`.
@@ -128,7 +129,7 @@ class TokenDataset:
         """
         digest = hashlib.sha256()
         for name in sorted(self.arrays):
-            if name.endswith(("_tokens", "_mask")) or name == "label":
+            if name.endswith(("_tokens", "_mask")) or name.startswith(("label", "packed_")):
                 column = np.ascontiguousarray(self.arrays[name])
                 digest.update(f"{name} {column.dtype} {column.shape}".encode())
                 digest.update(column.tobytes())

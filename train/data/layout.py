@@ -52,6 +52,11 @@ def answer_names(columns: Columns) -> list[str]:
     return [name.removesuffix("_mask") for name in masks]
 
 
+def is_packed(columns: Mapping[str, object]) -> bool:
+    """Whether rows hold several examples, see `train.data.packing.pack`."""
+    return "packed_parts" in columns
+
+
 def row_lengths(columns: Columns) -> RowLengths:
     """Counts the real tokens of every row; prompts alone have answers of no token."""
     prompt = columns["prompt_mask"].sum(axis=1)
@@ -117,8 +122,9 @@ def share_prompt(batch: Columns, widths: Widths) -> dict[str, np.ndarray]:
 
 def padding_share(batch: Columns) -> float:
     """Share of padding among the positions that the model computes for a batch, traceable."""
-    if "joined_parts" in batch:
-        return (batch["joined_parts"] < 0).mean()
+    for name in ("joined_parts", "packed_parts"):
+        if name in batch:
+            return (batch[name] < 0).mean()
     names = answer_names(batch)
     real = len(names) * batch["prompt_mask"].sum()
     positions = len(names) * batch["prompt_mask"].size

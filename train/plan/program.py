@@ -137,6 +137,11 @@ def _check_whole(config: DPOConfig) -> None:
                 f"{name} is set; the plan covers runs that train all parameters and hold no copies of "
                 "them. Unset it."
             )
+    storage = getattr(config.optimizer, "storage", None)
+    if storage in ("pinned_host", "recompute"):
+        raise UserError(
+            f"optimizer.storage is {storage}; the plan covers deltas on the chips. Give dense or sparse."
+        )
 
 
 def _batch(config: DPOConfig, mesh: Mesh | AbstractMesh | None) -> dict[str, jax.ShapeDtypeStruct]:
