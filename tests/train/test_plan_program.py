@@ -113,6 +113,15 @@ def test_unknown_shapes_name_the_known_ones():
         read_shape("no-such-model")
 
 
+@pytest.mark.parametrize("storage", ["recompute", "pinned_host"])
+def test_deltas_that_are_not_on_the_chips_are_refused(storage):
+    config = make_config("llama-3-8b")
+    merging = dataclasses.replace(config.optimizer, storage=storage)
+    config = dataclasses.replace(config, optimizer=merging)
+    with pytest.raises(UserError, match=f"optimizer.storage is {storage}; .* dense or sparse"):
+        make_program(config, read_shape("llama-3-8b"), None)
+
+
 def test_runs_that_train_adapters_are_refused():
     with pytest.raises(UserError, match=r"model\.lora is set"):
         make_program(make_config("llama-3-8b", lora=LoraOptions()), read_shape("llama-3-8b"), None)

@@ -140,7 +140,8 @@ def _check_whole(config: DPOConfig) -> None:
     storage = getattr(config.optimizer, "storage", None)
     if storage in ("pinned_host", "recompute"):
         raise UserError(
-            f"optimizer.storage is {storage}; the plan covers deltas on the chips. Give dense or sparse."
+            f"optimizer.storage is {storage}; the plan covers deltas on the chips. Give dense or "
+            "sparse."
         )
 
 
