@@ -1,5 +1,6 @@
 """The abstract step of a plan against the state and memory of the same step on eight devices."""
 
+import dataclasses
 import os
 import subprocess
 import sys
