@@ -79,10 +79,11 @@ class Peers:
                     break
                 connection.settimeout(timeout)
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                    with connection.makefile("rb") as lines:
-                        said = json.loads(lines.readline(4096))
+                    # One reader for all that comes: what it has read ahead would be lost to another.
+                    lines = connection.makefile("rb")
+                    said = json.loads(lines.readline(4096))
                     if said["token"] == door.token:
-                        self._watch(said["process"], connection)
+                        self._watch(said["process"], connection, lines)
         return [n for n in range(1, len(self._names)) if n not in self._connections]
 
     def connect(self, address: str, timeout: float) -> bool:
@@ -100,16 +101,15 @@ class Peers:
             with contextlib.suppress(OSError):
                 connection = socket.create_connection((host, port), timeout)
                 _send(connection, {"token": token, "process": self._mine})
-                self._watch(0, connection)
+                self._watch(0, connection, connection.makefile("rb"))
                 return True
         return False
 
-    def _watch(self, process: int, connection: socket.socket) -> None:
+    def _watch(self, process: int, connection: socket.socket, lines: IO[bytes]) -> None:
         connection.settimeout(None)
         _keep_alive(connection, self._silence)
         self._connections[process] = connection
-        arguments = (process, connection.makefile("rb"))
-        threading.Thread(target=self._listen, args=arguments, daemon=True).start()
+        threading.Thread(target=self._listen, args=(process, lines), daemon=True).start()
 
     def _listen(self, process: int, lines: IO[bytes]) -> None:
         said: dict[str, Any] = {}
