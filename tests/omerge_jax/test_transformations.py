@@ -81,8 +81,6 @@ SHORT = (
     "ties",
     "ties sampled recompute compensated",
     "dare_adamw recompute k2",
-    "ties_adamw sparse compensated",
-    "band sparse nearest",
     "ranked compensated k2",
 )
 LONG = tuple(case for case in CASES if case not in SHORT)

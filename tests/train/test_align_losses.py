@@ -194,6 +194,7 @@ def test_rows_that_fill_no_batch_and_unequal_labels_are_told(capsys):
     assert cache_file(Path(), "hash", other, []) != cache_file(Path(), "hash", arranged, [])
 
 
+@pytest.mark.slow
 def test_reference_free_runs_keep_no_reference(inputs, tmp_path):
     output = tmp_path / "run"
     assert main(["dpo", *run_flags(inputs, output, **SHORT, loss__type="simpo")]) == 0

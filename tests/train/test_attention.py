@@ -104,7 +104,9 @@ def _splash_gradient(arrays, real, kept):
     return jax.grad(loss, has_aux=True)(arrays)
 
 
-@pytest.mark.parametrize(("length", "padding"), [(128, False), (150, True)])
+@pytest.mark.parametrize(
+    ("length", "padding"), [pytest.param(128, False, marks=pytest.mark.slow), (150, True)]
+)
 def test_splash_attention_is_attention(length, padding):
     arrays = _arrays(length)
     # Padding before, behind and in the middle, as between a prompt and an answer.

@@ -119,6 +119,7 @@ def rows_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_with_both_resumes_to_the_same_bits_and_exports_the_average(inputs, tmp_path, capsys):
     run, plain = tmp_path / "run", tmp_path / "plain"
     fields = {"trainer__steps": 3, "trainer__save_every": 1, "data__eval_fraction": None} | {

@@ -81,6 +81,7 @@ def test_run_that_another_process_holds_is_refused(inputs, undisturbed, tmp_path
     lock.refuse_if_held(output)
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_exported(inputs, undisturbed, tmp_path, monkeypatch, capsys):
     # Values by evaluation, the first before training; step 4 of 12 is the best, 8 the last.
     values = iter([0.1, 0.5, 0.3, 0.2])

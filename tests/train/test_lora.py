@@ -295,6 +295,7 @@ def test_lora_settings_that_do_not_fit(changes, message, inputs, tmp_path, capsy
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_kto_trains_adapters_alone(inputs, tmp_path):
     run = tmp_path / "run"
     fields = {**ADAMW, **LORA, "trainer__steps": 1, "optimizer__learning_rate": 1e-2}
@@ -307,6 +308,7 @@ def test_kto_trains_adapters_alone(inputs, tmp_path):
         assert (start[name] != merged[name]).any() == ("_proj" in name), name
 
 
+@pytest.mark.slow
 def test_a_run_with_frozen_parameters_leaves_them_as_they_were(inputs, tmp_path):
     run = tmp_path / "run"
     fields = {"model__freeze": "[embed, norm]", "trainer__steps": 2, "optimizer__storage": "dense"}

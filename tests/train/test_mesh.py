@@ -50,6 +50,7 @@ def read_log(run):
     return [(row["loss"], row["grad_norm"]) for row in lines if "loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "1"])
 def test_losses_and_gradients_are_those_of_one_device(runs, name):
     expected = read_log(runs["1"])
@@ -57,6 +58,7 @@ def test_losses_and_gradients_are_those_of_one_device(runs, name):
     np.testing.assert_allclose(read_log(runs[name]), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "1"])
 def test_the_trained_model_is_that_of_one_device(runs, name):
     expected, found = read_tensors(runs["1"] / "export"), read_tensors(runs[name] / "export")

@@ -172,7 +172,7 @@ def test_loader_shares_and_resumes():
     packed = pack(mix([make_examples(60), make_examples(30, seed=1)], [1.0, 0.5]), LENGTH)
     settings = {"seed": 3, "buckets": make_buckets(packed, 4)}
     whole = make_loader(packed, 4, **settings)
-    shares = [make_loader(packed, 4, shard=(index, 2), **settings) for index in range(2)]
+    shares = [make_loader(packed, 4, shard=((index,), 2), **settings) for index in (0, 1)]
     for _ in range(9):
         batch, halves = next(whole), [next(share) for share in shares]
         for name, column in batch.items():
@@ -206,6 +206,7 @@ def sft(inputs, output, **changes) -> list[str]:
     return flags(values | {name.replace("__", "."): value for name, value in changes.items()})
 
 
+@pytest.mark.slow
 def test_a_run_goes_where_the_unpacked_one_goes(inputs, tmp_path, capsys):
     """With all examples in every batch, packed or not, both take the same steps."""
     tokens = sum(len(f"{n}?") + 1 + n % 23 + 1 for n in range(32))  # a byte each, and the end

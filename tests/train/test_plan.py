@@ -38,18 +38,19 @@ notes, make = [], train.run.make_train_step
 
 def watched(*args, **kwargs):
     step = make(*args, **kwargs)
-    def call(state, batch, frozen):
+    def call(*given):
+        state, batch = given[:2]
         first = jax.devices()[0]
         def held(tree):
             return sum(shard.data.nbytes for leaf in jax.tree.leaves(tree)
                        for shard in leaf.addressable_shards if shard.device == first)
         live = held(jax.live_arrays())  # first: looking at the shards of an array makes more arrays
-        memory = step.lower(state, batch, frozen).compile().memory_analysis()
+        memory = step.lower(*given).compile().memory_analysis()
         new = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
         notes.append({"parameters": held(state["params"]), "batch": held(batch), "all": held(state),
                       "live": live,
                       "total": memory.argument_size_in_bytes + memory.temp_size_in_bytes + new})
-        return step(state, batch, frozen)
+        return step(*given)
     return call
 
 train.run.make_train_step = watched

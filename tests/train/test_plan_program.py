@@ -83,6 +83,7 @@ def make_config(path, **model):
     )
 
 
+@pytest.mark.slow
 def test_state_and_memory_are_those_of_the_run(tmp_path):
     save_model("qwen2-tied", tmp_path)
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"

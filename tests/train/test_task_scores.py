@@ -85,6 +85,7 @@ def test_scores_are_those_of_transformers_and_of_the_eval_command(inputs, tmp_pa
             assert logged.get(key, value) == pytest.approx(value, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_floor_ends_the_run_and_the_last_step_within_it_is_exported(inputs, tmp_path, capsys):
     """Learning sums makes prose less likely, and the run goes no further than is allowed."""
     free = tmp_path / "free"
