@@ -11,18 +11,10 @@ import numpy as np
 
 from train.config import UserError
 from train.models import ModelConfig
+from train.models.config import FREE_FIELDS
 from train.models.hf_names import EMBEDDING, LM_HEAD
 from train.models.safetensors_dir import SafetensorsDir
 
-# Fields that change no output of the network for given weights.
-_FREE = (
-    "dtype",
-    "param_dtype",
-    "remat",
-    "attention",
-    "initializer_range",
-    "max_position_embeddings",
-)
 _COMPARED = ("architectures", "tie_word_embeddings")  # of architectures that the decoder lacks
 
 
@@ -44,7 +36,7 @@ def network_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> l
         pass
     else:
         values = [{**read, **config} for read, config in zip(values, known, strict=True)]
-        fields = ["architectures", *(name for name in known[0] if name not in _FREE)]
+        fields = ["architectures", *(name for name in known[0] if name not in FREE_FIELDS)]
     left, right = values
     return [
         f"{name} is {right.get(name)!r} and {left.get(name)!r}"

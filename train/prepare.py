@@ -71,16 +71,21 @@ def check_model(options: ModelOptions, name: str = "model.path") -> ModelConfig:
     """
     with blamed_on(name):
         config = check_hf_compatible(options.path)
-    config = dataclasses.replace(
+    config = as_set(config, options)
+    with blamed_on("model"):
+        check_attention(config)
+    return config if options.lora is None else with_adapters(config, options.lora)
+
+
+def as_set(config: ModelConfig, options: ModelOptions) -> ModelConfig:
+    """The configuration of a model with the types and programs that the settings choose."""
+    return dataclasses.replace(
         config,
         dtype=options.dtype,
         param_dtype=options.param_dtype,
         remat=options.remat,
         attention=options.attention,
     )
-    with blamed_on("model"):
-        check_attention(config)
-    return config if options.lora is None else with_adapters(config, options.lora)
 
 
 def with_adapters(config: ModelConfig, options: LoraOptions) -> ModelConfig:

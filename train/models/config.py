@@ -55,6 +55,15 @@ _COUNTS = (
     "max_position_embeddings",
 )
 _DEFAULT_ROPE_THETA = 10000.0
+FREE_FIELDS = (
+    "dtype",
+    "param_dtype",
+    "remat",
+    "attention",
+    "initializer_range",
+    "max_position_embeddings",
+)
+"""Fields of `ModelConfig` that do not change what the network computes from given parameters."""
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from train.models.config import ModelConfig
+from train.models.config import FREE_FIELDS, ModelConfig
 from train.models.decoder import Decoder, split_model
 from train.models.hf import check_tensors
 from train.models.hf_names import EMBEDDING, LM_HEAD, decoder_leaves
@@ -35,15 +35,6 @@ _COPIED = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates",
-)
-# These do not change what the network computes from given parameters.
-_FREE_FIELDS = (
-    "dtype",
-    "param_dtype",
-    "remat",
-    "attention",
-    "initializer_range",
-    "max_position_embeddings",
 )
 
 
@@ -217,7 +208,7 @@ def _check_same_network(model: ModelConfig, like: ModelConfig, source: Path) -> 
     different = [
         f"{name} is {value!r} in the model and {getattr(like, name)!r} there"
         for name, value in vars(model).items()
-        if name not in _FREE_FIELDS and value != getattr(like, name)
+        if name not in FREE_FIELDS and value != getattr(like, name)
     ]
     if different:
         raise ValueError(f"{source} describes another network: {'; '.join(different)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from train.losses import beta_schedule, pair_loss
 from train.models import ModelConfig, layer_axes, read_hf_config
 from train.objectives import preference_loss
 from train.optimizers import make_optimizer, make_schedule, needs_delta
+from train.prepare import as_set
 from train.sharding import abstract_model, check_batch, compiler_options, rows
 from train.step import init_state, make_train_step, state_shardings
 
@@ -80,17 +80,10 @@ def make_program(
             holds copies of it, whose steps are not built here.
     """
     _check_whole(config)
-    options, trainer = config.model, config.trainer
+    trainer = config.trainer
     parts = trainer.gradient_accumulation_steps
     check_batch("trainer.batch_size", trainer.batch_size, mesh, parts)
-    model = dataclasses.replace(
-        model,
-        dtype=options.dtype,
-        param_dtype=options.param_dtype,
-        remat=options.remat,
-        attention=options.attention,
-    )
-    graphdef, params = abstract_model(model, mesh)
+    graphdef, params = abstract_model(as_set(model, config.model), mesh)
     steps = trainer.steps or 1000  # changes constants of the schedules alone
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, steps)
     tx = make_optimizer(config.optimizer, schedule, layer_axes=layer_axes, steps=steps)
