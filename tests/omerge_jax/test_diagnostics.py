@@ -63,7 +63,7 @@ def test_several_merges_are_told_apart():
     assert om.merge_metrics(optax.adamw(1e-3).init(params)) == {}
 
 
-@pytest.mark.parametrize("every_k", [1, 2])
+@pytest.mark.parametrize("every_k", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("factory", [om.on_dare, om.on_ties])
 def test_measuring_changes_no_update(factory, every_k):
     params, delta = {"w": jnp.arange(1.0, 50.0)}, {"w": jnp.sin(jnp.arange(49.0))}

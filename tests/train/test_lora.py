@@ -176,6 +176,7 @@ def test_damaged_tensors_are_listed(adapted, tmp_path):
         read_adapters(out, config)
 
 
+@pytest.mark.slow
 def test_only_what_is_trained_has_a_gradient_and_an_optimizer_state(adapted):
     _, config, params, adapters = adapted
     trained, frozen = split(join(params, adapters), is_adapter)

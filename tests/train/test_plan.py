@@ -127,6 +127,7 @@ def assert_plan_is_the_run(values, tmp_path):
     return hbm
 
 
+@pytest.mark.slow
 def test_what_eight_devices_hold_is_what_was_planned(tmp_path):
     model, base = (make_model_dir(tmp_path / name, seed) for seed, name in enumerate("ab"))
     changes = {"mesh.fsdp": 4, "mesh.tensor": 2, "model.remat": "full"}
