@@ -78,7 +78,6 @@ def seen(tmp_path_factory) -> tuple[dict[str, list[str]], Path]:
     return found, output
 
 
-@pytest.mark.slow
 def test_nothing_is_written_elsewhere(seen):
     found, output = seen
     inside = [path for path in found["written"] if Path(path).is_relative_to(output)]
