@@ -74,6 +74,7 @@ class OutputDir:
                 here, or nothing can be written.
         """
         run_file = self.path / "run.json"
+        meet("everything given is checked")  # so that nothing is written where one of them refuses
         try:
             if is_first():
                 self.path.mkdir(parents=True, exist_ok=True)
