@@ -293,9 +293,12 @@ class _Reporter:
 
 
 def count_tokens(batch: Mapping[str, Any]) -> Any:
-    """Real tokens that a batch sends through the model; a prompt counts once for each answer."""
+    """Real tokens that a batch sends through the model; a prompt counts once for each answer.
+
+    Traceable.
+    """
     if is_packed(batch):
-        return int((batch["packed_parts"] >= 0).sum())
+        return (batch["packed_parts"] >= 0).sum()
     answers = [name for name in batch if name.endswith("_mask") and name != "prompt_mask"]
     prompts = len(answers) * batch["prompt_mask"].sum()
     return prompts + sum(batch[name].sum() for name in answers)

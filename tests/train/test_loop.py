@@ -332,3 +332,6 @@ def test_tokens_of_a_batch():
     assert count_tokens({"prompt_mask": mask, "completion_mask": ~mask}) == 3 + 3
     pair = {"prompt_mask": mask, "chosen_mask": ~mask, "rejected_mask": mask}
     assert count_tokens(pair) == 2 * 3 + 3 + 3
+    packed = {"packed_parts": np.array([[0, 0, 1], [0, -1, -1]])}
+    for count in (count_tokens, jax.jit(count_tokens)):  # several processes count on the devices
+        assert count(packed) == 4
