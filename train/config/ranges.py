@@ -86,12 +86,7 @@ def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
         raise UserError("Give exactly one of trainer.steps and trainer.epochs.")
     if not isinstance(config, SFTConfig):
         require(config.loss.beta > 0, "loss.beta", config.loss.beta, "positive")
-    shares = isinstance(config, DPOConfig) and config.data.prefix_sharing is not False
-    if config.model.attention == "splash" and shares:
-        raise UserError(
-            "model.attention is splash, which computes rows of one sequence each, but "
-            f"data.prefix_sharing is {config.data.prefix_sharing}; set it to false."
-        )
+    check_rows_for_splash(config)
     if isinstance(config, OnlineDPOConfig):
         check_on_policy(config.sampling, config.reward)
     if isinstance(config, DPOConfig | OnlineDPOConfig):
@@ -101,6 +96,20 @@ def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
         # The divergence comes from the other completions of a batch.
         size = config.trainer.batch_size
         require(size > 1, "trainer.batch_size", size, "at least 2 for loss.type kto")
+
+
+def check_rows_for_splash(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
+    """Raises `UserError` where rows hold several sequences, which splash attention cannot compute."""
+    several = {
+        "prefix_sharing": isinstance(config, DPOConfig) and config.data.prefix_sharing,
+        "packing": isinstance(config, SFTConfig) and config.data.packing,
+    }
+    for name, value in several.items():
+        if config.model.attention == "splash" and value is not False:
+            raise UserError(
+                "model.attention is splash, which computes rows of one sequence each, but "
+                f"data.{name} is {value}; set it to false."
+            )
 
 
 def check_packing(data: SFTDataOptions) -> None:
