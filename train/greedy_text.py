@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from train.data.dataset import pad_left
 from train.held_out import padded_width
-from train.sampling import make_greedy
+from train.sampling import Greedy, make_greedy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,7 @@ def greedy_writer(
     max_new_tokens: int,
     ends: Sequence[int],
     batch_size: int,
+    compiled: Callable[[Greedy], Greedy] = lambda generate: generate,
 ) -> Write:
     """Compiles greedy continuation of prompts to text.
 
@@ -35,6 +36,7 @@ def greedy_writer(
         max_new_tokens: Tokens to generate for a prompt.
         ends: Tokens that end a text; they are no part of it.
         batch_size: Prompts continued at once.
+        compiled: Compiles the function that generates, where its results have to be whole.
 
     Returns:
         ``f(params, prompts, stop=(), shown_as="")`` for token ids of prompts, giving a text for each,
@@ -42,7 +44,9 @@ def greedy_writer(
         progress bar has the label ``shown_as``; without one there is none.
     """
     pad_id = ends[0]
-    generate = make_greedy(graphdef, max_new_tokens=max_new_tokens, eos_id=ends, pad_id=pad_id)
+    generate = compiled(
+        make_greedy(graphdef, max_new_tokens=max_new_tokens, eos_id=ends, pad_id=pad_id)
+    )
 
     def write(
         params: Any, prompts: Sequence[list[int]], stop: Sequence[str] = (), shown_as: str = ""

@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from train.config import TaskSetOptions
-from train.exact_match import Problem, exact_match, read_problems
+from train.greedy_text import greedy_writer
 from train.multiple_choice import Question, choice_scorer, measure, read_questions
 from train.perplexity import Texts, perplexity, read_texts
-from train.sampling import make_greedy
 from train.windows import window_scorer
+from train.written_answers import Problem, read_problems, score_answers
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """Metrics by kind (``tasks``, ``texts``, ``generation``), name of a task and name of the metric."""
@@ -110,9 +110,14 @@ def task_scorer(
     pad_id = tokenizer.pad_token_id or 0
     choose, score = whole(choice_scorer(graphdef)), whole(window_scorer(graphdef))
     generation = tasks.options.generation
-    answer = {
-        name: whole(
-            make_greedy(graphdef, max_new_tokens=one.max_new_tokens, eos_id=ends, pad_id=pad_id)
+    write = {
+        name: greedy_writer(
+            graphdef,
+            tokenizer,
+            max_new_tokens=one.max_new_tokens,
+            ends=ends,
+            batch_size=batch_size,
+            compiled=whole,
         )
         for name, one in generation.items()
     }
@@ -131,8 +136,8 @@ def task_scorer(
                 for name, texts in tasks.texts.items()
             },
             "generation": {
-                name: exact_match(
-                    answer[name], params, asked, generation[name].extract, tokenizer, **shared(name)
+                name: score_answers(
+                    write[name], params, asked, generation[name], shown_as=name if show else ""
                 )
                 for name, asked in tasks.problems.items()
             },

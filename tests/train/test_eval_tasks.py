@@ -8,15 +8,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.text import squad
 from transformers import AutoModelForCausalLM
 
 from tests.train.tiny_runs import make_model_dir, make_tokenizer, write_jsonl
 from train.cli import main
 from train.config import GenerationTaskOptions, TaskOptions, TextOptions, UserError
-from train.exact_match import extract, normalised
 from train.multiple_choice import read_questions
 from train.perplexity import read_texts
+from train.text_scores import LAST_NUMBER, extract, normalised, squad_f1
 from train.windows import sliding_windows
+from train.written_answers import read_problems
 
 TEXT = "The quick brown fox jumps over the lazy dog; then it sleeps, and dreams of 12,345 hens. "
 QUESTIONS = [
@@ -92,16 +94,24 @@ def test_windows_score_every_token_once(length, stride):
     assert scored == tokens[1:]
 
 
+def written(model, prompt):
+    """What transformers writes in up to 12 tokens, without the token that ends it."""
+    tokenizer = make_tokenizer()
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    tokens = out[0, ids.shape[1] :].tolist()
+    ends = model.generation_config.eos_token_id
+    ended = tokens[-1] in (ends if isinstance(ends, list) else [ends])
+    return tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
+
+
 def test_exact_match(directory, theirs, tmp_path):
     """Answers are what transformers generates, for half of the problems."""
-    tokenizer = make_tokenizer()
     records = []
     for number in range(6):
         prompt = f"{number} and {number * 7}" + "?" * number
-        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-        mask = torch.ones_like(ids)
-        out = theirs.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
-        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        text = written(theirs, prompt)
         records.append({"prompt": prompt, "answer": f"so #### {text}" if number % 2 else "#### no"})
     path = write_jsonl(tmp_path / "sums.jsonl", records)
     task = {
@@ -119,10 +129,51 @@ def test_exact_match(directory, theirs, tmp_path):
 
 def test_extraction():
     """As lm-evaluation-harness scores GSM8K: the last number, without separators."""
-    pattern = GenerationTaskOptions(path="", prompt="", answer="").extract
-    assert normalised(extract(pattern, "First 3, then $1,234.") or "") == "1234"
-    assert extract(pattern, "none") is None
+    assert normalised(extract(LAST_NUMBER, "First 3, then $1,234.") or "") == "1234"
+    assert extract(LAST_NUMBER, "none") is None
     assert extract("x=(a)|y=(b)", "x=a y=b") == "b"
+
+
+ANSWERS = [
+    ("The Denver Broncos won it.", ["Denver Broncos", "the Broncos", "a Denver Broncos"]),
+    ("308", ["308"]),
+    ("an answer, an answer", ["answer answer answer"]),
+    ("nothing in common", ["Santa Clara, California."]),
+    ("the", ["a"]),
+    ("U.S.A. (2016)", ["usa 2016", "America"]),
+]
+
+
+def test_squad_scores():
+    """Every answer's share of equal words is torchmetrics' SQuAD."""
+    for answer, right in ANSWERS:
+        theirs = squad(
+            {"prediction_text": answer, "id": "q"},
+            {"answers": {"answer_start": [0] * len(right), "text": right}, "id": "q"},
+        )
+        exact, f1 = squad_f1(answer, right)
+        assert [100 * exact, 100 * f1] == pytest.approx(
+            [float(theirs[name]) for name in ("exact_match", "f1")]
+        )
+
+
+def test_squad_task(directory, theirs, tmp_path):
+    """Of what transformers writes all words are right, or half of them beside as many wrong ones."""
+    text = written(theirs, "Who won?")
+    records = [
+        {"q": "Who won?", "answers": {"text": ["no one", text]}},
+        {"q": "Who won?", "answers": [f"The {text}!", "none"]},
+        {"q": "Who won?", "answers": ["?"]},
+    ]
+    task = {"path": str(write_jsonl(tmp_path / "q.jsonl", records)), "prompt": "{q}"}
+    task |= {"answers_field": "answers", "scoring": "squad", "max_new_tokens": 12}
+    task |= {"chat_template": False}
+    found = evaluate(directory, tmp_path, {"generation": {"g": task}, "batch_size": 2})
+    scores = [squad_f1(text, answers)[1] for answers in ([text], [f"The {text}!"], ["?"])]
+    assert scores[0] == 1.0
+    expected = {"exact_match": np.mean([one == 1 for one in scores]), "f1": np.mean(scores)}
+    expected |= {"extracted": 1.0, "problems": 3}
+    assert found["generation"]["g"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("letters", [False, True])
@@ -172,6 +223,11 @@ def test_refusals(tmp_path):
         read_questions("c", TaskOptions(**task, choices_field="none"), make_tokenizer())
     with pytest.raises(UserError, match=r"tasks\.c\.letters"):
         read_questions("c", TaskOptions(**task, letters=True), make_tokenizer())
+    asked = {"path": path, "prompt": "{q}"}
+    with pytest.raises(UserError, match=r"generation\.g has answer None and answers_field None"):
+        read_problems("g", GenerationTaskOptions(**asked), make_tokenizer())
+    with pytest.raises(UserError, match=r"generation\.g\.answers_field: 'text' of .* is 3, not"):
+        read_problems("g", GenerationTaskOptions(**asked, answers_field="text"), make_tokenizer())
     with pytest.raises(UserError, match=r"texts\.t\.stride"):
         read_texts("t", TextOptions(path=path, stride=2000), make_tokenizer(), 2048)
     with pytest.raises(UserError, match=r"texts\.t\.field"):

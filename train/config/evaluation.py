@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from train.config.base import DType
 from train.config.data import RecordOptions
@@ -79,15 +80,21 @@ class TextOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationTaskOptions:
-    """Exact match of greedily generated answers.
+    """Greedily generated answers, compared with the right ones.
 
     Attributes:
         path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub.
         prompt: Python format string over a record's fields.
-        answer: Format string of the right answer.
+        answer: Format string of the right answer. Not used with `answers_field`.
+        answers_field: Field of a record that holds its right answers, any of which will do: a list
+            of texts, or an object with such a list as "text", as in SQuAD. Unset: `answer` is it.
+        scoring: "exact_match" compares what `extract` finds, as GSM8K is scored; "squad" compares
+            words, and gives the share of equal answers and the mean F1 of SQuAD.
         extract: Regular expression whose last match in what the model wrote is its answer: the
-            first group that matched, or the whole. By default the last number.
-        answer_extract: The same for `answer`, for example "#### (.+)" of GSM8K. Unset: all of it.
+            first group that matched, or the whole. Unset: the last number with "exact_match",
+            everything with "squad".
+        answer_extract: The same for the right answers, for example "#### (.+)" of GSM8K. Unset:
+            all of it.
         max_new_tokens: Tokens to generate at most.
         limit: Use only the first so many records.
         chat_template: Put the prompt into the tokenizer's chat template.
@@ -95,8 +102,10 @@ class GenerationTaskOptions:
 
     path: str
     prompt: str
-    answer: str
-    extract: str = r"-?[$0-9][0-9.,]*"
+    answer: str | None = None
+    answers_field: str | None = None
+    scoring: Literal["exact_match", "squad"] = "exact_match"
+    extract: str | None = None
     answer_extract: str | None = None
     max_new_tokens: int = 256
     limit: int | None = None

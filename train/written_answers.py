@@ -1,0 +1,130 @@
+"""Answers written greedily and compared with the right ones, as GSM8K and SQuAD are scored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from train.config import GenerationTaskOptions, UserError, require
+from train.data.formats import read_records, where_of
+from train.greedy_text import Write
+from train.multiple_choice import filled
+from train.prepare import blamed_on
+from train.text_scores import LAST_NUMBER, extract, normalised, squad_f1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Token ids of a prompt, and the right answers as texts."""
+
+    prompt: list[int]
+    answers: tuple[str, ...]
+
+
+def read_problems(
+    name: str, options: GenerationTaskOptions, tokenizer: Any, within: str = ""
+) -> list[Problem]:
+    """Problems of a task; `within` is the group of the settings that it is in, for messages.
+
+    Raises:
+        UserError: a file, field or pattern cannot be used, or a record's own answer is not found.
+    """
+    field = f"{within}generation.{name}"
+    _check(options, field)
+    with blamed_on(f"{field}.path"):
+        records = read_records(options.path)[: options.limit]
+    problems = []
+    for record in records:
+        prompt = filled(options.prompt, record, f"{field}.prompt")
+        answers = []
+        for text in _right_answers(record, options, field):
+            pattern = options.answer_extract
+            answer = text if pattern is None else extract(pattern, text)
+            if answer is None:
+                raise UserError(f"{field}.answer_extract finds nothing in the answer {text!r}.")
+            answers.append(answer)
+        problems.append(Problem(_prompt_ids(prompt, options, tokenizer), tuple(answers)))
+    return problems
+
+
+def _check(options: GenerationTaskOptions, field: str) -> None:
+    for setting in ("limit", "max_new_tokens"):
+        value = getattr(options, setting)
+        require(value is None or value > 0, f"{field}.{setting}", value, "positive")
+    for pattern in ("extract", "answer_extract"):
+        try:
+            re.compile(getattr(options, pattern) or "")
+        except re.error as error:
+            raise UserError(f"{field}.{pattern} is no regular expression: {error}.") from error
+    if (options.answer is None) == (options.answers_field is None):
+        raise UserError(
+            f"{field} has answer {options.answer!r} and answers_field {options.answers_field!r}: give "
+            "one of them, a format string or the field that lists the right answers."
+        )
+
+
+def _right_answers(
+    record: Mapping[str, Any], options: GenerationTaskOptions, field: str
+) -> list[str]:
+    if options.answer is not None:
+        return [filled(options.answer, record, f"{field}.answer")]
+    found = record.get(options.answers_field or "")
+    texts = found.get("text") if isinstance(found, Mapping) else found
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        raise UserError(
+            f"{field}.answers_field: {options.answers_field!r} of {where_of(record)} is {found!r}, not "
+            "a list of texts, nor an object with such a list as 'text'."
+        )
+    return texts
+
+
+def _prompt_ids(prompt: str, options: GenerationTaskOptions, tokenizer: Any) -> list[int]:
+    if not options.chat_template:
+        return tokenizer(prompt)["input_ids"]
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def score_answers(
+    write: Write,
+    params: Any,
+    problems: list[Problem],
+    options: GenerationTaskOptions,
+    *,
+    shown_as: str,
+) -> dict[str, float]:
+    """Lets a model answer all problems and compares.
+
+    Args:
+        write: From `train.greedy_text.greedy_writer`.
+        params: Of the model.
+        problems: From `read_problems`.
+        options: The task.
+        shown_as: Label of a progress bar; empty for none.
+
+    Returns:
+        ``exact_match``, with "squad" also ``f1``, means over the problems; ``extracted``, the share in
+        which an answer was found; and the number of ``problems``.
+    """
+    squad = options.scoring == "squad"
+    pattern = options.extract or (None if squad else LAST_NUMBER)
+    texts = write(params, [problem.prompt for problem in problems], shown_as=shown_as)
+    figures = []
+    for problem, text in zip(problems, texts, strict=True):
+        answer = text if pattern is None else extract(pattern, text)
+        right, f1 = _compared(answer or "", problem, squad)
+        figures.append((right and answer is not None, answer is not None, f1))
+    exact, extracted, f1 = np.mean(np.array(figures, np.float64), axis=0).tolist()
+    mean_f1 = {"f1": f1} if squad else {}
+    return {"exact_match": exact, **mean_f1, "extracted": extracted, "problems": len(problems)}
+
+
+def _compared(answer: str, problem: Problem, squad: bool) -> tuple[bool, float]:
+    if squad:
+        return squad_f1(answer, problem.answers)
+    return normalised(answer) in map(normalised, problem.answers), 0.0
