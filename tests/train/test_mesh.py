@@ -16,11 +16,40 @@ PROGRAM = """
 import json, sys
 import jax
 from train.cli import main
-for flags in json.loads(sys.argv[1]):
-    assert main(["dpo", *flags]) == 0, flags
+for command, flags in json.loads(sys.argv[1]):
+    assert main([command, *flags]) == 0, flags
     jax.clear_caches()
 """
 MESHES = {"1": (1, 1, 1), "8": (1, 8, 1), "2x4": (2, 4, 1), "2x2x2": (2, 2, 2), "4 of 8": (1, 2, 2)}
+PARTS = {"trainer__gradient_accumulation_steps": 2, "trainer__eval_batch_size": 8}
+LORA = {"optimizer__name": "adamw", "optimizer__alpha": None, "optimizer__density": None}
+KINDS = {
+    "dpo in parts, averaged": ("dpo", PARTS | {"trainer__ema__decay": 0.5}),
+    # Not OnTIES: Adam's first updates are nearly all as large as each other, and rounding chooses.
+    "kto in parts": ("kto", PARTS | {"loss__type": "kto"}),
+    "lora": ("dpo", LORA | {"model__base": None, "model__lora__rank": 4}),
+    "sparse delta": ("dpo", {"optimizer__storage": "sparse", "optimizer__delta_mask": "fixed"}),
+}
+
+
+def on_mesh(shape, **settings):
+    """Settings of a short run on a mesh."""
+    axes = zip(("data", "fsdp", "tensor"), shape, strict=True)
+    return {f"mesh__{axis}": size for axis, size in axes} | {"trainer__steps": 3} | settings
+
+
+def train(commands):
+    """Runs commands, each with its flags, in a process that has eight devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(commands, default=str)],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +57,24 @@ def runs(tmp_path_factory):
     """The directory of the same run on every mesh."""
     root = tmp_path_factory.mktemp("meshes")
     inputs, commands = write_inputs(root), []
-    for name, (data, fsdp, tensor) in MESHES.items():
-        mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
-        settings = {"trainer__steps": 3, "reference_cache": root / f"reference {name}"}
-        commands.append(run_flags(inputs, root / name, **mesh, **settings))
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(commands)],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    for name, shape in MESHES.items():
+        settings = on_mesh(shape, reference_cache=root / f"reference {name}")
+        commands.append(("dpo", run_flags(inputs, root / name, **settings)))
+    train(commands)
     return {name: root / name for name in MESHES}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """Directories of several kinds of runs, on one device and on 2x2x2."""
+    root = tmp_path_factory.mktemp("kinds")
+    inputs, commands = write_inputs(root), []
+    for name, (command, changes) in KINDS.items():
+        for mesh in ("1", "2x2x2"):
+            settings = on_mesh(MESHES[mesh], **changes)
+            commands.append((command, run_flags(inputs, root / f"{name} {mesh}", **settings)))
+    train(commands)
+    return root
 
 
 def read_log(run):
@@ -63,6 +95,17 @@ def test_losses_and_gradients_are_those_of_one_device(runs, name):
 def test_the_trained_model_is_that_of_one_device(runs, name):
     expected, found = read_tensors(runs["1"] / "export"), read_tensors(runs[name] / "export")
     assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, atol=2e-4, err_msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_run_is_that_of_one_device(kinds, name):
+    expected, found = (read_log(kinds / f"{name} {mesh}") for mesh in ("1", "2x2x2"))
+    assert len(expected) == 3
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    expected, found = (read_tensors(kinds / f"{name} {mesh}" / "export") for mesh in ("1", "2x2x2"))
     for key, value in expected.items():
         np.testing.assert_allclose(found[key], value, atol=2e-4, err_msg=key)
 
