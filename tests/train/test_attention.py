@@ -96,43 +96,52 @@ def _arrays(length, heads=4, kv_heads=2, dim=16):
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def _splash_gradient(arrays, real, kept):
+def _splash_gradient(arrays, segments, kept):
     def loss(arrays):
-        out = splash_attention(*arrays, real, interpret=True)
+        out = splash_attention(*arrays, segments, interpret=True)
         return jnp.sum(jnp.sin(out) * kept), out
 
     return jax.grad(loss, has_aux=True)(arrays)
 
 
 @pytest.mark.parametrize(
-    ("length", "padding"), [pytest.param(128, False, marks=pytest.mark.slow), (150, True)]
+    ("length", "rows"),
+    [
+        pytest.param(128, "whole", marks=pytest.mark.slow),
+        pytest.param(150, "padded", marks=pytest.mark.slow),
+        (150, "packed"),
+    ],
 )
-def test_splash_attention_is_attention(length, padding):
-    arrays = _arrays(length)
+def test_splash_attention_is_attention(length, rows):
+    arrays, places = _arrays(length), np.arange(length)
     # Padding before, behind and in the middle, as between a prompt and an answer.
-    places = np.arange(length)
-    rows = [places >= 9, places < 100, (places < 40) | (places >= 70), places >= 0]
-    real = jnp.asarray(np.stack(rows)) if padding else None
-    kept = 1.0 if real is None else real[..., None, None]
-    keys = None if real is None else real[:, None, None, :] | jnp.eye(length, dtype=bool)
+    padded = [places >= 9, places < 100, (places < 40) | (places >= 70), places >= 0]
+    # Examples one after the other, and padding behind them.
+    packed = [places // 50, places // 150, places // 149, np.where(places < 90, places // 20, -1)]
+    segments = {"whole": None, "padded": padded, "packed": packed}[rows]
+    keys, kept = None, 1.0
+    if segments is not None:
+        segments = jnp.asarray(np.stack(segments), jnp.int32)
+        keys = segments[:, None, :, None] == segments[:, None, None, :]
+        kept = (segments != (0 if rows == "padded" else -1))[..., None, None]
 
     def loss(arrays):
-        inputs = AttentionInputs(arrays[0], arrays[0], keys, causal=True, real=real)
+        inputs = AttentionInputs(arrays[0], arrays[0], keys, causal=True)
         out = attend(CONFIG, *arrays, inputs, cached=False)
         return jnp.sum(jnp.sin(out) * kept), out
 
     wanted, out = jax.grad(loss, has_aux=True)(arrays)
-    found, splashed = _splash_gradient(arrays, real, kept)
+    found, splashed = _splash_gradient(arrays, segments, kept)
     np.testing.assert_allclose(splashed * kept, out * kept, atol=2e-6)
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_splash_refuses_rows_of_several_sequences():
+def test_splash_refuses_rows_with_a_shared_part():
     config = dataclasses.replace(CONFIG, attention="splash")
     arrays = _arrays(16)
     inputs = AttentionInputs(arrays[0], arrays[0], jnp.ones((4, 1, 16, 16), bool), causal=False)
-    with pytest.raises(ValueError, match="rows hold several"):
+    with pytest.raises(ValueError, match="have a part in common"):
         attend(config, *arrays, inputs, cached=False)
 
 

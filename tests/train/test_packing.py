@@ -242,7 +242,6 @@ def test_a_run_goes_where_the_unpacked_one_goes(inputs, tmp_path, capsys):
         ),
         ({"data__packed_length": 64}, "data.packed_length is 64, but data.packing is not set"),
         ({"data__packing": "true", "data__buckets": 4}, "data.buckets is 4, but packed rows"),
-        ({"data__packing": "true", "model__attention": "splash"}, "data.packing is True; set it"),
         (
             {"data__packing": "true", "data__packed_length": 0},
             "data.packed_length must be positive",

@@ -99,17 +99,15 @@ def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
 
 
 def check_rows_for_splash(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
-    """Raises `UserError` where rows hold several sequences, which splash attention cannot compute."""
-    several = {
-        "prefix_sharing": isinstance(config, DPOConfig) and config.data.prefix_sharing,
-        "packing": isinstance(config, SFTConfig) and config.data.packing,
-    }
-    for name, value in several.items():
-        if config.model.attention == "splash" and value is not False:
-            raise UserError(
-                "model.attention is splash, which computes rows of one sequence each, but "
-                f"data.{name} is {value}; set it to false."
-            )
+    """Raises `UserError` where answers share a prompt in a row, which splash attention cannot."""
+    if config.model.attention != "splash" or not isinstance(config, DPOConfig):
+        return
+    shared = config.data.prefix_sharing
+    if shared is not False:
+        raise UserError(
+            "model.attention is splash, which keeps the sequences of a row apart, but "
+            f"data.prefix_sharing is {shared}; set it to false."
+        )
 
 
 def check_packing(data: SFTDataOptions) -> None:

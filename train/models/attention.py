@@ -52,16 +52,17 @@ class AttentionInputs(NamedTuple):
         mask: bool, broadcastable to ``[batch, heads, length, keys]``, True where a query may look,
             or None for no restriction beyond ``causal``.
         causal: also forbid keys after the query. Off when ``mask`` says it all (cached decoding, rows
-            of several sequences).
-        real: bool ``[batch, length]``, False at padding; what ``mask`` says where ``causal`` is on,
-            for programs that take no mask. None: no padding, or ``mask`` says more.
+            of sequences with a part in common).
+        segments: int32 ``[batch, length]``: real tokens see those with their number. What ``mask``
+            says where ``causal`` is on, for programs that take no mask. None: one number for all,
+            or ``mask`` says more.
     """
 
     cos: jax.Array
     sin: jax.Array
     mask: jax.Array | None
     causal: bool
-    real: jax.Array | None = None
+    segments: jax.Array | None = None
 
 
 def attend(
@@ -87,15 +88,15 @@ def attend(
         Like ``query``.
 
     Raises:
-        ValueError: splash attention of rows that hold several sequences.
+        ValueError: splash attention of rows of sequences with a part in common.
     """
     if config.attention == "splash" and not cached:
         if not inputs.causal:
             raise ValueError(
-                "attention is splash, which computes rows of one sequence each, and these rows hold "
-                "several; use xla, or do not share prompts"
+                "attention is splash, which keeps sequences of a row apart, and these have a part in "
+                "common; use xla, or do not share prompts"
             )
-        return splash_attention(query, key, value, inputs.real)
+        return splash_attention(query, key, value, inputs.segments)
     kind = "cudnn" if config.attention == "cudnn" and not cached else "xla"
     return jax.nn.dot_product_attention(
         query, key, value, mask=inputs.mask, is_causal=inputs.causal, implementation=kind

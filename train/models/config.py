@@ -107,7 +107,7 @@ class ModelConfig:
         remat: what each block computes again in the backward pass: a name in
             `train.models.decoder.REMAT_POLICIES`.
         attention: ``"xla"``; ``"cudnn"`` for cuDNN's flash attention (half-precision ``dtype``,
-            NVIDIA GPU); ``"splash"`` for Pallas' on a TPU (rows of one sequence).
+            NVIDIA GPU); ``"splash"`` for Pallas' on a TPU (no prompt shared within a row).
         lora_targets: names of the linear layers that have low-rank adapters.
         lora_rank: of the adapters.
         lora_scale: factor of their product.

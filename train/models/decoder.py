@@ -95,6 +95,7 @@ class Decoder(nnx.Module):
         mask: Array | None = None,
         positions: Array | None = None,
         visible: Array | None = None,
+        segments: Array | None = None,
     ) -> jax.Array:
         """Normed hidden states, to which the output matrix applies; see `unembedding`.
 
@@ -106,15 +107,27 @@ class Decoder(nnx.Module):
             positions: needed with ``visible``.
             visible: bool ``[batch, length, length]``, True where the token of axis 1 may look at
                 that of axis 2, at one at least; instead of all earlier ones. For rows that hold
-                several sequences.
+                several sequences with a part in common.
+            segments: int32 ``[batch, length]``, for rows that hold sequences one after the other,
+                in place of the other three: a token sees the earlier ones with its number, and
+                positions count from 0 in each.
 
         Returns:
             ``[batch, length, hidden_size]`` in ``config.dtype``.
 
         Raises:
-            ValueError: ``visible`` comes with ``mask``, or without ``positions``.
+            ValueError: ``visible`` comes with ``mask``, or without ``positions``; or ``segments``
+                with any of the three.
         """
         length = tokens.shape[1]
+        if segments is not None:
+            if not (mask is positions is visible is None):
+                raise ValueError("segments say all, so mask, positions and visible must be None")
+            numbers = jnp.asarray(segments)
+            cos, sin = rotation_angles(self.config, segment_positions(numbers))
+            same = numbers[:, None, :, None] == numbers[:, None, None, :]
+            inputs = AttentionInputs(cos, sin, same, causal=True, segments=numbers)
+            return self._run(tokens, inputs, None, 0)[0]
         if visible is not None:
             if mask is not None or positions is None:
                 raise ValueError("visible needs positions and says all, so mask must be None")
@@ -123,15 +136,16 @@ class Decoder(nnx.Module):
             return self._run(tokens, inputs, None, 0)[0]
         if positions is None:
             positions = token_positions(tokens, mask)
-        keys = real = None
+        keys = apart = None
         if mask is not None:
             real = jnp.asarray(mask, bool)
+            apart = real.astype(jnp.int32)
             # A padding query sees no real key; letting it see itself keeps its softmax, and so its
             # gradient, finite whatever the attention implementation does with an empty row.
             itself = jnp.eye(length, dtype=bool)
             keys = real[:, None, None, :] | itself[None, None]
         cos, sin = rotation_angles(self.config, positions)
-        inputs = AttentionInputs(cos, sin, keys, causal=True, real=real)
+        inputs = AttentionInputs(cos, sin, keys, causal=True, segments=apart)
         return self._run(tokens, inputs, None, 0)[0]
 
     def extend(
@@ -204,6 +218,18 @@ def token_positions(tokens: Array, mask: Array | None) -> jax.Array:
     if mask is None:
         return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def segment_positions(segments: jax.Array) -> jax.Array:
+    """int32 ``[batch, length]``: how many tokens of its sequence came before each.
+
+    Example:
+        >>> segment_positions(jnp.array([[0, 0, 1, 1, -1]])).tolist()
+        [[0, 1, 0, 1, 0]]
+    """
+    places = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    starts = jnp.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
+    return places - jax.lax.cummax(jnp.where(starts, places, 0), axis=1)
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:

@@ -25,17 +25,18 @@ def splash_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    real: jax.Array | None,
+    segments: jax.Array | None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention within rows of one sequence each.
+    """Causal attention within the sequences of each row.
 
     Args:
         query: ``[batch, length, heads, head_dim]``.
         key: ``[batch, length, kv_heads, head_dim]``.
         value: like ``key``.
-        real: bool ``[batch, length]``, False at padding, which sees padding alone; None: no padding.
+        segments: int32 ``[batch, length]``; tokens see earlier ones with their number,
+            which padding has too. None: all see each other.
         interpret: run the kernel's Python on any machine, for tests.
 
     Returns:
@@ -47,31 +48,32 @@ def splash_attention(
     length = query.shape[1]
     padded = -length % _LANES
     if padded:
-        real = jnp.ones(query.shape[:2], bool) if real is None else real
-        query, key, value, real = (
-            jnp.pad(x, [(0, 0), (0, padded)] + [(0, 0)] * (x.ndim - 2))
-            for x in (query, key, value, real)
+        # Behind all others, so none of them sees it.
+        query, key, value = (
+            jnp.pad(x, [(0, 0), (0, padded), (0, 0), (0, 0)]) for x in (query, key, value)
         )
+        if segments is not None:
+            segments = jnp.pad(segments, [(0, 0), (0, padded)])
     mesh = jax.sharding.get_abstract_mesh()
     attend = functools.partial(_local, interpret=interpret)
     if mesh.empty or mesh.size == 1:
-        out = attend(query, key, value, real)
+        out = attend(query, key, value, segments)
     else:
-        out = _on_mesh(attend, mesh, query, key, value, real)
+        out = _on_mesh(attend, mesh, query, key, value, segments)
     return out[:, :length]
 
 
-def _on_mesh(attend, mesh: AbstractMesh, query, key, value, real) -> jax.Array:
+def _on_mesh(attend, mesh: AbstractMesh, query, key, value, segments) -> jax.Array:
     axes = ("batch", None, "heads", None)
     of_query = partition_spec(axes, query.shape, mesh)
     if partition_spec(axes, key.shape, mesh) != of_query:
         # Too few key heads for the mesh: every query head gets its own.
         groups = query.shape[2] // key.shape[2]
         key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
-    arrays = (query, key, value) if real is None else (query, key, value, real)
+    arrays = (query, key, value) if segments is None else (query, key, value, segments)
     specs = [partition_spec(axes[: x.ndim], x.shape, mesh) for x in arrays]
     return jax.shard_map(
-        lambda q, k, v, r=None: attend(q, k, v, r),
+        lambda q, k, v, s=None: attend(q, k, v, s),
         in_specs=tuple(specs),
         out_specs=of_query,
         check_vma=False,  # a Pallas call does not say how its outputs vary
@@ -79,7 +81,12 @@ def _on_mesh(attend, mesh: AbstractMesh, query, key, value, real) -> jax.Array:
 
 
 def _local(
-    query: jax.Array, key: jax.Array, value: jax.Array, real: jax.Array | None, *, interpret: bool
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array | None,
+    *,
+    interpret: bool,
 ) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
@@ -104,9 +111,8 @@ def _local(
         interpret=interpret,
     )
     rows = [x.swapaxes(1, 2) for x in (query * head_dim**-0.5, key, value)]
-    if real is None:
+    if segments is None:
         out = jax.vmap(kernel)(*rows)
     else:
-        ids = kernels.SegmentIds(real.astype(jnp.int32), real.astype(jnp.int32))
-        out = jax.vmap(kernel)(*rows, ids)
+        out = jax.vmap(kernel)(*rows, kernels.SegmentIds(segments, segments))
     return out.swapaxes(1, 2).astype(query.dtype)
