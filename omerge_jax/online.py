@@ -76,7 +76,8 @@ def online_merge(
 
     Returns:
       A transformation with `OnlineMergeState`. Emitted updates keep their dtype; the merge is
-      computed in float32 (float64 for float64 updates).
+      computed in float32 (float64 for float64 updates). Its ``update`` takes ``alpha_scale``, by which
+      alpha (or its share of the norm) is multiplied in that step, such as 0 while the reward is low.
 
     Raises:
       ValueError: an argument out of range; and, when ``update`` is traced, a missing delta or

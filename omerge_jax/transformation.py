@@ -129,6 +129,13 @@ def _init_state(merge: Merge, params: optax.Params, delta: Any, plain: bool) -> 
     )
 
 
+def _scaled(alpha: Alpha, scale: chex.Numeric, step: jax.Array) -> jax.Array | Relative:
+    """Returns the alpha of a step."""
+    number = alpha.share if isinstance(alpha, Relative) else alpha
+    number = jnp.asarray(number(step) if callable(number) else number, jnp.float32) * scale
+    return Relative(number, alpha.scope) if isinstance(alpha, Relative) else number
+
+
 def merge_transformation(
     sparsifier: Sparsifier,
     consensus: Consensus,
@@ -189,15 +196,14 @@ def merge_transformation(
         reference_params: Any = None,
         base_params: Any = None,
         update_samples: Any = None,
+        alpha_scale: chex.Numeric = 1.0,
         **extra_args: Any,
     ) -> tuple[optax.Updates, OnlineMergeState]:
         del extra_args
         _require_delta(state.reference_delta)
         reference = (reference_params, base_params)
         _require_arguments(merge, params, reference)
-        rate = alpha
-        if not isinstance(rate, Relative):
-            rate = jnp.asarray(rate(state.merge_count) if callable(rate) else rate, jnp.float32)
+        rate = _scaled(alpha, alpha_scale, state.merge_count)
         step = MergeStep(merge, state, rate, updates, params, reference, update_samples)
         cached = None
         if plain:

@@ -21,7 +21,6 @@ from train.config import (
     KTOConfig,
     OnlineDPOConfig,
     SFTConfig,
-    TrainerOptions,
     UserError,
     check,
 )
@@ -34,12 +33,19 @@ from train.lock import release
 from train.loop import Job, Loader, fit
 from train.models import ModelConfig, from_hf, split_model
 from train.models.lora import fresh_adapters, is_adapter, read_adapters
-from train.optimizers import check_optimizer, learning_rates, make_schedule, rounds_updates
+from train.optimizers import (
+    alpha_gate,
+    check_optimizer,
+    learning_rates,
+    make_schedule,
+    rounds_updates,
+)
 from train.output_dir import OutputDir, open_output
 from train.prepare import (
     Tokenize,
     blamed_on,
     check_model,
+    count_steps,
     load_data,
     load_tokenizer,
 )
@@ -211,6 +217,7 @@ class Run:
             accumulate=trainer.gradient_accumulation_steps,
             followers=self.followers,
             reference_columns=reference_columns,
+            alpha_scale=alpha_gate(self.config.optimizer),
             compiler_options=compiler_options(self.mesh),
         )
 
@@ -377,23 +384,3 @@ def set_up(
         tokenizer=tokenizer,
         tasks=tasks,
     )
-
-
-def count_steps(options: TrainerOptions, rows: int) -> int:
-    """Number of updates.
-
-    Raises:
-        UserError: there are fewer rows than a batch has, or less than one step results.
-    """
-    if options.batch_size > rows:
-        raise UserError(
-            f"trainer.batch_size is {options.batch_size}, but there are only {rows} training rows; "
-            "use a smaller batch or more data."
-        )
-    if options.steps is not None:
-        return options.steps
-    assert options.epochs is not None
-    steps = round(options.epochs * (rows // options.batch_size))
-    if steps < 1:
-        raise UserError(f"trainer.epochs {options.epochs} makes no step of {rows} rows.")
-    return steps

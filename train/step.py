@@ -126,6 +126,7 @@ def make_train_step(
     accumulate: int = 1,
     followers: Followers | None = None,
     reference_columns: Callable[[Any, Batch], Batch] | None = None,
+    alpha_scale: Callable[[Metrics], jax.Array] | None = None,
     compiler_options: Mapping[str, bool] | None = None,
 ) -> Callable[..., tuple[State, Metrics]]:
     """The jitted `step(state, batch, frozen={}, models={}) -> (state, metrics)`.
@@ -143,6 +144,8 @@ def make_train_step(
       followers: As given to `init_state`.
       reference_columns: `f(params, batch)`: columns of a batch that come from the reference. Needed
         where the state holds a reference, whose parameters it is then given at every step.
+      alpha_scale: What the weight of the reference is multiplied by in a step, from the metrics of
+        `loss_fn`, see `train.optimizers.alpha_gate`; None for nothing.
       compiler_options: Of `jax.jit`, see `train.sharding.compiler_options`.
 
     Returns:
@@ -170,9 +173,10 @@ def make_train_step(
             batch = {**batch, **jax.lax.stop_gradient(known)}
         gradient = loss_and_gradient(of_trained, accumulate)
         (loss, metrics), grads = gradient(state["params"], batch)
-        updates, opt_state = tx.update(
-            grads, state["opt_state"], state["params"], **({} if models is None else models)
-        )
+        extra = {} if models is None else dict(models)
+        if alpha_scale is not None:
+            extra["alpha_scale"] = alpha_scale(metrics)
+        updates, opt_state = tx.update(grads, state["opt_state"], state["params"], **extra)
         params = optax.apply_updates(state["params"], updates)
         merge = {f"merge/{name}": value for name, value in om.merge_metrics(opt_state).items()}
         grad_norm, count = _global_norm(grads), state["step"] + 1

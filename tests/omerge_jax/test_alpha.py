@@ -139,3 +139,28 @@ def test_a_schedule_of_alpha_that_ends_at_zero_leaves_the_update():
         emitted, state = tx.update(updates, state, params)
     jax.tree.map(np.testing.assert_array_equal, emitted, updates)
     assert float(om.merge_metrics(state)["alpha_total"]) == pytest.approx(0.75)
+
+
+def _around(merge):
+    """The same merge inside of other transformations, none of which changes what it emits."""
+    yield merge
+    yield optax.chain(optax.identity(), merge)
+    yield optax.masked(merge, {"layers": True, "head": True})
+    yield optax.apply_if_finite(merge, 3)
+    several = optax.MultiSteps(merge, 1)  # its gradient_transformation() passes nothing on
+    yield optax.GradientTransformationExtraArgs(several.init, several.update)
+    yield om.fused_chain(optax.identity(), merge)
+
+
+@pytest.mark.parametrize("alpha", [0.2, om.relative(0.3), optax.constant_schedule(0.2)])
+def test_a_step_can_scale_alpha(alpha):
+    updates, delta, params = tree(0), tree(1), tree(9)
+    merge = om.online_merge(om.identity(), om.linear(), alpha=alpha, rounding="nearest")
+    scaled = {"alpha": 0.1, "share": 0.15}
+    smaller = om.relative(scaled["share"]) if isinstance(alpha, om.Relative) else scaled["alpha"]
+    half, _ = step(smaller, updates, delta)
+    for tx in map(optax.with_extra_args_support, _around(merge)):
+        state = om.with_delta(tx.init(params), delta)
+        for scale, expected in ((0.5, half), (0.0, updates)):
+            found, _ = tx.update(updates, state, params, alpha_scale=jnp.float32(scale))
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)

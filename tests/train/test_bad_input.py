@@ -22,13 +22,13 @@ def inputs(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def refused(inputs, tmp_path, capsys):
-    """Runs `dpo` with changed fields; returns its message after checking how it ended."""
+    """Runs a command with changed fields; returns its message after checking how it ended."""
 
-    def run(**changes) -> str:
+    def run(command="dpo", **changes) -> str:
         output = Path(changes.pop("output_dir", tmp_path / "run"))
         before = sorted(output.rglob("*")) if output.exists() else None
         capsys.readouterr()  # what making the inputs printed
-        status = main(["dpo", *run_flags(inputs, output, **changes)])
+        status = main([command, *run_flags(inputs, output, **changes)])
         message = capsys.readouterr().err
         assert status == 2
         assert message.startswith("error: ")
@@ -137,6 +137,16 @@ def test_empty_completion(refused, tmp_path):
 
 def test_alpha_out_of_range(refused):
     assert "optimizer.alpha must be in [0, 1], got 2.0" in refused(optimizer__alpha=2)
+
+
+def test_gate_without_pairs(refused):
+    alpha = {
+        "optimizer__alpha": None,
+        "optimizer__alpha__value": 1e-3,
+        "optimizer__alpha__gate": 0.7,
+    }
+    message = refused("kto", loss__type="kto", **alpha)
+    assert "optimizer.alpha.gate is 0.7, a reward accuracy, which only losses on pairs" in message
 
 
 def test_density_of_zero(refused):

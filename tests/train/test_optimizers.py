@@ -17,12 +17,14 @@ from train.config import AlphaOptions, OptimizerOptions, ScheduleOptions, UserEr
 from train.optimizers import (
     FIELDS,
     SPARSIFIERS,
+    alpha_gate,
     check_optimizer,
     learning_rates,
     make_optimizer,
     make_schedule,
     needs_delta,
 )
+from train.step import init_state, make_train_step
 
 MERGE = {"alpha": 1e-3, "density": 0.5}
 STEPS = 6
@@ -204,6 +206,10 @@ def test_clip_of_zero_is_none():
         (
             options("on_dare", alpha=AlphaOptions(relative=1.5), density=0.5),
             "optimizer.alpha.relative must be in (0, 1], got 1.5",
+        ),
+        (
+            options("on_dare", alpha=AlphaOptions(value=0.1, gate=70), density=0.5),
+            "optimizer.alpha.gate must be in (0, 1], got 70",
         ),
     ],
 )
@@ -396,3 +402,20 @@ def test_moments_have_the_type_that_is_asked_for():
     start = 0.25 * 1e-3  # clipped to a norm of 1
     assert moments["float32"] == pytest.approx(start * 0.999**300, rel=1e-2)
     assert moments[None] == pytest.approx(start, rel=1e-2)  # stands still
+
+
+def test_the_gate_opens_with_the_reward_accuracy():
+    chosen = options("on_dare", alpha=AlphaOptions(value=0.1, gate=0.7), density=0.5)
+    check_optimizer(chosen)
+    tx = make_optimizer(chosen, 1e-3, layer_axes=lambda path: 0, steps=10)
+
+    def loss_fn(params, batch):
+        return jnp.sum(params["w"] ** 2), {"rewards/accuracies": jnp.mean(batch["right"])}
+
+    step = make_train_step(loss_fn, tx, alpha_scale=alpha_gate(chosen))
+    state = init_state({"w": jnp.ones(8)}, tx, {"w": jnp.ones(8)})
+    found = []
+    for right in ([1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]):
+        state, metrics = step(state, {"right": jnp.array(right)})
+        found.append((float(metrics["merge/alpha"]), float(metrics["merge/alpha_total"])))
+    np.testing.assert_allclose(found, [(0, 0), (0.1, 0.1), (0, 0.1)])

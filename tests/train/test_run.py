@@ -10,8 +10,8 @@ from tests.train.test_config import GOOD
 from tests.train.tiny_runs import make_model_dir
 from train.config import ModelOptions, TrainerOptions, UserError
 from train.data import tokenize_preference
-from train.prepare import blamed_on, check_model, hash_model
-from train.run import count_steps, set_up
+from train.prepare import blamed_on, check_model, count_steps, hash_model
+from train.run import set_up
 
 
 def test_steps_or_epochs_of_whole_batches():

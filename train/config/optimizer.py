@@ -49,12 +49,15 @@ class AlphaOptions:
         scope: What the norms for `relative` are taken over: global (all parameters) or tensor (each
             tensor of each layer by itself). Unset: global.
         schedule: The number over the steps of the run.
+        gate: Reward accuracy, 0 to 1: a step whose batch ranks a smaller share of its pairs right
+            adds nothing of the reference. Unset: every step does.
     """
 
     value: float | None = None
     relative: float | None = None
     scope: Literal["global", "tensor"] | None = None
     schedule: ScheduleOptions = field(default_factory=_constant)
+    gate: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from train.config.base import UserError, flatten, require
 from train.config.commands import DPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig
 from train.config.data import SFTDataOptions, check_records
 from train.config.online import check_on_policy
+from train.config.optimizer import AlphaOptions
 from train.config.trainer import TrainerOptions
 
 
@@ -87,6 +88,7 @@ def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
     if not isinstance(config, SFTConfig):
         require(config.loss.beta > 0, "loss.beta", config.loss.beta, "positive")
     check_rows_for_splash(config)
+    check_gate(config)
     if isinstance(config, OnlineDPOConfig):
         check_on_policy(config.sampling, config.reward)
     if isinstance(config, DPOConfig | OnlineDPOConfig):
@@ -107,6 +109,17 @@ def check_rows_for_splash(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOC
         raise UserError(
             "model.attention is splash, which keeps the sequences of a row apart, but "
             f"data.prefix_sharing is {shared}; set it to false."
+        )
+
+
+def check_gate(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
+    """Raises `UserError` where alpha goes by a reward accuracy and the losses have none."""
+    alpha = getattr(config.optimizer, "alpha", None)
+    gate = alpha.gate if isinstance(alpha, AlphaOptions) else None
+    if gate is not None and not isinstance(config, DPOConfig | OnlineDPOConfig):
+        raise UserError(
+            f"optimizer.alpha.gate is {gate}, a reward accuracy, which only losses on pairs have (dpo, "
+            "online-dpo); unset it."
         )
 
 

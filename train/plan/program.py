@@ -17,7 +17,7 @@ from train.dpo import settings_of
 from train.losses import beta_schedule, pair_loss
 from train.models import ModelConfig, layer_axes, read_hf_config
 from train.objectives import preference_loss
-from train.optimizers import make_optimizer, make_schedule, needs_delta
+from train.optimizers import alpha_gate, make_optimizer, make_schedule, needs_delta
 from train.prepare import as_set
 from train.sharding import abstract_model, check_batch, compiler_options, rows
 from train.step import init_state, make_train_step, state_shardings
@@ -111,6 +111,7 @@ def make_program(
         tx,
         shardings=shardings,
         accumulate=parts,
+        alpha_scale=alpha_gate(config.optimizer),
         compiler_options=compiler_options(mesh),
     )
     return Program(step, state, _batch(config, mesh))

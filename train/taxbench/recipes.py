@@ -104,6 +104,8 @@ _SHORT = {"density": "p", "every_k": "K", "delta_mask": "masks"}
 def _alpha_words(alpha: Any, steps: int) -> list[str]:
     if isinstance(alpha, AlphaOptions):
         shape = alpha.schedule.type + (" with warm-up" if alpha.schedule.warmup_steps else "")
+        if alpha.gate is not None:
+            shape += f", from reward accuracy {alpha.gate:g}"
         if alpha.relative is not None:
             return [f"relative α {alpha.relative:g}, {shape}"]
         return [f"α {alpha.value:g}, {shape}"]

@@ -336,10 +336,11 @@ def _schedules() -> Study:
         "cosine to 0": _schedule("cosine", 2e-3),
         "warm-up over half": _schedule("constant", 1.33e-3, 80),
         "relative 0.2": AlphaOptions(relative=0.2),
+        "from reward accuracy 0.7": AlphaOptions(value=1e-3, gate=0.7),
     }
     return Study(
         "schedules",
-        "Schedules of α with the same sum",
+        "When α acts: schedules with the same sum, and a gate that opens with the reward",
         "Not in the paper, whose α is constant.",
         [
             *_line("OnDARE", {name: on_dare(alpha=a) for name, a in shapes.items()}),

@@ -17,7 +17,7 @@ from train.averages import Followers
 from train.config import AdamWOptions, ScheduleOptions
 from train.models import Decoder, ModelConfig, layer_axes, split_model
 from train.objectives import preference_loss, reference_logps_fn, sft_loss
-from train.optimizers import make_optimizer, make_schedule
+from train.optimizers import AlphaScale, make_optimizer, make_schedule
 from train.sampling import make_greedy
 from train.step import LossFn, init_state, make_train_step
 from train.taxbench import examples, tasks
@@ -56,6 +56,7 @@ class Trainer:
         steps: length of a run.
         batch_size: rows of the data in a step.
         ema_decay: of the moving average that is visited in place of the parameters.
+        alpha_scale: what the weight of the reference is multiplied by, from a step's metrics.
     """
 
     def __init__(
@@ -66,11 +67,14 @@ class Trainer:
         steps: int,
         batch_size: int,
         ema_decay: float | None = None,
+        alpha_scale: AlphaScale | None = None,
     ):
         self._tx = tx
         self._followers = Followers(ema_decay=ema_decay)
         self._visited = "params" if ema_decay is None else "ema"
-        self._step = make_train_step(loss_fn, tx, followers=self._followers)
+        self._step = make_train_step(
+            loss_fn, tx, followers=self._followers, alpha_scale=alpha_scale
+        )
         self.steps, self.batch_size = steps, batch_size
 
     def run(

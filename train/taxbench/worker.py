@@ -19,7 +19,7 @@ from train.kl_pairs import rotation
 from train.models import Decoder, split_model
 from train.models.lora import TARGETS, fresh_adapters, merge_adapters
 from train.objectives import preference_loss, unpaired_logps_fn, unpaired_loss
-from train.optimizers import needs_delta
+from train.optimizers import alpha_gate, needs_delta
 from train.taxbench.deltas import make_delta
 from train.taxbench.examples import Batch
 from train.taxbench.methods import OFFLINE_WEIGHTS, WARMUP_STEPS
@@ -86,6 +86,7 @@ class Bench:
             steps=sizes.steps,
             batch_size=sizes.batch_size,
             ema_decay=recipe.ema,
+            alpha_scale=alpha_gate(recipe.optimizer),
         )
         points, kept = [subject.start], [subject.sft]
 
