@@ -354,10 +354,13 @@ def _sources() -> Study:
     lines = {
         "OnDARE, p 0.1": on_dare(density=0.1),
         "OnTIES, p 0.1": on_ties(density=0.1),
+        "OnDARE, p 1": on_dare(),
+        "Online DELLA, p 0.6": general("magnitude_ranked", "linear", density=0.6),
+        "Online Breadcrumbs, p 0.3": general("band", "linear", density=0.3),
     }
     return Study(
         "sources",
-        "What is merged: all of τ or parts of it",
+        "What is merged: all of τ or parts of it, by every sparsifier",
         "Not in the paper, which merges the whole of τ.",
         [
             recipe
