@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -18,6 +17,7 @@ from train.averages import Followers
 from train.checkpoint import Checkpoints, abstract, restore_params
 from train.config import (
     DPOConfig,
+    GRPOConfig,
     KTOConfig,
     OnlineDPOConfig,
     SFTConfig,
@@ -31,7 +31,7 @@ from train.export import export_run, exported_weights
 from train.generate import end_tokens
 from train.held_out import Evaluate
 from train.lock import release
-from train.loop import Job, Loader, fit
+from train.loop import Job, Loader, Prepared, fit
 from train.models import ModelConfig, from_hf, split_model
 from train.models.lora import fresh_adapters, is_adapter, read_adapters
 from train.optimizers import check_optimizer, learning_rates, make_schedule, rounds_updates
@@ -58,6 +58,7 @@ from train.task_scores import Tasks, as_metrics, read_tasks, task_scorer
 from train.trainable import Trained, choose, join, leaf_paths, split
 from train.watch import step_to_export
 
+Config = SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig | GRPOConfig
 Arrange = Callable[
     [TokenDataset, TokenDataset | None, Console], tuple[TokenDataset, TokenDataset | None]
 ]
@@ -84,7 +85,7 @@ class Run:
         tasks: What else is scored at every evaluation.
     """
 
-    config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig
+    config: Config
     output: OutputDir
     console: Console
     model: ModelConfig
@@ -177,7 +178,7 @@ class Run:
         models: Callable[[], dict[str, Params]] = dict,
         reference_columns: Callable[[Params, Batch], Batch] | None = None,
         shuffle: bool = True,
-        prepare: Callable[[Params, Batch, int], dict[str, np.ndarray]] | None = None,
+        prepare: Callable[[Params, Batch, int], Prepared] | None = None,
     ) -> None:
         """Trains, exports the model and reports.
 
@@ -195,7 +196,7 @@ class Run:
             reference_columns: See `train.step.make_train_step`.
             shuffle: Draw a new order of the rows in every epoch.
             prepare: Makes the batch of a step of the loader's, given all parameters before it and
-                the number of steps done.
+                the number of steps done, and what is logged of it.
 
         Raises:
             Stopped: by a signal; the run is saved.
@@ -220,7 +221,7 @@ class Run:
             assert measure is not None
             return measure(join(params, held()))
 
-        def prepare_batch(state: State, batch: Batch, done: int) -> dict[str, np.ndarray]:
+        def prepare_batch(state: State, batch: Batch, done: int) -> Prepared:
             assert prepare is not None
             return prepare(join(state["params"], held()), batch, done)
 
@@ -234,6 +235,7 @@ class Run:
             learning_rates=learning_rates(self.schedule, self.steps),
             mesh=self.mesh,
             prepare=None if prepare is None else prepare_batch,
+            steps_per_batch=self.config.steps_per_batch,
             evaluated="ema" if trainer.ema is not None and trainer.ema.evaluate else "params",
         )
         try:
@@ -269,7 +271,8 @@ class Run:
         trainer, buckets = self.config.trainer, None
         if shuffle:
             count = self.config.data.buckets
-            buckets = make_buckets(data, trainer.batch_size, count, steps=self.steps)
+            batches = self.steps // self.config.steps_per_batch
+            buckets = make_buckets(data, trainer.batch_size, count, steps=batches)
             self.console.print(f"Batches: {buckets.describe(data.arrays)}", highlight=False)
         return make_loader(
             data,
@@ -303,14 +306,14 @@ class Run:
 
 def set_up(
     command: str,
-    config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig,
+    config: Config,
     tokenize: Tokenize,
     arrange: Arrange | None = None,
 ) -> Run | None:
     """Checks everything that can be checked without weights.
 
     Args:
-        command: "sft", "dpo", "kto" or "online-dpo".
+        command: "sft", "dpo", "kto", "online-dpo" or "grpo".
         config: The settings.
         tokenize: Makes rows of records.
         arrange: Orders and completes the training and the held-out rows.
@@ -349,14 +352,9 @@ def set_up(
     )
     if arrange is not None:
         data, held_out = arrange(data, held_out, console)
-    steps = count_steps(config.trainer, data.rows_per_epoch)
+    steps = count_steps(config.trainer, data.rows_per_epoch, config.steps_per_batch)
     mesh = make_mesh(config.mesh)
-    check_batch(
-        "trainer.batch_size",
-        config.trainer.batch_size,
-        mesh,
-        config.trainer.gradient_accumulation_steps,
-    )
+    check_rows(config, mesh)
     if config.trainer.eval_batch_size is not None:
         check_batch("trainer.eval_batch_size", config.trainer.eval_batch_size, mesh)
     graphdef, shapes = abstract_model(model, mesh)
@@ -379,8 +377,24 @@ def set_up(
     )
 
 
-def count_steps(options: TrainerOptions, rows: int) -> int:
+def check_rows(config: Config, mesh: Mesh | None) -> None:
+    """Raises `UserError` when a batch cannot be split over the mesh, and into its parts."""
+    size, parts = config.trainer.batch_size, config.trainer.gradient_accumulation_steps
+    if isinstance(config, GRPOConfig):
+        check_batch("trainer.batch_size", size, mesh)
+        answers = size * config.sampling.num_generations
+        check_batch("trainer.batch_size * sampling.num_generations", answers, mesh, parts)
+    else:
+        check_batch("trainer.batch_size", size, mesh, parts)
+
+
+def count_steps(options: TrainerOptions, rows: int, per_batch: int = 1) -> int:
     """Number of updates.
+
+    Args:
+        options: Steps or epochs, and the rows of a batch.
+        rows: In an epoch.
+        per_batch: Updates on every batch.
 
     Raises:
         UserError: there are fewer rows than a batch has, or less than one step results.
@@ -393,7 +407,7 @@ def count_steps(options: TrainerOptions, rows: int) -> int:
     if options.steps is not None:
         return options.steps
     assert options.epochs is not None
-    steps = round(options.epochs * (rows // options.batch_size))
+    steps = round(options.epochs * (rows // options.batch_size)) * per_batch
     if steps < 1:
         raise UserError(f"trainer.epochs {options.epochs} makes no step of {rows} rows.")
     return steps

@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 
 from train.config.base import UserError, flatten, require
-from train.config.commands import DPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig
+from train.config.commands import DPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig
 from train.config.data import SFTDataOptions, check_records
-from train.config.online import check_on_policy
+from train.config.online import check_groups, check_reward, check_sampling
 from train.config.trainer import TrainerOptions
 
+Config = SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig | GRPOConfig
 
-def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
+
+def check(config: Config) -> None:
     """Checks every range that needs no file.
 
     Raises:
@@ -84,11 +86,16 @@ def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
         check_packing(config.data)
     if (config.trainer.steps is None) == (config.trainer.epochs is None):
         raise UserError("Give exactly one of trainer.steps and trainer.epochs.")
-    if not isinstance(config, SFTConfig):
+    if not isinstance(config, SFTConfig | GRPOConfig):
         require(config.loss.beta > 0, "loss.beta", config.loss.beta, "positive")
     check_rows_for_splash(config)
     if isinstance(config, OnlineDPOConfig):
-        check_on_policy(config.sampling, config.reward)
+        check_sampling(config.sampling)
+        check_reward(config.reward)
+    if isinstance(config, GRPOConfig):
+        check_sampling(config.sampling)
+        check_groups(config.sampling, config.reward)
+        check_reuse(config)
     if isinstance(config, DPOConfig | OnlineDPOConfig):
         smoothing = config.loss.label_smoothing
         require(0 <= smoothing < 0.5, "loss.label_smoothing", smoothing, "in [0, 0.5)")
@@ -98,7 +105,20 @@ def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
         require(size > 1, "trainer.batch_size", size, "at least 2 for loss.type kto")
 
 
-def check_rows_for_splash(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
+def check_reuse(config: GRPOConfig) -> None:
+    """Checks that nothing is saved while answers are in use. Raises `UserError`."""
+    every, trainer = config.sampling.num_iterations, config.trainer
+    for name in ("steps", "save_every", "eval_every"):
+        value = getattr(trainer, name)
+        if value is not None and value % every:
+            raise UserError(
+                f"trainer.{name} must be a multiple of sampling.num_iterations, {every}, got {value}: "
+                "a checkpoint holds no sampled answers, so a run goes on only where new ones are "
+                "sampled."
+            )
+
+
+def check_rows_for_splash(config: Config) -> None:
     """Raises `UserError` where rows hold several sequences, which splash attention cannot compute."""
     several = {
         "prefix_sharing": isinstance(config, DPOConfig) and config.data.prefix_sharing,
@@ -179,7 +199,7 @@ def _check_task(field: str, metric: str, tasks: Sequence[str]) -> None:
         )
 
 
-def check_followers(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
+def check_followers(config: Config) -> None:
     """Checks the average of the weights, and a reference that follows them. Raises `UserError`."""
     ema = config.trainer.ema
     if ema is not None:
