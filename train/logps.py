@@ -62,8 +62,9 @@ def _token_statistics(
         logits = _logits(hidden, unembedding)
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-        weights = jnp.exp(logits - largest[..., None])
-        weighted = jnp.sum(jax.lax.stop_gradient(weights * logits), axis=-1)
+        shifted = logits - largest[..., None]
+        weights = jnp.exp(shifted)
+        weighted = jnp.sum(jax.lax.stop_gradient(weights * shifted), axis=-1)
         return _statistics(target_logits, largest, jnp.sum(weights, axis=-1), weighted)
     return _chunked(vocab_chunk, hidden, unembedding, targets)
 
@@ -209,7 +210,7 @@ def _statistics(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probability, hit and entropy. Subtracting the largest first keeps likely tokens accurate."""
     logps = (target_logits - largest) - jnp.log(total)
-    entropy = jax.lax.stop_gradient(largest + jnp.log(total) - weighted / total)
+    entropy = jax.lax.stop_gradient(jnp.log(total) - weighted / total)
     return logps, target_logits >= largest, entropy
 
 
@@ -230,7 +231,7 @@ def _number_of_chunks(unembedding: jax.Array, chunk: int) -> int:
 
 
 def _scan_forward(chunk, hidden, unembedding, targets):
-    """Target logit, largest logit, Σ e and Σ e·logit of e = exp(logit − largest).
+    """Target logit, largest logit, Σ exp(d) and Σ d exp(d) of d = logit − largest.
 
     Each is float32 `[batch, length]`.
     """
@@ -240,19 +241,20 @@ def _scan_forward(chunk, hidden, unembedding, targets):
         columns, start, fresh = _chunk_columns(unembedding, index, chunk)
         logits = jnp.where(fresh, _logits(hidden, columns), -jnp.inf)
         new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1))
-        weights = jnp.exp(logits - new_largest[..., None])
-        shrink = jnp.exp(largest - new_largest)
+        shifted, moved = logits - new_largest[..., None], largest - new_largest
+        weights, shrink = jnp.exp(shifted), jnp.exp(moved)
+        weighted = (weighted + moved * total) * shrink
+        weighted += jnp.sum(jnp.where(fresh, weights * shifted, 0.0), axis=-1)
         total = total * shrink + jnp.sum(weights, axis=-1)
-        weighted = weighted * shrink + jnp.sum(jnp.where(fresh, weights * logits, 0.0), axis=-1)
         offset = targets - start
         mine = (targets >= index * chunk) & (offset < chunk)
         picked = jnp.take_along_axis(logits, jnp.clip(offset, 0, chunk - 1)[..., None], axis=-1)
         target_logits = jnp.where(mine, picked[..., 0], target_logits)
         return (new_largest, total, weighted, target_logits), None
 
-    # The first chunk has a finite logit, so `exp(-inf - finite)` starts the sum at zero.
+    # Far below any logit, so that the first chunk starts the sums at zero.
     zeros = jnp.zeros(targets.shape, jnp.float32)
-    start = (jnp.full(targets.shape, -jnp.inf, jnp.float32), zeros, zeros, zeros)
+    start = (jnp.full(targets.shape, -1e30, jnp.float32), zeros, zeros, zeros)
     chunks = jnp.arange(_number_of_chunks(unembedding, chunk))
     (largest, total, weighted, target_logits), _ = jax.lax.scan(body, start, chunks)
     return target_logits, largest, total, weighted
