@@ -57,7 +57,7 @@ from train.config import GRPOConfig, check
 from train.data import tokenize_prompts
 from train.group_objective import group_loss, sampled_logps_fn
 from train.groups import Groups
-from train.losses.group import GroupLoss
+from train.losses import GroupLoss
 from train.objectives import check_unpaired_start
 from train.on_policy_run import check_reward_models, input_hashes, make_on_policy, make_rewards
 from train.prepare import blamed_on

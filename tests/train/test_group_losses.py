@@ -12,7 +12,7 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from train.losses.group import GroupLogps, GroupLoss
+from train.losses import GroupLogps, GroupLoss
 
 ROWS, LENGTH, GREATEST = 8, 11, 16
 

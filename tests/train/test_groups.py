@@ -19,7 +19,7 @@ from train.accumulate import loss_and_gradient
 from train.advantages import advantages, weighted_rewards
 from train.group_objective import group_loss, sampled_logps_fn
 from train.groups import Groups
-from train.losses.group import GroupLoss
+from train.losses import GroupLoss
 from train.models import from_hf, split_model
 from train.on_policy import Sampled
 
