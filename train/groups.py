@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from train.advantages import Scale, advantages, nan_mean, nan_std, weighted_rewards
-from train.held_out import Score
+from train.held_out import Score, padded_width
 from train.loop import Prepared
 from train.on_policy import OnPolicy, Sampled
 from train.sharding import Params, own_rows, row_numbers
@@ -52,8 +53,9 @@ class Groups:
 
         Returns:
             The columns that `train.group_objective.group_loss` reads, with the answers to prompt
-            ``i`` in the rows from ``answers * i`` on; and what TRL logs of answers and rewards, of
-            the prompts of all processes.
+            ``i`` in the rows from ``answers * i`` on, no wider than the longest asks for (one of two
+            widths an octave); and what TRL logs of answers and rewards, of the prompts of all
+            processes.
         """
         count = len(prompts["index"])
         number = row_numbers(count, self.policy.mesh)
@@ -65,9 +67,10 @@ class Groups:
         of_all = self.policy.of_all_processes(figures).astype(np.float64)
         scores, lengths, ended = of_all[..., :-2], of_all[..., -2], of_all[..., -1] > 0
         rewards = weighted_rewards(scores, self.weights)
+        _warn_without_reward(rewards)
         gained, flat = advantages(rewards, self.scale)
-        rows = order.reshape(-1)
-        mask = found.mask[rows]
+        rows, width = order.reshape(-1), padded_width(int(lengths.max()))
+        mask = found.mask[rows, :width]
         if self.masks_truncated:
             mask = mask & found.ended[rows][:, None]
         columns = {
@@ -75,7 +78,7 @@ class Groups:
                 name: np.repeat(prompts[name], self.answers, axis=0)
                 for name in ("prompt_tokens", "prompt_mask")
             },
-            "completion_tokens": found.tokens[rows],
+            "completion_tokens": found.tokens[rows, :width],
             "completion_mask": mask,
             "advantages": own_rows(gained, self.policy.mesh).reshape(-1).astype(np.float32),
         }
@@ -111,6 +114,15 @@ class Groups:
             "completions/mean_length": found.mask.sum(axis=1),
             "completions/clipped_ratio": ~found.ended,
         }
+
+
+def _warn_without_reward(rewards: np.ndarray) -> None:
+    """Python shows a warning once."""
+    if np.isnan(rewards).any():
+        warnings.warn(
+            "every reward function returned None for some answers; they have an advantage of 0.",
+            stacklevel=2,
+        )
 
 
 def of_lengths(lengths: np.ndarray, ended: np.ndarray) -> dict[str, float]:

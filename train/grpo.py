@@ -34,7 +34,7 @@ Settings have TRL's names and defaults, in groups: `loss.type` is its loss_type,
 - `trainer.batch_size` counts prompts, as in `online-dpo`: a step learns from it times
   `sampling.num_generations` answers. It has to be a multiple of the devices, and the answers one of
   the devices times `trainer.gradient_accumulation_steps`. New answers are sampled at every
-  `sampling.num_iterations`-th step.
+  `sampling.num_iterations`-th step (TRL's steps_per_generation is that of one optimizer step).
 - Draws depend on the seed, the step and the place in the batch alone. A run is saved only where it
   samples anew, so that one that goes on is the same bit for bit: with `sampling.num_iterations` above
   1, `trainer.steps`, `save_every` and `eval_every` are multiples of it, and a signal to stop waits
@@ -42,7 +42,7 @@ Settings have TRL's names and defaults, in groups: `loss.type` is its loss_type,
 - The reference stays the model at `model.path`, in memory next to the policy while `loss.beta` is
   above 0.
 - A reward that is not a finite number ends the run. Of several functions one may return None for an
-  answer to which it does not apply; an answer without any reward has an advantage of 0.
+  answer to which it does not apply; an answer without any reward has an advantage of 0, and a warning.
 - `cispo` without `loss.epsilon_high` and `luspo` without one ratio an answer are refused.
 - With gradient accumulation `bnpo` divides by the tokens of each part and all others are what they
   are without; metrics are means over all tokens, not over parts.

@@ -189,6 +189,21 @@ def test_an_answer_without_any_reward_has_no_advantage():
     assert not flat.any()
 
 
+def test_short_answers_make_narrow_batches_and_those_without_reward_are_warned_of(answers):
+    mask = answers.mask & (np.arange(NEW) < 5)
+    made = groups(answers._replace(mask=mask))
+    made.policy.found.scores[2] = np.nan
+    with pytest.warns(UserWarning, match="every reward function returned None for some answers"):
+        columns, metrics = made.batch({}, None, prompt_batch(answers), 0)
+    assert columns["completion_tokens"].shape == (PROMPTS * ANSWERS, 8)
+    np.testing.assert_array_equal(columns["completion_mask"], mask[:, :8])
+    # The first answer to the third prompt; the others are measured against each other.
+    without, *others = columns["advantages"][2 * ANSWERS :]
+    assert without == 0
+    assert np.abs(others).max() > 0.5 > 1e-5 > abs(np.sum(others))
+    assert metrics["completions/max_length"] == 5
+
+
 def noisy(params, seed):
     """Parameters some steps away."""
     leaves, tree = jax.tree.flatten(params)
