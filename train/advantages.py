@@ -57,6 +57,30 @@ def advantages(rewards: np.ndarray, scale: Scale) -> tuple[np.ndarray, np.ndarra
     return np.nan_to_num(found), np.broadcast_to(np.abs(spread) <= _ZERO, rewards.shape)
 
 
+def advantages_of_each(
+    scores: np.ndarray, weights: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every reward against its group by itself, and their weighted sum against the batch.
+
+    So that a reward that varies little counts as much as one that varies a lot (GDPO,
+    arXiv:2601.05242).
+
+    Args:
+        scores: ``[prompts, answers, rewards]``, NaN where a reward does not apply.
+        weights: One for each reward.
+
+    Returns:
+        The advantages, float64 ``[prompts, answers]``, 0 where an answer has no reward; and whether
+        all sums are the same, bool, likewise.
+    """
+    mean, spread = nan_mean(scores, axis=1)[:, None], nan_std(scores, axis=1)[:, None]
+    each = np.nan_to_num((scores - mean) / (spread + _SMALL))
+    total = weighted_rewards(np.where(np.isnan(scores), np.nan, each), weights)
+    spread = nan_std(total)
+    found = (total - nan_mean(total)) / (spread + _SMALL)
+    return np.nan_to_num(found), np.broadcast_to(np.abs(spread) <= _ZERO, total.shape)
+
+
 def nan_mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
     """The mean of what is not NaN; NaN of nothing."""
     there = ~np.isnan(values)

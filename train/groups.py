@@ -5,10 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from train.advantages import Scale, advantages, nan_mean, nan_std, weighted_rewards
+from train.advantages import (
+    Scale,
+    advantages,
+    advantages_of_each,
+    nan_mean,
+    nan_std,
+    weighted_rewards,
+)
 from train.held_out import Score, padded_width
 from train.loop import Prepared
 from train.on_policy import OnPolicy, Sampled
@@ -25,7 +33,7 @@ class Groups:
         answers: To a prompt.
         names: Of the rewards.
         weights: Of the rewards.
-        scale: See `train.advantages.advantages`.
+        scale: See `train.advantages.advantages`; each: see `advantages_of_each`.
         score: From `train.group_objective.sampled_logps_fn`, and `OnPolicy.replicated`.
         keeps_old: Whether batches are learned from more than once.
         masks_truncated: Whether answers that have not ended are left out of the loss.
@@ -35,7 +43,7 @@ class Groups:
     answers: int
     names: Sequence[str]
     weights: Sequence[float]
-    scale: Scale
+    scale: Scale | Literal["each"]
     score: Score
     keeps_old: bool = False
     masks_truncated: bool = False
@@ -68,7 +76,10 @@ class Groups:
         scores, lengths, ended = of_all[..., :-2], of_all[..., -2], of_all[..., -1] > 0
         rewards = weighted_rewards(scores, self.weights)
         _warn_without_reward(rewards)
-        gained, flat = advantages(rewards, self.scale)
+        if self.scale == "each":
+            gained, flat = advantages_of_each(scores, self.weights)
+        else:
+            gained, flat = advantages(rewards, self.scale)
         rows, width = order.reshape(-1), padded_width(int(lengths.max()))
         mask = found.mask[rows, :width]
         if self.masks_truncated:

@@ -28,8 +28,8 @@ evaluation, from the same draws, for `eval_reward` and `eval_rewards/NAME/mean`,
 
 Settings have TRL's names and defaults, in groups: `loss.type` is its loss_type, `loss.beta`,
 `loss.epsilon` … as there, `sampling.num_generations`, `sampling.num_iterations`,
-`sampling.max_new_tokens` (max_completion_length), `reward.weights` (reward_weights) and
-`reward.scale_rewards`. What differs from TRL:
+`sampling.max_new_tokens` (max_completion_length), `reward.weights` (reward_weights),
+`reward.scale_rewards` and `reward.multi_objective_aggregation`. What differs from TRL:
 
 - `trainer.batch_size` counts prompts, as in `online-dpo`: a step learns from it times
   `sampling.num_generations` answers. It has to be a multiple of the devices, and the answers one of
@@ -126,6 +126,7 @@ def _groups(config: GRPOConfig, this: Run) -> Groups:
     options, sampling = config.reward, config.sampling
     rewards = make_rewards(config, this, options.functions, options.models, options.dtype)
     policy = make_on_policy(config, this, several(rewards))
+    whole = options.multi_objective_aggregation == "sum_then_normalize"
     score = sampled_logps_fn(
         this.graphdef,
         temperature=sampling.temperature,
@@ -137,7 +138,7 @@ def _groups(config: GRPOConfig, this: Run) -> Groups:
         sampling.num_generations,
         options.names,
         [1.0] * len(rewards) if options.weights is None else options.weights,
-        options.scale_rewards,
+        options.scale_rewards if whole else "each",
         policy.replicated(score),
         keeps_old=sampling.num_iterations > 1,
         masks_truncated=config.loss.mask_truncated_completions,

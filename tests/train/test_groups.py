@@ -158,9 +158,11 @@ def of_trl(trainer):
 
 
 @pytest.mark.parametrize("masks_truncated", [False, True])
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "each"])
 def test_advantages_and_metrics_are_trls(scale, masks_truncated, answers, trainer):
     trainer.scale_rewards, trainer.mask_truncated_completions = scale, masks_truncated
+    aggregation = {"each": "normalize_then_sum"}.get(scale, "sum_then_normalize")
+    trainer.multi_objective_aggregation = aggregation
     theirs, their_metrics = of_trl(trainer)
     made = groups(answers, scale, masks_truncated=masks_truncated)
     columns, metrics = made.batch({}, None, prompt_batch(answers), 0)
@@ -226,6 +228,7 @@ def gradient_of(torch_model, directory):
 def test_a_step_is_that_of_trl(parts, model, answers, trainer, tmp_path):
     torch_model, graphdef, params = model
     trainer.scale_rewards, trainer.mask_truncated_completions = "group", True
+    trainer.multi_objective_aggregation = "sum_then_normalize"
     trainer.beta = 0.0  # its own reference is not the one of this test
     inputs, _ = of_trl(trainer)
     score = jax.jit(sampled_logps_fn(graphdef, temperature=TEMPERATURE, parts=parts))

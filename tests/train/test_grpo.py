@@ -190,6 +190,13 @@ def test_dry_run_counts_steps_and_batches(inputs, tmp_path, capsys):
             {"reward__weights": "[1.0, 2.0]"},
             "reward.weights must be 1 numbers, one for each of ear",
         ),
+        (
+            {
+                "reward__multi_objective_aggregation": "normalize_then_sum",
+                "reward__scale_rewards": "none",
+            },
+            "reward.scale_rewards is none, which normalize_then_sum has no use for",
+        ),
         ({"reward__weights": "[.inf]"}, "reward.weights must be finite numbers, got inf"),
         ({"reward__model": "nowhere"}, "reward.model: nowhere is not an"),
         ({"sampling__num_generations": 1}, "sampling.num_generations must be at least 2, got 1"),

@@ -83,6 +83,9 @@ class GroupRewardOptions:
         scale_rewards: group divides what an answer's reward is above the mean of its group by the
             standard deviation of the group; batch by that of all rewards of the batch; none by
             nothing.
+        multi_objective_aggregation: sum_then_normalize adds the rewards up and compares the sums;
+            normalize_then_sum divides each reward by its deviation in the group, adds those up, and
+            divides by the deviation of the batch (GDPO).
         dtype: Type of the reward models' computations and weights.
     """
 
@@ -90,6 +93,9 @@ class GroupRewardOptions:
     model: list[str] | str | None = None
     weights: list[float] | None = None
     scale_rewards: Literal["group", "batch", "none"] = "group"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = (
+        "sum_then_normalize"
+    )
     dtype: DType = "float32"
 
     @property
@@ -162,6 +168,14 @@ def check_groups(sampling: GroupSamplingOptions, reward: GroupRewardOptions) -> 
         raise UserError(
             f"reward.weights must be {len(names)} numbers, one for each of {', '.join(names)}; got "
             f"{len(weights)}."
+        )
+    if (
+        reward.multi_objective_aggregation != "sum_then_normalize"
+        and reward.scale_rewards != "group"
+    ):
+        raise UserError(
+            f"reward.scale_rewards is {reward.scale_rewards}, which normalize_then_sum has no use for; "
+            "unset it or reward.multi_objective_aggregation."
         )
     for weight in weights or ():
         require(abs(weight) < float("inf"), "reward.weights", weight, "finite numbers")
