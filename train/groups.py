@@ -66,35 +66,47 @@ class Groups:
             processes.
         """
         count = len(prompts["index"])
-        number = row_numbers(count, self.policy.mesh)
-        given = {**prompts, "number": number}
+        given = {**prompts, "number": row_numbers(count, self.policy.mesh)}
         found = self.policy.sample(params, given, step, copies=self.answers)
         # From all first answers, all second ones, … to those of a prompt side by side.
         order = np.arange(self.answers * count).reshape(self.answers, count).T
         figures = np.column_stack([found.scores, found.mask.sum(axis=1), found.ended])[order]
         of_all = self.policy.of_all_processes(figures).astype(np.float64)
         scores, lengths, ended = of_all[..., :-2], of_all[..., -2], of_all[..., -1] > 0
+        gained, metrics = self._compared(scores)
+        width = padded_width(int(lengths.max()))
+        columns = self._columns(prompts, found, order.reshape(-1), width)
+        mine = own_rows(gained, self.policy.mesh).reshape(-1)
+        columns["advantages"] = mine.astype(np.float32)
+        return self._scored(params, reference, columns), metrics | of_lengths(lengths, ended)
+
+    def _compared(self, scores: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+        """The advantages ``[prompts, answers]``, and what is logged of the rewards."""
         rewards = weighted_rewards(scores, self.weights)
         _warn_without_reward(rewards)
         if self.scale == "each":
             gained, flat = advantages_of_each(scores, self.weights)
         else:
             gained, flat = advantages(rewards, self.scale)
-        rows, width = order.reshape(-1), padded_width(int(lengths.max()))
+        metrics = {"reward": float(nan_mean(rewards)), "reward_std": float(nan_std(rewards))}
+        for number, name in enumerate(self.names):
+            metrics[f"rewards/{name}/mean"] = float(nan_mean(scores[..., number]))
+            metrics[f"rewards/{name}/std"] = float(nan_std(scores[..., number]))
+        return gained, metrics | {"frac_reward_zero_std": float(flat.mean())}
+
+    def _columns(
+        self, prompts: Batch, found: Sampled, rows: np.ndarray, width: int
+    ) -> dict[str, np.ndarray]:
+        """Prompts and answers, the latter in the order of `rows` and cut to a width."""
         mask = found.mask[rows, :width]
         if self.masks_truncated:
             mask = mask & found.ended[rows][:, None]
-        columns = {
-            **{
-                name: np.repeat(prompts[name], self.answers, axis=0)
-                for name in ("prompt_tokens", "prompt_mask")
-            },
+        names = ("prompt_tokens", "prompt_mask")
+        return {
+            **{name: np.repeat(prompts[name], self.answers, axis=0) for name in names},
             "completion_tokens": found.tokens[rows, :width],
             "completion_mask": mask,
-            "advantages": own_rows(gained, self.policy.mesh).reshape(-1).astype(np.float32),
         }
-        metrics = self._of_rewards(scores, rewards) | {"frac_reward_zero_std": float(flat.mean())}
-        return self._scored(params, reference, columns), of_lengths(lengths, ended) | metrics
 
     def _scored(
         self, params: Params, reference: Params | None, columns: dict[str, np.ndarray]
@@ -106,13 +118,6 @@ class Groups:
             if model is not None:
                 known |= self.policy.columns(self.score, model, columns, [name])
         return columns | known
-
-    def _of_rewards(self, scores: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
-        found = {"reward": float(nan_mean(rewards)), "reward_std": float(nan_std(rewards))}
-        for number, name in enumerate(self.names):
-            found[f"rewards/{name}/mean"] = float(nan_mean(scores[..., number]))
-            found[f"rewards/{name}/std"] = float(nan_std(scores[..., number]))
-        return found
 
     def figures(self, found: Sampled) -> dict[str, np.ndarray]:
         """What is reported of held-out answers, ``[answers]`` by name."""
