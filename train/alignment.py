@@ -15,13 +15,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import omerge_jax as om
-from train.config import DPOConfig, KTOConfig, OnlineDPOConfig, UserError
+from train.config import DPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig, UserError
 from train.data import TokenDataset
 from train.held_out import Evaluate, Score, answer_logps
+from train.loop import Prepared
 from train.models import layer_axes
 from train.optimizers import (
     check_optimizer,
@@ -38,6 +38,8 @@ from train.sharding import Params, on_mesh
 from train.step import Batch, LossFn, State, init_state
 from train.trainable import join
 
+Config = DPOConfig | KTOConfig | OnlineDPOConfig | GRPOConfig
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -53,8 +55,8 @@ class Objective:
         shuffle: Whether every epoch draws a new order.
         synced: Whether the reference follows the policy, and is scored at every step.
         sample: `f(policy, reference, batch, done)`: the batch of a step of the loader's prompts, given
-            all parameters of both and the number of steps done. The reference is the start, and None
-            where `names` are none.
+            all parameters of both and the number of steps done, and what is logged of it. The
+            reference is the start, and None where `names` are none.
         inputs: Content hashes of what else the run reads, by name.
     """
 
@@ -66,11 +68,11 @@ class Objective:
     check_first: Callable[[Mapping[str, float]], None]
     shuffle: bool = True
     synced: bool = False
-    sample: Callable[[Params, Params | None, Batch, int], dict[str, np.ndarray]] | None = None
+    sample: Callable[[Params, Params | None, Batch, int], Prepared] | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
 
 
-def check_merge(config: DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
+def check_merge(config: Config) -> None:
     """Checks that there is a base model, or an adapter, exactly where the optimizer merges with it.
 
     Raises:
@@ -100,7 +102,7 @@ def check_merge(config: DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
         )
 
 
-def align(config: DPOConfig | KTOConfig | OnlineDPOConfig, this: Run, objective: Objective) -> None:
+def align(config: Config, this: Run, objective: Objective) -> None:
     """Aligns from the start or from the last checkpoint, and exports the model.
 
     Raises:
@@ -132,7 +134,7 @@ class _Alignment:
 
     def __init__(
         self,
-        config: DPOConfig | KTOConfig | OnlineDPOConfig,
+        config: Config,
         this: Run,
         objective: Objective,
         model_hash: str,
@@ -177,7 +179,7 @@ class _Alignment:
     def _holds_reference(self) -> bool:
         return self.objective.sample is not None and bool(self.objective.names)
 
-    def _sampled(self, params: Params, batch: Batch, done: int) -> dict[str, np.ndarray]:
+    def _sampled(self, params: Params, batch: Batch, done: int) -> Prepared:
         assert self.objective.sample is not None
         frozen, reference = self._frozen(), None
         if self._holds_reference:
@@ -228,7 +230,7 @@ class _Alignment:
         model, names = self.config.model, self.objective.names
         if not names:
             return dataset
-        assert not isinstance(self.config, OnlineDPOConfig)
+        assert not isinstance(self.config, OnlineDPOConfig | GRPOConfig)
         cache = self.config.reference_cache
         directory = self.run.output.path / "reference" if cache is None else Path(cache)
         computation = [model.dtype, model.param_dtype, *self.objective.depends_on]

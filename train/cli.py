@@ -17,6 +17,7 @@ from train.config import (
     EvalConfig,
     ExportConfig,
     GenerateConfig,
+    GRPOConfig,
     KTOConfig,
     MergeConfig,
     OnlineDPOConfig,
@@ -52,6 +53,13 @@ def _run_kto(config: KTOConfig) -> None:
 def _run_online_dpo(config: OnlineDPOConfig) -> None:
     with joined(config.distributed):
         from train.online_dpo import run
+
+        run(config)
+
+
+def _run_grpo(config: GRPOConfig) -> None:
+    with joined(config.distributed):
+        from train.grpo import run
 
         run(config)
 
@@ -135,7 +143,8 @@ COMMANDS = {
     "sft": Command("fine-tune a model on prompts with answers", _run_sft, SFTConfig),
     "dpo": Command("align it on preference pairs, with any optimizer", _run_dpo, DPOConfig),
     "kto": Command("align it on answers labelled one by one", _run_kto, KTOConfig),
-    "online-dpo": Command("align it on its own answers", _run_online_dpo, OnlineDPOConfig),
+    "online-dpo": Command("align it on pairs of its own answers", _run_online_dpo, OnlineDPOConfig),
+    "grpo": Command("align it on groups of its own answers", _run_grpo, GRPOConfig),
     "eval": Command("preference accuracy and multiple-choice tasks", _run_eval, EvalConfig),
     "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
     "merge": Command("merge models offline, one tensor at a time", _run_merge, MergeConfig),

@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from train.config import DPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig, UserError
+from train.config import DPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig, UserError
 from train.data import (
     Record,
     TokenDataset,
@@ -36,13 +36,14 @@ from train.task_scores import read_tasks
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Config = SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig
+Config = SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig | GRPOConfig
 
 _READERS: dict[type, Callable[..., Any]] = {
     SFTConfig: normalise_sft,
     DPOConfig: normalise_preference,
     KTOConfig: normalise_unpaired,
     OnlineDPOConfig: normalise_prompt,
+    GRPOConfig: normalise_prompt,
 }
 
 EXAMPLES = 2
@@ -79,12 +80,15 @@ def dry_run(config: Config, tokenize: Tokenize, console: Console) -> None:
     rows, batch = batched.rows_per_epoch, config.trainer.batch_size
     if batch > rows:
         raise UserError(f"trainer.batch_size is {batch}, but there are only {rows} training rows.")
-    chosen = make_buckets(batched, batch, config.data.buckets, steps=config.trainer.steps)
+    given, each = config.trainer.steps, config.steps_per_batch
+    batches = (
+        round((config.trainer.epochs or 0) * (rows // batch)) if given is None else given // each
+    )
+    chosen = make_buckets(batched, batch, config.data.buckets, steps=batches)
     console.print(f"Batches: {chosen.describe(batched.arrays)}", highlight=False)
     show_examples(data, tokenizer, console)
-    steps = config.trainer.steps or round((config.trainer.epochs or 0) * (rows // batch))
     console.print(
-        f"{steps} steps of {batch} rows, {steps * batch / rows:.2g} epochs; "
+        f"{batches * each} steps of {batch} rows, {batches * batch / rows:.2g} epochs; "
         f"{0 if held_out is None else len(held_out)} rows held out. Dry run: no weight was read, "
         "nothing was written.",
         highlight=False,
@@ -93,7 +97,7 @@ def dry_run(config: Config, tokenize: Tokenize, console: Console) -> None:
 
 def check_length(config: Config, model: ModelConfig) -> None:
     """Raises `UserError` when rows may be longer than the model's positions reach."""
-    records, sampled = config.records, isinstance(config, OnlineDPOConfig)
+    records, sampled = config.records, isinstance(config, OnlineDPOConfig | GRPOConfig)
     length = records.max_prompt_length + records.max_completion_length
     if length > model.max_position_embeddings:
         answers = "sampling.max_new_tokens" if sampled else "data.max_completion_length"

@@ -43,6 +43,13 @@ def token_statistics(
     Raises:
       ValueError: If `vocab_chunk` is not positive, or the shapes do not belong together.
     """
+    return _token_statistics(hidden, unembedding, targets, vocab_chunk)[:2]
+
+
+def _token_statistics(
+    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, vocab_chunk: int | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`token_statistics` and the entropy, float32 `[batch, length]`, which has no gradient."""
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != unembedding.shape[0]:
         raise ValueError(
             "hidden [batch, length, width], unembedding [width, vocabulary] and targets "
@@ -55,8 +62,10 @@ def token_statistics(
         logits = _logits(hidden, unembedding)
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-        total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
-        return _statistics(target_logits, largest, total)
+        shifted = logits - largest[..., None]
+        weights = jnp.exp(shifted)
+        weighted = jnp.sum(jax.lax.stop_gradient(weights * shifted), axis=-1)
+        return _statistics(target_logits, largest, jnp.sum(weights, axis=-1), weighted)
     return _chunked(vocab_chunk, hidden, unembedding, targets)
 
 
@@ -106,16 +115,65 @@ def completion_statistics(
     Returns:
       `(logps, top1)`: float32 and bool `[batch, completion]`; 0 and false where masked.
     """
+    hidden = _completion_hidden(
+        model, prompt_tokens, prompt_mask, completion_tokens, completion_mask
+    )
+    logps, top1 = token_statistics(
+        hidden, model.unembedding(), completion_tokens, vocab_chunk=vocab_chunk
+    )
+    return jnp.where(completion_mask, logps, 0.0), top1 & completion_mask
+
+
+def sampled_statistics(
+    model: Decoder,
+    prompt_tokens: jax.Array,
+    prompt_mask: jax.Array,
+    completion_tokens: jax.Array,
+    completion_mask: jax.Array,
+    *,
+    temperature: float = 1.0,
+    vocab_chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of sampled tokens, and the entropy of the distributions they came from.
+
+    Args:
+      model: See `completion_statistics`, as for the batch and `vocab_chunk`.
+      prompt_tokens: See there.
+      prompt_mask: See there.
+      completion_tokens: See there.
+      completion_mask: See there.
+      temperature: By which the logits are divided.
+      vocab_chunk: See `token_statistics`.
+
+    Returns:
+      `(logps, entropy)` in nats, float32 `[batch, completion]`, 0 where masked. The entropy has no
+      gradient.
+    """
+    hidden = _completion_hidden(
+        model, prompt_tokens, prompt_mask, completion_tokens, completion_mask
+    )
+    if temperature != 1:
+        hidden = (hidden.astype(jnp.float32) / temperature).astype(hidden.dtype)
+    logps, _, entropy = _token_statistics(
+        hidden, model.unembedding(), completion_tokens, vocab_chunk
+    )
+    return jnp.where(completion_mask, logps, 0.0), jnp.where(completion_mask, entropy, 0.0)
+
+
+def _completion_hidden(
+    model: Decoder,
+    prompt_tokens: jax.Array,
+    prompt_mask: jax.Array,
+    completion_tokens: jax.Array,
+    completion_mask: jax.Array,
+) -> jax.Array:
+    """The hidden states that predict the completion tokens, `[batch, completion, width]`."""
     prompt, completion = prompt_tokens.shape[1], completion_tokens.shape[1]
     if prompt < 1:
         raise ValueError("Prompts need at least one position, got prompt_tokens of width 0.")
     tokens = jnp.concatenate([prompt_tokens, completion_tokens], axis=1)
     mask = jnp.concatenate([prompt_mask, completion_mask], axis=1)
-    hidden = model.hidden(tokens, mask)[:, prompt - 1 : prompt + completion - 1]
-    logps, top1 = token_statistics(
-        hidden, model.unembedding(), completion_tokens, vocab_chunk=vocab_chunk
-    )
-    return jnp.where(completion_mask, logps, 0.0), top1 & completion_mask
+    return model.hidden(tokens, mask)[:, prompt - 1 : prompt + completion - 1]
 
 
 def completion_logps(
@@ -148,10 +206,12 @@ def _logits(hidden: jax.Array, columns: jax.Array) -> jax.Array:
 
 
 def _statistics(
-    target_logits: jax.Array, largest: jax.Array, total: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probability and hit. Subtracting the largest first keeps likely tokens accurate."""
-    return (target_logits - largest) - jnp.log(total), target_logits >= largest
+    target_logits: jax.Array, largest: jax.Array, total: jax.Array, weighted: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probability, hit and entropy. Subtracting the largest first keeps likely tokens accurate."""
+    logps = (target_logits - largest) - jnp.log(total)
+    entropy = jax.lax.stop_gradient(jnp.log(total) - weighted / total)
+    return logps, target_logits >= largest, entropy
 
 
 def _chunk_columns(unembedding: jax.Array, index: jax.Array, chunk: int):
@@ -171,30 +231,33 @@ def _number_of_chunks(unembedding: jax.Array, chunk: int) -> int:
 
 
 def _scan_forward(chunk, hidden, unembedding, targets):
-    """Target logit, largest logit and Σ exp(logit − largest), each float32 `[batch, length]`."""
+    """Target logit, largest logit, Σ exp(d) and Σ d exp(d) of d = logit − largest.
+
+    Each is float32 `[batch, length]`.
+    """
 
     def body(carry, index):
-        largest, total, target_logits = carry
+        largest, total, weighted, target_logits = carry
         columns, start, fresh = _chunk_columns(unembedding, index, chunk)
         logits = jnp.where(fresh, _logits(hidden, columns), -jnp.inf)
         new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1))
-        total = total * jnp.exp(largest - new_largest)
-        total += jnp.sum(jnp.exp(logits - new_largest[..., None]), axis=-1)
+        shifted, moved = logits - new_largest[..., None], largest - new_largest
+        weights, shrink = jnp.exp(shifted), jnp.exp(moved)
+        weighted = (weighted + moved * total) * shrink
+        weighted += jnp.sum(jnp.where(fresh, weights * shifted, 0.0), axis=-1)
+        total = total * shrink + jnp.sum(weights, axis=-1)
         offset = targets - start
         mine = (targets >= index * chunk) & (offset < chunk)
         picked = jnp.take_along_axis(logits, jnp.clip(offset, 0, chunk - 1)[..., None], axis=-1)
         target_logits = jnp.where(mine, picked[..., 0], target_logits)
-        return (new_largest, total, target_logits), None
+        return (new_largest, total, weighted, target_logits), None
 
-    # The first chunk has a finite logit, so `exp(-inf - finite)` starts the sum at zero.
-    start = (
-        jnp.full(targets.shape, -jnp.inf, jnp.float32),
-        jnp.zeros(targets.shape, jnp.float32),
-        jnp.zeros(targets.shape, jnp.float32),
-    )
+    # Far below any logit, so that the first chunk starts the sums at zero.
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    start = (jnp.full(targets.shape, -1e30, jnp.float32), zeros, zeros, zeros)
     chunks = jnp.arange(_number_of_chunks(unembedding, chunk))
-    (largest, total, target_logits), _ = jax.lax.scan(body, start, chunks)
-    return target_logits, largest, total
+    (largest, total, weighted, target_logits), _ = jax.lax.scan(body, start, chunks)
+    return target_logits, largest, total, weighted
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -203,9 +266,9 @@ def _chunked(chunk, hidden, unembedding, targets):
 
 
 def _chunked_forward(chunk, hidden, unembedding, targets):
-    target_logits, largest, total = _scan_forward(chunk, hidden, unembedding, targets)
+    target_logits, largest, total, weighted = _scan_forward(chunk, hidden, unembedding, targets)
     residuals = hidden, unembedding, targets, largest + jnp.log(total)
-    return _statistics(target_logits, largest, total), residuals
+    return _statistics(target_logits, largest, total, weighted), residuals
 
 
 def _chunked_backward(chunk, residuals, cotangents):

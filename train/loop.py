@@ -52,6 +52,10 @@ class Loader(Protocol):
         ...
 
 
+Prepared = tuple[dict[str, np.ndarray], dict[str, float]]
+"""The batch of a step, and metrics of it."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What one kind of training gives to the loop.
@@ -66,7 +70,11 @@ class Job:
         learning_rates: Rate of every update; its length is the number of steps.
         mesh: Where batches go.
         prepare: Makes the batch of a step of the loader's, given the state before it and the number
-            of steps done: what on-policy training samples. It waits for the device.
+            of steps done, and what is logged of it: what on-policy training samples. It waits for
+            the device.
+        steps_per_batch: Steps on a batch before the next one is taken. A run can be saved only
+            between batches: what is saved and evaluated when has to be a multiple, and a signal
+            counts at the next one.
         evaluated: What of the state is evaluated: params, or their average ema.
     """
 
@@ -78,7 +86,8 @@ class Job:
     check_first: Callable[[Mapping[str, float]], None] | None
     learning_rates: np.ndarray
     mesh: Mesh | None
-    prepare: Callable[[State, Batch, int], dict[str, np.ndarray]] | None = None
+    prepare: Callable[[State, Batch, int], Prepared] | None = None
+    steps_per_batch: int = 1
     evaluated: str = "params"
 
 
@@ -157,25 +166,20 @@ class _Training:
         Returns:
             The final state, saved or being saved; its step; whether a signal ended it.
         """
-        job, steps = self.job, len(self.job.learning_rates)
+        job, steps, batch = self.job, len(self.job.learning_rates), None
         # A run that was stopped may owe the evaluation of its last step.
         if self._evaluation_is_due(done) or (self.watch.wants_start and done == 0):
             self._evaluate(done, state)
         for step in range(done + 1, steps + 1):
             if self.watch.reason is not None:  # and was so before it was resumed
                 break
-            batch = next(job.loader)
-            if job.prepare is not None:
-                # It waits for the last step anyway, whose time is then its own.
-                self.reporter.flush()
-                batch = job.prepare(state, batch, done)
-            placed = put_batch(batch, job.mesh)
+            if batch is None or done % job.steps_per_batch == 0:
+                batch = self._next_batch(state, done)
+            placed, counts, known = batch
             state, metrics = job.step(state, placed)
             done = step
-            # A process knows its own rows; counting all of them is left to the devices.
-            counts = _counts(batch) if jax.process_count() == 1 else _counts_jit(placed)
-            self.reporter.dispatched(step, metrics, counts)
-            stopped = self.signals.agreed()
+            self.reporter.dispatched(step, {**metrics, **known}, counts)
+            stopped = self.signals.agreed() and step % job.steps_per_batch == 0
             best = not stopped and self._evaluation_is_due(step) and self._evaluate(step, state)
             last = step == steps or stopped or self.watch.reason is not None
             if self.saved.due(step) or best or last:
@@ -183,6 +187,20 @@ class _Training:
             if stopped:
                 return state, step, True
         return state, done, False
+
+    def _next_batch(
+        self, state: State, done: int
+    ) -> tuple[Batch, Mapping[str, Any], Mapping[str, float]]:
+        """A batch on the devices, what there is in it, and what is logged of it."""
+        batch, known = next(self.job.loader), {}
+        if self.job.prepare is not None:
+            # It waits for the last step anyway, whose time is then its own.
+            self.reporter.flush()
+            batch, known = self.job.prepare(state, batch, done)
+        placed = put_batch(batch, self.job.mesh)
+        # A process knows its own rows; counting all of them is left to the devices.
+        counts = _counts(batch) if jax.process_count() == 1 else _counts_jit(placed)
+        return placed, counts, known
 
     def _evaluation_is_due(self, step: int) -> bool:
         every = self.options.eval_every if step else None
@@ -231,7 +249,7 @@ class _Reporter:
             "training", total=len(job.learning_rates), completed=done, rate="", figures=""
         )
 
-    def dispatched(self, step: int, metrics: Metrics, counts: Mapping[str, Any]) -> None:
+    def dispatched(self, step: int, metrics: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
         shown = {**metrics, "padding_share": counts["padding_share"]}
         previous, self.pending = self.pending, (step, shown)
         self._report(previous)
@@ -324,6 +342,8 @@ _SHOWN = {
     "eval_loss": "eval loss",
     "objective/scores": "score",
     "eval_objective/scores": "eval score",
+    "reward": "reward",
+    "eval_reward": "eval reward",
     "rewards/margins": "margin",
     "eval_rewards/margins": "eval margin",
     "eval_rewards/accuracies": "eval accuracy",

@@ -1,4 +1,4 @@
-"""From prompts to ranked pairs: the policy answers, a reward scores, the better answer is chosen.
+"""From prompts to scored answers, and to ranked pairs of a better one and a worse one.
 
 This runs on the host between the loader and the train step. What is drawn depends on the seed, the
 number of steps done and the place in the batch alone, so a resumed run samples what it would have
@@ -7,7 +7,7 @@ sampled, and the number of processes does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ from rich.console import Console
 
 from train.data import TokenDataset, Widths, normalise_prompt, share_prompt
 from train.held_out import Evaluate, Score, bucketed_batches
+from train.processes import fetch
 from train.reward import Answers, Reward
 from train.sampling import Sampler
-from train.sharding import Params, own_rows, put_batch, row_numbers
+from train.sharding import Params, own_rows, put_batch, row_numbers, row_parts
 from train.step import Batch, LossFn, Metrics
 
 ANSWERS = 2
@@ -40,7 +41,8 @@ class Sampled:
         tokens: int32 ``[answers, max_new_tokens]``.
         mask: bool, like ``tokens``.
         ended: bool ``[answers]``, whether the end token came.
-        scores: float64 ``[answers]``, what is taken off for a missing end included.
+        scores: float64 ``[answers]``, what is taken off for a missing end included; or ``[answers,
+            rewards]`` of a reward that gives several.
         texts: The answers as text.
     """
 
@@ -49,6 +51,10 @@ class Sampled:
     ended: np.ndarray
     scores: np.ndarray
     texts: list[str]
+
+
+Figures = Callable[[Sampled], Mapping[str, np.ndarray]]
+"""What is reported of answers, ``[answers]`` by name, NaN where there is nothing; a score first."""
 
 
 class OnPolicy:
@@ -131,7 +137,9 @@ class OnPolicy:
             completion_ids=ids,
             records=records,
         )
-        scores = self.reward(answers) - self.penalty * ~ended
+        scores = self.reward(answers)
+        if self.penalty:
+            scores = scores - self.penalty * ~ended
         return Sampled(tokens, mask, ended, scores, answers.completions)
 
     def pairs(
@@ -163,50 +171,62 @@ class OnPolicy:
         widths = Widths(prompt, new, prompt + ANSWERS * new, ANSWERS * new)
         return share_prompt(pairs, widths) if share else pairs
 
-    def evaluate(self, dataset: TokenDataset, batch_size: int) -> Evaluate:
+    def evaluate(self, dataset: TokenDataset, batch_size: int, figures: Figures) -> Evaluate:
         """Makes ``f(params)``: one answer to every held-out prompt, from the same draws every time.
 
-        Its metrics are ``eval_objective/scores``, ``eval_val/contain_eos_token`` and
-        ``eval_completions/mean_length``, means over the prompts.
+        Its metrics are ``eval_NAME`` for every figure, the mean over the prompts that have one.
         """
 
         def evaluate(params: Params) -> dict[str, float]:
-            totals = np.zeros(3)
+            found: list[Mapping[str, np.ndarray]] = []
             for number, (rows, batch) in enumerate(bucketed_batches(dataset, batch_size)):
-                found = self.sample(
+                sampled = self.sample(
                     params, {**batch, "number": batch["index"]}, 0, stream=_HELD_OUT, copies=1
                 )
-                figures = (found.scores, found.ended, found.mask.sum(axis=1))
-                totals += [one[: len(rows)].sum() for one in figures]
+                of_all = figures(sampled)
+                found.append({name: values[: len(rows)] for name, values in of_all.items()})
                 if number == 0:
-                    self._show(batch["record"], found, min(SHOWN, len(rows)))
-            return dict(zip(_EVALUATED, (totals / len(dataset)).tolist(), strict=True))
+                    scores = next(iter(found[0].values()))[:SHOWN]
+                    self._show(batch["record"], sampled.texts, scores)
+            together = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+            return {
+                f"eval_{name}": float(values[~np.isnan(values)].mean())
+                for name, values in together.items()
+                if not np.isnan(values).all()
+            }
 
         return evaluate
 
-    def _show(self, records: np.ndarray, found: Sampled, count: int) -> None:
-        for row in range(count if self.console is not None else 0):
-            assert self.console is not None
-            prompt = normalise_prompt(records[row])
+    def _show(self, records: np.ndarray, texts: Sequence[str], scores: np.ndarray) -> None:
+        if self.console is None:
+            return
+        for record, text, score in zip(records, texts, scores, strict=False):
+            prompt = normalise_prompt(record)
             asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            line = f"{asked!r} → {found.texts[row]!r}, score {found.scores[row]:.4g}"
+            line = f"{asked!r} → {text!r}, score {score:.4g}"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def reference_columns(
-        self, score: Score, reference: Params, pairs: Batch
+    def columns(
+        self, score: Score, params: Params, batch: Batch, names: Sequence[str]
     ) -> dict[str, np.ndarray]:
-        """Log-probabilities of the reference, float32 ``[rows]``, as `preference_loss` reads them.
+        """What a model says of a batch, by name, float32 arrays with this process's rows.
 
         Args:
             score: From `replicated`.
-            reference: All its parameters.
-            pairs: From `pairs`.
+            params: All of the model, such as the reference.
+            batch: This process's rows.
+            names: Of what the score gives.
         """
-        scores = score(reference, put_batch(pairs, self.mesh))
+        scores = score(params, put_batch(batch, self.mesh))
         return {
-            f"reference_{name}_logps": self._own_rows(np.asarray(one))
-            for name, one in zip(_NAMES, scores, strict=True)
+            name: self._own_rows(np.asarray(one)) for name, one in zip(names, scores, strict=True)
         }
+
+    def of_all_processes(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of this process's prompts, ``[prompts, …]``, with those of all others; float32."""
+        rows = rows.astype(np.float32)
+        parts, count = row_parts(self.mesh)
+        return rows if len(parts) == count else fetch(put_batch({"": rows}, self.mesh))[""]
 
     def replicated(self, score: Score) -> Score:
         """A function of parameters and batch, compiled so that every process has its results whole."""
@@ -217,11 +237,13 @@ class OnPolicy:
         return np.concatenate([own_rows(copy, self.mesh) for copy in np.split(rows, copies)])
 
 
-_EVALUATED = (
-    "eval_objective/scores",
-    "eval_val/contain_eos_token",
-    "eval_completions/mean_length",
-)
+def pair_figures(found: Sampled) -> dict[str, np.ndarray]:
+    """What online DPO reports of held-out answers."""
+    return {
+        "objective/scores": found.scores,
+        "val/contain_eos_token": found.ended,
+        "completions/mean_length": found.mask.sum(axis=1),
+    }
 
 
 def rank(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -31,28 +31,19 @@ counted as nothing.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from functools import partial
-from typing import Any
-
-import numpy as np
 
 from train.alignment import Objective, align, check_merge
 from train.config import OnlineDPOConfig, check
-from train.data import normalise_prompt, tokenize_prompts
+from train.data import tokenize_prompts
 from train.data.buckets import LEAST_SHARED
 from train.dpo import check_loss, settings_of
-from train.filters import Filters
-from train.generate import end_tokens
+from train.loop import Prepared
 from train.losses import beta_schedule, pair_loss
-from train.models.reward import check_reward_model
 from train.objectives import check_starts_at_reference, preference_loss, reference_logps_fn
-from train.on_policy import ANSWERS, OnPolicy, with_objectives
-from train.prepare import blamed_on, hash_model, load_tokenizer
-from train.reward import Reward, function_reward, model_reward, tried
+from train.on_policy import ANSWERS, OnPolicy, pair_figures, with_objectives
+from train.on_policy_run import check_reward_models, input_hashes, make_on_policy, make_rewards
 from train.run import Run, set_up
-from train.sampling import Sampler
 from train.sharding import Params
 from train.step import Batch
 
@@ -67,48 +58,21 @@ def run(config: OnlineDPOConfig) -> None:
     check(config)
     check_merge(config)
     check_loss(config.loss, config.trainer.gradient_accumulation_steps)
-    if config.reward.model is not None:
-        with blamed_on("reward.model"):
-            check_reward_model(config.reward.model)
+    check_reward_models(_models(config))
     this = set_up("online-dpo", config, tokenize_prompts)
     if this is not None:
         align(config, this, _objective(config, this))
 
 
-def _reward(config: OnlineDPOConfig, this: Run) -> Reward:
-    """The reward, tried on the first training prompts."""
-    options = config.reward
-    sets = [this.data, *([] if this.held_out is None else [this.held_out])]
-    records = [record for one in sets for record in one.arrays["record"]]
-    if options.function is not None:
-        reward = function_reward(options.function, records)
-    else:
-        assert options.model is not None
-        this.console.print("Loading the reward model ...")
-        settings: dict[str, Any] = {"dtype": options.dtype, "template": config.data.template}
-        reward = model_reward(options.model, **settings, mesh=this.mesh)
-    return tried(reward, [normalise_prompt(record) for record in records], records)
+def _models(config: OnlineDPOConfig) -> list[str]:
+    return [] if config.reward.model is None else [config.reward.model]
 
 
 def _on_policy(config: OnlineDPOConfig, this: Run) -> OnPolicy:
-    tokenizer: Any = load_tokenizer(config.model.path, "model.path")
-    sampling, pad_id = config.sampling, tokenizer.pad_token_id
-    sampler = Sampler(
-        this.graphdef,
-        sampling.max_new_tokens,
-        end_tokens(config.model.path, tokenizer),
-        tokenizer.eos_token_id if pad_id is None else pad_id,
-        Filters(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
-    )
-    return OnPolicy(
-        sampler,
-        tokenizer,
-        _reward(config, this),
-        missing_eos_penalty=config.reward.missing_eos_penalty,
-        seed=config.trainer.seed,
-        mesh=this.mesh,
-        console=this.console,
-    )
+    options = config.reward
+    functions = [] if options.function is None else [options.function]
+    (reward,) = make_rewards(config, this, functions, _models(config), options.dtype)
+    return make_on_policy(config, this, reward, options.missing_eos_penalty)
 
 
 def _objective(config: OnlineDPOConfig, this: Run) -> Objective:
@@ -119,13 +83,12 @@ def _objective(config: OnlineDPOConfig, this: Run) -> Objective:
         reference_logps_fn(this.graphdef, vocab_chunk=loss.vocab_chunk, ld_alpha=loss.ld_alpha)
     )
 
-    def sample(
-        params: Params, reference: Params | None, batch: Batch, done: int
-    ) -> dict[str, np.ndarray]:
+    def sample(params: Params, reference: Params | None, batch: Batch, done: int) -> Prepared:
         pairs = policy.pairs(params, batch, done, share=share)
-        return pairs | (
-            {} if reference is None else policy.reference_columns(score, reference, pairs)
-        )
+        if reference is not None:
+            names = [f"reference_{name}_logps" for name in ("chosen", "rejected")]
+            pairs |= policy.columns(score, reference, pairs, names)
+        return pairs, {}
 
     return Objective(
         loss_fn=with_objectives(
@@ -138,13 +101,13 @@ def _objective(config: OnlineDPOConfig, this: Run) -> Objective:
             beta=loss.beta,
             has_reference=has_reference,
         ),
-        evaluate=partial(policy.evaluate, batch_size=this.eval_batch_size),
+        evaluate=partial(policy.evaluate, batch_size=this.eval_batch_size, figures=pair_figures),
         score=score,
         names=("chosen", "rejected") if has_reference else (),
         depends_on=(),
         check_first=partial(check_starts_at_reference, **settings),
         sample=sample,
-        inputs=_inputs(config, this),
+        inputs=input_hashes(this, _models(config)),
     )
 
 
@@ -156,14 +119,3 @@ def _shares_prompts(config: OnlineDPOConfig, this: Run) -> bool:
     prompts = int(this.data.arrays["prompt_mask"].sum())
     answers = ANSWERS * config.sampling.max_new_tokens * len(this.data)
     return prompts >= LEAST_SHARED * (ANSWERS * prompts + answers)
-
-
-def _inputs(config: OnlineDPOConfig, this: Run) -> dict[str, str]:
-    """Content hashes of what scores depend on besides the tokens of the prompts."""
-    digest = hashlib.sha256()
-    for record in this.data.arrays["record"]:
-        digest.update(json.dumps(record, sort_keys=True, default=str).encode())
-    hashes = {"records": digest.hexdigest()}
-    if config.reward.model is not None:
-        hashes["reward model"] = hash_model(config.reward.model)
-    return hashes

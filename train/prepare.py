@@ -17,7 +17,6 @@ from train.config import (
     ModelOptions,
     RecordOptions,
     SFTDataOptions,
-    TrainerOptions,
     UserError,
 )
 from train.data import (
@@ -315,23 +314,3 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def count_steps(options: TrainerOptions, rows: int) -> int:
-    """Number of updates.
-
-    Raises:
-        UserError: there are fewer rows than a batch has, or less than one step results.
-    """
-    if options.batch_size > rows:
-        raise UserError(
-            f"trainer.batch_size is {options.batch_size}, but there are only {rows} training rows; "
-            "use a smaller batch or more data."
-        )
-    if options.steps is not None:
-        return options.steps
-    assert options.epochs is not None
-    steps = round(options.epochs * (rows // options.batch_size))
-    if steps < 1:
-        raise UserError(f"trainer.epochs {options.epochs} makes no step of {rows} rows.")
-    return steps

@@ -59,15 +59,19 @@ class Answers:
 
 
 Reward = Callable[[Answers], np.ndarray]
-"""Scores of answers, finite float64 ``[answers]``; raises `UserError` where there are none."""
+"""Scores of answers, finite float64 ``[answers]``; raises `UserError` where there are none. One of
+several may give NaN where it does not apply; all together give ``[answers, rewards]``."""
 
 
-def function_reward(name: str, records: Sequence[Mapping[str, Any]]) -> Reward:
+def function_reward(
+    name: str, records: Sequence[Mapping[str, Any]], *, optional: bool = False
+) -> Reward:
     """A reward function, imported and tried.
 
     Args:
         name: ``module:function``.
         records: All that it may be asked about; the names of their fields are what it can take.
+        optional: Whether it may return None for an answer, which becomes NaN.
 
     Raises:
         UserError: it cannot be imported, takes something that no record has, or gives something
@@ -90,9 +94,14 @@ def function_reward(name: str, records: Sequence[Mapping[str, Any]]) -> Reward:
             raise UserError(
                 f"reward.function {name} raised {type(error).__name__}: {error}"
             ) from error
-        return _numbers(scores, len(answers.prompts), f"reward.function {name}")
+        return _numbers(scores, len(answers.prompts), f"reward.function {name}", optional)
 
     return reward
+
+
+def several(rewards: Sequence[Reward]) -> Reward:
+    """Rewards side by side: a reward that gives float64 ``[answers, rewards]``."""
+    return lambda answers: np.stack([reward(answers) for reward in rewards], axis=1)
 
 
 def _import(name: str) -> Callable[..., Any]:
@@ -138,9 +147,10 @@ def _taken(function: Callable[..., Any], name: str, fields: set[str]) -> list[st
     return [one for one in known if one in names]
 
 
-def _numbers(scores: Any, expected: int, what: str) -> np.ndarray:
+def _numbers(scores: Any, expected: int, what: str, optional: bool = False) -> np.ndarray:
     try:
-        found = np.asarray(list(scores), np.float64)
+        given = list(scores)
+        found = np.asarray(given, np.float64)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{what} must return a number for each answer, got {scores!r:.200}."
@@ -150,7 +160,8 @@ def _numbers(scores: Any, expected: int, what: str) -> np.ndarray:
             f"{what} must return {expected} numbers, one for each answer, got shape "
             f"{list(found.shape)}."
         )
-    wrong = np.flatnonzero(~np.isfinite(found))
+    skipped = np.array([optional and one is None for one in given], bool)
+    wrong = np.flatnonzero(~(np.isfinite(found) | skipped))
     if wrong.size:
         raise UserError(
             f"{what} must return finite numbers, got {found[wrong[0]]} for answer {wrong[0]} of "

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -18,19 +17,21 @@ from train.averages import Followers
 from train.checkpoint import Checkpoints, abstract, restore_params
 from train.config import (
     DPOConfig,
+    GRPOConfig,
     KTOConfig,
     OnlineDPOConfig,
     SFTConfig,
     UserError,
     check,
 )
+from train.counts import check_rows, count_steps
 from train.data import TokenDataset, make_buckets, make_loader
 from train.dry_run import check_length, dry_run
 from train.export import export_run, exported_weights
 from train.generate import end_tokens
 from train.held_out import Evaluate
 from train.lock import release
-from train.loop import Job, Loader, fit
+from train.loop import Job, Loader, Prepared, fit
 from train.models import ModelConfig, from_hf, split_model
 from train.models.lora import fresh_adapters, is_adapter, read_adapters
 from train.optimizers import (
@@ -45,7 +46,6 @@ from train.prepare import (
     Tokenize,
     blamed_on,
     check_model,
-    count_steps,
     load_data,
     load_tokenizer,
 )
@@ -64,6 +64,7 @@ from train.task_scores import Tasks, as_metrics, read_tasks, task_scorer
 from train.trainable import Trained, choose, join, leaf_paths, split
 from train.watch import step_to_export
 
+Config = SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig | GRPOConfig
 Arrange = Callable[
     [TokenDataset, TokenDataset | None, Console], tuple[TokenDataset, TokenDataset | None]
 ]
@@ -90,7 +91,7 @@ class Run:
         tasks: What else is scored at every evaluation.
     """
 
-    config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig
+    config: Config
     output: OutputDir
     console: Console
     model: ModelConfig
@@ -183,7 +184,7 @@ class Run:
         models: Callable[[], dict[str, Params]] = dict,
         reference_columns: Callable[[Params, Batch], Batch] | None = None,
         shuffle: bool = True,
-        prepare: Callable[[Params, Batch, int], dict[str, np.ndarray]] | None = None,
+        prepare: Callable[[Params, Batch, int], Prepared] | None = None,
     ) -> None:
         """Trains, exports the model and reports.
 
@@ -201,7 +202,7 @@ class Run:
             reference_columns: See `train.step.make_train_step`.
             shuffle: Draw a new order of the rows in every epoch.
             prepare: Makes the batch of a step of the loader's, given all parameters before it and
-                the number of steps done.
+                the number of steps done, and what is logged of it.
 
         Raises:
             Stopped: by a signal; the run is saved.
@@ -227,7 +228,7 @@ class Run:
             assert measure is not None
             return measure(join(params, held()))
 
-        def prepare_batch(state: State, batch: Batch, done: int) -> dict[str, np.ndarray]:
+        def prepare_batch(state: State, batch: Batch, done: int) -> Prepared:
             assert prepare is not None
             return prepare(join(state["params"], held()), batch, done)
 
@@ -241,6 +242,7 @@ class Run:
             learning_rates=learning_rates(self.schedule, self.steps),
             mesh=self.mesh,
             prepare=None if prepare is None else prepare_batch,
+            steps_per_batch=self.config.steps_per_batch,
             evaluated="ema" if trainer.ema is not None and trainer.ema.evaluate else "params",
         )
         try:
@@ -276,7 +278,8 @@ class Run:
         trainer, buckets = self.config.trainer, None
         if shuffle:
             count = self.config.data.buckets
-            buckets = make_buckets(data, trainer.batch_size, count, steps=self.steps)
+            batches = self.steps // self.config.steps_per_batch
+            buckets = make_buckets(data, trainer.batch_size, count, steps=batches)
             self.console.print(f"Batches: {buckets.describe(data.arrays)}", highlight=False)
         return make_loader(
             data,
@@ -310,14 +313,14 @@ class Run:
 
 def set_up(
     command: str,
-    config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig,
+    config: Config,
     tokenize: Tokenize,
     arrange: Arrange | None = None,
 ) -> Run | None:
     """Checks everything that can be checked without weights.
 
     Args:
-        command: "sft", "dpo", "kto" or "online-dpo".
+        command: "sft", "dpo", "kto", "online-dpo" or "grpo".
         config: The settings.
         tokenize: Makes rows of records.
         arrange: Orders and completes the training and the held-out rows.
@@ -356,14 +359,9 @@ def set_up(
     )
     if arrange is not None:
         data, held_out = arrange(data, held_out, console)
-    steps = count_steps(config.trainer, data.rows_per_epoch)
+    steps = count_steps(config.trainer, data.rows_per_epoch, config.steps_per_batch)
     mesh = make_mesh(config.mesh)
-    check_batch(
-        "trainer.batch_size",
-        config.trainer.batch_size,
-        mesh,
-        config.trainer.gradient_accumulation_steps,
-    )
+    check_rows(config, mesh)
     if config.trainer.eval_batch_size is not None:
         check_batch("trainer.eval_batch_size", config.trainer.eval_batch_size, mesh)
     graphdef, shapes = abstract_model(model, mesh)

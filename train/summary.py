@@ -17,6 +17,8 @@ _BOLD = (
     "eval_loss",
     "objective/scores",
     "eval_objective/scores",
+    "reward",
+    "eval_reward",
     "rewards/margins",
     "eval_rewards/margins",
     "eval_rewards/accuracies",

@@ -44,6 +44,16 @@ def test_online_run(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_grpo_run(optimizer):
+    fields = {"model.path": "sft", "data.path": "questions.jsonl", "output_dir": "out"}
+    fields |= {"reward.function": "[module:correct, module:brevity]"}
+    config = parse("grpo", "grpo", f"smollm2_{optimizer}", **fields)
+    assert config.optimizer.name == optimizer
+    assert config.reward.names == ("correct", "brevity")
+    assert (config.sampling.num_generations, config.loss.type) == (8, "dapo")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("model", ["qwen1.5-1.8b", "qwen1.5-7b", "llama-3-8b"])
 def test_the_papers_runs(model, optimizer):
     config = parse("dpo", f"paper_{model}", f"paper_{optimizer}", output_dir="out")
@@ -57,4 +67,5 @@ def test_every_file_is_named_here_or_in_the_readme():
         f"smollm2_{name}" for name in ("dpo", "ipo", "kto", "simpo", "sft", "eval", *OPTIMIZERS)
     }
     known |= {f"paper_{n}" for n in ("qwen1.5-1.8b", "qwen1.5-7b", "llama-3-8b", *OPTIMIZERS)}
-    assert {file.stem for file in CONFIGS.glob("*.yaml")} == known | {"taxbench-demo", "online_dpo"}
+    known |= {"taxbench-demo", "online_dpo", "grpo"}
+    assert {file.stem for file in CONFIGS.glob("*.yaml")} == known

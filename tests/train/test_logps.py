@@ -6,7 +6,13 @@ from flax import nnx
 from scipy.special import log_softmax
 
 from train.data.dataset import pad_left, pad_right
-from train.logps import completion_logps, completion_statistics, token_logps, token_statistics
+from train.logps import (
+    completion_logps,
+    completion_statistics,
+    sampled_statistics,
+    token_logps,
+    token_statistics,
+)
 from train.models import Decoder, ModelConfig
 from train.objectives import AUTO_VOCAB_CHUNK
 
@@ -180,3 +186,24 @@ def test_memory_of_chunks_does_not_grow_with_the_vocabulary():
     # Half the length takes half as much, so the bound is length times chunk.
     assert _temporary_bytes(vocabulary, length // 2, chunk) < 0.6 * chunked
     assert chunked < 3 * 4 * length * chunk
+
+
+@pytest.mark.parametrize("vocab_chunk", [None, 7, 999])
+def test_entropy_is_that_of_the_tempered_distribution(vocab_chunk):
+    hidden, unembedding, _ = draw(1000, scale=3.0)
+
+    class Fixed:  # two tokens of prompt, whose last one predicts the first of four
+        def hidden(self, tokens, mask):
+            return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))
+
+        def unembedding(self):
+            return unembedding
+
+    prompt, completion = jnp.ones((3, 2), jnp.int32), jnp.full((3, 4), 11)
+    mask = jnp.arange(4) < jnp.array([[4], [2], [0]])
+    columns = (prompt, prompt > 0, completion, mask)
+    logps, entropy = sampled_statistics(Fixed(), *columns, temperature=0.7, vocab_chunk=vocab_chunk)
+    every = log_softmax(np.asarray(hidden, np.float64) @ unembedding / 0.7, axis=-1)[:, :4]
+    np.testing.assert_allclose(logps, np.where(mask, every[..., 11], 0), rtol=2e-6, atol=1e-6)
+    expected = np.where(mask, -(np.exp(every) * every).sum(axis=-1), 0)
+    np.testing.assert_allclose(entropy, expected, rtol=1e-5, atol=1e-6)

@@ -181,8 +181,11 @@ def test_a_step_is_that_of_trl(ends, share, policy, reference, prompts, tmp_path
     drawn = sampled.sample(params, {**prompts, "number": np.arange(ROWS, dtype=np.int32)}, 0)
     pairs = sampled.pairs(params, prompts, 0, share=share)
     assert drawn.mask.all() != share
-    columns = sampled.reference_columns(
-        sampled.replicated(reference_logps_fn(graphdef)), reference[2], pairs
+    columns = sampled.columns(
+        sampled.replicated(reference_logps_fn(graphdef)),
+        reference[2],
+        pairs,
+        ("reference_chosen_logps", "reference_rejected_logps"),
     )
     loss, metrics, norm = step_of(policy, {**pairs, **columns})
     answers = (drawn.tokens, drawn.mask)

@@ -9,8 +9,9 @@ import pytest
 from tests.train.test_config import GOOD
 from tests.train.tiny_runs import make_model_dir
 from train.config import ModelOptions, TrainerOptions, UserError
+from train.counts import count_steps
 from train.data import tokenize_preference
-from train.prepare import blamed_on, check_model, count_steps, hash_model
+from train.prepare import blamed_on, check_model, hash_model
 from train.run import set_up
 
 
@@ -18,6 +19,7 @@ def test_steps_or_epochs_of_whole_batches():
     assert count_steps(TrainerOptions(batch_size=4, steps=9), rows=10) == 9
     assert count_steps(TrainerOptions(batch_size=4, epochs=1), rows=10) == 2
     assert count_steps(TrainerOptions(batch_size=4, epochs=2.5), rows=10) == 5
+    assert count_steps(TrainerOptions(batch_size=4, epochs=2.5), rows=10, per_batch=3) == 15
     with pytest.raises(UserError, match=r"trainer\.epochs 0\.1 makes no step of 10 rows"):
         count_steps(TrainerOptions(batch_size=4, epochs=0.1), rows=10)
     with pytest.raises(UserError, match=r"trainer\.batch_size is 11, but there are only 10"):

@@ -11,6 +11,7 @@ from train.config.commands import (
     FREE_FIELDS,
     DPOConfig,
     ExportConfig,
+    GRPOConfig,
     KTOConfig,
     OnlineDPOConfig,
     SFTConfig,
@@ -32,11 +33,21 @@ from train.config.evaluation import (
     TextOptions,
 )
 from train.config.generation import GenerateConfig
-from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
+from train.config.loss import (
+    GroupLossOptions,
+    PreferenceLossOptions,
+    SFTLossOptions,
+    UnpairedLossOptions,
+)
 from train.config.merge import MergeConfig, MergeModelOptions
 from train.config.mesh import MeshOptions
 from train.config.model import LoraOptions, ModelOptions, PolicyOptions
-from train.config.online import RewardOptions, SamplingOptions
+from train.config.online import (
+    GroupRewardOptions,
+    GroupSamplingOptions,
+    RewardOptions,
+    SamplingOptions,
+)
 from train.config.optimizer import (
     AdamWOptions,
     AlphaOptions,
@@ -60,8 +71,12 @@ __all__ = [
     "EarlyStopOptions",
     "EvalConfig",
     "ExportConfig",
+    "GRPOConfig",
     "GenerateConfig",
     "GenerationTaskOptions",
+    "GroupLossOptions",
+    "GroupRewardOptions",
+    "GroupSamplingOptions",
     "KTOConfig",
     "LoraOptions",
     "MergeConfig",

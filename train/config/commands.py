@@ -8,10 +8,20 @@ from train.config.base import DType
 from train.config.data import DataOptions, PromptDataOptions, SFTDataOptions
 from train.config.distributed import DistributedOptions
 from train.config.evaluation import TaskSetOptions
-from train.config.loss import PreferenceLossOptions, SFTLossOptions, UnpairedLossOptions
+from train.config.loss import (
+    GroupLossOptions,
+    PreferenceLossOptions,
+    SFTLossOptions,
+    UnpairedLossOptions,
+)
 from train.config.mesh import MeshOptions
 from train.config.model import ModelOptions, PolicyOptions
-from train.config.online import RewardOptions, SamplingOptions
+from train.config.online import (
+    GroupRewardOptions,
+    GroupSamplingOptions,
+    RewardOptions,
+    SamplingOptions,
+)
 from train.config.optimizer import AdamWOptions, OptimizerOptions, ScheduleOptions
 from train.config.trainer import TrainerOptions
 
@@ -42,6 +52,11 @@ class _RunConfig:
     mesh: MeshOptions = field(default_factory=MeshOptions)
     distributed: DistributedOptions = field(default_factory=DistributedOptions)
     dry_run: bool = False
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps on a batch before the next one is taken."""
+        return 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,29 +142,20 @@ class KTOConfig(_AlignmentConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineDPOConfig(_RunConfig):
-    """Alignment of an SFT model on pairs of its own answers, ranked by a reward (online DPO).
-
-    In every step the policy answers each prompt of the batch twice; the answer with the higher score
-    is the chosen one. The model at `model.path` is the reference, and its weights are held during
-    training.
+class _OnPolicyConfig(_RunConfig):
+    """What every alignment of an SFT model on its own answers has.
 
     Attributes:
         data: The prompts: any records that hold one; answers in them are ignored.
         model: The model.
         optimizer: The optimizer.
         sampling: How the policy answers.
-        reward: What ranks the answers.
-        loss: The loss. Its ipo is that of `dpo`, averaged over the tokens of an answer; TRL's online
-            trainer takes sums.
     """
 
     data: PromptDataOptions
     model: PolicyOptions
     optimizer: OptimizerOptions
-    reward: RewardOptions
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    loss: PreferenceLossOptions = field(default_factory=PreferenceLossOptions)
 
     @property
     def records(self) -> DataOptions:
@@ -158,6 +164,48 @@ class OnlineDPOConfig(_RunConfig):
         # Records have no answers yet whose prompt could be shared.
         data |= {"max_completion_length": self.sampling.max_new_tokens, "prefix_sharing": False}
         return DataOptions(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineDPOConfig(_OnPolicyConfig):
+    """Alignment of an SFT model on pairs of its own answers, ranked by a reward (online DPO).
+
+    In every step the policy answers each prompt of the batch twice; the answer with the higher score
+    is the chosen one. The model at `model.path` is the reference, and its weights are held during
+    training.
+
+    Attributes:
+        reward: What ranks the answers.
+        loss: The loss. Its ipo is that of `dpo`, averaged over the tokens of an answer; TRL's online
+            trainer takes sums.
+    """
+
+    reward: RewardOptions
+    loss: PreferenceLossOptions = field(default_factory=PreferenceLossOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(_OnPolicyConfig):
+    """Alignment of an SFT model on groups of its own answers, scored by rewards (GRPO).
+
+    In every step the policy answers each prompt of the batch `sampling.num_generations` times, and
+    learns from how much better or worse than the others of its group an answer is.
+    `trainer.batch_size` counts prompts; TRL's per_device_train_batch_size counts answers.
+
+    Attributes:
+        sampling: How the policy answers, and for how many steps.
+        reward: What scores the answers.
+        loss: The loss.
+    """
+
+    reward: GroupRewardOptions
+    sampling: GroupSamplingOptions = field(default_factory=GroupSamplingOptions)
+    loss: GroupLossOptions = field(default_factory=GroupLossOptions)
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps on the same answers."""
+        return self.sampling.num_iterations
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,3 +73,38 @@ class UnpairedLossOptions(BetaOptions):
     type: Literal["kto", "apo_zero_unpaired"] = "kto"
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupLossOptions(SFTLossOptions):
+    """Policy-gradient loss on groups of sampled answers; names and defaults are those of TRL's GRPO.
+
+    Attributes:
+        type: How the losses of tokens become one: dapo (the mean over the tokens of the batch), grpo
+            (over the tokens of an answer, then over the answers), bnpo (dapo on each part of a batch
+            under gradient accumulation), dr_grpo (the sum divided by sampling.max_new_tokens), luspo
+            (the sum over an answer), cispo (bounded weights in place of a clip) or sapo (a smooth
+            gate in place of a clip).
+        beta: Weight of the divergence from the reference, the model at model.path. 0: there is none,
+            and nothing is held in memory for it.
+        epsilon: How far below 1 the ratio of new and old probability counts.
+        epsilon_high: How far above 1. Unset: as epsilon. For cispo the largest ratio itself.
+        delta: Largest ratio where the clip sets no bound (two-sided GRPO). Unset: none.
+        importance_sampling_level: token, or sequence for one ratio an answer (GSPO).
+        use_bias_correction_kl: Multiply the divergence by the ratio, for an unbiased gradient.
+        mask_truncated_completions: Leave answers out of the loss that have not ended after
+            sampling.max_new_tokens. Their rewards count in the means of their groups.
+        sapo_temperature_neg: Of sapo's gate, for answers no better than the mean of their group.
+        sapo_temperature_pos: Of sapo's gate, for better ones.
+    """
+
+    type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo"] = "dapo"
+    beta: float = 0.0
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    use_bias_correction_kl: bool = True
+    mask_truncated_completions: bool = False
+    sapo_temperature_neg: float = 1.05
+    sapo_temperature_pos: float = 1.0

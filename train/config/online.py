@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from train.config.base import DType, UserError, require
 
@@ -13,7 +14,7 @@ class SamplingOptions:
 
     Attributes:
         max_new_tokens: Longest answer, in tokens, the end mark included.
-        temperature: Divides the logits; above 0, because the two answers to a prompt must differ.
+        temperature: Divides the logits; above 0, because the answers to a prompt must differ.
         top_k: Sample from the most probable tokens only, so many. Unset: all.
         top_p: Sample from the smallest set of tokens that holds this much probability.
         min_p: Sample from tokens at least so probable, relative to the most probable one.
@@ -24,6 +25,27 @@ class SamplingOptions:
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSamplingOptions(SamplingOptions):
+    """How the policy answers a prompt several times; names and defaults are those of TRL's GRPO.
+
+    Attributes:
+        num_generations: Answers to a prompt, which are compared with each other. A step learns from
+            `trainer.batch_size` times so many.
+        num_iterations: Optimizer steps on the same answers before new ones are sampled (the mu of
+            DeepSeekMath). `trainer.steps`, `save_every` and `eval_every` are multiples of it, and a
+            signal to stop counts after the last of them: the answers are never saved.
+        max_new_tokens: Longest answer, in tokens, the end mark included; TRL's
+            max_completion_length.
+        temperature: Divides the logits, those of the loss too.
+    """
+
+    num_generations: int = 8
+    num_iterations: int = 1
+    max_new_tokens: int = 512
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +71,58 @@ class RewardOptions:
     missing_eos_penalty: float | None = None
 
 
-def check_on_policy(sampling: SamplingOptions, reward: RewardOptions) -> None:
-    """Checks the ranges of both groups. Raises `UserError`."""
+@dataclass(frozen=True, kw_only=True)
+class GroupRewardOptions:
+    """What scores an answer: one or several functions or models, whose weighted rewards are added up.
+
+    Attributes:
+        function: A Python callable as module:function, or a list of them, as in `online-dpo`. One of
+            several may return None for an answer to which it does not apply.
+        model: Directory of a reward model, or a hub name, or a list of them.
+        weights: A factor for every function, then for every model. Unset: 1 each.
+        scale_rewards: group divides what an answer's reward is above the mean of its group by the
+            standard deviation of the group; batch by that of all rewards of the batch; none by
+            nothing.
+        multi_objective_aggregation: sum_then_normalize adds the rewards up and compares the sums;
+            normalize_then_sum divides each reward by its deviation in the group, adds those up, and
+            divides by the deviation of the batch (GDPO).
+        dtype: Type of the reward models' computations and weights.
+    """
+
+    function: list[str] | str | None = None
+    model: list[str] | str | None = None
+    weights: list[float] | None = None
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = (
+        "sum_then_normalize"
+    )
+    dtype: DType = "float32"
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """The functions, whether one or several are given."""
+        return _several(self.function)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models, likewise."""
+        return _several(self.model)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the rewards are logged as: the names of the functions and of the directories."""
+        functions = [one.rpartition(":")[2].rpartition(".")[2] for one in self.functions]
+        return *functions, *(one.rstrip("/").rpartition("/")[2] for one in self.models)
+
+
+def _several(given: list[str] | str | None) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def check_sampling(sampling: SamplingOptions) -> None:
+    """Checks the ranges of the group. Raises `UserError`."""
     new, temperature = sampling.max_new_tokens, sampling.temperature
     require(new > 0, "sampling.max_new_tokens", new, "positive")
     require(
@@ -63,6 +135,10 @@ def check_on_policy(sampling: SamplingOptions, reward: RewardOptions) -> None:
     require(top_k is None or top_k > 1, "sampling.top_k", top_k, "at least 2")
     require(0 < top_p <= 1, "sampling.top_p", top_p, "in (0, 1]")
     require(0 <= min_p < 1, "sampling.min_p", min_p, "in [0, 1)")
+
+
+def check_reward(reward: RewardOptions) -> None:
+    """Checks the ranges of the group. Raises `UserError`."""
     if (reward.function is None) == (reward.model is None):
         raise UserError("Give exactly one of reward.function and reward.model.")
     penalty = reward.missing_eos_penalty
@@ -72,3 +148,34 @@ def check_on_policy(sampling: SamplingOptions, reward: RewardOptions) -> None:
         penalty,
         "positive",
     )
+
+
+def check_groups(sampling: GroupSamplingOptions, reward: GroupRewardOptions) -> None:
+    """Checks what is asked of groups of answers. Raises `UserError`."""
+    answers, iterations = sampling.num_generations, sampling.num_iterations
+    require(answers > 1, "sampling.num_generations", answers, "at least 2")
+    require(iterations > 0, "sampling.num_iterations", iterations, "positive")
+    names, weights = reward.names, reward.weights
+    if not names:
+        raise UserError("Give reward.function or reward.model, or both.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"reward.function and reward.model have {twice[0]!r} more than once, which would be logged "
+            "under one name; rename one of them."
+        )
+    if weights is not None and len(weights) != len(names):
+        raise UserError(
+            f"reward.weights must be {len(names)} numbers, one for each of {', '.join(names)}; got "
+            f"{len(weights)}."
+        )
+    if (
+        reward.multi_objective_aggregation != "sum_then_normalize"
+        and reward.scale_rewards != "group"
+    ):
+        raise UserError(
+            f"reward.scale_rewards is {reward.scale_rewards}, which normalize_then_sum has no use for; "
+            "unset it or reward.multi_objective_aggregation."
+        )
+    for weight in weights or ():
+        require(abs(weight) < float("inf"), "reward.weights", weight, "finite numbers")

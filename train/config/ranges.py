@@ -6,14 +6,16 @@ import math
 from collections.abc import Sequence
 
 from train.config.base import UserError, flatten, require
-from train.config.commands import DPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig
+from train.config.commands import DPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig
 from train.config.data import SFTDataOptions, check_records
-from train.config.online import check_on_policy
+from train.config.online import check_groups, check_reward, check_sampling
 from train.config.optimizer import AlphaOptions
 from train.config.trainer import TrainerOptions
 
+Config = SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig | GRPOConfig
 
-def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
+
+def check(config: Config) -> None:
     """Checks every range that needs no file.
 
     Raises:
@@ -85,12 +87,17 @@ def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
         check_packing(config.data)
     if (config.trainer.steps is None) == (config.trainer.epochs is None):
         raise UserError("Give exactly one of trainer.steps and trainer.epochs.")
-    if not isinstance(config, SFTConfig):
+    if not isinstance(config, SFTConfig | GRPOConfig):
         require(config.loss.beta > 0, "loss.beta", config.loss.beta, "positive")
     check_rows_for_splash(config)
     check_gate(config)
     if isinstance(config, OnlineDPOConfig):
-        check_on_policy(config.sampling, config.reward)
+        check_sampling(config.sampling)
+        check_reward(config.reward)
+    if isinstance(config, GRPOConfig):
+        check_sampling(config.sampling)
+        check_groups(config.sampling, config.reward)
+        check_reuse(config)
     if isinstance(config, DPOConfig | OnlineDPOConfig):
         smoothing = config.loss.label_smoothing
         require(0 <= smoothing < 0.5, "loss.label_smoothing", smoothing, "in [0, 0.5)")
@@ -100,9 +107,22 @@ def check(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
         require(size > 1, "trainer.batch_size", size, "at least 2 for loss.type kto")
 
 
-def check_rows_for_splash(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
+def check_reuse(config: GRPOConfig) -> None:
+    """Checks that nothing is saved while answers are in use. Raises `UserError`."""
+    every, trainer = config.sampling.num_iterations, config.trainer
+    for name in ("steps", "save_every", "eval_every"):
+        value = getattr(trainer, name)
+        if value is not None and value % every:
+            raise UserError(
+                f"trainer.{name} must be a multiple of sampling.num_iterations, {every}, got {value}: "
+                "a checkpoint holds no sampled answers, so a run goes on only where new ones are "
+                "sampled."
+            )
+
+
+def check_rows_for_splash(config: Config) -> None:
     """Raises `UserError` where answers share a prompt in a row, which splash attention cannot."""
-    if config.model.attention != "splash" or not isinstance(config, DPOConfig):
+    if config.model.attention != "splash" or not isinstance(config, DPOConfig | OnlineDPOConfig):
         return
     shared = config.data.prefix_sharing
     if shared is not False:
@@ -112,7 +132,7 @@ def check_rows_for_splash(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOC
         )
 
 
-def check_gate(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
+def check_gate(config: Config) -> None:
     """Raises `UserError` where alpha goes by a reward accuracy and the losses have none."""
     alpha = getattr(config.optimizer, "alpha", None)
     gate = alpha.gate if isinstance(alpha, AlphaOptions) else None
@@ -190,7 +210,7 @@ def _check_task(field: str, metric: str, tasks: Sequence[str]) -> None:
         )
 
 
-def check_followers(config: SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig) -> None:
+def check_followers(config: Config) -> None:
     """Checks the average of the weights, and a reference that follows them. Raises `UserError`."""
     ema = config.trainer.ema
     if ema is not None:

@@ -1,9 +1,10 @@
-"""Losses on preference pairs, on unpaired answers and of SFT, as pure functions of logps.
+"""Losses on preference pairs, unpaired and sampled answers, and of SFT, as pure functions of logps.
 
 Conventions, defaults and metric names are those of TRL: rewards are `beta * (policy − reference)`
 in nats times beta, and log-probabilities are sums over the completion tokens.
 """
 
+from train.losses.group import GROUP_LOSSES, GroupLogps, GroupLoss
 from train.losses.mix import (
     LOSSES,
     REFERENCE_FREE,
@@ -28,11 +29,14 @@ from train.losses.unpaired import (
 
 __all__ = [
     "BETA_SCHEDULES",
+    "GROUP_LOSSES",
     "LOSSES",
     "REFERENCE_FREE",
     "UNPAIRED_LOSSES",
     "WHOLE_BATCH",
     "BetaAt",
+    "GroupLogps",
+    "GroupLoss",
     "PairLogps",
     "PairLoss",
     "UnpairedLoss",

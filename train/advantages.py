@@ -1,0 +1,98 @@
+"""From rewards to advantages: each answer against the other answers to its prompt.
+
+As in TRL 1.16 (`GRPOTrainer._generate_and_score_completions`). NumPy in float64, on the host: the
+numbers are few, and every process works on those of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+Scale = Literal["group", "batch", "none"]
+
+_SMALL = 1e-4
+_ZERO = 1e-8
+
+
+def weighted_rewards(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """One reward an answer: the weighted sum of those that apply to it.
+
+    Args:
+        scores: ``[..., rewards]``, NaN where a reward does not apply.
+        weights: One for each reward.
+
+    Returns:
+        ``[...]``, NaN where none applies.
+    """
+    applies = ~np.isnan(scores)
+    total = (np.where(applies, scores, 0.0) * np.asarray(weights)).sum(axis=-1)
+    return np.where(applies.any(axis=-1), total, np.nan)
+
+
+def advantages(rewards: np.ndarray, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards less the mean of their group, divided by a standard deviation.
+
+    Args:
+        rewards: ``[prompts, answers]``, NaN where an answer has none.
+        scale: ``group`` divides by the deviation of the group (DeepSeekMath, arXiv:2402.03300),
+            ``batch`` by that of all rewards (arXiv:2508.08221), ``none`` by nothing (Dr. GRPO,
+            arXiv:2503.20783).
+
+    Returns:
+        The advantages, float64 ``[prompts, answers]``, 0 where an answer has no reward; and whether
+        the deviation is 0, bool, likewise: that of the group, or with ``batch`` of the batch.
+
+    Example:
+        >>> advantages(np.array([[1.0, 0.0], [2.0, 2.0]]), "none")[0].tolist()
+        [[0.5, -0.5], [0.0, 0.0]]
+    """
+    mean = nan_mean(rewards, axis=1)[:, None]
+    spread = nan_std(rewards, axis=None) if scale == "batch" else nan_std(rewards, axis=1)[:, None]
+    found = rewards - mean
+    if scale != "none":
+        found = found / (spread + _SMALL)
+    return np.nan_to_num(found), np.broadcast_to(np.abs(spread) <= _ZERO, rewards.shape)
+
+
+def advantages_of_each(
+    scores: np.ndarray, weights: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every reward against its group by itself, and their weighted sum against the batch.
+
+    So that a reward that varies little counts as much as one that varies a lot (GDPO,
+    arXiv:2601.05242).
+
+    Args:
+        scores: ``[prompts, answers, rewards]``, NaN where a reward does not apply.
+        weights: One for each reward.
+
+    Returns:
+        The advantages, float64 ``[prompts, answers]``, 0 where an answer has no reward; and whether
+        all sums are the same, bool, likewise.
+    """
+    mean, spread = nan_mean(scores, axis=1)[:, None], nan_std(scores, axis=1)[:, None]
+    each = np.nan_to_num((scores - mean) / (spread + _SMALL))
+    total = weighted_rewards(np.where(np.isnan(scores), np.nan, each), weights)
+    spread = nan_std(total)
+    found = (total - nan_mean(total)) / (spread + _SMALL)
+    return np.nan_to_num(found), np.broadcast_to(np.abs(spread) <= _ZERO, total.shape)
+
+
+def nan_mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """The mean of what is not NaN; NaN of nothing."""
+    there = ~np.isnan(values)
+    count = there.sum(axis=axis)
+    total = np.where(there, values, 0.0).sum(axis=axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def nan_std(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """The standard deviation (n − 1) of what is not NaN; NaN of fewer than two."""
+    there = ~np.isnan(values)
+    count = there.sum(axis=axis)
+    mean = nan_mean(values, axis) if axis is None else np.expand_dims(nan_mean(values, axis), axis)
+    squares = np.where(there, np.square(values - mean), 0.0).sum(axis=axis)
+    return np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)

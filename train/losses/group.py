@@ -1,0 +1,218 @@
+"""GRPO and its relatives on sampled answers, as pure functions of per-token log-probabilities.
+
+Formulas, names and defaults are those of TRL 1.16 (`GRPOTrainer`), after DeepSeekMath (Shao et al.,
+2024, arXiv:2402.03300, equation 3). With the ratio `r` of policy and sampling policy at a token and
+the advantage `A` of its answer, a token's loss is `−min(r A, clip(r, 1−ε, 1+ε_high) A) + β KL`, and
+`type` says how tokens are averaged and how `r` is bounded.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+GROUP_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+
+BATCH_TOKEN_MEANS = ("dapo", "cispo")
+"""Losses that are means over the tokens of a whole batch, however many parts it is looked at in."""
+
+_CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+
+
+class GroupLogps(NamedTuple):
+    """What the loss sees of sampled answers.
+
+    Attributes:
+      logps: The policy's log-probability of every token, float32 `[rows, length]`.
+      old_logps: Those of the policy that sampled, likewise; None: the same policy.
+      reference_logps: Those of the reference, likewise; None where β is 0.
+      advantages: float32 `[rows]`.
+      mask: bool `[rows, length]`, true at the tokens that count.
+    """
+
+    logps: jax.Array
+    old_logps: jax.Array | None
+    reference_logps: jax.Array | None
+    advantages: jax.Array
+    mask: jax.Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupLoss:
+    """The loss of a batch of sampled answers; names and defaults are those of TRL's `GRPOConfig`.
+
+    Args:
+      type: `grpo` averages the tokens of an answer, then the answers; `bnpo` averages the tokens of
+        the batch, or of each part of it under gradient accumulation; `dapo` (arXiv:2503.14476) those
+        of the whole batch; `dr_grpo` (arXiv:2503.20783) divides by the greatest length; `luspo`
+        (arXiv:2602.05261) adds up an answer's tokens; `cispo` (arXiv:2506.13585) bounds the weight of
+        a token and not its loss; `sapo` (arXiv:2511.20347) has a smooth gate in place of the clip.
+      beta: Weight of the divergence from the reference.
+      epsilon: Lower bound of the ratio, below 1.
+      epsilon_high: Upper bound, above 1; None: `epsilon`. For `cispo` the largest weight itself.
+      delta: Upper bound of the ratio where the clip has none (INTELLECT-2, arXiv:2505.07291).
+      importance_sampling_level: `token`; or `sequence`, one ratio an answer (GSPO, arXiv:2507.18071),
+        the geometric mean over its tokens.
+      use_bias_correction_kl: Multiply the divergence by the ratio, whose gradient is then that of the
+        reverse divergence (DeepSeek-V3.2, arXiv:2512.02556).
+      sapo_temperature_neg: Of `sapo`, for advantages of 0 and below.
+      sapo_temperature_pos: Of `sapo`, for others.
+      max_completion_length: Greatest length, by which `dr_grpo` divides.
+
+    Raises:
+      ValueError: A setting is out of range, or of no use to the loss.
+    """
+
+    type: str = "dapo"
+    beta: float = 0.0
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    importance_sampling_level: str = "token"
+    use_bias_correction_kl: bool = True
+    sapo_temperature_neg: float = 1.05
+    sapo_temperature_pos: float = 1.0
+    max_completion_length: int = 512
+
+    def __post_init__(self) -> None:
+        _one_of("type", self.type, GROUP_LOSSES)
+        _one_of("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
+        high = math.inf if self.epsilon_high is None else self.epsilon_high
+        _require(0 <= self.beta < math.inf, "beta", self.beta, "0 or larger")
+        _require(0 < self.epsilon < 1, "epsilon", self.epsilon, "in (0, 1)")
+        _require(high > 0, "epsilon_high", self.epsilon_high, "positive")
+        for name in ("sapo_temperature_neg", "sapo_temperature_pos"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, name, value, "positive")
+        if self.delta is not None:
+            _require(self.delta > 1, "delta", self.delta, "above 1")
+            _require(self.type in _CLIPPED, "delta", self.delta, f"unset with type {self.type}")
+        if self.type == "cispo" and self.epsilon_high is None:
+            raise ValueError(
+                "epsilon_high must be set with type cispo, whose largest weight of a token it is "
+                "(5.0 in arXiv:2510.13786)."
+            )
+        level = self.importance_sampling_level
+        if self.type == "luspo" and level != "sequence":
+            raise ValueError(
+                f"importance_sampling_level must be sequence with type luspo, got {level!r}."
+            )
+
+    @property
+    def upper(self) -> float:
+        """`epsilon_high`, or what stands for it."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    def __call__(self, tokens: GroupLogps) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of a batch and its metrics, all float32 scalars.
+
+        Returns:
+          `(loss, metrics)`: `kl` where β is not 0 (the mean over tokens of what is multiplied by β),
+          and `clip_ratio/low_mean`, `high_mean`, `region_mean` (shares of the tokens, or of the
+          answers where a ratio is one answer's), `low_min` and `high_max` (of an answer), or
+          `cispo_clip_ratio`.
+        """
+        ratio = jnp.exp(self._log_ratio(tokens))
+        advantages = tokens.advantages[:, None]
+        loss, metrics = self._policy(tokens, ratio, advantages), {}
+        if self.beta:
+            divergence = self._divergence(tokens, ratio)
+            loss = loss + self.beta * divergence
+            metrics["kl"] = token_mean(divergence, tokens.mask)
+        metrics |= self._clipped(ratio, advantages, tokens.mask)
+        return self._average(loss, tokens.mask), jax.lax.stop_gradient(metrics)
+
+    def _log_ratio(self, tokens: GroupLogps) -> jax.Array:
+        """`[rows, length]`, or `[rows, 1]` where it is one answer's."""
+        old = tokens.old_logps
+        ratio = tokens.logps - (jax.lax.stop_gradient(tokens.logps) if old is None else old)
+        if self.importance_sampling_level == "token":
+            return ratio
+        return row_means(ratio, tokens.mask)[:, None]
+
+    def _policy(self, tokens: GroupLogps, ratio: jax.Array, advantages: jax.Array) -> jax.Array:
+        if self.type == "cispo":
+            weight = jax.lax.stop_gradient(jnp.minimum(ratio, self.upper))
+            return -weight * advantages * tokens.logps
+        if self.type == "sapo":
+            positive, other = self.sapo_temperature_pos, self.sapo_temperature_neg
+            temperature = jnp.where(advantages > 0, positive, other)
+            return -jax.nn.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantages
+        clipped = jnp.clip(ratio, 1 - self.epsilon, 1 + self.upper)
+        return -jnp.minimum(self._bounded(ratio) * advantages, clipped * advantages)
+
+    def _bounded(self, ratio: jax.Array) -> jax.Array:
+        return ratio if self.delta is None else jnp.minimum(ratio, self.delta)
+
+    def _divergence(self, tokens: GroupLogps, ratio: jax.Array) -> jax.Array:
+        """The estimator k3 (http://joschu.net/blog/kl-approx.html) of the reverse divergence."""
+        assert tokens.reference_logps is not None
+        difference = tokens.reference_logps - tokens.logps
+        found = jnp.exp(difference) - difference - 1
+        return found * ratio if self.use_bias_correction_kl else found
+
+    def _average(self, loss: jax.Array, mask: jax.Array) -> jax.Array:
+        loss = jnp.where(mask, loss, 0.0)  # which an answer's loss is broadcast by
+        if self.type in ("grpo", "sapo"):
+            return jnp.mean(row_means(loss, mask))
+        if self.type == "dr_grpo":
+            return jnp.sum(loss) / (len(loss) * self.max_completion_length)
+        if self.type == "luspo":
+            return jnp.mean(jnp.sum(loss, axis=1))
+        return token_mean(loss, mask)
+
+    def _clipped(
+        self, ratio: jax.Array, advantages: jax.Array, mask: jax.Array
+    ) -> dict[str, jax.Array]:
+        if self.type == "cispo":
+            above = (ratio > self.upper) & (advantages > 0)
+            return {"cispo_clip_ratio": token_mean(above, mask)}
+        if self.type not in _CLIPPED:
+            return {}
+        ratio = self._bounded(ratio)
+        low = (ratio < 1 - self.epsilon) & (advantages < 0)
+        high = (ratio > 1 + self.upper) & (advantages > 0)
+        counted = jnp.any(mask, axis=1)
+        low_rows, high_rows = (_of_rows(one, mask) for one in (low, high))
+        least = jnp.min(jnp.where(counted, low_rows, 1.0))
+        return {
+            "clip_ratio/low_mean": token_mean(low, mask),
+            "clip_ratio/high_mean": token_mean(high, mask),
+            "clip_ratio/region_mean": token_mean(low | high, mask),
+            "clip_ratio/low_min": jnp.where(jnp.any(counted), least, 0.0),
+            "clip_ratio/high_max": jnp.max(jnp.where(counted, high_rows, 0.0)),
+        }
+
+
+def row_means(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Means over the masked tokens of each row, float32 `[rows]`; 0 where there are none."""
+    count = jnp.sum(mask, axis=1, dtype=jnp.float32)
+    return jnp.sum(jnp.where(mask, values, 0.0), axis=1) / jnp.maximum(count, 1)
+
+
+def token_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over all masked tokens, float32 `[]`, 0 where there are none; of `[rows, 1]`, over rows."""
+    values = values.astype(jnp.float32)
+    if values.shape[1] == 1 != mask.shape[1]:
+        return jnp.mean(values)
+    count = jnp.sum(mask, dtype=jnp.float32)
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(count, 1)
+
+
+def _of_rows(values: jax.Array, mask: jax.Array) -> jax.Array:
+    values = values.astype(jnp.float32)
+    return values[:, 0] if values.shape[1] == 1 else row_means(values, mask)
+
+
+def _one_of(name: str, value: str, names: tuple[str, ...]) -> None:
+    if value not in names:
+        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}.")
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
