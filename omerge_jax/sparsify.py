@@ -18,18 +18,15 @@ import jax.numpy as jnp
 import optax
 
 from omerge_jax import random_mask
+from omerge_jax.exact import Bracket, Entries, find_edge, held, large_top_k_edge
 from omerge_jax.numerics import wide_dtype
 from omerge_jax.paths import Path
 from omerge_jax.sample import Sample, choose_sample
-from omerge_jax.threshold import (
-    Bracket,
-    is_beyond,
-    per_layer,
-    search,
-    top_k_edge,
-    top_k_threshold,
-)
+from omerge_jax.threshold import is_beyond, per_layer, search, top_k_edge, top_k_threshold
 from omerge_jax.tie_order import TieOrder
+
+
+Shaped = jax.Array | jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +53,7 @@ class SparsifyContext:
             return self.sample.coordinates()
         return [jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) for axis in range(x.ndim)]
 
-    def leaf_shape(self, x: jax.Array) -> Sequence[int]:
+    def leaf_shape(self, x: Shaped) -> Sequence[int]:
         """Returns the shape of the leaf that ``x`` is, or is a sample of."""
         return x.shape if self.sample is None else self.sample.shape
 
@@ -98,6 +95,19 @@ class SampledSparsifier(FittedSparsifier, Protocol):
 
     def choose_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
         """Returns the sample to fit, of a leaf of ``shape``; None for all of it."""
+        ...
+
+
+@runtime_checkable
+class RecomputingSparsifier(FittedSparsifier, Protocol):
+    """A fitted sparsifier that can fit a leaf which is computed anew at every pass over it."""
+
+    def choose_first_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
+        """Returns the sample that `fit_entries` asks for; None where `fit` is what to call."""
+        ...
+
+    def fit_entries(self, entries: Entries, ctx: SparsifyContext) -> jax.Array:
+        """Returns what ``fit`` of the whole leaf returns."""
         ...
 
 
@@ -298,19 +308,48 @@ class _Magnitude:
             return None
         if ctx.sample is None and (sample := self.choose_sample(x.shape, ctx)) is not None:
             x, ctx = sample.take(x), dataclasses.replace(ctx, sample=sample)
-        order = tie_order(x, ctx, self.seed)
-        fitted = top_k_edge(x, self._count(x, ctx), order, ctx.layer_axes, self._bracket(x, ctx))
-        if self.rescale == "none":
-            return fitted
-        scale = norm_ratio(x, self._keep(x, fitted, ctx), ctx.layer_axes, 0.0)
-        return jnp.concatenate([fitted, scale.astype(jnp.float32)[..., None]], axis=-1)
+        count, order = self._count(x, ctx), tie_order(x, ctx, self.seed)
+        first = self.choose_first_sample(x.shape, ctx)
+        if first is None:
+            edge = top_k_edge(x, count, order, ctx.layer_axes)
+        else:
+            bracket = self._bracket(first.take(x), ctx)
+            edge = large_top_k_edge(x, count, order, ctx.layer_axes, bracket)
+        return self._scaled(edge, x, ctx)
+
+    def choose_first_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
+        if ctx.sample is not None or keeps_all(self.density):
+            return None
+        if self.choose_sample(shape, ctx) is not None:
+            return None
+        return choose_sample(shape, ctx.layer_axes, _BRACKET_ENTRIES / self._share, ctx.step)
+
+    def fit_entries(self, entries: Entries, ctx: SparsifyContext) -> jax.Array:
+        edge = self._find_edge(entries, ctx)[0]
+        return self._scaled(edge, entries.compute(jnp.int32(0)), ctx)
 
     def passes(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
         """Returns how often `fit` reads ``x``, or its sample, an int32 scalar."""
+        if self.choose_first_sample(x.shape, ctx) is not None:
+            return self._find_edge(held(x), ctx)[1]
         if ctx.sample is None and (sample := self.choose_sample(x.shape, ctx)) is not None:
             x, ctx = sample.take(x), dataclasses.replace(ctx, sample=sample)
         order = tie_order(x, ctx, self.seed)
-        return search(x, self._count(x, ctx), order, ctx.layer_axes, self._bracket(x, ctx))[2]
+        return search(x, self._count(x, ctx), order, ctx.layer_axes)[2]
+
+    def _find_edge(self, entries: Entries, ctx: SparsifyContext) -> tuple[jax.Array, jax.Array]:
+        first = self.choose_first_sample(entries.shape, ctx)
+        assert first is not None
+        like = jax.ShapeDtypeStruct(entries.shape, jnp.float32)
+        bracket = self._bracket(entries.sample(first), ctx)
+        order = tie_order(like, ctx, self.seed)
+        return find_edge(entries, self._count(like, ctx), order, ctx.layer_axes, bracket)
+
+    def _scaled(self, edge: jax.Array, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
+        if self.rescale == "none":
+            return edge
+        scale = norm_ratio(x, self._keep(x, edge, ctx), ctx.layer_axes, 0.0)
+        return jnp.concatenate([edge, scale.astype(jnp.float32)[..., None]], axis=-1)
 
     def apply(self, x: jax.Array, fitted: jax.Array | None, ctx: SparsifyContext) -> jax.Array:
         if fitted is None:
@@ -324,23 +363,16 @@ class _Magnitude:
     def _keep(self, x: jax.Array, fitted: jax.Array, ctx: SparsifyContext) -> jax.Array:
         return jnp.where(is_beyond(x, fitted[..., :3], tie_order(x, ctx, self.seed)), x, 0)
 
-    def _bracket(self, x: jax.Array, ctx: SparsifyContext) -> Bracket | None:
-        """Returns where a sample says that the threshold is; None for a tensor that is small."""
-        sample = None
-        if ctx.sample is None:
-            entries = _BRACKET_ENTRIES / self._share
-            sample = choose_sample(x.shape, ctx.layer_axes, entries, ctx.step)
-        if sample is None:
-            return None
-        looked_at = sample.take(x)
-        count = self._count(looked_at, ctx)
+    def _bracket(self, sampled: jax.Array, ctx: SparsifyContext) -> Bracket:
+        """Returns where a sample says that the threshold is."""
+        count = self._count(sampled, ctx)
         # Six standard deviations of the count that a random sample of this size has.
         margin = jnp.ceil(6 * jnp.sqrt(count.astype(jnp.float32))).astype(jnp.uint32)
-        more = jnp.minimum(count + margin, math.prod(looked_at.shape[ctx.layer_axes :]))
+        more = jnp.minimum(count + margin, math.prod(sampled.shape[ctx.layer_axes :]))
         fewer = jnp.maximum(count, margin + 1) - margin
-        return Bracket(*(top_k_threshold(looked_at, k, ctx.layer_axes) for k in (more, fewer)))
+        return Bracket(*(top_k_threshold(sampled, k, ctx.layer_axes) for k in (more, fewer)))
 
-    def _count(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
+    def _count(self, x: Shaped, ctx: SparsifyContext) -> jax.Array:
         entries = math.prod(x.shape[ctx.layer_axes :])
         density = density_at(self.density, ctx.step)
         if isinstance(density, (int, float)):
@@ -351,7 +383,7 @@ class _Magnitude:
         return jnp.where(count >= 1, jnp.minimum(count, jnp.uint32(entries)), jnp.uint32(entries))
 
 
-def tie_order(x: jax.Array, ctx: SparsifyContext, seed: jax.typing.ArrayLike) -> TieOrder:
+def tie_order(x: Shaped, ctx: SparsifyContext, seed: jax.typing.ArrayLike) -> TieOrder:
     """Returns the order in which equal magnitudes of ``x`` are kept."""
     start = random_mask.order_start(seed, ctx.step, ctx.path)
     return TieOrder(start, tuple(ctx.leaf_shape(x)), ctx.layer_axes, ctx.sample)
