@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from omerge_jax.numerics import sum_together
+from omerge_jax.numerics import sum_together, widened
 
 Order = Callable[[jax.typing.ArrayLike], jax.Array]
 _PARTS = 14
@@ -108,7 +108,7 @@ def is_beyond(x: jax.Array, edge: jax.Array, order: Order) -> jax.Array:
 
 def magnitude_bits(x: jax.Array) -> jax.Array:
     """Returns uint32 that are ordered like ``abs(x)``; unlike floats, no subnormal is flushed to 0."""
-    return jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32)
+    return jax.lax.bitcast_convert_type(jnp.abs(widened(x).astype(jnp.float32)), jnp.uint32)
 
 
 def per_layer(values: jax.Array, x: jax.Array) -> jax.Array:

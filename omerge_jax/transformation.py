@@ -188,7 +188,7 @@ def merge_transformation(
         *,
         reference_params: Any = None,
         base_params: Any = None,
-        update_samples: Any = None,
+        look_ahead: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, OnlineMergeState]:
         del extra_args
@@ -198,7 +198,7 @@ def merge_transformation(
         rate = alpha
         if not isinstance(rate, Relative):
             rate = jnp.asarray(rate(state.merge_count) if callable(rate) else rate, jnp.float32)
-        step = MergeStep(merge, state, rate, updates, params, reference, update_samples)
+        step = MergeStep(merge, state, rate, updates, params, reference, look_ahead)
         cached = None
         if plain:
             merged, residual, scalars = step.merge(updates, None)

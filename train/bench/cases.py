@@ -14,6 +14,7 @@ import omerge_jax as om
 BASELINE = "optax.adamw"
 DARE = "chain, on_dare p=0.01, bf16"
 TIES_EXACT = "chain, on_ties exact p=0.1, bf16"
+TIES_FUSED_EXACT = "fused_chain, on_ties exact p=0.1, bf16"
 TIES_CHAINED = "chain, on_ties sampled p=0.1, bf16"
 TIES_SAMPLED = "fused_chain, on_ties sampled p=0.1, bf16"
 PINNED = "chain, on_dare p=0.01, pinned_host"
@@ -104,6 +105,7 @@ def _ties_cases() -> list[Case]:
             "exact",
             delta="recompute",
         ),
+        case(TIES_FUSED_EXACT, fused(_adamw(), exact()), "exact"),
         case(TIES_CHAINED, chain(_adamw(), sampled()), "sampled"),
         case(TIES_SAMPLED, fused(_adamw(), sampled()), "sampled"),
         case(
