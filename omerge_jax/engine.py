@@ -180,7 +180,9 @@ class MergeStep:
 
         def sparsify(path: Path, leaf: Leaf) -> Sparse:
             fit = fits.get(path)
-            return self._keep(leaf, self._fit_update(leaf, sampled.get(path)) if fit is None else fit)
+            return self._keep(
+                leaf, self._fit_update(leaf, sampled.get(path)) if fit is None else fit
+            )
 
         sparse = {}
         if isinstance(self.alpha, Relative):

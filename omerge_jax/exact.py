@@ -215,7 +215,9 @@ def _candidates(interval: _Interval, wanted: jax.Array) -> list[jax.Array]:
     place = (reaching - wanted).astype(jnp.float32) / inside
     spread = _SPREAD * jnp.sqrt(place * (1 - place) / inside) + 2 / inside
     # Three standard deviations of what a sample says.
-    near, far = (jnp.where(known, place + side, 0.5 + at) for side, at in ((-spread, -0.25), (spread, 0.25)))
+    near, far = (
+        jnp.where(known, place + side, 0.5 + at) for side, at in ((-spread, -0.25), (spread, 0.25))
+    )
     near = jnp.where(evenly, 1 / _PARTS, jnp.maximum(near, 0.0))
     far = jnp.where(evenly, 1 - 1 / _PARTS, jnp.minimum(far, 1.0))
     length = (last - low).astype(jnp.float32) + 1
@@ -254,7 +256,9 @@ def _look(
     rows: _Rows,
 ) -> _Seen:
     """Takes a pass over the magnitudes' bits, uint32 [*layers, ...]."""
-    low, last, ordering = (per_layer(v, bits) for v in (interval.low, interval.last, interval.ordering))
+    low, last, ordering = (
+        per_layer(v, bits) for v in (interval.low, interval.last, interval.ordering)
+    )
     settled = per_layer(interval.settled, bits)
     tied = bits == settled
     rank = jnp.where(tied, order(never), jnp.where(bits > settled, jnp.uint32(_ALL), jnp.uint32(0)))

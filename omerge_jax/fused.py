@@ -144,7 +144,9 @@ def _wanted(merged_with: Callable[[Any, LookAhead], Any], updates: Any) -> Wante
 
 def _only(known: Ahead, wanted: Wanted) -> Ahead:
     """Returns what one merge asks for of what is known."""
-    return Ahead({p: known.samples[p] for p in wanted.samples}, {p: known.fits[p] for p in wanted.fits})
+    return Ahead(
+        {p: known.samples[p] for p in wanted.samples}, {p: known.fits[p] for p in wanted.fits}
+    )
 
 
 def _look_ahead(again: "_Again", wanted: Wanted, count: jax.Array) -> Ahead:

@@ -23,7 +23,6 @@ from omerge_jax.sparsify import (
 )
 from omerge_jax.storage import Recipe, Storage, is_delta_leaf
 
-
 FitEntries = Callable[[Entries, jax.Array], jax.Array]
 
 

@@ -25,7 +25,6 @@ from omerge_jax.sample import Sample, choose_sample
 from omerge_jax.threshold import is_beyond, per_layer, search, top_k_edge, top_k_threshold
 from omerge_jax.tie_order import TieOrder
 
-
 Shaped = jax.Array | jax.ShapeDtypeStruct
 
 
