@@ -70,7 +70,9 @@ def fused_chain(
     chain the compiler computes the whole update first, writes it out and reads it again, because two
     things use it. Here the few entries are computed a second time from the same entries of the
     gradients, moments and parameters, so that the whole step stays one pass over memory and needs no
-    temporary array.
+    temporary array. An exact threshold takes about three more passes; every one computes the update
+    anew, so that no array of it is needed here either. With ``every_k`` other than 1 the span that
+    an exact threshold is found of is written out, as in a plain chain.
 
     Args:
       inner: an optimizer whose update of an entry depends on that entry alone, such as ``optax.adamw``,
@@ -79,12 +81,15 @@ def fused_chain(
 
     Returns:
       A transformation that emits what ``optax.chain(inner, merge)`` emits, up to which entries a
-      sampled threshold looked at. `with_delta` and `merge_metrics` find the merge in its state.
+      sampled threshold looked at. Exact thresholds keep exactly as many entries as long as the compiler
+      rounds an update alike wherever it computes it; where a CPU fuses a multiplication and an
+      addition in one place only, a few in a million entries at the threshold come out differently.
+      `with_delta` and `merge_metrics` find the merge in its state.
 
     Raises:
-      ValueError: when ``update`` is traced and something is to be sampled, ``inner`` mixes entries of
-        a parameter (a norm, a matrix product); the operations are named. Where nothing is sampled (an
-        exact threshold without metrics, small leaves) this is ``optax.chain``, whatever ``inner`` is.
+      ValueError: when ``update`` is traced and something is to be computed twice, ``inner`` mixes
+        entries of a parameter (a norm, a matrix product); the operations are named. Where nothing is
+        (a random mask without metrics, small leaves) this is ``optax.chain``, whatever ``inner`` is.
 
     Example:
       >>> import optax, omerge_jax as om

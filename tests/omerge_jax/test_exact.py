@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def test_any_values_and_any_place_to_begin(x, k, data):
 
 def test_three_passes_do_for_a_large_tensor():
     x = jnp.asarray(np.random.default_rng(3).normal(size=(1024, 512)), jnp.float32)
-    keep = om.magnitude(0.1)
+    keep: Any = om.magnitude(0.1)
     ctx = SparsifyContext(jnp.int32(0), ("w",), "update")
     assert int(jax.jit(lambda x: keep.passes(x, ctx))(x)) <= 4
     assert int(jnp.count_nonzero(keep(x, ctx))) == int(0.1 * x.size)
@@ -125,7 +126,7 @@ print(int(jnp.count_nonzero(kept)))
 
 
 def updates_of(chain, inner, dtype, density=0.3, steps=2):
-    """Updates of the steps of an optimizer that keeps some entries of a large leaf, and no reference."""
+    """Updates, step by step, of an optimizer that keeps some entries of a large leaf."""
 
     def leaf(seed):
         return jnp.asarray(np.random.default_rng(seed).normal(size=(2, 512, 400)), dtype)
@@ -165,6 +166,7 @@ def test_the_update_of_a_large_leaf_is_not_written_out():
         params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
         state = jax.eval_shape(tx.init, params)
         step = jax.jit(lambda g, s, p: optax.apply_updates(p, tx.update(g, s, p)[0]))
-        return step.lower(params, state, params).compile().memory_analysis().temp_size_in_bytes
+        compiled: Any = step.lower(params, state, params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(om.fused_chain) < 2 * 1024 * 1024 * 4 < temporary(optax.chain)
