@@ -270,10 +270,10 @@ def _look(
     kept = jnp.where(inside, slot, jnp.uint32(0))
     marks = [(keys >= per_layer(begin, bits)).astype(jnp.uint32) for begin in begins]
     marks += [(keys > last).astype(jnp.uint32), inside.astype(jnp.uint32), kept]
-    wanted: list[tuple[jax.Array, Reduction]] = []
-    wanted += [(mark, "sum") for mark in marks]
-    wanted += [(kept, "max"), (jnp.where(inside, slot, jnp.uint32(_ALL)), "min")]
-    *counts, beyond, number, total, most, least = reduce_together(wanted, rows.axes)
+    sums: list[tuple[jax.Array, Reduction]] = [(mark, "sum") for mark in marks]
+    least_of = jnp.where(inside, slot, jnp.uint32(_ALL))
+    ends: list[tuple[jax.Array, Reduction]] = [(kept, "max"), (least_of, "min")]
+    *counts, beyond, number, total, most, least = reduce_together([*sums, *ends], rows.axes)
     slots = [
         jnp.where(number >= 1, most, 0),
         jnp.where(number >= 2, least, 0),
