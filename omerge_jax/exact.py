@@ -261,11 +261,13 @@ def _look(
     )
     settled = per_layer(interval.settled, bits)
     tied = bits == settled
-    rank = jnp.where(tied, order(never), jnp.where(bits > settled, jnp.uint32(_ALL), jnp.uint32(0)))
+    # What is computed from places alone is given the sharding of the leaf.
+    zero = bits & 0
+    rank = jnp.where(tied, order(never) + zero, jnp.where(bits > settled, jnp.uint32(_ALL), zero))
     keys = jnp.where(ordering, rank, bits)
     inside = (keys >= low) & (keys <= last) & (tied | ~ordering)
     index_bits = _index_bits(interval, rows)
-    index = jnp.where(ordering, jnp.uint32(0), rows.columns(never))
+    index = jnp.where(ordering, zero, rows.columns(never) + zero)
     slot = ((keys - low + 1) << per_layer(index_bits, bits)) | index
     kept = jnp.where(inside, slot, jnp.uint32(0))
     marks = [(keys >= per_layer(begin, bits)).astype(jnp.uint32) for begin in begins]
