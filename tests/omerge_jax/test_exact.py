@@ -170,3 +170,35 @@ def test_the_update_of_a_large_leaf_is_not_written_out():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(om.fused_chain) < 2 * 1024 * 1024 * 4 < temporary(optax.chain)
+
+
+MESHES = """
+import jax, jax.numpy as jnp, numpy as np, optax, omerge_jax as om
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+draw = lambda seed: np.random.default_rng(seed).normal(size=(2, 512, 400)).astype(np.float32)
+merge = om.on_ties(0, lambda step: 0.3 - 0.1 * step, layer_axes=1, rounding="nearest")
+tx = om.fused_chain(optax.lion(1e-2), merge)
+def run(place):
+    state = tx.init({"w": place(draw(0))})
+    update = jax.jit(tx.update)
+    for step in range(2):
+        updates, state = update({"w": place(draw(1 + step))}, state, {"w": place(draw(0))})
+    return np.asarray(jax.device_get(updates["w"]))
+alone = run(jnp.asarray)
+assert ((alone != 0).sum((1, 2)) == int(0.2 * 512 * 400)).all()
+for kind, spec in ((AxisType.Auto, P(None, None, "x")), (AxisType.Explicit, P(None, "x"))):
+    jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(kind,)))
+    place = NamedSharding(jax.sharding.get_mesh(), spec)
+    np.testing.assert_array_equal(run(lambda x: jax.device_put(x, place)), alone)
+"""
+
+
+def test_any_mesh_and_a_scheduled_density():
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", MESHES], env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
