@@ -10,6 +10,7 @@ from omerge_jax.consensus import Consensus, linear, sign
 from omerge_jax.delta import task_vector
 from omerge_jax.diagnostics import merge_metrics
 from omerge_jax.fused import FusedChainState, fused_chain
+from omerge_jax.largest import magnitude
 from omerge_jax.offline import offline_merge
 from omerge_jax.online import child_tuning, on_dare, on_ties, online_merge
 from omerge_jax.presets import on_dare_adamw, on_ties_adamw
@@ -19,7 +20,6 @@ from omerge_jax.sparsify import (
     Sparsifier,
     SparsifyContext,
     identity,
-    magnitude,
     random,
 )
 from omerge_jax.state import OnlineMergeState, with_delta

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -14,17 +14,42 @@ from omerge_jax import random_mask
 from omerge_jax.alpha import Relative
 from omerge_jax.diagnostics import leaf_sums, move, prefixed, scalars_from_sums
 from omerge_jax.leaf import Leaf, Sparse, difference
-from omerge_jax.numerics import wide_dtype
+from omerge_jax.numerics import wide_dtype, widened
 from omerge_jax.paths import Path, from_prefix, leaves_by_path, path_names
 from omerge_jax.rounding import round_compensated, round_stochastically
-from omerge_jax.rule import Merge
+from omerge_jax.rule import FitEntries, Merge
 from omerge_jax.sample import Sample
 from omerge_jax.sparsify import FittedSparsifier, SampledSparsifier, Sparsifier
 from omerge_jax.state import OnlineMergeState
 from omerge_jax.storage import SparseDelta, is_delta_leaf, to_device
 from omerge_jax.threshold import per_layer
 
-Samples = dict[Path, Sample]
+
+class Wanted(NamedTuple):
+    """What a step wants to know of updates before it is given them.
+
+    Attributes:
+      samples: samples of updates.
+      fits: what the sparsifier is to be fitted to, without an array of it.
+    """
+
+    samples: dict[Path, Sample]
+    fits: dict[Path, FitEntries]
+
+
+class Ahead(NamedTuple):
+    """What is known of updates before they are.
+
+    Attributes:
+      samples: samples of updates.
+      fits: what the sparsifier was fitted to them.
+    """
+
+    samples: dict[Path, jax.Array]
+    fits: dict[Path, jax.Array]
+
+
+LookAhead = Callable[[Wanted], Ahead]
 
 
 class MergeStep:
@@ -37,7 +62,7 @@ class MergeStep:
       updates: what is to be merged.
       params: parameters, or None.
       reference: parameters of the reference and of the base, for ``storage="recompute"``.
-      update_samples: computes samples of the updates without the whole of them, or None.
+      look_ahead: tells of the updates what needs no array of the whole of them, or None.
     """
 
     def __init__(
@@ -48,7 +73,7 @@ class MergeStep:
         updates: optax.Updates,
         params: optax.Params | None,
         reference: tuple[Any, Any],
-        update_samples: Callable[[Samples], dict[Path, jax.Array]] | None,
+        look_ahead: LookAhead | None,
     ):
         self.rule = merge
         self.state = state
@@ -57,7 +82,7 @@ class MergeStep:
         self.params = None if params is None else leaves_by_path(params)
         mask = None if merge.finish is None else merge.finish.mask
         self.finish_mask = mask(params) if callable(mask) else mask
-        self.update_samples = update_samples
+        self.look_ahead = look_ahead
         self.residuals = leaves_by_path(state.rounding_residual)
         self.held = self._held(reference)
         recomputes = merge.storage == "recompute"
@@ -108,7 +133,7 @@ class MergeStep:
         for path, update in leaves_by_path(updates).items():
             if not jnp.issubdtype(update.dtype, jnp.inexact):
                 continue
-            wide = update.astype(wide_dtype(update.dtype))
+            wide = widened(update)
             moved = None if cached is None else cached[path]
             held, sparse = self._arrays(self.held[path]) if self.rule.uses_delta else ((), False)
             leaves[path] = Leaf(
@@ -124,39 +149,49 @@ class MergeStep:
             )
         return leaves
 
-    def _sampled(self, leaves: dict[Path, Leaf]) -> dict[Path, Leaf]:
-        """Returns samples of the leaves that a sample is wanted of."""
+    def _look_ahead(self, leaves: dict[Path, Leaf]) -> tuple[dict[Path, Leaf], dict[Path, Any]]:
+        """Returns samples of the leaves that a sample is wanted of, and the fits that are known."""
         step = self.state.merge_count
-        samples = {
-            path: sample
-            for path, leaf in leaves.items()
-            if (sample := self.rule.sample(leaf.update.shape, path, step)) is not None
-        }
-        known = {} if self.update_samples is None else self.update_samples(samples)
+        wanted = Wanted({}, {})
+        for path, leaf in leaves.items():
+            if (sample := self.rule.sample(leaf.update.shape, path, step)) is not None:
+                wanted.samples[path] = sample
+            # Of a span of several steps the update is a part.
+            fit = None if leaf.moved is not None else self.rule.fit_entries(leaf.update.shape, path)
+            if fit is not None:
+                wanted.fits[path] = fit
+        known = Ahead({}, {}) if self.look_ahead is None else self.look_ahead(wanted)
         sampled = {}
-        for path, sample in samples.items():
-            leaf, update = leaves[path], known.get(path)
+        for path, sample in wanted.samples.items():
+            leaf, update = leaves[path], known.samples.get(path)
             if update is not None:
                 update = update.astype(leaf.update.dtype)
                 if leaf.moved is not None:
                     update = update + sample.take(leaf.moved)
             sampled[path] = leaf.take(sample, update)
-        return sampled
+        return sampled, known.fits
 
     def merge(
         self, updates: optax.Updates, cached: dict[Path, jax.Array] | None
     ) -> tuple[optax.Updates, Any, dict[str, jax.Array]]:
         """Returns the merged updates (less what is cached), the residuals and the scalars."""
         leaves = self._leaves(updates, cached)
-        sampled = self._sampled(leaves)
+        sampled, fits = self._look_ahead(leaves)
+
+        def sparsify(path: Path, leaf: Leaf) -> Sparse:
+            fit = fits.get(path)
+            return self._keep(
+                leaf, self._fit_update(leaf, sampled.get(path)) if fit is None else fit
+            )
+
         sparse = {}
         if isinstance(self.alpha, Relative):
-            sparse = {p: self._sparsify(leaf, sampled.get(p)) for p, leaf in leaves.items()}
+            sparse = {path: sparsify(path, leaf) for path, leaf in leaves.items()}
         alphas = self._alphas(leaves, sparse)
         emitted, residuals, sums = {}, {}, []
         for path, leaf in leaves.items():
             # One leaf after the other, which is also how the compiler then lays out its work.
-            chosen = sparse.get(path) or self._sparsify(leaf, sampled.get(path))
+            chosen = sparse.get(path) or sparsify(path, leaf)
             emitted[path], residuals[path] = self._emit(leaf, chosen, alphas[path])
             if self.rule.diagnostics:
                 sums.append(self._measure(leaf, sampled.get(path), chosen, alphas[path]))
@@ -169,9 +204,6 @@ class MergeStep:
             _replace_leaves(self.state.rounding_residual, residuals),
             scalars,
         )
-
-    def _sparsify(self, leaf: Leaf, sampled: Leaf | None) -> Sparse:
-        return self._keep(leaf, self._fit_update(leaf, sampled))
 
     def _fit_update(self, leaf: Leaf, sampled: Leaf | None) -> jax.Array | None:
         rule, step = self.rule, self.state.merge_count

@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from omerge_jax.numerics import sum_together
+from omerge_jax.engine import Ahead, LookAhead, Wanted
+from omerge_jax.exact import Entries
+from omerge_jax.numerics import renewed, sum_together
 from omerge_jax.paths import Path, leaves_by_path, path_names
 from omerge_jax.sample import Sample
 from omerge_jax.state import merge_states
 from omerge_jax.threshold import magnitude_bits
 
-TakeSamples = Callable[[dict[Path, Sample]], dict[Path, jax.Array]]
+Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 # What moves values from entry to entry, or puts several of them together.
 _MIXING = (
@@ -68,7 +70,9 @@ def fused_chain(
     chain the compiler computes the whole update first, writes it out and reads it again, because two
     things use it. Here the few entries are computed a second time from the same entries of the
     gradients, moments and parameters, so that the whole step stays one pass over memory and needs no
-    temporary array.
+    temporary array. An exact threshold takes about three more passes; every one computes the update
+    anew, so that no array of it is needed here either. With ``every_k`` other than 1 the span that
+    an exact threshold is found of is written out, as in a plain chain.
 
     Args:
       inner: an optimizer whose update of an entry depends on that entry alone, such as ``optax.adamw``,
@@ -77,12 +81,15 @@ def fused_chain(
 
     Returns:
       A transformation that emits what ``optax.chain(inner, merge)`` emits, up to which entries a
-      sampled threshold looked at. `with_delta` and `merge_metrics` find the merge in its state.
+      sampled threshold looked at. Exact thresholds keep exactly as many entries as long as the compiler
+      rounds an update alike wherever it computes it; where a CPU fuses a multiplication and an
+      addition in one place only, a few in a million entries at the threshold come out differently.
+      `with_delta` and `merge_metrics` find the merge in its state.
 
     Raises:
-      ValueError: when ``update`` is traced and something is to be sampled, ``inner`` mixes entries of
-        a parameter (a norm, a matrix product); the operations are named. Where nothing is sampled (an
-        exact threshold without metrics, small leaves) this is ``optax.chain``, whatever ``inner`` is.
+      ValueError: when ``update`` is traced and something is to be computed twice, ``inner`` mixes
+        entries of a parameter (a norm, a matrix product); the operations are named. Where nothing is
+        (a random mask without metrics, small leaves) this is ``optax.chain``, whatever ``inner`` is.
 
     Example:
       >>> import optax, omerge_jax as om
@@ -108,76 +115,119 @@ def fused_chain(
         def step(grads: Any, inner_state: Any, params: Any) -> tuple[Any, Any]:
             return inner.update(grads, inner_state, params, **extra_args)
 
-        def samples_of_updates(samples: dict[Path, Sample]) -> dict[Path, jax.Array]:
-            take = _taker(samples)
-            sampled_state = optax.tree.map_params(
-                inner, take, state.inner_state, _paths(updates), is_leaf=_is_masked
-            )
-            grads = jax.tree.map(take, updates, _paths(updates))
-            taken = None if params is None else jax.tree.map(take, params, _paths(params))
-            leaves = leaves_by_path(step(grads, sampled_state, taken)[0])
-            return {path: leaves[path] for path in samples}
-
-        def merged_with(proposed: Any, take_samples: TakeSamples) -> tuple[Any, Any]:
+        def merged_with(proposed: Any, look_ahead: LookAhead) -> tuple[Any, Any]:
             return merge.update(
-                proposed, state.merge_state, params, update_samples=take_samples, **extra_args
+                proposed, state.merge_state, params, look_ahead=look_ahead, **extra_args
             )
 
-        wanted = _wanted_samples(merged_with, updates)
-        known: dict[Path, jax.Array] = {}
-        if wanted:
-            _require_elementwise(step, (updates, state.inner_state, params))
+        wanted = _wanted(merged_with, updates)
+        known = Ahead({}, {})
+        if wanted.samples or wanted.fits:
+            arguments = (updates, state.inner_state, params)
+            _require_elementwise(step, arguments)
             count = merge_states(state.merge_state)[0].merge_count
-            known = samples_of_updates(
-                {path: dataclasses.replace(one, step=count) for path, one in wanted.items()}
-            )
+            known = _look_ahead(_Again(inner, step, arguments), wanted, count)
         proposed, inner_state = step(_after(known, updates), state.inner_state, params)
-        merged, merge_state = merged_with(proposed, lambda samples: {p: known[p] for p in samples})
+        merged, merge_state = merged_with(proposed, lambda wanted: _only(known, wanted))
         return merged, FusedChainState(inner_state, merge_state)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _wanted_samples(
-    merged_with: Callable[[Any, TakeSamples], Any], updates: Any
-) -> dict[Path, Sample]:
-    """Returns the samples that a merge asks for; their step is not to be used."""
-    wanted: dict[Path, Sample] = {}
+def _wanted(merged_with: Callable[[Any, LookAhead], Any], updates: Any) -> Wanted:
+    """Returns what a merge asks for; its step is not to be used."""
+    asked = Wanted({}, {})
 
-    def record(samples: dict[Path, Sample]) -> dict[Path, jax.Array]:
-        wanted.update(samples)
-        return {}
+    def record(wanted: Wanted) -> Ahead:
+        asked.samples.update(wanted.samples)
+        asked.fits.update(wanted.fits)
+        return Ahead({}, {})
 
     jax.eval_shape(lambda proposed: merged_with(proposed, record), updates)
-    return wanted
+    return asked
 
 
-def _after(samples: dict[Path, jax.Array], updates: Any) -> Any:
-    """Returns ``updates``, which are not known to the compiler before ``samples`` are.
+def _only(known: Ahead, wanted: Wanted) -> Ahead:
+    """Returns what one merge asks for of what is known."""
+    return Ahead(
+        {p: known.samples[p] for p in wanted.samples}, {p: known.fits[p] for p in wanted.fits}
+    )
 
-    The samples are taken of moments that the step overwrites. Where nothing orders the two, the CPU
-    compiler copies the moments first, which costs more than the step.
+
+def _look_ahead(again: "_Again", wanted: Wanted, count: jax.Array) -> Ahead:
+    """Computes what is wanted from the gradients, moments and parameters."""
+    samples = {path: dataclasses.replace(one, step=count) for path, one in wanted.samples.items()}
+    fits = {path: fit(again.entries(path), count) for path, fit in wanted.fits.items()}
+    return Ahead(again.samples(samples), fits)
+
+
+class _Again:
+    """Updates of an elementwise optimizer, computed once more from parts of what they are made of.
+
+    Args:
+      inner: the optimizer.
+      step: its update.
+      arguments: gradients, state and parameters (or None).
+    """
+
+    def __init__(self, inner: Any, step: Step, arguments: tuple[Any, Any, Any]):
+        self.inner, self.step, self.arguments = inner, step, arguments
+        self.paths = _paths(arguments[0])
+
+    def samples(self, samples: dict[Path, Sample]) -> dict[Path, jax.Array]:
+        """Returns samples of the updates."""
+        if not samples:
+            return {}
+
+        def take(path: Path, x: Any) -> Any:
+            sample = samples.get(path)
+            return x if sample is None else sample.take(x)
+
+        leaves = self._updates(take)
+        return {path: leaves[path] for path in samples}
+
+    def entries(self, path: Path) -> Entries:
+        """Returns the update of one leaf as it can be had again and again."""
+
+        def of(part: Callable[[jax.Array], jax.Array]) -> jax.Array:
+            # The other leaves are left out, or a step of many would be traced many times.
+            return self._updates(lambda p, x: part(x) if p == path else optax.MaskedNode())[path]
+
+        return Entries(
+            shape=leaves_by_path(self.arguments[0])[path].shape,
+            compute=lambda turn: of(lambda x: renewed(x, turn)),
+            sample=lambda sample: of(sample.take),
+        )
+
+    def _updates(self, part: Callable[[Path, Any], Any]) -> dict[Path, jax.Array]:
+        def of(x: Any, name: Any) -> Any:
+            # Where the inner optimizer is masked there is no array, and names of a whole subtree.
+            return x if _is_masked(x) else part(name.path, x)
+
+        grads, state, params = self.arguments
+        state = optax.tree.map_params(self.inner, of, state, self.paths, is_leaf=_is_masked)
+        params = None if params is None else jax.tree.map(of, params, _paths(params))
+        return leaves_by_path(self.step(jax.tree.map(of, grads, self.paths), state, params)[0])
+
+
+def _after(known: Ahead, updates: Any) -> Any:
+    """Returns ``updates``, which are not available to the compiler before what is known of them is.
+
+    That comes from moments that the step overwrites. Where nothing orders the two, the CPU compiler
+    copies the moments first, which costs more than the step.
     """
 
     def add_zero(key_path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        sample = samples.get(path_names(key_path))
-        if sample is None:
-            return update
-        bits = magnitude_bits(sample)
-        low, high = sum_together([bits & 1, bits >> 31], tuple(range(bits.ndim)))
-        # No magnitude has its highest bit set.
-        return update + (low & high).astype(update.dtype)
+        path = path_names(key_path)
+        for one in (known.samples.get(path), known.fits.get(path)):
+            if one is not None:
+                bits = magnitude_bits(one)
+                low, high = sum_together([bits & 1, bits >> 31], tuple(range(bits.ndim)))
+                # No magnitude has its highest bit set.
+                update = update + (low & high).astype(update.dtype)
+        return update
 
     return jax.tree_util.tree_map_with_path(add_zero, updates)
-
-
-def _taker(samples: dict[Path, Sample]) -> Callable[[Any, Any], Any]:
-    def take(x: Any, name: Any) -> Any:
-        # Where the inner optimizer is masked there is no array, and names of a whole subtree.
-        sample = None if _is_masked(x) else samples.get(name.path)
-        return x if sample is None else sample.take(x)
-
-    return take
 
 
 def _is_masked(node: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from omerge_jax.largest import magnitude
 from omerge_jax.numerics import wide_dtype
 from omerge_jax.paths import Path, show
 from omerge_jax.ranked import band, magnitude_ranked, rank_axis_of
@@ -16,7 +17,6 @@ from omerge_jax.sparsify import (
     SparsifyContext,
     check_density,
     identity,
-    magnitude,
     norm_ratio,
     random,
 )

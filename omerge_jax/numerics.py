@@ -1,7 +1,7 @@
 """Small numerical parts that several modules share."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,45 @@ def wide_dtype(dtype: jax.typing.DTypeLike) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def sum_together(arrays: Sequence[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
-    """Sums arrays of one shape and dtype over ``axes`` in one reduction of several outputs.
+def widened(x: jax.Array) -> jax.Array:
+    """Returns ``x`` in the dtype it is computed in, as it is where it is stored.
+
+    What has just been computed in bfloat16 compilers are free not to round in between, and whether
+    they do may differ from one place where it is computed to the next.
+    """
+    wide = x.astype(wide_dtype(x.dtype))
+    if x.dtype != jnp.bfloat16:
+        return wide
+    return jax.lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
+
+
+Reduction = Literal["sum", "max", "min"]
+_COMBINE = {"sum": jnp.add, "max": jnp.maximum, "min": jnp.minimum}
+
+
+def reduce_together(
+    wanted: Sequence[tuple[jax.Array, Reduction]], axes: tuple[int, ...]
+) -> list[jax.Array]:
+    """Reduces arrays of one shape over ``axes`` in one reduction of several outputs.
 
     What the arrays are computed from is read once, and the CPU compiler vectorises a reduction of
     several outputs where it does not vectorise a single one.
     """
+    kinds = [kind for _, kind in wanted]
 
-    def add(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
-        return [a + b for a, b in zip(left, right, strict=True)]
+    def combine(left: Any, right: Any) -> list[jax.Array]:
+        return [_COMBINE[kind](a, b) for kind, a, b in zip(kinds, left, right, strict=True)]
 
-    zeros = [jnp.zeros([], array.dtype) for array in arrays]
-    return jax.lax.reduce(list(arrays), zeros, add, axes)
+    largest = jnp.uint32(2**32 - 1)
+    starts = [largest if kind == "min" else jnp.zeros([], x.dtype) for x, kind in wanted]
+    return list(jax.lax.reduce([x for x, _ in wanted], starts, combine, axes))
+
+
+def sum_together(arrays: Sequence[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
+    """Sums arrays of one shape, see `reduce_together`."""
+    return reduce_together([(array, "sum") for array in arrays], axes)
+
+
+def renewed(tree: Any, turn: jax.Array) -> Any:
+    """Returns a tree of arrays as it is, which the compiler takes to depend on ``turn``."""
+    return jax.lax.optimization_barrier((turn, tree))[1]

@@ -13,6 +13,7 @@ import optax
 from omerge_jax import consensus as consensus_lib
 from omerge_jax import sparsify
 from omerge_jax.consensus import Consensus
+from omerge_jax.largest import magnitude
 from omerge_jax.paths import LayerAxes
 from omerge_jax.rounding import Rounding
 from omerge_jax.sparsify import Sparsifier
@@ -202,7 +203,7 @@ def on_ties(
       every_k: see `online_merge`.
       rescale: see `magnitude`.
       election: see `sign`.
-      threshold: see `magnitude`; chain a sampled one with `fused_chain`.
+      threshold: see `magnitude`; in `fused_chain` neither needs an array of the update.
       storage: see `online_merge`.
       rounding: see `online_merge`.
       seed: integer that fixes the rounding and which of equal magnitudes are kept.
@@ -224,7 +225,7 @@ def on_ties(
       Lu et al., https://arxiv.org/abs/2405.17931, Section 3.2 (OnTIES), Eq. 5 to 7.
     """
     return online_merge(
-        sparsify.magnitude(density, rescale=rescale, threshold=threshold, seed=seed),
+        magnitude(density, rescale=rescale, threshold=threshold, seed=seed),
         consensus_lib.sign(election),
         alpha=alpha,
         delta=delta,

@@ -11,6 +11,7 @@ import optax
 
 from omerge_jax import consensus, sparsify
 from omerge_jax.fused import fused_chain
+from omerge_jax.largest import magnitude
 from omerge_jax.paths import LayerAxes
 from omerge_jax.rounding import Rounding
 from omerge_jax.rule import Finish
@@ -218,7 +219,7 @@ def on_ties_adamw(
       Lu et al., https://arxiv.org/abs/2405.17931, Algorithm 1, and its published code.
     """
     merge = merge_transformation(
-        sparsify.magnitude(density, rescale=rescale, threshold=threshold, seed=seed),
+        magnitude(density, rescale=rescale, threshold=threshold, seed=seed),
         consensus.sign(election),
         alpha=alpha,
         delta=delta,

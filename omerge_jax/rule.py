@@ -10,11 +10,20 @@ import jax.numpy as jnp
 
 from omerge_jax.consensus import Consensus
 from omerge_jax.diagnostics import SAMPLE_ENTRIES
+from omerge_jax.exact import Entries
 from omerge_jax.paths import LayerAxes, Path, leaves_by_path, resolve_layer_axes
 from omerge_jax.rounding import Rounding
 from omerge_jax.sample import Sample, choose_sample
-from omerge_jax.sparsify import FittedSparsifier, SampledSparsifier, Sparsifier, SparsifyContext
+from omerge_jax.sparsify import (
+    FittedSparsifier,
+    RecomputingSparsifier,
+    SampledSparsifier,
+    Sparsifier,
+    SparsifyContext,
+)
 from omerge_jax.storage import Recipe, Storage, is_delta_leaf
+
+FitEntries = Callable[[Entries, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,3 +125,20 @@ class Merge:
         if not self.diagnostics:
             return None
         return choose_sample(shape, ctx.layer_axes, SAMPLE_ENTRIES, step)
+
+    def fit_entries(self, shape: tuple[int, ...], path: Path) -> FitEntries | None:
+        """Returns what fits the sparsifier to an update that is computed anew wherever it is read.
+
+        It is called with the entries and the step; None for where there is no such thing, or no need.
+        """
+        sparsifier = self.sparsifier
+        if not isinstance(sparsifier, RecomputingSparsifier):
+            return None
+        static = self.context(shape, path, jnp.zeros([], jnp.int32), "update")
+        if sparsifier.choose_first_sample(shape, static) is None:
+            return None
+
+        def fit(entries: Entries, step: jax.Array) -> jax.Array:
+            return sparsifier.fit_entries(entries, self.context(shape, path, step, "update"))
+
+        return fit

@@ -18,18 +18,14 @@ import jax.numpy as jnp
 import optax
 
 from omerge_jax import random_mask
+from omerge_jax.exact import Entries
 from omerge_jax.numerics import wide_dtype
 from omerge_jax.paths import Path
-from omerge_jax.sample import Sample, choose_sample
-from omerge_jax.threshold import (
-    Bracket,
-    is_beyond,
-    per_layer,
-    search,
-    top_k_edge,
-    top_k_threshold,
-)
+from omerge_jax.sample import Sample
+from omerge_jax.threshold import per_layer
 from omerge_jax.tie_order import TieOrder
+
+Shaped = jax.Array | jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +52,7 @@ class SparsifyContext:
             return self.sample.coordinates()
         return [jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) for axis in range(x.ndim)]
 
-    def leaf_shape(self, x: jax.Array) -> Sequence[int]:
+    def leaf_shape(self, x: Shaped) -> Sequence[int]:
         """Returns the shape of the leaf that ``x`` is, or is a sample of."""
         return x.shape if self.sample is None else self.sample.shape
 
@@ -98,6 +94,19 @@ class SampledSparsifier(FittedSparsifier, Protocol):
 
     def choose_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
         """Returns the sample to fit, of a leaf of ``shape``; None for all of it."""
+        ...
+
+
+@runtime_checkable
+class RecomputingSparsifier(FittedSparsifier, Protocol):
+    """A fitted sparsifier that can fit a leaf which is computed anew at every pass over it."""
+
+    def choose_first_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
+        """Returns the sample that `fit_entries` asks for; None where `fit` is what to call."""
+        ...
+
+    def fit_entries(self, entries: Entries, ctx: SparsifyContext) -> jax.Array:
+        """Returns what ``fit`` of the whole leaf returns."""
         ...
 
 
@@ -263,146 +272,7 @@ def static_density(density: optax.ScalarOrSchedule) -> float:
     return density
 
 
-# With a share p kept, 1/p times as many entries are looked at: the share that is really kept is then
-# off by half a percent of p (one standard deviation).
-_SAMPLE_ENTRIES = 2.0**15
-# For where an exact threshold is looked for first.
-_BRACKET_ENTRIES = 2.0**13
-# For a density that is not a Python number.
-_DENSITY_IF_UNKNOWN = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class _Magnitude:
-    density: optax.ScalarOrSchedule
-    rescale: Literal["none", "norm"]
-    threshold: Literal["exact", "sampled"]
-    seed: jax.typing.ArrayLike
-    takes_samples = True
-
-    def __call__(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        return self.apply(x, self.fit(x, ctx), ctx)
-
-    def choose_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
-        if self.threshold == "exact" or keeps_all(self.density):
-            return None
-        return choose_sample(shape, ctx.layer_axes, _SAMPLE_ENTRIES / self._share, ctx.step)
-
-    @property
-    def _share(self) -> float:
-        density = self.density
-        return density if isinstance(density, (int, float)) else _DENSITY_IF_UNKNOWN
-
-    def fit(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array | None:
-        if keeps_all(self.density):
-            return None
-        if ctx.sample is None and (sample := self.choose_sample(x.shape, ctx)) is not None:
-            x, ctx = sample.take(x), dataclasses.replace(ctx, sample=sample)
-        order = tie_order(x, ctx, self.seed)
-        fitted = top_k_edge(x, self._count(x, ctx), order, ctx.layer_axes, self._bracket(x, ctx))
-        if self.rescale == "none":
-            return fitted
-        scale = norm_ratio(x, self._keep(x, fitted, ctx), ctx.layer_axes, 0.0)
-        return jnp.concatenate([fitted, scale.astype(jnp.float32)[..., None]], axis=-1)
-
-    def passes(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        """Returns how often `fit` reads ``x``, or its sample, an int32 scalar."""
-        if ctx.sample is None and (sample := self.choose_sample(x.shape, ctx)) is not None:
-            x, ctx = sample.take(x), dataclasses.replace(ctx, sample=sample)
-        order = tie_order(x, ctx, self.seed)
-        return search(x, self._count(x, ctx), order, ctx.layer_axes, self._bracket(x, ctx))[2]
-
-    def apply(self, x: jax.Array, fitted: jax.Array | None, ctx: SparsifyContext) -> jax.Array:
-        if fitted is None:
-            return x
-        kept = self._keep(x, fitted, ctx)
-        return kept if self.rescale == "none" else kept * per_layer(fitted[..., 3], x)
-
-    def capacity(self, entries: int) -> int:
-        return _count_of(static_density(self.density), entries)
-
-    def _keep(self, x: jax.Array, fitted: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        return jnp.where(is_beyond(x, fitted[..., :3], tie_order(x, ctx, self.seed)), x, 0)
-
-    def _bracket(self, x: jax.Array, ctx: SparsifyContext) -> Bracket | None:
-        """Returns where a sample says that the threshold is; None for a tensor that is small."""
-        sample = None
-        if ctx.sample is None:
-            entries = _BRACKET_ENTRIES / self._share
-            sample = choose_sample(x.shape, ctx.layer_axes, entries, ctx.step)
-        if sample is None:
-            return None
-        looked_at = sample.take(x)
-        count = self._count(looked_at, ctx)
-        # Six standard deviations of the count that a random sample of this size has.
-        margin = jnp.ceil(6 * jnp.sqrt(count.astype(jnp.float32))).astype(jnp.uint32)
-        more = jnp.minimum(count + margin, math.prod(looked_at.shape[ctx.layer_axes :]))
-        fewer = jnp.maximum(count, margin + 1) - margin
-        return Bracket(*(top_k_threshold(looked_at, k, ctx.layer_axes) for k in (more, fewer)))
-
-    def _count(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        entries = math.prod(x.shape[ctx.layer_axes :])
-        density = density_at(self.density, ctx.step)
-        if isinstance(density, (int, float)):
-            return jnp.uint32(_count_of(density, entries))
-        # The product of a float32 density is exact enough, but may round up to 2**32.
-        share = jnp.asarray(density, jnp.float32)
-        count = jnp.minimum(jnp.floor(share * entries), 4294967040.0).astype(jnp.uint32)
-        return jnp.where(count >= 1, jnp.minimum(count, jnp.uint32(entries)), jnp.uint32(entries))
-
-
-def tie_order(x: jax.Array, ctx: SparsifyContext, seed: jax.typing.ArrayLike) -> TieOrder:
+def tie_order(x: Shaped, ctx: SparsifyContext, seed: jax.typing.ArrayLike) -> TieOrder:
     """Returns the order in which equal magnitudes of ``x`` are kept."""
     start = random_mask.order_start(seed, ctx.step, ctx.path)
     return TieOrder(start, tuple(ctx.leaf_shape(x)), ctx.layer_axes, ctx.sample)
-
-
-def _count_of(density: float, entries: int) -> int:
-    count = int(density * entries)
-    return count if count >= 1 else entries
-
-
-def magnitude(
-    density: optax.ScalarOrSchedule,
-    *,
-    rescale: Literal["none", "norm"] = "none",
-    threshold: Literal["exact", "sampled"] = "exact",
-    seed: jax.typing.ArrayLike = 0,
-) -> FittedSparsifier:
-    """Keeps the ``int(density * n)`` entries of largest magnitude of each tensor (TIES).
-
-    Exactly so many: of entries that tie with the smallest kept magnitude (all of them after a sign
-    optimizer such as ``optax.lion``) a choice spread evenly over the tensor is kept, another one at
-    every step. A tensor too small to keep one entry is left dense, as in the authors' code.
-
-    Args:
-      density: share kept, in (0, 1]; a float, a schedule of the step, or traced. Only a Python float
-        gives the count exactly; others are multiplied in float32.
-      rescale: ``"norm"`` gives what is kept the L1 norm it had before, per tensor.
-      threshold: ``"exact"`` finds the threshold in about six passes over the tensor; ``"sampled"``
-        takes it from about 32768 / density entries of each tensor, at least 1/64 of them, in rows that
-        change from step to step: no pass over all of it, and a share kept that is off by about half a
-        percent of itself. Tensors hardly larger than their sample are done exactly.
-      seed: integer that, with the step, path and index, orders equal magnitudes.
-
-    Returns:
-      A sparsifier with ``fit`` and ``apply``.
-
-    Raises:
-      ValueError: a density outside (0, 1], an unknown ``rescale`` or ``threshold``.
-
-    Example:
-      >>> ctx = SparsifyContext(step=jnp.int32(0), path=("w",), role="update")
-      >>> magnitude(0.5)(jnp.array([0.1, -5.0, 2.0, -0.3]), ctx).tolist()
-      [0.0, -5.0, 2.0, 0.0]
-
-    References:
-      Yadav et al., TIES-Merging, https://arxiv.org/abs/2306.01708; Lu et al.,
-      https://arxiv.org/abs/2405.17931, Section 3.2.
-    """
-    check_density(density)
-    if rescale not in ("none", "norm"):
-        raise ValueError(f"rescale must be 'none' or 'norm', got rescale = {rescale!r}")
-    if threshold not in ("exact", "sampled"):
-        raise ValueError(f"threshold must be 'exact' or 'sampled', got threshold = {threshold!r}")
-    return _Magnitude(density, rescale, threshold, seed)

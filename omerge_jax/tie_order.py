@@ -1,6 +1,7 @@
 """The order in which entries of equal magnitude are kept."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -41,3 +42,8 @@ class TieOrder:
             coordinates = self.sample.coordinates()
         inner = [coordinate + moved for coordinate in coordinates[self.layer_axes :]]
         return random_mask.spread_order(self.start, inner, self.shape[self.layer_axes :])
+
+    def at(self, index: jax.Array) -> jax.Array:
+        """Returns the order of entries by their row-major index in the tensor, uint32."""
+        size = math.prod(self.shape[self.layer_axes :])
+        return random_mask.spread_order(self.start, [index], (size,))

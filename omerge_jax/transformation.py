@@ -195,7 +195,7 @@ def merge_transformation(
         *,
         reference_params: Any = None,
         base_params: Any = None,
-        update_samples: Any = None,
+        look_ahead: Any = None,
         alpha_scale: chex.Numeric = 1.0,
         **extra_args: Any,
     ) -> tuple[optax.Updates, OnlineMergeState]:
@@ -204,7 +204,7 @@ def merge_transformation(
         reference = (reference_params, base_params)
         _require_arguments(merge, params, reference)
         rate = _scaled(alpha, alpha_scale, state.merge_count)
-        step = MergeStep(merge, state, rate, updates, params, reference, update_samples)
+        step = MergeStep(merge, state, rate, updates, params, reference, look_ahead)
         cached = None
         if plain:
             merged, residual, scalars = step.merge(updates, None)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from omerge_jax.threshold import Bracket, is_beyond, search, top_k_edge, top_k_threshold
+from omerge_jax.threshold import top_k_threshold
 
 jitted = jax.jit(top_k_threshold, static_argnums=2)
 
@@ -42,30 +42,6 @@ def test_keeps_exactly_k_where_magnitudes_differ():
     assert len(np.unique(np.abs(x))) == x.size
     for k in (1, 2, 17, 3000, 29_999, 30_001):
         assert kept(jnp.asarray(x), k).sum() == k
-
-
-@pytest.mark.parametrize("low_share", [0.0, 0.02, 0.1, 0.11, 0.5])
-@pytest.mark.parametrize("high_share", [0.0, 0.02, 0.1, 0.11, 0.5])
-def test_a_bracket_may_be_right_or_wrong(low_share, high_share):
-    """The edge is the same wherever the search starts, also with ties and in several layers."""
-    x = np.random.default_rng(5).normal(size=(2, 5000)).astype(np.float32).round(2)
-    x[1] *= 1e-20
-    ordered = np.sort(np.abs(x), axis=1)[:, ::-1]
-    bracket = Bracket(*(jnp.asarray(ordered[:, int(s * 4999)]) for s in (high_share, low_share)))
-    order = jnp.arange(5000, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
-    given = jax.tree_util.Partial(lambda order, never: order, order)
-    edge = top_k_edge(jnp.asarray(x), 500, given, 1, bracket)
-    kept = np.asarray(is_beyond(jnp.asarray(x), edge, given))
-    for row, among in zip(np.abs(x), kept, strict=True):
-        ranked = np.lexsort((np.asarray(order), row))[::-1]
-        np.testing.assert_array_equal(np.sort(np.flatnonzero(among)), np.sort(ranked[:500]))
-
-
-def test_a_bracket_saves_passes():
-    x = jnp.asarray(np.random.default_rng(6).normal(size=100_000), jnp.float32)
-    bracket = Bracket(*jnp.float32([1.63, 1.66]))
-    with_it, without = (int(search(x, 10_000, None, 0, b)[2]) for b in (bracket, None))
-    assert with_it + 2 <= without <= 9
 
 
 def test_ties_at_the_threshold_are_all_kept():

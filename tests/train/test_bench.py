@@ -122,8 +122,7 @@ def test_published_algorithm_follows_the_recorded_run(name):
 # The TPU compiler
 
 
-@pytest.mark.parametrize("bracketed", [False, True])
-def test_passes_are_those_the_search_takes(bracketed, monkeypatch):
+def test_passes_are_those_the_search_takes(monkeypatch):
     taken = []
 
     def loop(unfinished, body, carry):
@@ -134,14 +133,13 @@ def test_passes_are_those_the_search_takes(bracketed, monkeypatch):
 
     monkeypatch.setattr(threshold.jax.lax, "while_loop", loop)
     x = jnp.asarray(np.random.default_rng(0).standard_normal(2000, np.float32))
-    bracket = threshold.Bracket(jnp.float32(1.6), jnp.float32(1.7)) if bracketed else None
-    _, _, passes = threshold.search(x, 200, None, 0, bracket)
+    _, _, passes = threshold.search(x, 200, None)
     assert passes == len(taken) >= 1
 
 
 def test_a_bracket_and_a_sample_save_passes():
     passes = compiled.search_passes(2**22, 0.1)
-    assert 3 <= passes["exact"] <= 8
+    assert 2 <= passes["exact"] <= 4
     assert 3 <= passes["sampled"] <= 9
 
 

@@ -89,8 +89,10 @@ def test_random_masks_and_sampled_thresholds_ride_along():
 def test_an_exact_threshold_stays_below_three_steps():
     from train.bench import cases
 
-    rows, _ = figures(cases.BASELINE, cases.TIES_EXACT)
+    rows, leaf = figures(cases.BASELINE, cases.TIES_EXACT, cases.TIES_FUSED_EXACT)
     assert rows[cases.TIES_EXACT]["bytes_ratio"] <= 3
+    assert rows[cases.TIES_FUSED_EXACT]["bytes_ratio"] <= 3
+    assert rows[cases.TIES_FUSED_EXACT]["temp_bytes"] < leaf
 
 
 @needs_compiler

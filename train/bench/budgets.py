@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from train.bench.cases import DARE, TIES_CHAINED, TIES_EXACT, TIES_SAMPLED
+from train.bench.cases import DARE, TIES_CHAINED, TIES_EXACT, TIES_FUSED_EXACT, TIES_SAMPLED
 
 _SHARE_TOLERANCE = 0.02
 
@@ -52,7 +52,8 @@ def _by_name(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _times(rows: dict[str, dict[str, Any]]) -> list[Budget]:
-    limits = {DARE: 1.15, TIES_EXACT: 8.0, TIES_CHAINED: 1.6, TIES_SAMPLED: 1.6}
+    exact = {TIES_EXACT: 8.0, TIES_FUSED_EXACT: 8.0}
+    limits = {DARE: 1.15, **exact, TIES_CHAINED: 1.6, TIES_SAMPLED: 1.6}
     return [
         Budget(f"CPU time ÷ optax.adamw: {name}", limit, rows.get(name, {}).get("ratio"))
         for name, limit in limits.items()
@@ -99,6 +100,8 @@ def _compiled(
         temp(DARE, 0.0),
         ratio(TIES_EXACT, 3.0),
         temp(TIES_EXACT, leaf, below=True),
+        ratio(TIES_FUSED_EXACT, 3.0),
+        temp(TIES_FUSED_EXACT, leaf, below=True),
         ratio(TIES_CHAINED, 1.5),
         temp(TIES_CHAINED, leaf, below=True),
         ratio(TIES_SAMPLED, 1.5),

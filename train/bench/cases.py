@@ -14,6 +14,7 @@ import omerge_jax as om
 BASELINE = "optax.adamw"
 DARE = "chain, on_dare p=0.01, bf16"
 TIES_EXACT = "chain, on_ties exact p=0.1, bf16"
+TIES_FUSED_EXACT = "fused_chain, on_ties exact p=0.1, bf16"
 TIES_CHAINED = "chain, on_ties sampled p=0.1, bf16"
 TIES_SAMPLED = "fused_chain, on_ties sampled p=0.1, bf16"
 PINNED = "chain, on_dare p=0.01, pinned_host"
@@ -34,6 +35,8 @@ class Case:
       delta: dtype of the delta it is given; ``"recompute"`` where ``update`` takes both models,
         ``"none"`` where there is no merge.
       threshold: how an ``on_ties`` finds its threshold; None for other optimizers.
+      arrays_per_pass: how many float32 arrays as large as the leaf a pass of the search reads: the
+        update, or what it is computed from anew.
       on_accelerators: whether it needs a memory of the host's beside the device's.
     """
 
@@ -41,6 +44,7 @@ class Case:
     transformation: optax.GradientTransformation
     delta: Delta = "bfloat16"
     threshold: Literal["exact", "sampled"] | None = None
+    arrays_per_pass: int = 1
     on_accelerators: bool = False
 
 
@@ -104,6 +108,8 @@ def _ties_cases() -> list[Case]:
             "exact",
             delta="recompute",
         ),
+        # Gradients, two moments and parameters.
+        case(TIES_FUSED_EXACT, fused(_adamw(), exact()), "exact", arrays_per_pass=4),
         case(TIES_CHAINED, chain(_adamw(), sampled()), "sampled"),
         case(TIES_SAMPLED, fused(_adamw(), sampled()), "sampled"),
         case(

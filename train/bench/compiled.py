@@ -23,8 +23,9 @@ from train.bench.cases import (
     make_step,
 )
 
-# The search among magnitudes and the search among ties: the compiler counts the body of each once.
-_LOOPS = 2
+# The compiler counts the body of a loop once. A large leaf has one; a sample has one for magnitudes
+# and one for ties.
+_LOOPS = {"exact": 1, "sampled": 2}
 
 
 def make_mesh(topology: str) -> Mesh:
@@ -114,7 +115,7 @@ def step_figures(
       shapes: tree of the parameters' shapes.
       compared: the cases, the baseline first.
       passes: from `search_passes`. The compiler counts the body of a loop once, so the others are
-        added: each reads what it searches, in float32.
+        added: each reads what it searches, in float32, or what that is computed from.
       say: is given the name of every case before it is compiled.
 
     Returns:
@@ -142,7 +143,10 @@ def _figures(case: Case, placement: Placement, passes: dict[str, int]) -> dict[s
     cost, memory = later.cost_analysis(), first.memory_analysis()
     once = float(cost["bytes accessed"])
     searched = 4 * searched_entries(case, placement.params) / placement.mesh.size
-    uncounted = 0 if case.threshold is None else max(0, passes[case.threshold] - _LOOPS)
+    uncounted = 0
+    if case.threshold is not None:
+        more = max(0, passes[case.threshold] - _LOOPS[case.threshold])
+        uncounted = more * case.arrays_per_pass
     return {
         "optimizer": case.name,
         "bytes": once + uncounted * searched,

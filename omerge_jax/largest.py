@@ -1,0 +1,186 @@
+"""F by magnitude (TIES): the largest entries of each tensor are kept."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from omerge_jax.exact import Bracket, Entries, find_edge, held, large_top_k_edge
+from omerge_jax.sample import Sample, choose_sample
+from omerge_jax.sparsify import (
+    FittedSparsifier,
+    Shaped,
+    SparsifyContext,
+    check_density,
+    density_at,
+    keeps_all,
+    norm_ratio,
+    static_density,
+    tie_order,
+)
+from omerge_jax.threshold import is_beyond, per_layer, search, top_k_edge, top_k_threshold
+
+# With a share p kept, 1/p times as many entries are looked at: the share that is really kept is then
+# off by half a percent of p (one standard deviation).
+_SAMPLE_ENTRIES = 2.0**15
+# For where an exact threshold is looked for first.
+_BRACKET_ENTRIES = 2.0**13
+# For a density that is not a Python number.
+_DENSITY_IF_UNKNOWN = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Magnitude:
+    density: optax.ScalarOrSchedule
+    rescale: Literal["none", "norm"]
+    threshold: Literal["exact", "sampled"]
+    seed: jax.typing.ArrayLike
+    takes_samples = True
+
+    def __call__(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
+        return self.apply(x, self.fit(x, ctx), ctx)
+
+    def choose_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
+        if self.threshold == "exact" or keeps_all(self.density):
+            return None
+        return choose_sample(shape, ctx.layer_axes, _SAMPLE_ENTRIES / self._share, ctx.step)
+
+    @property
+    def _share(self) -> float:
+        density = self.density
+        return density if isinstance(density, (int, float)) else _DENSITY_IF_UNKNOWN
+
+    def fit(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array | None:
+        if keeps_all(self.density):
+            return None
+        if ctx.sample is None and (sample := self.choose_sample(x.shape, ctx)) is not None:
+            x, ctx = sample.take(x), dataclasses.replace(ctx, sample=sample)
+        count, order = self._count(x, ctx), tie_order(x, ctx, self.seed)
+        first = self.choose_first_sample(x.shape, ctx)
+        if first is None:
+            edge = top_k_edge(x, count, order, ctx.layer_axes)
+        else:
+            bracket = self._bracket(first.take(x), ctx)
+            edge = large_top_k_edge(x, count, order, ctx.layer_axes, bracket)
+        return self._scaled(edge, x, ctx)
+
+    def choose_first_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
+        if ctx.sample is not None or keeps_all(self.density):
+            return None
+        if self.choose_sample(shape, ctx) is not None:
+            return None
+        return choose_sample(shape, ctx.layer_axes, _BRACKET_ENTRIES / self._share, ctx.step)
+
+    def fit_entries(self, entries: Entries, ctx: SparsifyContext) -> jax.Array:
+        edge = self._find_edge(entries, ctx)[0]
+        return self._scaled(edge, entries.compute(jnp.int32(0)), ctx)
+
+    def passes(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
+        """Returns how often `fit` reads ``x``, or its sample, an int32 scalar."""
+        if self.choose_first_sample(x.shape, ctx) is not None:
+            return self._find_edge(held(x), ctx)[1]
+        if ctx.sample is None and (sample := self.choose_sample(x.shape, ctx)) is not None:
+            x, ctx = sample.take(x), dataclasses.replace(ctx, sample=sample)
+        order = tie_order(x, ctx, self.seed)
+        return search(x, self._count(x, ctx), order, ctx.layer_axes)[2]
+
+    def _find_edge(self, entries: Entries, ctx: SparsifyContext) -> tuple[jax.Array, jax.Array]:
+        first = self.choose_first_sample(entries.shape, ctx)
+        assert first is not None
+        like = jax.ShapeDtypeStruct(entries.shape, jnp.float32)
+        bracket = self._bracket(entries.sample(first), ctx)
+        order = tie_order(like, ctx, self.seed)
+        return find_edge(entries, self._count(like, ctx), order, ctx.layer_axes, bracket)
+
+    def _scaled(self, edge: jax.Array, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
+        if self.rescale == "none":
+            return edge
+        scale = norm_ratio(x, self._keep(x, edge, ctx), ctx.layer_axes, 0.0)
+        return jnp.concatenate([edge, scale.astype(jnp.float32)[..., None]], axis=-1)
+
+    def apply(self, x: jax.Array, fitted: jax.Array | None, ctx: SparsifyContext) -> jax.Array:
+        if fitted is None:
+            return x
+        kept = self._keep(x, fitted, ctx)
+        return kept if self.rescale == "none" else kept * per_layer(fitted[..., 3], x)
+
+    def capacity(self, entries: int) -> int:
+        return _count_of(static_density(self.density), entries)
+
+    def _keep(self, x: jax.Array, fitted: jax.Array, ctx: SparsifyContext) -> jax.Array:
+        return jnp.where(is_beyond(x, fitted[..., :3], tie_order(x, ctx, self.seed)), x, 0)
+
+    def _bracket(self, sampled: jax.Array, ctx: SparsifyContext) -> Bracket:
+        """Returns where a sample says that the threshold is."""
+        count = self._count(sampled, ctx)
+        # Six standard deviations of the count that a random sample of this size has.
+        margin = jnp.ceil(6 * jnp.sqrt(count.astype(jnp.float32))).astype(jnp.uint32)
+        more = jnp.minimum(count + margin, math.prod(sampled.shape[ctx.layer_axes :]))
+        fewer = jnp.maximum(count, margin + 1) - margin
+        return Bracket(*(top_k_threshold(sampled, k, ctx.layer_axes) for k in (more, fewer)))
+
+    def _count(self, x: Shaped, ctx: SparsifyContext) -> jax.Array:
+        entries = math.prod(x.shape[ctx.layer_axes :])
+        density = density_at(self.density, ctx.step)
+        if isinstance(density, (int, float)):
+            return jnp.uint32(_count_of(density, entries))
+        # The product of a float32 density is exact enough, but may round up to 2**32.
+        share = jnp.asarray(density, jnp.float32)
+        count = jnp.minimum(jnp.floor(share * entries), 4294967040.0).astype(jnp.uint32)
+        return jnp.where(count >= 1, jnp.minimum(count, jnp.uint32(entries)), jnp.uint32(entries))
+
+
+def _count_of(density: float, entries: int) -> int:
+    count = int(density * entries)
+    return count if count >= 1 else entries
+
+
+def magnitude(
+    density: optax.ScalarOrSchedule,
+    *,
+    rescale: Literal["none", "norm"] = "none",
+    threshold: Literal["exact", "sampled"] = "exact",
+    seed: jax.typing.ArrayLike = 0,
+) -> FittedSparsifier:
+    """Keeps the ``int(density * n)`` entries of largest magnitude of each tensor (TIES).
+
+    Exactly so many: of entries that tie with the smallest kept magnitude (all of them after a sign
+    optimizer such as ``optax.lion``) a choice spread evenly over the tensor is kept, another one at
+    every step. A tensor too small to keep one entry is left dense, as in the authors' code.
+
+    Args:
+      density: share kept, in (0, 1]; a float, a schedule of the step, or traced. Only a Python float
+        gives the count exactly; others are multiplied in float32.
+      rescale: ``"norm"`` gives what is kept the L1 norm it had before, per tensor.
+      threshold: ``"exact"`` finds the threshold in about three passes over the tensor (a small one,
+        in about six), which in `fused_chain` compute it anew every time; ``"sampled"``
+        takes it from about 32768 / density entries of each tensor, at least 1/64 of them, in rows that
+        change from step to step: no pass over all of it, and a share kept that is off by about half a
+        percent of itself. Tensors hardly larger than their sample are done exactly.
+      seed: integer that, with the step, path and index, orders equal magnitudes.
+
+    Returns:
+      A sparsifier with ``fit`` and ``apply``.
+
+    Raises:
+      ValueError: a density outside (0, 1], an unknown ``rescale`` or ``threshold``.
+
+    Example:
+      >>> ctx = SparsifyContext(step=jnp.int32(0), path=("w",), role="update")
+      >>> magnitude(0.5)(jnp.array([0.1, -5.0, 2.0, -0.3]), ctx).tolist()
+      [0.0, -5.0, 2.0, 0.0]
+
+    References:
+      Yadav et al., TIES-Merging, https://arxiv.org/abs/2306.01708; Lu et al.,
+      https://arxiv.org/abs/2405.17931, Section 3.2.
+    """
+    check_density(density)
+    if rescale not in ("none", "norm"):
+        raise ValueError(f"rescale must be 'none' or 'norm', got rescale = {rescale!r}")
+    if threshold not in ("exact", "sampled"):
+        raise ValueError(f"threshold must be 'exact' or 'sampled', got threshold = {threshold!r}")
+    return _Magnitude(density, rescale, threshold, seed)
