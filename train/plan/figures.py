@@ -61,12 +61,14 @@ class Work:
         hbm_bytes: Read from and written to memory; None where nobody has counted them.
         sent: Bytes that each kind of collective brings from other chips.
         uncounted_loops: Loops of unknown length, whose body counts once.
+        uncounted_kernels: Kernels of their own (Pallas) of which nothing is known.
     """
 
     flops: float
     hbm_bytes: float | None
     sent: dict[str, float] = field(default_factory=dict)
     uncounted_loops: int = 0
+    uncounted_kernels: int = 0
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def _compiled(
             temporaries=memory.temp_size_in_bytes + new,
             program=memory.generated_code_size_in_bytes,
         ),
-        Work(cost.flops, cost.hbm_bytes, cost.sent, len(cost.loops)),
+        Work(cost.flops, cost.hbm_bytes, cost.sent, len(cost.loops), len(cost.kernels)),
     )
 
 

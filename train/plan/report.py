@@ -103,6 +103,10 @@ def _show_times(plan: Plan, console: Console) -> None:
             f"{work.uncounted_loops} loops of unknown length, such as searches for a threshold, count "
             "once."
         )
+    if work is not None and work.uncounted_kernels:
+        console.print(
+            f"What {work.uncounted_kernels} kernels of their own compute and move is not counted."
+        )
 
 
 def _show_verdict(plan: Plan, advised: Sequence[str], console: Console) -> None:
