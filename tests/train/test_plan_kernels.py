@@ -23,7 +23,8 @@ from train.plan.cost import program_cost
 
 heads, kv_heads, length, width = json.loads(sys.argv[1])
 chips = topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu").devices
-mesh = Mesh(np.array(chips).reshape(1, 4, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+kinds = (AxisType.Auto,) * 3
+mesh = Mesh(np.array(chips).reshape(1, 4, 1), ("data", "fsdp", "tensor"), axis_types=kinds)
 place = NamedSharding(mesh, P("fsdp"))
 def shape(heads):
     return jax.ShapeDtypeStruct((4, length, heads, width), jnp.bfloat16, sharding=place)
@@ -69,7 +70,7 @@ TEXT = """
   %table = s8[1,4,4]{2,1,0:S(1)} constant({...})
   %k = bf16[2,2,1024,128]{3,2,1,0} broadcast(%i), dimensions={}
   %kernel.1 = KERNEL
-"xprof_metadata":"{\\"block_q\\": 256, \\"block_kv\\": 256, \\"block_q_dkv\\": 256, \\"block_kv_dkv\\": 512}"
+"xprof_metadata":"{BLOCKS}"
 }}, metadata={op_name="jit(f)/splash_mha_PHASE_no_residuals/pallas_call"}
   %one = s32[] constant(1)
   %next = s32[] add(%i, %one)
@@ -91,6 +92,8 @@ ENTRY %main (q: bf16[2,4,1024,128]) -> bf16[2,4,1024,128] {
   ROOT %last = bf16[2,4,1024,128]{3,2,1,0} get-tuple-element(%loop), index=1
 }
 """
+BLOCKS = {"block_q": 256, "block_kv": 256, "block_q_dkv": 256, "block_kv_dkv": 512}
+TEXT = TEXT.replace("{BLOCKS}", json.dumps(BLOCKS).replace('"', '\\"'))
 FORWARD = (
     "bf16[2,4,1024,128]{3,2,1,0} custom-call(%table, %table, %q, %k, %k), "
     'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={'
