@@ -34,7 +34,13 @@ from train.lock import release
 from train.loop import Job, Loader, fit
 from train.models import ModelConfig, from_hf, split_model
 from train.models.lora import fresh_adapters, is_adapter, read_adapters
-from train.optimizers import check_optimizer, learning_rates, make_schedule, rounds_updates
+from train.optimizers import (
+    check_optimizer,
+    delta_on_host,
+    learning_rates,
+    make_schedule,
+    rounds_updates,
+)
 from train.output_dir import OutputDir, open_output
 from train.prepare import (
     Tokenize,
@@ -203,7 +209,8 @@ class Run:
         """
         trainer = self.config.trainer
         held, given = functools.cache(frozen), functools.cache(models)
-        shardings = state_shardings(like, self.trained_shapes)
+        on_host = delta_on_host(self.config.optimizer)
+        shardings = state_shardings(like, self.trained_shapes, delta_on_host=on_host)
         step = make_train_step(
             loss_fn,
             tx,

@@ -260,6 +260,39 @@ def test_the_search_puts_the_fastest_that_fits_first(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_the_search_compiles_for_a_slice_and_its_best_is_what_a_plan_says(tmp_path):
+    """Sixteen compilations of a tiny model: four meshes with three policies, then four changes."""
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    config.save_pretrained(tmp_path / "model")
+    changes = {"optimizer.delta_mask": "fixed", "optimizer.delta_dtype": None}
+    changes |= {"data.max_prompt_length": 64, "data.max_completion_length": 64}
+    values = big(tmp_path / "model", 32, **changes, **{"model.param_dtype": "float32"})
+    values = {name: value for name, value in values.items() if value is not None}
+    file = tmp_path / "search.json"
+    flagged = {**values, "topology": "v5e:2x2", "search": "true", "output_file": file}
+    shown = run_python("-m", "train", "plan", *flags(flagged))
+    found = json.loads(file.read_text())["search"]
+    assert len(found) == 16
+    assert {one["source"] for one in found} == {"compiler"}
+    steps = [one["roofline_seconds"]["step"] for one in found]
+    assert all(one["fits"] for one in found)
+    assert steps == sorted(steps)
+    best = found[0]["settings"]
+    assert f"mesh {best['mesh.data']}x{best['mesh.fsdp']}x{best['mesh.tensor']}" in shown
+    again = planned({**values, **best}, tmp_path, "v5e:2x2")["plan"]
+    for name in ("hbm_bytes_per_chip", "step_per_chip", "roofline_seconds"):
+        assert again[name] == found[0][name]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -51,6 +51,9 @@ def _memory_table(plan: Plan, plain: Plan | None) -> Table:
     for name, of in rows.items():
         values: list[Memory] = [p.memory for p in (plan, plain) if p is not None]
         table.add_row(name, *_compared([of(memory) / 1e9 for memory in values]))
+    if plan.memory.state.on_host:
+        held = [p.memory.state.on_host / 1e9 for p in (plan, plain) if p is not None]
+        table.add_row("besides, in the host's memory", *_compared(held))
     return table
 
 
