@@ -301,15 +301,15 @@ def test_the_search_puts_the_fastest_that_fits_first(tmp_path, capsys):
 @pytest.mark.slow
 @needs_compiler
 def test_the_search_compiles_for_a_slice_and_its_best_is_what_a_plan_says(tmp_path):
-    """Sixteen compilations of a tiny model: four meshes with three policies, then four changes."""
-    changes = {"optimizer.delta_mask": "fixed", "model.param_dtype": "float32"}
-    values = tiny(tmp_path / "model", 32, **changes)
-    del values["optimizer.delta_dtype"]
+    """Four meshes with three policies, then two numbers of parts; without a merge, to save minutes."""
+    values = tiny(tmp_path / "model", 32, **{"optimizer.name": "adamw"})
+    for name in ("alpha", "density", "delta_dtype"):
+        del values[f"optimizer.{name}"]
     file = tmp_path / "search.json"
     flagged = {**values, "topology": "v5e:2x2", "search": "true", "output_file": file}
     shown = run_python("-m", "train", "plan", *flags(flagged))
     found = json.loads(file.read_text())["search"]
-    assert len(found) == 16
+    assert len(found) == 14
     assert {one["source"] for one in found} == {"compiler"}
     steps = [one["roofline_seconds"]["step"] for one in found]
     assert all(one["fits"] for one in found)
