@@ -59,7 +59,7 @@ def _plan(
 ) -> dict[str, Any]:
     if target.topology.startswith("v6e"):
         console.print(
-            "The compiler takes several times as long for a v6e as for a v5e: many minutes for 8B."
+            "The compiler takes about three times as long for a v6e as for a v5e: minutes for 8B."
         )
     with console.status(f"Compiling a step for {target.topology} ..."):
         plan, plain = make_plan(config, model, target), None
