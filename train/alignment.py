@@ -25,6 +25,7 @@ from train.loop import Prepared
 from train.models import layer_axes
 from train.optimizers import (
     check_optimizer,
+    delta_on_host,
     holds_delta,
     make_optimizer,
     needs_delta,
@@ -250,7 +251,8 @@ class _Alignment:
         return with_reference(dataset, file, names, compute)
 
     def _make_state(self, params: Params, delta: Params | None) -> State:
-        return init_state(params, self.tx, delta, self.run.followers)
+        on_host = delta_on_host(self.config.optimizer)
+        return init_state(params, self.tx, delta, self.run.followers, delta_on_host=on_host)
 
     def _delta_of(self, params: Params, base: Params) -> Params:
         return om.task_vector(params, base, dtype=self.config.optimizer.delta_dtype)

@@ -82,6 +82,11 @@ def holds_delta(options: AdamWOptions) -> bool:
     return needs_delta(options) and not recomputes_delta(options)
 
 
+def delta_on_host(options: AdamWOptions) -> bool:
+    """Whether the delta lies in the host's memory."""
+    return holds_delta(options) and getattr(options, "storage", None) == "pinned_host"
+
+
 def recomputes_delta(options: AdamWOptions) -> bool:
     """Whether every update has to be given the parameters of the reference and of the base."""
     if not isinstance(options, OptimizerOptions):

@@ -37,6 +37,7 @@ from train.models.lora import fresh_adapters, is_adapter, read_adapters
 from train.optimizers import (
     alpha_gate,
     check_optimizer,
+    delta_on_host,
     learning_rates,
     make_schedule,
     rounds_updates,
@@ -210,7 +211,8 @@ class Run:
         """
         trainer = self.config.trainer
         held, given = functools.cache(frozen), functools.cache(models)
-        shardings = state_shardings(like, self.trained_shapes)
+        on_host = delta_on_host(self.config.optimizer)
+        shardings = state_shardings(like, self.trained_shapes, delta_on_host=on_host)
         step = make_train_step(
             loss_fn,
             tx,

@@ -26,7 +26,7 @@ State = dict[str, Any]
 LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
 
 
-def state_shardings(state: Any, params: Any) -> Any:
+def state_shardings(state: Any, params: Any, *, delta_on_host: bool = False) -> Any:
     """Where every array of a training state belongs when `params` are spread over a mesh.
 
     A leaf of the state takes the sharding of the parameter whose key path its own path ends with
@@ -37,6 +37,7 @@ def state_shardings(state: Any, params: Any) -> Any:
     Args:
       state: A training state of arrays or `jax.ShapeDtypeStruct`, as `init_state` makes.
       params: The parameters, with `jax.sharding.NamedSharding`.
+      delta_on_host: The reference delta lies in the host's memory (``storage="pinned_host"``).
 
     Returns:
       A tree of shardings shaped like `state`; `None` when `params` are not on a mesh.
@@ -58,6 +59,8 @@ def state_shardings(state: Any, params: Any) -> Any:
         for start in range(len(names)):
             parameter = by_path.get(names[start:])
             if parameter is not None and parameter.shape == leaf.shape:
+                if delta_on_host and "reference_delta" in names:
+                    return parameter.sharding.with_memory_kind("pinned_host")
                 return parameter.sharding
             if names[-1] in ("places", "values") and names[start:-1] in by_path:
                 return _split_last(leaf, mesh)
@@ -86,6 +89,8 @@ def init_state(
     tx: optax.GradientTransformation,
     delta: Any = None,
     followers: Followers | None = None,
+    *,
+    delta_on_host: bool = False,
 ) -> State:
     """Start a run: a copy of the parameters, the optimizer's state, and step 0.
 
@@ -98,6 +103,7 @@ def init_state(
       delta: Task vector for its online merge, set through `omerge_jax.with_delta`; `None` when
         the optimizer has no use for one.
       followers: Copies of the parameters to hold besides.
+      delta_on_host: See `state_shardings`.
 
     Returns:
       `{"params", "opt_state", "step", "skipped"}`, and `"ema"` and `"reference"` of the followers;
@@ -114,7 +120,8 @@ def init_state(
         # Without the copy, jit hands an input that is returned as it is back as the same buffer.
         return jax.tree.map(jnp.copy, state)
 
-    shardings = state_shardings(jax.eval_shape(init, params, delta), params)
+    shape = jax.eval_shape(init, params, delta)
+    shardings = state_shardings(shape, params, delta_on_host=delta_on_host)
     return jax.jit(init, out_shardings=shardings)(params, delta)
 
 

@@ -18,7 +18,9 @@ from train.config import (
     UserError,
 )
 from train.models.hf_names import decoder_leaves
+from train.plan.measure import make_plan
 from train.plan.program import make_program, read_shape
+from train.plan.target import read_target
 
 # Parameters of the published checkpoints, as their index files and model cards count them.
 PARAMETERS = {
@@ -115,13 +117,35 @@ def test_unknown_shapes_name_the_known_ones():
         read_shape("no-such-model")
 
 
-@pytest.mark.parametrize("storage", ["recompute", "pinned_host"])
-def test_deltas_that_are_not_on_the_chips_are_refused(storage):
+def state_with(storage):
     config = make_config("llama-3-8b")
-    merging = dataclasses.replace(config.optimizer, storage=storage)
+    dtype = None if storage == "recompute" else "bfloat16"
+    merging = dataclasses.replace(config.optimizer, storage=storage, delta_dtype=dtype)
+    model, target = read_shape("llama-3-8b"), read_target("gpu:8x80")
     config = dataclasses.replace(config, optimizer=merging)
-    with pytest.raises(UserError, match=f"optimizer.storage is {storage}; .* dense or sparse"):
-        make_program(config, read_shape("llama-3-8b"), None)
+    return make_plan(config, model, target).memory.state
+
+
+def test_a_delta_on_the_host_leaves_the_chips():
+    dense, there = state_with("dense"), state_with("pinned_host")
+    assert dense.on_host == there.delta - 8 == 0  # merge/alpha and alpha_total stay
+    assert there.on_host == dense.delta - 8
+    assert dense.total - there.total == there.on_host
+
+
+def test_a_delta_that_is_computed_anew_takes_two_more_models():
+    dense, anew = state_with("dense"), state_with("recompute")
+    assert anew.parameters == dense.parameters
+    assert anew.delta - 8 == 2 * anew.parameters
+    assert anew.on_host == 0
+
+
+def test_a_host_has_no_memory_besides_its_own():
+    config = make_config("llama-3-8b")
+    merging = dataclasses.replace(config.optimizer, storage="pinned_host")
+    config = dataclasses.replace(config, optimizer=merging)
+    with pytest.raises(UserError, match=r"storage is pinned_host.*topology is cpu:1"):
+        make_plan(config, read_shape("llama-3-8b"), read_target("cpu:1"))
 
 
 def test_runs_that_train_adapters_are_refused():

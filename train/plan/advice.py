@@ -64,6 +64,10 @@ def _for_state(config: DPOConfig, plan: Plan) -> list[str]:
         found.append("optimizer.delta_dtype bfloat16 (now float32).")
     if delta and optimizer.storage != "sparse" and (optimizer.density or 1) < 0.1:
         found.append("optimizer.storage sparse with delta_mask fixed: kept entries alone.")
+    if delta and optimizer.storage in (None, "dense"):
+        found.append(
+            "optimizer.storage pinned_host: the delta in the host's memory, copied at every step."
+        )
     if config.model.param_dtype == "float32":
         found.append(
             "model.param_dtype bfloat16 (now float32), with optimizer.rounding stochastic."

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 
 from train.plan.hlo import Array, Computation, Instruction, Module, parse, trips
+from train.plan.kernels import is_kernel, splash_cost
 
 COLLECTIVES = (
     "all-gather",
@@ -29,7 +30,8 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 class Cost:
     """What one run of a program, or of a part of it, costs one chip.
 
-    What a kernel of its own (Pallas) does is not seen.
+    Of kernels of their own (Pallas) the compiler tells nothing; those of splash attention are known
+    (`train.plan.kernels`).
 
     Attributes:
         flops: Of matrix products, twice the multiplications.
@@ -39,12 +41,14 @@ class Cost:
             algorithm on ``n`` chips: ``(n − 1)/n`` of the result for a gather, of the operand for a
             scatter, and both for an all-reduce.
         loops: Names of loops whose trips the text does not tell; they count as one.
+        kernels: Names of kernels of which nothing is known; they count as nothing.
     """
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
     sent: dict[str, float] = field(default_factory=dict)
     loops: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
 
     def add(self, other: Cost, times: int = 1) -> None:
         """Adds `times` runs of another part."""
@@ -53,6 +57,7 @@ class Cost:
         for kind, size in other.sent.items():
             self.send(kind, times * size)
         self.loops += other.loops
+        self.kernels += other.kernels
 
     def send(self, kind: str, size: float) -> None:
         """Adds what one collective brings."""
@@ -106,6 +111,8 @@ class _Walk:
         elif kind := collective(instruction):
             total.send(kind, sent(instruction, computation, self.chips))
             total.hbm_bytes += 2 * _result(instruction)
+        elif is_kernel(instruction):
+            self._add_kernel(total, computation, instruction)
         elif not opcode.endswith("-done") and opcode not in _FREE:
             total.flops += flops(instruction, computation)
             total.hbm_bytes += _plain_bytes(computation, instruction)
@@ -118,6 +125,14 @@ class _Walk:
             except ValueError:
                 total.loops += (loop.name,)
         total.add(self.of(loop.called("body")), times)
+
+    def _add_kernel(self, total: Cost, computation: Computation, kernel: Instruction) -> None:
+        cost = splash_cost(kernel, computation)
+        if cost is None:
+            total.kernels += (kernel.name,)
+        else:
+            total.flops += cost[0]
+            total.hbm_bytes += cost[1]
 
     def _inside(self, fusion: Instruction) -> Computation:
         return self.module.computations[fusion.called("calls") or ""]

@@ -15,18 +15,21 @@ class State:
     Attributes:
         parameters: Of the model.
         optimizer: Moments and counters.
-        delta: The reference delta, with the sums and the residuals that a merge keeps.
+        delta: The reference delta, with the sums and the residuals that a merge keeps; with storage
+            recompute the weights of reference and base.
         batch: One batch.
+        on_host: Of the chip's part of a delta that lies in its host's memory, and not in `total`.
     """
 
     parameters: float
     optimizer: float
     delta: float
     batch: float
+    on_host: float = 0.0
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """All of it that the chip holds."""
         return self.parameters + self.optimizer + self.delta + self.batch
 
 
@@ -61,12 +64,14 @@ class Work:
         hbm_bytes: Read from and written to memory; None where nobody has counted them.
         sent: Bytes that each kind of collective brings from other chips.
         uncounted_loops: Loops of unknown length, whose body counts once.
+        uncounted_kernels: Kernels of their own (Pallas) of which nothing is known.
     """
 
     flops: float
     hbm_bytes: float | None
     sent: dict[str, float] = field(default_factory=dict)
     uncounted_loops: int = 0
+    uncounted_kernels: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ _CALLS = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_END = re.compile(r'\}(, execution_thread="[^"]*")?$')
 
 
 class Array(NamedTuple):
@@ -90,12 +92,12 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, Computation] = {}
     entry, current = None, None
-    for line in text.splitlines():
+    for line in _lines(text):
         header = _HEADER.match(line)
         if header:
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             current = None
         elif current is not None and " = " in line:
             instruction = _instruction(line)
@@ -103,6 +105,18 @@ def parse(text: str) -> Module:
     if entry is None:
         raise ValueError("the compiler's text has no ENTRY computation.")
     return Module(computations, entry)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The lines, with those that an attribute of several (what a kernel says of itself) goes on in."""
+    whole = ""
+    for line in text.splitlines():
+        if line.startswith(("}}", '"')):
+            whole += line
+            continue
+        yield whole
+        whole = line
+    yield whole
 
 
 def _instruction(line: str) -> Instruction:

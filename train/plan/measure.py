@@ -12,7 +12,7 @@ import jax
 from train.config import DPOConfig, OptimizerOptions, UserError
 from train.models import ModelConfig
 from train.models.hf_names import decoder_leaves
-from train.optimizers import inner_name, needs_delta
+from train.optimizers import delta_on_host, inner_name, needs_delta
 from train.plan.arithmetic import estimate, model_flops
 from train.plan.cost import program_cost
 from train.plan.figures import Memory, Plan, State, Work
@@ -44,6 +44,7 @@ def make_plan(config: DPOConfig, model: ModelConfig, target: Target) -> Plan:
         UserError: a field cannot be used there.
     """
     _check_attention(config.model.attention, target)
+    _check_storage(config.optimizer, target)
     mesh = target.mesh(config.mesh)
     program = make_program(config, model, mesh)
     state = state_bytes(program)
@@ -73,6 +74,15 @@ def _check_attention(kind: str, target: Target) -> None:
         )
 
 
+def _check_storage(options: OptimizerOptions, target: Target) -> None:
+    """Raises `UserError` for a delta in the host's memory where the devices have no other."""
+    if delta_on_host(options) and target.devices and target.devices[0].platform == "cpu":
+        raise UserError(
+            "optimizer.storage is pinned_host, which is for accelerators, and topology is "
+            f"{target.topology}; use dense or sparse."
+        )
+
+
 def without_merge(options: OptimizerOptions) -> OptimizerOptions | None:
     """The optimizer that a merging one is built on, or None where it has no name of its own."""
     name = inner_name(options)
@@ -88,9 +98,11 @@ def without_merge(options: OptimizerOptions) -> OptimizerOptions | None:
 
 def state_bytes(program: Program) -> State:
     """Bytes of a chip's part of the state and of a batch, by shapes and places."""
-    sizes = {"parameters": 0.0, "optimizer": 0.0, "delta": 0.0}
+    sizes = {"parameters": 0.0, "optimizer": 0.0, "delta": 0.0, "on_host": 0.0}
     for path, leaf in jax.tree_util.tree_leaves_with_path(program.state):
-        sizes[_kind(path)] += part_bytes(leaf)
+        on_host = leaf.sharding is not None and leaf.sharding.memory_kind == "pinned_host"
+        sizes["on_host" if on_host else _kind(path)] += part_bytes(leaf)
+    sizes["delta"] += sum(part_bytes(leaf) for leaf in jax.tree.leaves(program.models))
     batch = sum(part_bytes(leaf) for leaf in jax.tree.leaves(program.batch))
     return State(**sizes, batch=batch)
 
@@ -116,7 +128,7 @@ def _compiled(
 ) -> tuple[Memory, Work | None]:
     try:
         with on_mesh(mesh):
-            compiled: Any = program.step.lower(program.state, program.batch).compile()
+            compiled: Any = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         temporaries = refused_temporaries(str(error), state)
         if temporaries is None:
@@ -133,7 +145,7 @@ def _compiled(
             temporaries=memory.temp_size_in_bytes + new,
             program=memory.generated_code_size_in_bytes,
         ),
-        Work(cost.flops, cost.hbm_bytes, cost.sent, len(cost.loops)),
+        Work(cost.flops, cost.hbm_bytes, cost.sent, len(cost.loops), len(cost.kernels)),
     )
 
 

@@ -17,7 +17,14 @@ from train.dpo import settings_of
 from train.losses import beta_schedule, pair_loss
 from train.models import ModelConfig, layer_axes, read_hf_config
 from train.objectives import preference_loss
-from train.optimizers import alpha_gate, make_optimizer, make_schedule, needs_delta
+from train.optimizers import (
+    alpha_gate,
+    delta_on_host,
+    holds_delta,
+    make_optimizer,
+    make_schedule,
+    recomputes_delta,
+)
 from train.prepare import as_set
 from train.sharding import abstract_model, check_batch, compiler_options, rows
 from train.step import init_state, make_train_step, state_shardings
@@ -32,11 +39,17 @@ class Program(NamedTuple):
         step: The jitted ``step(state, batch)`` of `train.step.make_train_step`.
         state: `jax.ShapeDtypeStruct` leaves with their places.
         batch: Likewise.
+        models: The weights of reference and base, likewise, where a merge recomputes its delta.
     """
 
     step: Any
     state: Any
     batch: Any
+    models: dict[str, Any]
+
+    def lower(self) -> Any:
+        """The step as `train.dpo` calls it, lowered."""
+        return self.step.lower(self.state, self.batch, {}, self.models)
 
 
 def read_shape(path: str) -> ModelConfig:
@@ -87,12 +100,12 @@ def make_program(
     steps = trainer.steps or 1000  # changes constants of the schedules alone
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, steps)
     tx = make_optimizer(config.optimizer, schedule, layer_axes=layer_axes, steps=steps)
-    delta = None
-    if needs_delta(config.optimizer):
+    delta, on_host = None, delta_on_host(config.optimizer)
+    if holds_delta(config.optimizer):
         dtype = config.optimizer.delta_dtype
         delta = jax.eval_shape(lambda a, b: om.task_vector(a, b, dtype=dtype), params, params)
     state = jax.eval_shape(lambda p, d: init_state(p, tx, d), params, delta)
-    shardings = state_shardings(state, params)
+    shardings = state_shardings(state, params, delta_on_host=on_host)
     if shardings is not None:
         state = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -114,7 +127,8 @@ def make_program(
         alpha_scale=alpha_gate(config.optimizer),
         compiler_options=compiler_options(mesh),
     )
-    return Program(step, state, _batch(config, mesh))
+    given = ("reference_params", "base_params") if recomputes_delta(config.optimizer) else ()
+    return Program(step, state, _batch(config, mesh), dict.fromkeys(given, params))
 
 
 def _check_whole(config: DPOConfig) -> None:
@@ -131,12 +145,6 @@ def _check_whole(config: DPOConfig) -> None:
                 f"{name} is set; the plan covers runs that train all parameters and hold no copies of "
                 "them. Unset it."
             )
-    storage = getattr(config.optimizer, "storage", None)
-    if storage in ("pinned_host", "recompute"):
-        raise UserError(
-            f"optimizer.storage is {storage}; the plan covers deltas on the chips. Give dense or "
-            "sparse."
-        )
 
 
 def _batch(config: DPOConfig, mesh: Mesh | AbstractMesh | None) -> dict[str, jax.ShapeDtypeStruct]:

@@ -51,6 +51,9 @@ def _memory_table(plan: Plan, plain: Plan | None) -> Table:
     for name, of in rows.items():
         values: list[Memory] = [p.memory for p in (plan, plain) if p is not None]
         table.add_row(name, *_compared([of(memory) / 1e9 for memory in values]))
+    if plan.memory.state.on_host:
+        held = [p.memory.state.on_host / 1e9 for p in (plan, plain) if p is not None]
+        table.add_row("besides, in the host's memory", *_compared(held))
     return table
 
 
@@ -102,6 +105,10 @@ def _show_times(plan: Plan, console: Console) -> None:
         console.print(
             f"{work.uncounted_loops} loops of unknown length, such as searches for a threshold, count "
             "once."
+        )
+    if work is not None and work.uncounted_kernels:
+        console.print(
+            f"What {work.uncounted_kernels} kernels of their own compute and move is not counted."
         )
 
 

@@ -57,6 +57,10 @@ def run(config: PlanConfig) -> None:
 def _plan(
     config: PlanConfig, model: ModelConfig, target: Target, console: Console
 ) -> dict[str, Any]:
+    if target.topology.startswith("v6e"):
+        console.print(
+            "The compiler takes about three times as long for a v6e as for a v5e: minutes for 8B."
+        )
     with console.status(f"Compiling a step for {target.topology} ..."):
         plan, plain = make_plan(config, model, target), None
     inner = without_merge(config.optimizer)
