@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,9 +21,6 @@ from train.config import (
     require,
 )
 from train.rounding import rounded, with_moments_in
-
-REWARD_ACCURACY = "rewards/accuracies"
-AlphaScale = Callable[[Mapping[str, jax.Array]], jax.Array]
 
 _PLAIN = ("rounding", "seed", "moment_dtype")
 _MERGE = ("density", "every_k", "rescale", "seed", "diagnostics", "rounding")
@@ -188,19 +185,6 @@ def _check_alpha(alpha: float | AlphaOptions | None) -> None:
     gate = alpha.gate
     require(gate is None or 0 < gate <= 1, "optimizer.alpha.gate", gate, "in (0, 1]")
     check_schedule(alpha.schedule, "optimizer.alpha.schedule")
-
-
-def alpha_gate(options: AdamWOptions) -> AlphaScale | None:
-    """What alpha is multiplied by in a step, from the metrics of its batch; None for nothing.
-
-    Args:
-        options: The optimizer; its ``alpha.gate`` is read.
-    """
-    alpha = options.alpha if isinstance(options, OptimizerOptions) else None
-    if not isinstance(alpha, AlphaOptions) or alpha.gate is None:
-        return None
-    least = alpha.gate
-    return lambda metrics: (metrics[REWARD_ACCURACY] >= least).astype(jnp.float32)
 
 
 def _check_inner(options: OptimizerOptions) -> None:

@@ -28,6 +28,7 @@ from train.counts import check_rows, count_steps
 from train.data import TokenDataset, make_buckets, make_loader
 from train.dry_run import check_length, dry_run
 from train.export import export_run, exported_weights
+from train.gate import alpha_gate
 from train.generate import end_tokens
 from train.held_out import Evaluate
 from train.lock import release
@@ -35,7 +36,6 @@ from train.loop import Job, Loader, Prepared, fit
 from train.models import ModelConfig, from_hf, split_model
 from train.models.lora import fresh_adapters, is_adapter, read_adapters
 from train.optimizers import (
-    alpha_gate,
     check_optimizer,
     delta_on_host,
     learning_rates,

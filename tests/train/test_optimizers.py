@@ -14,10 +14,10 @@ from transformers import get_scheduler
 
 import omerge_jax as om
 from train.config import AlphaOptions, OptimizerOptions, ScheduleOptions, UserError
+from train.gate import alpha_gate
 from train.optimizers import (
     FIELDS,
     SPARSIFIERS,
-    alpha_gate,
     check_optimizer,
     learning_rates,
     make_optimizer,

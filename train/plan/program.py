@@ -14,11 +14,11 @@ import omerge_jax as om
 from train.config import DPOConfig, UserError
 from train.data.buckets import LEAST_SHARED
 from train.dpo import settings_of
+from train.gate import alpha_gate
 from train.losses import beta_schedule, pair_loss
 from train.models import ModelConfig, layer_axes, read_hf_config
 from train.objectives import preference_loss
 from train.optimizers import (
-    alpha_gate,
     delta_on_host,
     holds_delta,
     make_optimizer,

@@ -15,9 +15,10 @@ from flax import nnx
 
 from train.averages import Followers
 from train.config import AdamWOptions, ScheduleOptions
+from train.gate import AlphaScale
 from train.models import Decoder, ModelConfig, layer_axes, split_model
 from train.objectives import preference_loss, reference_logps_fn, sft_loss
-from train.optimizers import AlphaScale, make_optimizer, make_schedule
+from train.optimizers import make_optimizer, make_schedule
 from train.sampling import make_greedy
 from train.step import LossFn, init_state, make_train_step
 from train.taxbench import examples, tasks

@@ -15,11 +15,12 @@ import optax
 from flax import nnx
 
 import omerge_jax as om
+from train.gate import alpha_gate
 from train.kl_pairs import rotation
 from train.models import Decoder, split_model
 from train.models.lora import TARGETS, fresh_adapters, merge_adapters
 from train.objectives import preference_loss, unpaired_logps_fn, unpaired_loss
-from train.optimizers import alpha_gate, needs_delta
+from train.optimizers import needs_delta
 from train.taxbench.deltas import make_delta
 from train.taxbench.examples import Batch
 from train.taxbench.methods import OFFLINE_WEIGHTS, WARMUP_STEPS
