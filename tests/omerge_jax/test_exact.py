@@ -102,6 +102,7 @@ def test_three_passes_do_for_a_large_tensor():
     assert int(jnp.count_nonzero(keep(x, ctx))) == int(0.1 * x.size)
 
 
+@pytest.mark.slow
 def test_the_double_precision_of_a_leaf_does_not_matter():
     program = """
 import jax, jax.numpy as jnp, numpy as np, omerge_jax as om

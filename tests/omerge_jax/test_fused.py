@@ -53,7 +53,7 @@ def walk(tx, steps=2):
 @pytest.mark.parametrize(
     "inner",
     [
-        pytest.param(make, id=name, marks=() if name in ("adamw", "lion") else pytest.mark.slow)
+        pytest.param(make, id=name, marks=() if name == "adamw" else pytest.mark.slow)
         for name, make in INNER.items()
     ],
 )

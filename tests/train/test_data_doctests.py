@@ -15,8 +15,9 @@ import pytest
         "train.losses.mix",
         "train.losses.schedule",
         "train.losses.unpaired",
-        "train.packed",
+        "train.models.decoder",
         "train.task_scores",
+        "train.text_scores",
     ],
 )
 def test_examples_in_docstrings(name):

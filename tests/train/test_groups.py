@@ -224,7 +224,7 @@ def gradient_of(torch_model, directory):
     return split_model(from_hf(directory))[1]
 
 
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_step_is_that_of_trl(parts, model, answers, trainer, tmp_path):
     torch_model, graphdef, params = model
     trainer.scale_rewards, trainer.mask_truncated_completions = "group", True

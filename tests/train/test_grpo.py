@@ -82,6 +82,7 @@ def timeless(run: Path):
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
 
 
+@pytest.mark.slow
 def test_answers_are_reused_and_a_resumed_run_ends_the_same(inputs, tmp_path, capsys):
     """With two rewards, one of which does not always apply, a reference, parts and OnDARE."""
     run = tmp_path / "run"

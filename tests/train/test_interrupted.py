@@ -40,6 +40,7 @@ def assert_same_export(one: Path, other: Path) -> None:
         np.testing.assert_array_equal(tensor, right[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_signal_stops_with_its_own_status_and_nothing_is_lost(
     inputs, undisturbed, tmp_path, monkeypatch, capfd
 ):

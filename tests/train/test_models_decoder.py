@@ -154,6 +154,7 @@ def test_later_tokens_do_not_change_earlier_logits(split):
     assert np.abs(before - after)[:, 6:].max() > 1e-3
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradient_in_less_memory():
     def config(remat):
         return dataclasses.replace(CONFIG, num_layers=12, remat=remat)

@@ -53,6 +53,7 @@ print("same on 8 devices")
 """
 
 
+@pytest.mark.slow
 def test_sharded_model_computes_the_same(tmp_path):
     directory = tmp_path / "model"
     directory.mkdir()

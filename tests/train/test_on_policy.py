@@ -173,7 +173,11 @@ def trl_step(policy, reference, prompts, answers, ends, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ends", "share"), [((264,), False), ((EOS, *OFTEN), True)], ids=["full length", "ended"]
+    ("ends", "share"),
+    [
+        pytest.param((264,), False, id="full length", marks=pytest.mark.slow),
+        pytest.param((EOS, *OFTEN), True, id="ended"),
+    ],
 )
 def test_a_step_is_that_of_trl(ends, share, policy, reference, prompts, tmp_path):
     _, graphdef, params = policy

@@ -118,6 +118,7 @@ def test_logps_are_those_of_the_uncached_model(tiny):
     assert not np.asarray(found.logps)[~valid].any()
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_their_batch_and_streaming_gives_the_same(tiny):
     graphdef, params = tiny
     tokens, mask = padded_batch(PROMPTS, 9)
