@@ -32,7 +32,10 @@ def shared(batch, joined=24, scored=16):
     return share_prompt(batch, Widths(12, 8, joined, scored))
 
 
-@pytest.fixture(scope="module", params=["llama-gqa-theta1e4", "qwen2-tied"])
+@pytest.fixture(
+    scope="module",
+    params=["llama-gqa-theta1e4", pytest.param("qwen2-tied", marks=pytest.mark.slow)],
+)
 def models(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     theirs = save_model(request.param, path)
