@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.train.test_reward import save_reward_model
-from tests.train.tiny_runs import flags, read_tensors, write_inputs, write_jsonl
+from tests.train.tiny_rewards import write_reward_inputs
+from tests.train.tiny_runs import flags, read_tensors
 from train.cli import main
 from train.stop import EXIT_STATUS
 
@@ -37,16 +37,7 @@ def stops_the_run(completions, **kwargs):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("inputs")
-    prompts = [{"prompt": [{"role": "user", "content": f"{n}?"}], "n": n} for n in range(24)]
-    (directory / "tiny_task.py").write_text(REWARDS)
-    save_reward_model(directory / "reward")
-    return {
-        **write_inputs(directory),
-        "prompts": str(write_jsonl(directory / "prompts.jsonl", prompts)),
-        "reward": str(directory / "reward"),
-        "python": str(directory),
-    }
+    return write_reward_inputs(tmp_path_factory.mktemp("inputs"), REWARDS)
 
 
 @pytest.fixture(autouse=True)
