@@ -22,16 +22,16 @@ class Relative:
     share: optax.ScalarOrSchedule
     scope: Scope
 
-    def alpha(self, update_norm: jax.Array, delta_norm: jax.Array, step: jax.Array) -> jax.Array:
+    def alpha(self, update_norm: jax.Array, delta_norm: jax.Array) -> jax.Array:
         """Returns the alpha that gives the reference term its share; 0 where a norm is 0.
 
         Args:
           update_norm: ‖F(Δθ)‖, float32 of any shape.
           delta_norm: ‖F(τ_r)‖, same shape.
-          step: int32 scalar.
+
+        A schedule has to be evaluated before.
         """
-        share = self.share(step) if callable(self.share) else self.share
-        share = jnp.asarray(share, jnp.float32)
+        share = jnp.asarray(self.share, jnp.float32)
         # α·‖F(τ)‖ = share · (α·‖F(τ)‖ + (1 − α)·‖F(Δθ)‖), solved for α.
         ours, theirs = share * update_norm, (1 - share) * delta_norm
         known = (update_norm > 0) & (delta_norm > 0)

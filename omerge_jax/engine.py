@@ -249,9 +249,8 @@ class MergeStep:
         if self.alpha.scope == "global" and squares:
             totals = [sum(jnp.sum(pair[i]) for pair in squares.values()) for i in (0, 1)]
             squares = dict.fromkeys(leaves, totals)
-        step = self.state.merge_count
         return {
-            path: self.alpha.alpha(jnp.sqrt(pair[0]), jnp.sqrt(pair[1]), step)
+            path: self.alpha.alpha(jnp.sqrt(pair[0]), jnp.sqrt(pair[1]))
             for path, pair in squares.items()
         }
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from omerge_jax.numerics import Reduction, reduce_together, renewed
 from omerge_jax.sample import Sample
-from omerge_jax.threshold import as_edge, countable, magnitude_bits, per_layer, search_keys
+from omerge_jax.threshold import as_edge, choose, countable, magnitude_bits, per_layer, search_keys
 from omerge_jax.tie_order import TieOrder
 
 _PARTS = 8
@@ -112,7 +112,7 @@ def find_edge(
         narrower = _narrower(interval, begins, seen, wanted, last_key)
         # A tensor whose search is over waits for the others.
         going_on = _is_open(interval, wanted)
-        interval = jax.tree.map(lambda new, old: jnp.where(going_on, new, old), narrower, interval)
+        interval = choose(going_on, narrower, interval)
         return turn + 1, interval, seen.slots
 
     low, high = (magnitude_bits(edge) >> unused for edge in bracket)
@@ -314,7 +314,7 @@ def _narrower(
         part = counted._replace(
             low=begin, last=ends[n], reaching=counts[n], above=counts[n + 1], evenly=outer
         )
-        found = _choose(counts[n] >= wanted, part, found)
+        found = choose(counts[n] >= wanted, part, found)
     single = (found.low == found.last) & (found.reaching != wanted) & ~found.ordering
     among_ties = found._replace(
         low=jnp.zeros_like(low),
@@ -323,19 +323,15 @@ def _narrower(
         ordering=jnp.ones_like(single),
         settled=found.low,
     )
-    found = _choose(single, among_ties, found)
-    found = _choose(seen.all_kept, counted._replace(collected=jnp.ones_like(single)), found)
+    found = choose(single, among_ties, found)
+    found = choose(seen.all_kept, counted._replace(collected=jnp.ones_like(single)), found)
     step = jnp.minimum(last - low + 1, jnp.uint32(_ALL // _FURTHER)) * _FURTHER
     higher = interval._replace(
         low=jnp.minimum(last, jnp.uint32(last_key - 1)) + 1,
         last=last + jnp.minimum(step, jnp.maximum(last, jnp.uint32(last_key)) - last),
     )
     lower = interval._replace(low=low - jnp.minimum(step, low), last=jnp.maximum(low, 1) - 1)
-    return _choose(above >= wanted, higher, _choose(reaching < wanted, lower, found))
-
-
-def _choose(condition: jax.Array, chosen: _Interval, other: _Interval) -> _Interval:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, other)
+    return choose(above >= wanted, higher, choose(reaching < wanted, lower, found))
 
 
 def _settle(

@@ -221,7 +221,7 @@ def _narrow(
         narrower = _narrower(keys_of(passes < 0), interval, wanted)
         # A tensor whose search is over waits for the others.
         going_on = open_tensors(interval)
-        interval = jax.tree.map(lambda new, old: jnp.where(going_on, new, old), narrower, interval)
+        interval = choose(going_on, narrower, interval)
         return passes + 1, interval
 
     passes, interval = jax.lax.while_loop(unfinished, narrow, (jnp.int32(0), start))
@@ -239,9 +239,10 @@ def _narrower(keys: jax.Array, interval: _Interval, wanted: jax.Array) -> _Inter
     found = _Interval(low, jnp.minimum(low + part - 1, last), reaching)
     for begin, number in zip(begins, numbers, strict=True):
         end = jnp.minimum(begin + jnp.minimum(part - 1, last - begin), last)
-        found = _choose(number >= wanted, _Interval(begin, end, number), found)
+        found = choose(number >= wanted, _Interval(begin, end, number), found)
     return found
 
 
-def _choose(condition: jax.Array, chosen: _Interval, other: _Interval) -> _Interval:
+def choose(condition: jax.Array, chosen: Any, other: Any) -> Any:
+    """Returns, tensor by tensor, one of two intervals (trees of arrays [*layers])."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, other)

@@ -20,6 +20,7 @@ from omerge_jax.exact import Bracket, find_edge, held
 from omerge_jax.sparsify import SparsifyContext
 from omerge_jax.threshold import is_beyond
 from omerge_jax.tie_order import TieOrder
+from tests.virtual_devices import run_python
 
 START = jnp.uint32(0x12345678)
 
@@ -195,11 +196,4 @@ for kind, spec in ((AxisType.Auto, P(None, None, "x")), (AxisType.Explicit, P(No
 
 
 def test_any_mesh_and_a_scheduled_density():
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", MESHES], env=env, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_python("-c", MESHES, devices=8)

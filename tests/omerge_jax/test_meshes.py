@@ -1,10 +1,8 @@
 """Merging on meshes: the layout is kept, nothing is gathered, and a run goes on on another mesh."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
+
+from tests.virtual_devices import run_python
 
 MESHES = """
 import re, jax, jax.numpy as jnp, numpy as np, optax, omerge_jax as om
@@ -34,15 +32,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
 
 
 def test_any_mesh_keeps_its_layout_and_gathers_nothing():
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", MESHES], env=env, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert len(set(run.stdout.split())) == 1
+    assert len(set(run_python("-c", MESHES, devices=8).split())) == 1
 
 
 RESUME = """
@@ -79,13 +69,8 @@ np.savez(f"{folder}-{start}-{stop}-{devices}.npz", **state["params"])
 
 def test_resume_on_another_mesh_is_the_same_trajectory(tmp_path):
     def go(devices, folder, start, stop):
-        env = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
         path = str(tmp_path / folder)
-        command = [sys.executable, "-c", RESUME, path, str(start), str(stop)]
-        subprocess.run(command, env=env, check=True, capture_output=True)
+        run_python("-c", RESUME, path, str(start), str(stop), devices=devices)
         return np.load(f"{path}-{start}-{stop}-{devices}.npz")
 
     straight = go(1, "straight", 0, 7)

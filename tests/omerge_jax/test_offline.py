@@ -1,9 +1,6 @@
 """One-shot merges against float64 references written from the papers."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +11,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import omerge_jax as om
+from tests.virtual_devices import run_python
 
 SHAPES = {"w": (6, 9), "b": (11,), "s": ()}
 
@@ -331,14 +329,7 @@ for method in ("ties", "della", "slerp"):
 
 
 def test_sharded_leaves_are_not_gathered():
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_python("-c", SHARDED, devices=8)
 
 
 @pytest.mark.parametrize(

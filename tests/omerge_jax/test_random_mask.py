@@ -1,9 +1,6 @@
 """The counter-based masks are Bernoulli, independent, and the same everywhere."""
 
 import math
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +9,7 @@ import pytest
 from scipy import stats
 
 from omerge_jax import random_mask
+from tests.virtual_devices import run_python
 
 DENSITIES = (5e-4, 1e-2, 0.1, 0.5, 0.9)
 SHAPE = (2500, 4000)
@@ -166,18 +164,7 @@ for spec in (P("fsdp"), P(None, "fsdp")):
 def test_the_same_mask_on_one_and_on_eight_devices():
     digests, shards = set(), set()
     for devices in (1, 8):
-        env = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
-        run = subprocess.run(
-            [sys.executable, "-c", MESH_PROGRAM],
-            env=env,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        for line in run.stdout.splitlines():
+        for line in run_python("-c", MESH_PROGRAM, devices=devices).splitlines():
             digest, count = line.split()
             digests.add(digest)
             shards.add(int(count))

@@ -1,9 +1,5 @@
 """However the delta is held, the trajectory is that of a dense float32 delta."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +7,7 @@ import optax
 import pytest
 
 import omerge_jax as om
+from tests.virtual_devices import run_python
 
 STEPS = 4
 FACTORIES = {
@@ -223,10 +220,4 @@ print("ok")
 
 
 def test_sparse_deltas_are_sharded_and_no_leaf_is_gathered():
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-    command = [sys.executable, "-c", SHARDED]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_python("-c", SHARDED, devices=8)

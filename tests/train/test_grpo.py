@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from tests.train.tiny_rewards import write_reward_inputs
 from tests.train.tiny_runs import flags, read_tensors
+from tests.virtual_devices import run_python
 from train.cli import main
 from train.stop import EXIT_STATUS
 
@@ -142,17 +142,9 @@ def test_four_devices_sample_and_learn_like_one(inputs, tmp_path):
         fields = {"reward__model": inputs["reward"], "data__eval_fraction": 0.2}
         fields |= {"loss__beta": 0.1, "sampling__num_iterations": 2}
         fields |= {"trainer__gradient_accumulation_steps": 2}
-        subprocess.run(
-            [sys.executable, "-m", "train", *grpo_flags(inputs, run, **fields)],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join([inputs["python"], os.environ.get("PYTHONPATH", "")]),
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
-            },
-        )
+        path = os.pathsep.join([inputs["python"], os.environ.get("PYTHONPATH", "")])
+        arguments = grpo_flags(inputs, run, **fields)
+        run_python("-m", "train", *arguments, devices=count, PYTHONPATH=path)
         logs[count] = timeless(run)
     for one, four in zip(*logs.values(), strict=True):
         assert one.keys() == four.keys()

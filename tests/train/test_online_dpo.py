@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -14,6 +12,7 @@ import pytest
 from tests.train.test_reward import save_reward_model
 from tests.train.tiny_rewards import write_reward_inputs
 from tests.train.tiny_runs import flags, read_tensors
+from tests.virtual_devices import run_python
 from train.cli import main
 
 REWARDS = """
@@ -122,16 +121,7 @@ def test_four_devices_sample_and_rank_like_one(inputs, tmp_path):
         run = tmp_path / str(count)
         fields = {"reward__function": None, "reward__model": inputs["reward"]}
         fields |= {"data__eval_fraction": 0.2}
-        subprocess.run(
-            [sys.executable, "-m", "train", *online_flags(inputs, run, **fields)],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
-            },
-        )
+        run_python("-m", "train", *online_flags(inputs, run, **fields), devices=count)
         logs[count] = timeless(run)
     for one, four in zip(*logs.values(), strict=True):
         assert one.keys() == four.keys()

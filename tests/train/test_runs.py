@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -16,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.train.tiny_runs import flags, make_records, read_tensors, run_flags, write_inputs
+from tests.virtual_devices import run_python
 from train.cli import main
 from train.data import read_records, split_by_prompt
 from train.metrics_log import read_metrics
@@ -246,16 +244,7 @@ def test_four_devices_train_like_one(inputs, tmp_path):
     exports = {}
     for count in (1, 4):
         output = tmp_path / str(count)
-        subprocess.run(
-            [sys.executable, "-m", "train", "dpo", *run_flags(inputs, output)],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
-            },
-        )
+        run_python("-m", "train", "dpo", *run_flags(inputs, output), devices=count)
         exports[count] = read_tensors(output / "export")
     start = read_tensors(Path(inputs["model"]))
     for name, tensor in exports[1].items():
