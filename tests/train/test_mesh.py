@@ -1,14 +1,12 @@
 """Whole runs on meshes of eight virtual devices, against the same run on one."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
+from tests.virtual_devices import run_python
 from train.config import MeshOptions, UserError
 from train.sharding import mesh_shape
 
@@ -40,16 +38,7 @@ def on_mesh(shape, **settings):
 
 def train(commands):
     """Runs commands, each with its flags, in a process that has eight devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(commands, default=str)],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_python("-c", PROGRAM, json.dumps(commands, default=str), devices=8, timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,9 @@
-import os
-import subprocess
-import sys
-
 import jax
 import pytest
 from jax.sharding import AxisType
 
 from tests.train.tiny_models import save_model
+from tests.virtual_devices import run_python
 from train.models import ModelConfig, from_hf, param_shardings
 
 # Eight virtual devices have to be asked for before jax starts, so this runs in its own process.
@@ -58,16 +55,8 @@ def test_sharded_model_computes_the_same(tmp_path):
     directory = tmp_path / "model"
     directory.mkdir()
     save_model("qwen2-tied", directory)
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(directory), str(tmp_path)],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "same on 8 devices" in done.stdout
+    shown = run_python("-c", PROGRAM, str(directory), str(tmp_path), devices=8)
+    assert "same on 8 devices" in shown
 
 
 def test_axes_that_the_mesh_lacks_or_cannot_split_stay_whole():

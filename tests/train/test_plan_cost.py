@@ -1,14 +1,12 @@
 """The walk through a compiled program, against XLA's own analysis and texts with known sums."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.virtual_devices import run_python
 from train.plan.cost import group_size, program_cost
 from train.plan.hlo import parse
 
@@ -75,17 +73,7 @@ print(json.dumps([cost.sent, cost.flops]))
 
 
 def test_collectives_in_a_loop_bring_what_the_algorithms_need():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    sent, flops = json.loads(done.stdout)
+    sent, flops = json.loads(run_python("-c", SHARDED, devices=8, timeout=120))
     matrix, rows = 4 * 64 * 64, 4 * 2 * 64
     assert sent == {
         "all-gather": 5 * matrix * 3 / 4,

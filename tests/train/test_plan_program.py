@@ -1,13 +1,11 @@
 """The abstract step of a plan against the state and memory of the same step on eight devices."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 
 from tests.train.tiny_models import save_model
+from tests.virtual_devices import run_python
 from train.config import (
     DataOptions,
     DPOConfig,
@@ -88,17 +86,7 @@ def make_config(path, **model):
 @pytest.mark.slow
 def test_state_and_memory_are_those_of_the_run(tmp_path):
     save_model("qwen2-tied", tmp_path)
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "as planned" in done.stdout
+    assert "as planned" in run_python("-c", PROGRAM, str(tmp_path), devices=8, timeout=200)
 
 
 @pytest.mark.parametrize(("name", "count"), PARAMETERS.items())

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -14,6 +11,7 @@ import pytest
 from flax import nnx
 
 import omerge_jax as om
+from tests.virtual_devices import run_python
 from train import objectives
 from train.logps import completion_logps
 from train.models import Decoder, ModelConfig, merge_model, split_model
@@ -265,13 +263,5 @@ for name, make in OPTIMIZERS.items():
 
 @pytest.mark.slow
 def test_step_on_a_mesh_keeps_its_layout_and_its_numbers():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("is the same on 4 devices") == 4
+    shown = run_python("-c", PROGRAM, devices=4)
+    assert shown.count("is the same on 4 devices") == 4
