@@ -38,8 +38,12 @@ CONFIG = {
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-2),
     "on_dare": lambda: om.on_dare_adamw(1e-2, alpha=1e-3, density=0.5),
+    # An eps of the gradients' size: Adam's first updates are otherwise nearly all ±learning rate, and
+    # rounding, which differs between meshes, would choose among those ties.
     "on_ties": lambda: optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(1e-2), om.on_ties(alpha=1e-3, density=0.5)
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(1e-2, eps=1e-2),
+        om.on_ties(alpha=1e-3, density=0.5),
     ),
 }
 
