@@ -46,8 +46,8 @@ def group_loss(
       `entropy` (of the distributions at the tokens that count, in nats). `batch` holds
       `prompt_tokens`, `prompt_mask` `[B, P]`, `completion_tokens`, `completion_mask` `[B, C]`,
       `advantages` float32 `[B]`, with a β `reference_logps`, and where the policy has moved since it
-      sampled `old_logps`, float32 `[B, C]`. It says how it follows from parts of a batch: `dapo` and
-      `cispo` are means over the tokens of all parts, `bnpo` over those of each.
+      sampled `old_logps`, float32 `[B, C]`. It says how it follows from parts of a batch: `dapo`,
+      `cispo` and `vespo` are means over the tokens of all parts, `bnpo` over those of each.
     """
     per_row = loss_of.importance_sampling_level == "sequence" and loss_of.type != "cispo"
 

@@ -94,6 +94,10 @@ def _loss_of(config: GRPOConfig) -> GroupLoss:
         use_bias_correction_kl=loss.use_bias_correction_kl,
         sapo_temperature_neg=loss.sapo_temperature_neg,
         sapo_temperature_pos=loss.sapo_temperature_pos,
+        vespo_k_pos=loss.vespo_k_pos,
+        vespo_lambda_pos=loss.vespo_lambda_pos,
+        vespo_k_neg=loss.vespo_k_neg,
+        vespo_lambda_neg=loss.vespo_lambda_neg,
         max_completion_length=config.sampling.max_new_tokens,
     )
 

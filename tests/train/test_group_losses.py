@@ -50,9 +50,9 @@ def of_trl(tokens, settings):
     known = {"beta": 0.0, "epsilon": 0.2, "epsilon_high": None, "type": "dapo"} | settings
     high = known["epsilon"] if known["epsilon_high"] is None else known["epsilon_high"]
     args = GRPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to=[])
-    for name in ("delta", "use_bias_correction_kl", "sapo_temperature_neg", "sapo_temperature_pos"):
-        if name in settings:
-            setattr(args, name, settings[name])
+    for name, value in settings.items():
+        if hasattr(args, name):
+            setattr(args, name, value)
     args.steps_per_generation = 1
     logps = torch.tensor(np.asarray(tokens.logps), requires_grad=True)
     columns = {
@@ -83,6 +83,7 @@ def of_trl(tokens, settings):
         vllm_importance_sampling_correction=False,
         aux_loss_enabled=False,
         _entropy_bonus_enabled=False,
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
         _metrics={"train": defaultdict(list)},
         _get_per_token_logps_and_entropies=lambda *_, **__: (
             logps,
@@ -106,6 +107,8 @@ CASES = {
     "luspo": {"type": "luspo", "beta": 0.1, "importance_sampling_level": "sequence"},
     "cispo": {"type": "cispo", "epsilon_high": 1.2, "beta": 0.1},
     "sapo": {"type": "sapo", "sapo_temperature_neg": 1.3, "sapo_temperature_pos": 0.8},
+    "vespo": {"type": "vespo", "beta": 0.1},
+    "vespo other weights": {"type": "vespo", "vespo_k_pos": 0.5, "vespo_lambda_neg": 0.7},
     "gspo": {"type": "grpo", "beta": 0.1, "importance_sampling_level": "sequence"},
     "gspo tokens": {"type": "dapo", "importance_sampling_level": "sequence"},
 }
@@ -129,7 +132,7 @@ def test_loss_gradient_and_metrics_are_trls(name, on_policy):
     assert set(metrics) == set(their_metrics) - {"entropy"}
     for name, value in metrics.items():
         assert float(value) == pytest.approx(their_metrics[name], rel=1e-5, abs=1e-7), name
-    if not on_policy and settings.get("type") not in ("cispo", "sapo"):
+    if not on_policy and settings.get("type") not in ("cispo", "sapo", "vespo"):
         # Else nothing would have been clipped, on either side.
         assert 0 < float(metrics["clip_ratio/low_mean"]) < 1
         assert 0 < float(metrics["clip_ratio/high_mean"]) < 1
@@ -158,6 +161,12 @@ def test_a_batch_without_tokens_has_no_loss_and_no_gradient():
         ({"delta": 2.0, "type": "sapo"}, "delta must be unset with type sapo"),
         ({"type": "cispo"}, "epsilon_high must be set with type cispo"),
         ({"type": "luspo"}, "importance_sampling_level must be sequence with type luspo"),
+        (
+            {"type": "vespo", "importance_sampling_level": "sequence"},
+            "importance_sampling_level must be token with type vespo",
+        ),
+        ({"type": "vespo", "vespo_lambda_neg": 0.0}, "vespo_lambda_neg must be positive"),
+        ({"type": "vespo", "vespo_k_pos": -1.0}, "vespo_k_pos must be 0 or larger"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level must be one of token"),
     ],
 )

@@ -83,8 +83,8 @@ class GroupLossOptions(SFTLossOptions):
         type: How the losses of tokens become one: dapo (the mean over the tokens of the batch), grpo
             (over the tokens of an answer, then over the answers), bnpo (dapo on each part of a batch
             under gradient accumulation), dr_grpo (the sum divided by sampling.max_new_tokens), luspo
-            (the sum over an answer), cispo (bounded weights in place of a clip) or sapo (a smooth
-            gate in place of a clip).
+            (the sum over an answer), cispo (bounded weights in place of a clip), sapo (a smooth gate
+            in place of a clip) or vespo (answers weighed by how their probability has changed).
         beta: Weight of the divergence from the reference, the model at model.path. 0: there is none,
             and nothing is held in memory for it.
         epsilon: How far below 1 the ratio of new and old probability counts.
@@ -96,9 +96,14 @@ class GroupLossOptions(SFTLossOptions):
             sampling.max_new_tokens. Their rewards count in the means of their groups.
         sapo_temperature_neg: Of sapo's gate, for answers no better than the mean of their group.
         sapo_temperature_pos: Of sapo's gate, for better ones.
+        vespo_k_pos: Of vespo's weights, for answers no worse than the mean of their group: how fast
+            they fall for answers that have become less likely.
+        vespo_lambda_pos: For the same: how fast they fall for answers that have become more likely.
+        vespo_k_neg: As vespo_k_pos, for worse answers.
+        vespo_lambda_neg: As vespo_lambda_pos, for worse answers.
     """
 
-    type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo"] = "dapo"
+    type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"] = "dapo"
     beta: float = 0.0
     epsilon: float = 0.2
     epsilon_high: float | None = None
@@ -108,3 +113,7 @@ class GroupLossOptions(SFTLossOptions):
     mask_truncated_completions: bool = False
     sapo_temperature_neg: float = 1.05
     sapo_temperature_pos: float = 1.0
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0

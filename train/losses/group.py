@@ -15,11 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-GROUP_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+GROUP_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
-BATCH_TOKEN_MEANS = ("dapo", "cispo")
+BATCH_TOKEN_MEANS = ("dapo", "cispo", "vespo")
 """Losses that are means over the tokens of a whole batch, however many parts it is looked at in."""
 
+_DECAYS = ("vespo_lambda_pos", "vespo_lambda_neg")
 _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
@@ -50,7 +51,9 @@ class GroupLoss:
         the batch, or of each part of it under gradient accumulation; `dapo` (arXiv:2503.14476) those
         of the whole batch; `dr_grpo` (arXiv:2503.20783) divides by the greatest length; `luspo`
         (arXiv:2602.05261) adds up an answer's tokens; `cispo` (arXiv:2506.13585) bounds the weight of
-        a token and not its loss; `sapo` (arXiv:2511.20347) has a smooth gate in place of the clip.
+        a token and not its loss; `sapo` (arXiv:2511.20347) has a smooth gate in place of the clip;
+        `vespo` (arXiv:2602.10693) weighs an answer by `w^k exp(λ (1 − w))`, `w` being the ratio of
+        its probabilities, without a gradient through the weight.
       beta: Weight of the divergence from the reference.
       epsilon: Lower bound of the ratio, below 1.
       epsilon_high: Upper bound, above 1; None: `epsilon`. For `cispo` the largest weight itself.
@@ -61,6 +64,10 @@ class GroupLoss:
         reverse divergence (DeepSeek-V3.2, arXiv:2512.02556).
       sapo_temperature_neg: Of `sapo`, for advantages of 0 and below.
       sapo_temperature_pos: Of `sapo`, for others.
+      vespo_k_pos: Exponent k of `vespo`, for advantages of 0 and above.
+      vespo_lambda_pos: Its decay λ, for the same.
+      vespo_k_neg: Exponent k for advantages below 0.
+      vespo_lambda_neg: Decay λ for those.
       max_completion_length: Greatest length, by which `dr_grpo` divides.
 
     Raises:
@@ -76,6 +83,10 @@ class GroupLoss:
     use_bias_correction_kl: bool = True
     sapo_temperature_neg: float = 1.05
     sapo_temperature_pos: float = 1.0
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
     max_completion_length: int = 512
 
     def __post_init__(self) -> None:
@@ -85,9 +96,12 @@ class GroupLoss:
         _require(0 <= self.beta < math.inf, "beta", self.beta, "0 or larger")
         _require(0 < self.epsilon < 1, "epsilon", self.epsilon, "in (0, 1)")
         _require(high > 0, "epsilon_high", self.epsilon_high, "positive")
-        for name in ("sapo_temperature_neg", "sapo_temperature_pos"):
+        for name in ("sapo_temperature_neg", "sapo_temperature_pos", *_DECAYS):
             value = getattr(self, name)
             _require(0 < value < math.inf, name, value, "positive")
+        for name in ("vespo_k_pos", "vespo_k_neg"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, name, value, "0 or larger")
         if self.delta is not None:
             _require(self.delta > 1, "delta", self.delta, "above 1")
             _require(self.type in _CLIPPED, "delta", self.delta, f"unset with type {self.type}")
@@ -97,9 +111,10 @@ class GroupLoss:
                 "(5.0 in arXiv:2510.13786)."
             )
         level = self.importance_sampling_level
-        if self.type == "luspo" and level != "sequence":
+        needed = {"luspo": "sequence", "vespo": "token"}.get(self.type, level)
+        if level != needed:
             raise ValueError(
-                f"importance_sampling_level must be sequence with type luspo, got {level!r}."
+                f"importance_sampling_level must be {needed} with type {self.type}, got {level!r}."
             )
 
     @property
@@ -114,11 +129,17 @@ class GroupLoss:
           `(loss, metrics)`: `kl` where β is not 0 (the mean over tokens of what is multiplied by β),
           and `clip_ratio/low_mean`, `high_mean`, `region_mean` (shares of the tokens, or of the
           answers where a ratio is one answer's), `low_min` and `high_max` (of an answer), or
-          `cispo_clip_ratio`.
+          `cispo_clip_ratio`, or `vespo/phi_seq_mean` (the mean weight of an answer).
         """
-        ratio = jnp.exp(self._log_ratio(tokens))
-        advantages = tokens.advantages[:, None]
-        loss, metrics = self._policy(tokens, ratio, advantages), {}
+        log_ratio = self._log_ratio(tokens)
+        ratio, advantages = jnp.exp(log_ratio), tokens.advantages[:, None]
+        metrics = {}
+        if self.type == "vespo":
+            weight = self._weight(log_ratio, advantages, tokens.mask)
+            loss = -weight * advantages * tokens.logps
+            metrics["vespo/phi_seq_mean"] = jnp.mean(weight)
+        else:
+            loss = self._policy(tokens, ratio, advantages)
         if self.beta:
             divergence = self._divergence(tokens, ratio)
             loss = loss + self.beta * divergence
@@ -144,6 +165,15 @@ class GroupLoss:
             return -jax.nn.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantages
         clipped = jnp.clip(ratio, 1 - self.epsilon, 1 + self.upper)
         return -jnp.minimum(self._bounded(ratio) * advantages, clipped * advantages)
+
+    def _weight(self, log_ratio: jax.Array, advantages: jax.Array, mask: jax.Array) -> jax.Array:
+        """VESPO's weight of every answer, `[rows, 1]`, with the bounds of the published code."""
+        moved = jnp.sum(jnp.where(mask, jnp.clip(log_ratio, -20, 20), 0.0), axis=1, keepdims=True)
+        moved = jnp.clip(moved, math.log(1e-8), 20)
+        positive = advantages >= 0
+        exponent = jnp.where(positive, self.vespo_k_pos, self.vespo_k_neg)
+        decay = jnp.where(positive, self.vespo_lambda_pos, self.vespo_lambda_neg)
+        return jax.lax.stop_gradient(jnp.exp(decay + exponent * moved - decay * jnp.exp(moved)))
 
     def _bounded(self, ratio: jax.Array) -> jax.Array:
         return ratio if self.delta is None else jnp.minimum(ratio, self.delta)
