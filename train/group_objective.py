@@ -49,7 +49,7 @@ def group_loss(
       sampled `old_logps`, float32 `[B, C]`. It says how it follows from parts of a batch: `dapo`,
       `cispo` and `vespo` are means over the tokens of all parts, `bnpo` over those of each.
     """
-    per_row = loss_of.importance_sampling_level == "sequence" and loss_of.type != "cispo"
+    per_row = loss_of.importance_sampling_level == "sequence"
 
     def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
         logps, entropy = _statistics(graphdef, params, batch, temperature, vocab_chunk)

@@ -82,7 +82,7 @@ def preference_loss(
     beta_at: losses.BetaAt | None = None,
     vocab_chunk: VocabChunk = "auto",
     **settings: Any,
-) -> LossFn:
+) -> Parted:
     """A loss on preference batches, with cached reference log-probabilities where it has any.
 
     Args:
@@ -99,14 +99,15 @@ def preference_loss(
       holds `prompt_tokens`, `prompt_mask` `[B, P]`, `chosen_tokens`, `chosen_mask`,
       `rejected_tokens`, `rejected_mask` `[B, C]`; `reference_chosen_logps` and
       `reference_rejected_logps` `[B]` unless the loss is reference-free; and with `beta_at` the
-      number of updates done, `step` int32 `[]`, which `train.step.make_train_step` adds.
+      number of updates done, `step` int32 `[]`, which `train.step.make_train_step` adds. It says how
+      it follows from parts of a batch: the cross-entropy in `sft` and `orpo` is a mean over tokens.
 
     Raises:
       ValueError: For an unknown loss or a setting out of range, before anything is traced.
     """
     loss_of = losses.pair_loss(loss_type, beta=beta, **settings)
 
-    def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+    def loss_fn(params: Any, batch: Batch) -> tuple[Metrics, Metrics]:
         model = nnx.merge(graphdef, params)
         chosen, rejected = _pair_logps(model, batch, vocab_chunk, loss_of.ld_alpha)
         zero = jnp.zeros_like(chosen)
@@ -120,11 +121,16 @@ def preference_loss(
             jnp.sum(batch["rejected_mask"], axis=1, dtype=jnp.float32),
         )
         now, logged = _beta_of(batch, beta_at)
-        loss = jnp.mean(loss_of(pair, now))
-        metrics = {"loss": jax.lax.stop_gradient(loss), **loss_of.metrics(pair, now), **logged}
-        return loss, metrics
+        terms = {"pairs": jnp.mean(loss_of.of_pairs(pair, now))}
+        if loss_of.nll_weight:
+            terms["nll"] = loss_of.nll_weight * loss_of.nll(pair)
+        loss = jax.lax.stop_gradient(sum(terms.values(), start=jnp.float32(0)))
+        return terms, {"loss": loss, **loss_of.metrics(pair, now), **logged}
 
-    return loss_fn
+    def masses(batch: Batch) -> Metrics:
+        return dict.fromkeys(("nll", "nll_loss"), jnp.sum(batch["chosen_mask"], dtype=jnp.float32))
+
+    return Parted(loss_fn, masses=masses)
 
 
 def unpaired_loss(

@@ -7,6 +7,7 @@ sampled, and the number of processes does not matter.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
+from train.accumulate import Parted
 from train.data import TokenDataset, Widths, normalise_prompt, share_prompt
 from train.held_out import Evaluate, Score, bucketed_batches
 from train.processes import fetch
 from train.reward import Answers, Reward
 from train.sampling import Sampler
 from train.sharding import Params, own_rows, put_batch, row_numbers, row_parts
-from train.step import Batch, LossFn, Metrics
+from train.step import Batch, Metrics
 
 ANSWERS = 2
 
@@ -262,11 +264,11 @@ def rank(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(better, first, second), np.where(better, second, first)
 
 
-def with_objectives(loss_fn: LossFn, *, beta: float, has_reference: bool) -> LossFn:
+def with_objectives(loss: Parted, *, beta: float, has_reference: bool) -> Parted:
     """A loss on preference batches that also reports what TRL's online trainer does.
 
     Args:
-        loss_fn: From `train.objectives.preference_loss`.
+        loss: From `train.objectives.preference_loss`.
         beta: Of the loss, where its metrics have none.
         has_reference: Whether the batch has the reference's log-probabilities.
 
@@ -279,9 +281,9 @@ def with_objectives(loss_fn: LossFn, *, beta: float, has_reference: bool) -> Los
         that) and `objective/rlhf_reward` (scores plus that).
     """
 
-    def loss_with_objectives(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-        loss, metrics = loss_fn(params, batch)
-        metrics = {"beta": jnp.float32(beta), **metrics, **_of_scores(batch)}
+    def loss_with_objectives(params: Any, batch: Batch) -> tuple[Any, Metrics]:
+        terms, found = loss.loss_fn(params, batch)
+        metrics = {"beta": jnp.float32(beta), **found, **_of_scores(batch)}
         if has_reference:
             entropy = -_mean([metrics["logps/chosen"], metrics["logps/rejected"]])
             reference = [batch[f"reference_{name}_logps"] for name in _NAMES]
@@ -293,9 +295,9 @@ def with_objectives(loss_fn: LossFn, *, beta: float, has_reference: bool) -> Los
                 "objective/non_score_reward": penalty,
                 "objective/rlhf_reward": metrics["objective/scores"] + penalty,
             }
-        return loss, metrics
+        return terms, metrics
 
-    return loss_with_objectives
+    return dataclasses.replace(loss, loss_fn=loss_with_objectives)
 
 
 _NAMES = ("chosen", "rejected")

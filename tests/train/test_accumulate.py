@@ -31,20 +31,20 @@ def assert_same(found, expected, rtol=2e-5):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=rtol * scale)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "sft"])
-def test_gradients_and_metrics_are_those_of_the_large_batch(kind):
+@pytest.mark.parametrize("loss_type", [None, "sigmoid", ["sigmoid", "sft"], "orpo"])
+def test_gradients_and_metrics_are_those_of_the_large_batch(loss_type):
     graphdef, params = make_model()
-    names = ("chosen", "rejected") if kind == "dpo" else ("completion",)
+    names = ("completion",) if loss_type is None else ("chosen", "rejected")
     batch = make_batch(names, seed=3)
-    if kind == "dpo":
+    tokens = batch[f"{names[0]}_mask"].sum(axis=1)
+    assert tokens[::2].sum() != tokens[1::2].sum()  # the parts differ in weight
+    if loss_type is None:
+        loss_fn = sft_loss(graphdef)
+    else:
         rng = np.random.default_rng(5)
         for name in names:
             batch[f"reference_{name}_logps"] = rng.normal(-20, 3, 4).astype(np.float32)
-        loss_fn = preference_loss(graphdef)
-    else:
-        tokens = batch["completion_mask"].sum(axis=1)
-        assert tokens[::2].sum() != tokens[1::2].sum()  # the parts differ in weight
-        loss_fn = sft_loss(graphdef)
+        loss_fn = preference_loss(graphdef, loss_type=loss_type)
     (loss, metrics), gradient = jax.jit(loss_and_gradient(loss_fn, 1))(params, batch)
     for parts in (2, 4):
         (ours, our_metrics), ours_gradient = jax.jit(loss_and_gradient(loss_fn, parts))(

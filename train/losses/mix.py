@@ -17,10 +17,11 @@ Metrics = dict[str, jax.Array]
 
 
 class _Named(NamedTuple):
-    """A loss and the settings besides β that it takes."""
+    """A loss, the settings besides β that it takes, and whether `chosen_nll` is part of it."""
 
-    function: Callable[..., jax.Array]
+    function: Callable[..., jax.Array] | None
     takes: tuple[str, ...] = ()
+    has_nll: bool = False
 
 
 _SMOOTHED = ("label_smoothing",)
@@ -39,9 +40,9 @@ LOSSES: dict[str, _Named] = {
     "apo_zero": _Named(on_pairs.apo_zero),
     "apo_down": _Named(on_pairs.apo_down),
     "discopop": _Named(on_pairs.discopop, ("discopop_tau",)),
-    "sft": _Named(reference_free.sft),
+    "sft": _Named(None, has_nll=True),
     "simpo": _Named(reference_free.simpo, ("simpo_gamma", *_SMOOTHED)),
-    "orpo": _Named(reference_free.orpo),
+    "orpo": _Named(reference_free.odds, has_nll=True),
 }
 """Losses on pairs by the names TRL gives them."""
 
@@ -79,16 +80,34 @@ class PairLoss:
         free = set(self.types) & set(REFERENCE_FREE)
         return not free or not set(self.types) <= {*REFERENCE_FREE, "sft"}
 
+    @property
+    def nll_weight(self) -> float:
+        """Weight of the cross-entropy of the chosen answers, a mean over tokens and not over pairs."""
+        named = zip(self.types, self.weights, strict=True)
+        return sum(weight for name, weight in named if LOSSES[name].has_nll)
+
     def __call__(self, pair: PairLogps, beta: Beta | None = None) -> jax.Array:
-        """The weighted sum of the losses, float32 `[batch]`, whatever floats `pair` holds."""
+        """The weighted sum of the losses, float32 `[batch]`, whatever floats `pair` holds.
+
+        Its mean is the loss of the batch: every pair has the cross-entropy of the whole batch.
+        """
+        return self.of_pairs(pair, beta) + self.nll_weight * self.nll(pair)
+
+    def of_pairs(self, pair: PairLogps, beta: Beta | None = None) -> jax.Array:
+        """What there is without the cross-entropy, float32 `[batch]`."""
         pair = _as_float32(pair)
         beta = self.beta if beta is None else beta
         total = jnp.zeros(pair.chosen.shape, jnp.float32)
         for name, weight in zip(self.types, self.weights, strict=True):
-            function, takes = LOSSES[name]
+            function, takes, _ = LOSSES[name]
             own = {setting: self.settings[setting] for setting in takes}
-            total = total + weight * function(pair, beta, **own)
+            if function is not None:
+                total = total + weight * function(pair, beta, **own)
         return total
+
+    def nll(self, pair: PairLogps) -> jax.Array:
+        """Cross-entropy of the chosen answers, float32 `[]`: the mean over all their tokens."""
+        return reference_free.chosen_nll(_as_float32(pair))
 
     def metrics(self, pair: PairLogps, beta: Beta | None = None) -> Metrics:
         """TRL's metrics of a batch: `pair_metrics`, or `reference_free_metrics`."""

@@ -27,12 +27,6 @@ def chosen_nll(pair: PairLogps) -> jax.Array:
     return -jnp.sum(pair.chosen) / jnp.maximum(jnp.sum(pair.chosen_length), 1)
 
 
-def sft(pair: PairLogps, beta: Beta) -> jax.Array:
-    """`chosen_nll` for every pair, so that its mean is the mean over the batch's tokens."""
-    del beta
-    return jnp.broadcast_to(chosen_nll(pair), pair.chosen.shape)
-
-
 def simpo(
     pair: PairLogps, beta: Beta, simpo_gamma: float = 0.5, label_smoothing: float = 0.0
 ) -> jax.Array:
@@ -57,14 +51,14 @@ def log_odds_ratio(pair: PairLogps) -> jax.Array:
     return log_odds(chosen) - log_odds(rejected)
 
 
-def orpo(pair: PairLogps, beta: Beta) -> jax.Array:
-    """ORPO (Hong et al., 2024, arXiv:2403.07691, equation 6); `beta` is the paper's λ.
+def odds(pair: PairLogps, beta: Beta) -> jax.Array:
+    """ORPO (Hong et al., 2024, arXiv:2403.07691, equation 6) but for its `chosen_nll`, `[batch]`.
 
-    Cross-entropy of the chosen answers less β times `log σ` of the log odds ratio. The
-    cross-entropy is that of the answer given the prompt, as the paper writes it; TRL's also
-    counts the tokens of the prompt.
+    −β times `log σ` of the log odds ratio; β is the paper's λ. The cross-entropy that goes with it
+    is that of the answer given the prompt, as the paper writes it; TRL's also counts the tokens of
+    the prompt.
     """
-    return chosen_nll(pair) - beta * jax.nn.log_sigmoid(log_odds_ratio(pair))
+    return -beta * jax.nn.log_sigmoid(log_odds_ratio(pair))
 
 
 def _log1mexp(x: jax.Array) -> jax.Array:
