@@ -10,11 +10,13 @@
     export/         the trained model in Hugging Face format
     adapter/        its low-rank adapters in the format of PEFT, where these were trained
     summary.json    written last: the run is complete
+    before-1/       records of another run that ended here before its first checkpoint
     .lock           held by the process that writes here
 
 Nothing is ever overwritten: a directory that holds another run, or files that no run wrote, is
-refused, and so is one that another process is writing to. On several hosts the first process writes
-all but the checkpoints.
+refused, and so is one that another process is writing to. A run that ended before its first
+checkpoint, for a wrong setting or for lack of memory, is no reason to refuse the next one: its
+records are put aside. On several hosts the first process writes all but the checkpoints.
 """
 
 from __future__ import annotations
@@ -43,12 +45,14 @@ class OutputDir:
         identity: Command and settings that tell this run from another.
         started: The directory already holds this run.
         summary: What the finished run reported, or None when it is not finished.
+        abandoned: It holds another run, which ended before its first checkpoint.
     """
 
     path: Path
     identity: dict[str, Any]
     started: bool
     summary: dict[str, Any] | None
+    abandoned: bool = False
 
     @property
     def checkpoints(self) -> Path:
@@ -60,7 +64,7 @@ class OutputDir:
         """The trained model."""
         return self.path / "export"
 
-    def begin(self, config: Any, inputs: dict[str, str]) -> None:
+    def begin(self, config: Any, inputs: dict[str, str]) -> Path | None:
         """Creates the directory, or checks that the inputs of the run that it holds are unchanged.
 
         From then on the directory is locked, until `train.lock.release` or the end of the process.
@@ -69,11 +73,24 @@ class OutputDir:
             config: The settings, written to config.yaml.
             inputs: Content hash by name of what the run reads.
 
+        Returns:
+            Where the records of another run were put that ended here before its first checkpoint;
+            None where there was none.
+
         Raises:
-            UserError: an input's content changed since the run began, another process is writing
-                here, or nothing can be written.
+            UserError: an input's content changed since the run began and saved something, another
+                process is writing here, or nothing can be written.
         """
-        run_file = self.path / "run.json"
+        run_file, other = self.path / "run.json", self.abandoned
+        if self.started:
+            before = json.loads(run_file.read_text())["inputs"]
+            changed = [name for name in inputs if before.get(name) != inputs[name]]
+            other = bool(changed)
+            if changed and not _holds_records_alone(self.path):
+                raise UserError(
+                    f"output_dir {str(self.path)!r} holds a run whose {', '.join(changed)} had "
+                    "other content than now. Bring it back, or choose a new output_dir."
+                )
         meet("everything given is checked")  # so that nothing is written where one of them refuses
         try:
             if is_first():
@@ -81,21 +98,15 @@ class OutputDir:
             hold(self.path)
         except OSError as error:
             raise _unusable("output_dir", self.path, error) from error
-        if self.started:
-            before = json.loads(run_file.read_text())["inputs"]
-            changed = [name for name in inputs if before.get(name) != inputs[name]]
-            if changed:
-                raise UserError(
-                    f"output_dir {str(self.path)!r} holds a run whose {', '.join(changed)} had "
-                    "other content than now. Bring it back, or choose a new output_dir."
-                )
-        elif first_says(run_file.exists()):
+        if not self.started and not other and first_says(run_file.exists()):
             raise UserError(
                 f"output_dir {str(self.path)!r}: another process has begun a run there in the "
                 "meantime. Start again, or choose a new output_dir."
             )
+        aside = None
         if is_first():
             try:
+                aside = _put_aside(self.path) if other else None
                 self._record(config, inputs)
             except OSError as error:
                 raise _unusable("output_dir", self.path, error) from error
@@ -105,10 +116,11 @@ class OutputDir:
                 f"output_dir {str(self.path)!r}: what the first process wrote there is not seen by "
                 f"process {jax.process_index()}. Choose a directory that all hosts share."
             )
+        return aside
 
     def _record(self, config: Any, inputs: dict[str, str]) -> None:
         """Writes what is not there yet; a kill may have come between the two files."""
-        if not self.started:
+        if not (self.path / "run.json").exists():
             record = json.dumps({**self.identity, "inputs": inputs}, indent=2)
             write_atomically(self.path / "run.json", record)
         settings_file = self.path / "config.yaml"
@@ -150,7 +162,7 @@ def open_output(command: str, config: Any) -> OutputDir:
     if not run_file.exists():
         found = sorted(item.name for item in path.iterdir()) if path.exists() else []
         found = [name for name in found if not name.endswith(_PARTIAL) and name != LOCK_FILE]
-        if found:
+        if found and not (any(map(_is_aside, found)) and _holds_records_alone(path)):
             raise UserError(
                 f"output_dir {str(path)!r} is not empty and holds no run (found {found[0]!r}); "
                 "nothing is overwritten, so choose a new output_dir."
@@ -158,9 +170,16 @@ def open_output(command: str, config: Any) -> OutputDir:
         return OutputDir(path, identity, started=False, summary=None)
     try:
         found = json.loads(run_file.read_text())
-        _check_same(path, {"command": found["command"], **found["settings"]}, identity)
+        other = _difference({"command": found["command"], **found["settings"]}, identity)
     except (json.JSONDecodeError, KeyError) as error:
         raise UserError(f"{run_file} cannot be read as a run's record ({error}).") from error
+    if other is not None:
+        if not _holds_records_alone(path):
+            raise UserError(
+                f"output_dir {str(path)!r} holds another run: {other}. Nothing is overwritten, so "
+                "choose a new output_dir."
+            )
+        return OutputDir(path, identity, started=False, summary=None, abandoned=True)
     summary = json.loads(summary_file.read_text()) if summary_file.exists() else None
     return OutputDir(path, identity, started=True, summary=summary)
 
@@ -205,20 +224,48 @@ _PARTIAL = ".partial"
 _SHOWN_DIFFERENCES = 3
 
 
-def _check_same(path: Path, before: dict[str, Any], identity: dict[str, Any]) -> None:
+def _difference(before: dict[str, Any], identity: dict[str, Any]) -> str | None:
+    """What differs, in words; None where nothing does."""
     # Through JSON, so that tuples and lists, or 1 and 1.0, do not count as differences.
     now = json.loads(json.dumps({"command": identity["command"], **identity["settings"]}))
     names = [*now, *(name for name in before if name not in now)]
     differing = [name for name in names if before.get(name) != now.get(name)]
-    if not differing:
-        return
     shown = "; ".join(
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in differing[:_SHOWN_DIFFERENCES]
     )
     more = len(differing) - _SHOWN_DIFFERENCES
-    raise UserError(
-        f"output_dir {str(path)!r} holds another run: {shown}"
-        + (f"; and {more} more" if more > 0 else "")
-        + ". Nothing is overwritten, so choose a new output_dir."
+    return shown + (f"; and {more} more" if more > 0 else "") if differing else None
+
+
+_RECORDS = ("run.json", "config.yaml", "metrics.jsonl", "tensorboard")
+_ASIDE = "before-"
+
+
+def _holds_records_alone(path: Path) -> bool:
+    """Whether there is nothing but records of a run that saved nothing, and what any run may read."""
+    checkpoints = path / "checkpoints"
+    if checkpoints.is_dir() and any(checkpoints.iterdir()):
+        return False
+    expected = {*_RECORDS, "checkpoints", "reference", LOCK_FILE}
+    return all(
+        item.name in expected or item.name.endswith(_PARTIAL) or _is_aside(item.name)
+        for item in path.iterdir()
     )
+
+
+def _is_aside(name: str) -> bool:
+    return name.startswith(_ASIDE) and name.removeprefix(_ASIDE).isdigit()
+
+
+def _put_aside(path: Path) -> Path:
+    """Moves the records of a run into a directory of their own, the one that identifies it last."""
+    number = 1
+    while (path / f"{_ASIDE}{number}").exists():
+        number += 1
+    aside = path / f"{_ASIDE}{number}"
+    aside.mkdir()
+    for name in reversed(_RECORDS):
+        if (path / name).exists():
+            (path / name).rename(aside / name)
+    return aside

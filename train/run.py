@@ -147,7 +147,14 @@ class Run:
         held_out = {} if self.held_out is None else {"held_out": self.held_out.fingerprint()}
         if self.tasks:
             held_out["tasks"] = self.tasks.fingerprint()
-        self.output.begin(self.config, {**inputs, "data": self.data.fingerprint(), **held_out})
+        inputs = {**inputs, "data": self.data.fingerprint(), **held_out}
+        aside = self.output.begin(self.config, inputs)
+        if aside is not None:
+            self.console.print(
+                f"Another run ended here before its first checkpoint; its records are in {aside}.",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def load(self, path: str, name: str) -> Params:
         """Parameters of a model directory, in the types and places of this run."""

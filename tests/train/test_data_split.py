@@ -43,6 +43,30 @@ def test_a_prompt_stays_held_out_across_formats_and_stages():
     assert sides[0] == sides[1] == sides[2]
 
 
+def test_on_policy_prompts_need_no_answers():
+    questions = [{"question": f"q{n}"} for n in range(200)]
+    as_instructions = [{"instruction": f"q{n}"} for n in range(200)]
+    beside = [{"prompt": f"q{n}", "question": "?", "answer": "a"} for n in range(200)]
+    sides = []
+    for records in (questions, as_instructions, beside):
+        held_out = split_by_prompt(records, 0.3, seed=0)[1]
+        sides.append([record in held_out for record in records])
+    assert sides[0] == sides[1] == sides[2]
+    assert any(sides[0])
+
+
+def test_the_question_of_marked_turns_counts_where_the_answers_begin_alike():
+    turns = "\n\nHuman: q{}\n\nAssistant:"
+    records = [
+        {"chosen": turns.format(n % 100) + f" I {n}", "rejected": turns.format(n % 100) + f" I -{n}"}
+        for n in range(400)
+    ]
+    train, held_out = split_by_prompt(records, 0.2, seed=0)
+    asked = [{record["chosen"].split(" I ")[0] for record in side} for side in (train, held_out)]
+    assert asked[1]
+    assert not asked[0] & asked[1]
+
+
 def test_records_without_a_lesson_stay_for_the_count():
     record = {"prompt": "q", "chosen": "same", "rejected": "same"}
     assert record in split_by_prompt([*pairs(20), record], 0.5, seed=0)[0]

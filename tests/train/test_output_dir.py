@@ -51,8 +51,13 @@ def test_fields_that_change_nothing_learned_may_change(tmp_path):
     assert open_output("dpo", at(tmp_path, trainer=trainer)).started
 
 
+def saved_something(path):
+    (path / "checkpoints" / "3").mkdir(parents=True)
+
+
 def test_another_run_is_named_by_its_first_differences(tmp_path):
     open_output("dpo", at(tmp_path)).begin(at(tmp_path), {})
+    saved_something(tmp_path)
     optimizer = dataclasses.replace(GOOD.optimizer, learning_rate=1e-5, weight_decay=0.1)
     trainer = dataclasses.replace(GOOD.trainer, batch_size=8, seed=3)
     with pytest.raises(UserError) as caught:
@@ -66,10 +71,36 @@ def test_another_run_is_named_by_its_first_differences(tmp_path):
 
 def test_changed_inputs_are_named(tmp_path):
     open_output("dpo", at(tmp_path)).begin(at(tmp_path), {"model": "abc", "data": "123"})
+    saved_something(tmp_path)
     output = open_output("dpo", at(tmp_path))
     output.begin(at(tmp_path), {"model": "abc", "data": "123"})
     with pytest.raises(UserError, match="holds a run whose data had other content than now"):
         output.begin(at(tmp_path), {"model": "abc", "data": "124"})
+
+
+@pytest.mark.parametrize("change", ["settings", "inputs"])
+def test_a_run_that_saved_nothing_makes_room_and_is_kept(change, tmp_path):
+    first = at(tmp_path)
+    open_output("dpo", first).begin(first, {"data": "123"})
+    before = (tmp_path / "run.json").read_text()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    (tmp_path / "reference").mkdir()
+    other = dataclasses.replace(GOOD.trainer, batch_size=8)
+    second = first if change == "inputs" else at(tmp_path, trainer=other)
+    output = open_output("dpo", second)
+    aside = output.begin(second, {"data": "124"})
+    assert aside == tmp_path / "before-1"
+    assert (aside / "run.json").read_text() == before
+    assert (aside / "metrics.jsonl").read_text() == '{"step": 0}\n'
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert json.loads((tmp_path / "run.json").read_text())["inputs"] == {"data": "124"}
+    assert open_output("dpo", second).started
+    # Killed while making room: what was moved does not keep the next one out.
+    (tmp_path / "run.json").unlink()
+    assert not open_output("dpo", second).started
+    (tmp_path / "export").mkdir()
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        open_output("dpo", second)
 
 
 def test_foreign_files_are_refused_and_kept(tmp_path):

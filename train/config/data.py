@@ -16,7 +16,8 @@ class PromptOptions:
         path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub.
         split: Split of a hub data set.
         eval_fraction: Share of `path` held out for evaluation, by prompt: a prompt never lands on
-            both sides. Unset: nothing is held out.
+            both sides. Of pairs of text without a `prompt`, what both answers begin with counts as
+            it, up to the last "Assistant:" where turns are marked. Unset: nothing is held out.
         split_seed: Seed of that split, apart from `trainer.seed` so that runs share their held-out
             records.
         max_prompt_length: Tokens a prompt may have, the chat template included; longer ones lose

@@ -215,7 +215,9 @@ def normalise_prompt(record: Mapping[str, Any]) -> Text:
 def prompt_messages(record: Mapping[str, Any]) -> list[Message]:
     """The prompt of a record of any format, as messages; a string counts as one user turn.
 
-    It tells whether two records ask the same, across formats and training stages.
+    It tells whether two records ask the same, across formats and training stages. Of answers that
+    are text and share their prompt with it, the beginnings may be the same too; a prompt of turns
+    that are marked as in HH-RLHF ends where the last answer begins.
 
     Raises:
       DataError: When the record is in none of the formats.
@@ -223,11 +225,25 @@ def prompt_messages(record: Mapping[str, Any]) -> list[Message]:
     """
     if _has(record, "chosen") or _has(record, "rejected"):
         prompt = normalise_preference(record).prompt
-    elif any(_has(record, name) for name in ("completion", "messages", "instruction", "question")):
+        if isinstance(prompt, str) and not _has(record, "prompt") and _LAST_TURN in prompt:
+            prompt = prompt[: prompt.rindex(_LAST_TURN) + len(_LAST_TURN)]
+    elif _has(record, "completion") or _answered(record):
         prompt = normalise_sft(record).prompt
     else:
         prompt = normalise_prompt(record)
     return [_message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+
+
+_LAST_TURN = "\n\nAssistant:"
+
+
+def _answered(record: Mapping[str, Any]) -> bool:
+    """Whether a record without prompt and completion holds an answer; on-policy data need none."""
+    return not _has(record, "prompt") and (
+        _has(record, "messages")
+        or (_has(record, "instruction") and _has(record, "output"))
+        or (_has(record, "question") and _has(record, "answer"))
+    )
 
 
 def prompt_of(record: Mapping[str, Any]) -> tuple[Text, list[Text], str]:
