@@ -32,7 +32,7 @@ from train.optimizers import (
     recomputes_delta,
     takes_delta,
 )
-from train.prepare import blamed_on, check_related, hash_model, hash_start
+from train.prepare import blamed_on, hash_model, hash_start
 from train.reference import Scores, cache_file, with_reference
 from train.run import Run
 from train.sharding import Params, on_mesh
@@ -107,20 +107,19 @@ def align(config: Config, this: Run, objective: Objective) -> None:
     """Aligns from the start or from the last checkpoint, and exports the model.
 
     Raises:
-        UserError: base and model do not go together; before training starts.
+        UserError: base and model are the same, or a schedule does not fit the run; before training
+            starts.
     """
-    base = config.model.base
-    if base is not None:
-        check_related(base, config.model.path, "model.base")
-    inputs = hash_start(config.model)
+    base, inputs = config.model.base, hash_start(config.model)
     reference = "".join(inputs.values())
     if base is not None:
         inputs["base"] = hash_model(base)
         if inputs["base"] == inputs["model"]:
             raise _no_delta()
+    alignment = _Alignment(config, this, objective, reference)
     this.begin(**inputs, **objective.inputs)
     with on_mesh(this.mesh):
-        _Alignment(config, this, objective, reference).train()
+        alignment.train()
 
 
 def _no_delta(as_held: str = "") -> UserError:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train.config import DPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig, UserError
+from train.counts import count_steps
 from train.data import (
     Record,
     TokenDataset,
@@ -30,7 +31,8 @@ from train.data import (
     read_records,
 )
 from train.models import ModelConfig, read_hf_config
-from train.prepare import Tokenize, blamed_on, load_data, packed
+from train.optimizers import make_optimizer, make_schedule
+from train.prepare import Tokenize, blamed_on, check_related, load_data, packed
 from train.task_scores import read_tasks
 
 if TYPE_CHECKING:
@@ -64,31 +66,23 @@ def dry_run(config: Config, tokenize: Tokenize, console: Console) -> None:
     Raises:
         UserError: something given cannot be used, or the hub is needed and cannot be reached.
     """
-    path = config.model.path
-    try:
-        tokenizer, model = _tokenizer_and_config(path)
-    except OSError as error:
-        if Path(path).exists() or path.startswith((".", "/")):
-            raise UserError(f"model.path: {error}") from error
-        _show_records(config, console)
-        raise _hub_is_needed("model.path", path, _HUB_FILES, error) from error
+    tokenizer, model = _described(config, "model.path", config.model.path, console)
     check_length(config, model)
+    _check_base(config, console)
     data, held_out = load_data(config.records, tokenize, tokenizer, console)
     read_tasks(config.evaluation, tokenizer, model.max_position_embeddings, console, "evaluation.")
     show_data(data, console)
     batched = packed(config.data, data, console) if isinstance(config, SFTConfig) else data
     rows, batch = batched.rows_per_epoch, config.trainer.batch_size
-    if batch > rows:
-        raise UserError(f"trainer.batch_size is {batch}, but there are only {rows} training rows.")
-    given, each = config.trainer.steps, config.steps_per_batch
-    batches = (
-        round((config.trainer.epochs or 0) * (rows // batch)) if given is None else given // each
-    )
+    steps = count_steps(config.trainer, rows, config.steps_per_batch)
+    batches = steps // config.steps_per_batch
+    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, steps)
+    make_optimizer(config.optimizer, schedule, steps=steps)  # refuses what does not fit the run
     chosen = make_buckets(batched, batch, config.data.buckets, steps=batches)
     console.print(f"Batches: {chosen.describe(batched.arrays)}", highlight=False)
     show_examples(data, tokenizer, console)
     console.print(
-        f"{batches * each} steps of {batch} rows, {batches * batch / rows:.2g} epochs; "
+        f"{steps} steps of {batch} rows, {batches * batch / rows:.2g} epochs; "
         f"{0 if held_out is None else len(held_out)} rows held out. Dry run: no weight was read, "
         "nothing was written.",
         highlight=False,
@@ -107,7 +101,30 @@ def check_length(config: Config, model: ModelConfig) -> None:
         )
 
 
-def _tokenizer_and_config(path: str) -> tuple[PreTrainedTokenizerBase, ModelConfig]:
+def _described(
+    config: Config, name: str, path: str, console: Console
+) -> tuple[PreTrainedTokenizerBase, ModelConfig]:
+    """Tokenizer and configuration of a model; where the hub is missing, what can be said without."""
+    try:
+        return _tokenizer_and_config(name, path)
+    except OSError as error:
+        if Path(path).exists() or path.startswith((".", "/")):
+            raise UserError(f"{name}: {error}") from error
+        _show_records(config, console)
+        raise _hub_is_needed(name, path, _HUB_FILES, error) from error
+
+
+def _check_base(config: Config, console: Console) -> None:
+    base = getattr(config.model, "base", None)
+    if base is None:
+        return
+    if Path(base).is_dir() and Path(config.model.path).is_dir():
+        check_related(base, config.model.path, "model.base")
+    else:
+        _described(config, "model.base", base, console)
+
+
+def _tokenizer_and_config(name: str, path: str) -> tuple[PreTrainedTokenizerBase, ModelConfig]:
     """Of a directory or a hub name. Raises `OSError` where there are none."""
     from transformers import AutoTokenizer
 
@@ -119,7 +136,7 @@ def _tokenizer_and_config(path: str) -> tuple[PreTrainedTokenizerBase, ModelConf
             directory = Path(hf_hub_download(path, "config.json")).parent
         except Exception as error:  # hub, HTTP and socket errors have no common ancestor
             raise OSError(f"{type(error).__name__}: {error}") from error
-    with blamed_on("model.path"):
+    with blamed_on(name):
         model = ModelConfig.from_hf(read_hf_config(directory))
     return AutoTokenizer.from_pretrained(path), model
 

@@ -59,7 +59,7 @@ from train.group_objective import group_loss, sampled_logps_fn
 from train.groups import Groups
 from train.losses import GroupLoss
 from train.objectives import check_unpaired_start
-from train.on_policy_run import check_reward_models, input_hashes, make_on_policy, make_rewards
+from train.on_policy_run import check_rewards, input_hashes, make_on_policy, make_rewards
 from train.prepare import blamed_on
 from train.reward import several
 from train.run import Run, set_up
@@ -76,7 +76,7 @@ def run(config: GRPOConfig) -> None:
     check_merge(config)
     with blamed_on("loss"):
         loss_of = _loss_of(config)
-    check_reward_models(config.reward.models)
+    check_rewards(config.reward.functions, config.reward.models)
     this = set_up("grpo", config, tokenize_prompts)
     if this is not None:
         align(config, this, _objective(config, this, loss_of))

@@ -14,16 +14,22 @@ from train.generate import end_tokens
 from train.models.reward import check_reward_model
 from train.on_policy import OnPolicy
 from train.prepare import blamed_on, hash_model, load_tokenizer
-from train.reward import Reward, function_reward, model_reward, tried
+from train.reward import Reward, function_reward, import_function, model_reward, tried
 from train.run import Run
 from train.sampling import Sampler
 
 Config = OnlineDPOConfig | GRPOConfig
 
 
-def check_reward_models(paths: Sequence[str]) -> None:
-    """Checks directories of reward models without reading weights. Raises `UserError`."""
-    for path in paths:
+def check_rewards(functions: Sequence[str], models: Sequence[str]) -> None:
+    """Imports reward functions, and checks directories of reward models without reading weights.
+
+    Raises:
+        UserError: one of them cannot be used.
+    """
+    for name in functions:
+        import_function(name)
+    for path in models:
         with blamed_on("reward.model"):
             check_reward_model(path)
 

@@ -42,7 +42,7 @@ from train.loop import Prepared
 from train.losses import beta_schedule, pair_loss
 from train.objectives import check_starts_at_reference, preference_loss, reference_logps_fn
 from train.on_policy import ANSWERS, OnPolicy, pair_figures, with_objectives
-from train.on_policy_run import check_reward_models, input_hashes, make_on_policy, make_rewards
+from train.on_policy_run import check_rewards, input_hashes, make_on_policy, make_rewards
 from train.run import Run, set_up
 from train.sharding import Params
 from train.step import Batch
@@ -58,10 +58,14 @@ def run(config: OnlineDPOConfig) -> None:
     check(config)
     check_merge(config)
     check_loss(config.loss, config.trainer.gradient_accumulation_steps)
-    check_reward_models(_models(config))
+    check_rewards(_functions(config), _models(config))
     this = set_up("online-dpo", config, tokenize_prompts)
     if this is not None:
         align(config, this, _objective(config, this))
+
+
+def _functions(config: OnlineDPOConfig) -> list[str]:
+    return [] if config.reward.function is None else [config.reward.function]
 
 
 def _models(config: OnlineDPOConfig) -> list[str]:
@@ -70,8 +74,7 @@ def _models(config: OnlineDPOConfig) -> list[str]:
 
 def _on_policy(config: OnlineDPOConfig, this: Run) -> OnPolicy:
     options = config.reward
-    functions = [] if options.function is None else [options.function]
-    (reward,) = make_rewards(config, this, functions, _models(config), options.dtype)
+    (reward,) = make_rewards(config, this, _functions(config), _models(config), options.dtype)
     return make_on_policy(config, this, reward, options.missing_eos_penalty)
 
 

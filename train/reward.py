@@ -77,7 +77,7 @@ def function_reward(
         UserError: it cannot be imported, takes something that no record has, or gives something
             other than a finite number for each answer.
     """
-    function = _import(name)
+    function = import_function(name)
     fields = {field for record in records for field in record} - set(_NEVER_PASSED)
     taken = _taken(function, name, fields)
 
@@ -104,7 +104,8 @@ def several(rewards: Sequence[Reward]) -> Reward:
     return lambda answers: np.stack([reward(answers) for reward in rewards], axis=1)
 
 
-def _import(name: str) -> Callable[..., Any]:
+def import_function(name: str) -> Callable[..., Any]:
+    """What ``module:function`` names. Raises `UserError` where there is no such thing."""
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise UserError(f"reward.function must be written module:function, got {name!r}.")

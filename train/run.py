@@ -47,6 +47,7 @@ from train.prepare import (
     Tokenize,
     blamed_on,
     check_model,
+    check_related,
     load_data,
     load_tokenizer,
 )
@@ -362,6 +363,15 @@ def set_up(
     model = check_model(config.model)
     check_length(config, model)
     tokenizer = load_tokenizer(config.model.path, "model.path")
+    base = getattr(config.model, "base", None)
+    if base is not None:
+        check_related(base, config.model.path, "model.base")
+    mesh = make_mesh(config.mesh)
+    check_rows(config, mesh)
+    if config.trainer.eval_batch_size is not None:
+        check_batch("trainer.eval_batch_size", config.trainer.eval_batch_size, mesh)
+    graphdef, shapes = abstract_model(model, mesh)
+    trained = choose(config.model, leaf_paths(shapes))
     data, held_out = load_data(config.records, tokenize, tokenizer, console)
     tasks = read_tasks(
         config.evaluation, tokenizer, model.max_position_embeddings, console, "evaluation."
@@ -369,12 +379,6 @@ def set_up(
     if arrange is not None:
         data, held_out = arrange(data, held_out, console)
     steps = count_steps(config.trainer, data.rows_per_epoch, config.steps_per_batch)
-    mesh = make_mesh(config.mesh)
-    check_rows(config, mesh)
-    if config.trainer.eval_batch_size is not None:
-        check_batch("trainer.eval_batch_size", config.trainer.eval_batch_size, mesh)
-    graphdef, shapes = abstract_model(model, mesh)
-    trained = choose(config.model, leaf_paths(shapes))
     return Run(
         config=config,
         output=output,

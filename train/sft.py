@@ -31,8 +31,8 @@ def run(config: SFTConfig) -> None:
     this = set_up("sft", config, tokenize_sft, arrange)
     if this is None:
         return
-    this.begin(**hash_start(config.model))
     tx = make_optimizer(config.optimizer, this.schedule)
+    this.begin(**hash_start(config.model))
     loss_fn = sft_loss(this.graphdef, vocab_chunk=config.loss.vocab_chunk)
     evaluate = None
     if this.held_out is not None:

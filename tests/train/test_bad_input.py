@@ -161,6 +161,7 @@ def test_output_directory_with_another_run(refused, inputs, tmp_path):
     output = tmp_path / "first"
     config = configured("dpo", DPOConfig, run_flags(inputs, output))
     open_output("dpo", config).begin(config, {})
+    (output / "checkpoints" / "4").mkdir(parents=True)
     message = refused(output_dir=output, optimizer__alpha=0.5)
     assert "holds another run: optimizer.alpha was 0.001, now 0.5" in message
     assert "choose a new output_dir" in message

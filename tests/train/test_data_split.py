@@ -58,7 +58,10 @@ def test_on_policy_prompts_need_no_answers():
 def test_the_question_of_marked_turns_counts_where_the_answers_begin_alike():
     turns = "\n\nHuman: q{}\n\nAssistant:"
     records = [
-        {"chosen": turns.format(n % 100) + f" I {n}", "rejected": turns.format(n % 100) + f" I -{n}"}
+        {
+            "chosen": turns.format(n % 100) + f" I {n}",
+            "rejected": turns.format(n % 100) + f" I -{n}",
+        }
         for n in range(400)
     ]
     train, held_out = split_by_prompt(records, 0.2, seed=0)

@@ -135,3 +135,23 @@ def test_settings_are_checked_first(inputs, tmp_path, capsys):
     assert "the model has 256 positions" in capsys.readouterr().err
     assert main(["dpo", *arguments, *flags({"trainer.batch_size": 100})]) == 2
     assert "only" in capsys.readouterr().err
+
+
+def test_what_the_run_would_refuse_later_is_refused(inputs, tmp_path, capsys):
+    arguments = run_flags({**inputs, "base": ""}, tmp_path / "run", **PLAIN)
+    merging = run_flags(
+        {**inputs, "base": str(tmp_path / "none")}, tmp_path / "run", dry_run="true"
+    )
+    assert main(["dpo", *merging]) == 2
+    assert "model.base: " in capsys.readouterr().err
+    late = flags({"optimizer.name": "child_tuning", "optimizer.density": 0.5})
+    late += flags({"schedule.type": "linear", "schedule.warmup_steps": 7})
+    assert main(["dpo", *arguments, *late]) == 2
+    assert "schedule.warmup_steps" in capsys.readouterr().err
+    on_policy = PLAIN | {
+        "data__max_completion_length": None,
+        "reward__function": "no_such_module:f",
+    }
+    arguments = run_flags({**inputs, "base": ""}, tmp_path / "run", **on_policy)
+    assert main(["grpo", *arguments]) == 2
+    assert "no_such_module" in capsys.readouterr().err

@@ -158,7 +158,10 @@ def test_a_batch_without_tokens_has_no_loss_and_no_gradient():
         ({"epsilon": 0.0}, r"epsilon must be in \(0, 1\), got 0.0"),
         ({"epsilon_high": 0.0}, "epsilon_high must be positive"),
         ({"delta": 1.0}, "delta must be above 1"),
-        ({"delta": 2.0, "type": "sapo"}, "delta must be unset with type sapo"),
+        ({"delta": 2.0, "type": "sapo"}, "delta is set to 2.0, but type sapo has no use for it"),
+        ({"epsilon_high": 0.3, "type": "vespo"}, "but type vespo has no use for it"),
+        ({"vespo_k_pos": 1.0}, "but type dapo has no use for it"),
+        ({"use_bias_correction_kl": False}, "with beta 0 there is no divergence"),
         ({"type": "cispo"}, "epsilon_high must be set with type cispo"),
         ({"type": "luspo"}, "importance_sampling_level must be sequence with type luspo"),
         (

@@ -97,6 +97,10 @@ def check(config: Config) -> None:
     if isinstance(config, GRPOConfig):
         check_sampling(config.sampling)
         check_groups(config.sampling, config.reward)
+        if config.data.prefix_sharing is True:
+            raise UserError(
+                "data.prefix_sharing is true, but grpo computes the prompt with every answer; unset it."
+            )
         check_reuse(config)
     if isinstance(config, DPOConfig | OnlineDPOConfig):
         smoothing = config.loss.label_smoothing

@@ -8,6 +8,7 @@ the advantage `A` of its answer, a token's loss is `−min(r A, clip(r, 1−ε, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +23,13 @@ BATCH_TOKEN_MEANS = ("dapo", "cispo", "vespo")
 
 _DECAYS = ("vespo_lambda_pos", "vespo_lambda_neg")
 _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+_READ_BY = {
+    "epsilon": _CLIPPED,
+    "epsilon_high": (*_CLIPPED, "cispo"),
+    "delta": _CLIPPED,
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), ("sapo",)),
+    **dict.fromkeys(("vespo_k_pos", "vespo_k_neg", *_DECAYS), ("vespo",)),
+}
 
 
 class GroupLogps(NamedTuple):
@@ -104,7 +112,7 @@ class GroupLoss:
             _require(0 <= value < math.inf, name, value, "0 or larger")
         if self.delta is not None:
             _require(self.delta > 1, "delta", self.delta, "above 1")
-            _require(self.type in _CLIPPED, "delta", self.delta, f"unset with type {self.type}")
+        self._check_read()
         if self.type == "cispo" and self.epsilon_high is None:
             raise ValueError(
                 "epsilon_high must be set with type cispo, whose largest weight of a token it is "
@@ -115,6 +123,20 @@ class GroupLoss:
         if level != needed:
             raise ValueError(
                 f"importance_sampling_level must be {needed} with type {self.type}, got {level!r}."
+            )
+
+    def _check_read(self) -> None:
+        """Refuses what was set in vain."""
+        for field in dataclasses.fields(self):
+            value, readers = getattr(self, field.name), _READ_BY.get(field.name, GROUP_LOSSES)
+            if value != field.default and self.type not in readers:
+                raise ValueError(
+                    f"{field.name} is set to {value!r}, but type {self.type} has no use for it (only "
+                    f"{', '.join(readers)}). Unset it."
+                )
+        if not self.beta and not self.use_bias_correction_kl:
+            raise ValueError(
+                "use_bias_correction_kl is false, but with beta 0 there is no divergence."
             )
 
     @property
