@@ -64,7 +64,7 @@ def _plan(
     with console.status(f"Compiling a step for {target.topology} ..."):
         plan, plain = make_plan(config, model, target), None
     inner = without_merge(config.optimizer)
-    if inner is not None:
+    if inner is not None and plan.source != "state":
         with console.status("Compiling it without the merge, to compare ..."):
             plain = make_plan(dataclasses.replace(config, optimizer=inner), model, target)
     advised = advice(config, plan)
