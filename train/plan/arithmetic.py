@@ -114,8 +114,7 @@ def temporaries(config: DPOConfig, model: ModelConfig, mesh: Any, state: State) 
 
 
 def _work(config: DPOConfig, model: ModelConfig, mesh: Any, node: int) -> Work:
-    parts, remat = config.trainer.gradient_accumulation_steps, config.model.remat
-    pair, pairs = rows_of_pair(config), config.trainer.batch_size
+    pair, pairs, remat = rows_of_pair(config), config.trainer.batch_size, config.model.remat
     tokens = pairs * pair.number * pair.length
     again = 1 if remat == "full" else 0
     # Scores are computed of all pairs of tokens, and again unless they are kept.

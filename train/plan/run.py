@@ -57,7 +57,7 @@ def run(config: PlanConfig) -> None:
 def _plan(
     config: PlanConfig, model: ModelConfig, target: Target, console: Console
 ) -> dict[str, Any]:
-    if target.topology.startswith("v6e"):
+    if "v6e" in target.topology:
         console.print(
             "The compiler takes about three times as long for a v6e as for a v5e: minutes for 8B."
         )

@@ -111,8 +111,8 @@ def read_target(topology: str) -> Target:
     if name in CHIPS and name not in TPUS and re.fullmatch(r"[1-9]\d*", size):
         return Target(topology, int(size), CHIPS[name].hbm, CHIPS[name], ())
     raise UserError(
-        f"topology is {topology!r}; give a slice of TPUs ({', '.join(TPUS)}) such as v5p:4x4x8, several "
-        "such as 2xv5e:4x4, cpu:8, h100:8 or h200:8, or gpu:8x80 for 8 GPUs with 80 GB each."
+        f"topology is {topology!r}; give a slice of TPUs ({', '.join(TPUS)}) such as v5p:4x4x8, "
+        "several such as 2xv5e:4x4, cpu:8, h100:8 or h200:8, or gpu:8x80 for 8 GPUs with 80 GB each."
     )
 
 
