@@ -29,14 +29,15 @@ def transferred(instruction: Instruction, slices: int) -> tuple[str, float] | No
     found = _TRANSFER.search(instruction.attributes)
     if instruction.opcode != "recv" or found is None:
         return None
-    kind, others = found[1].lower().replace("_", "-"), 1 - 1 / slices
-    shares = {
-        "all-reduce": 2 * others,
-        "all-gather": others,
-        "all-to-all": others,
-        "reduce-scatter": slices - 1.0,
-    }
-    return kind, shares.get(kind, 1.0) * instruction.arrays[0].size
+    others = 1 - 1 / slices
+    kind, share = {
+        "ALL_REDUCE": ("all-reduce", 2 * others),
+        "ALL_GATHER": ("all-gather", others),
+        "ALL_TO_ALL": ("all-to-all", others),
+        "REDUCE_SCATTER": ("reduce-scatter", slices - 1.0),
+        "ONE_TO_ONE": ("collective-permute", 1.0),
+    }.get(found[1], (found[1], 1.0))
+    return kind, share * instruction.arrays[0].size
 
 
 def crossing(size: float, chips: int, stride: int, node: int) -> float:
