@@ -123,7 +123,6 @@ def test_tensor_stays_on_a_host_of_gpus_and_fsdp_may_leave_it(shape):
 REAL = """
 from train.plan.environment import prepare
 prepare("2xv5e:4x4")
-from tests.train.test_slices import shared
 from train.config import MeshOptions
 from train.plan.target import read_target
 from train.sharding import count_slices
@@ -138,7 +137,7 @@ for topology, options, shape in (
     mesh = target.mesh(options)
     assert mesh.devices.shape == shape, mesh
     assert len(set(mesh.devices.flat)) == target.chips == len(target.devices)
-    assert shared(mesh, ("fsdp", "tensor"), "slice_index")
+    assert all(len({device.slice_index for device in part.flat}) == 1 for part in mesh.devices)
 print("as arranged")
 """
 
