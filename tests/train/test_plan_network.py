@@ -160,7 +160,7 @@ def test_a_state_that_does_not_fit_is_not_compiled(tmp_path):
     file = tmp_path / "plan.json"
     values = big("llama-3-8b", 4) | {"topology": "v5e:2x2", "output_file": file}
     shown = run_python("-m", "train", "plan", *flags(values))
-    assert "no program was compiled" in shown
+    assert "16.1 GB are held from step to step; so nothing was compiled" in shown
     written = json.loads(file.read_text())
     hbm = written["plan"]["hbm_bytes_per_chip"]
     held = hbm["parameters"] + hbm["optimizer"] + hbm["delta"]
@@ -168,3 +168,15 @@ def test_a_state_that_does_not_fit_is_not_compiled(tmp_path):
     assert not written["plan"]["fits"]
     assert written["plan"]["source"] == "state"
     assert any("larger slice" in line for line in written["advice"])
+
+
+@needs_compiler
+def test_the_search_keeps_parameters_within_slices(tmp_path):
+    """Of a model whose state fits nowhere, so that nothing is compiled."""
+    file = tmp_path / "search.json"
+    values = big("llama-3-8b", 32) | {"topology": "2xv5e:2x2", "output_file": file}
+    run_python("-m", "train", "plan", *flags(values | {"search": "true"}))
+    found = json.loads(file.read_text())["search"]
+    meshes = {tuple(one["mesh"].values()) for one in found}
+    assert meshes == {(2, 4, 1), (2, 2, 2), (2, 1, 4), (4, 2, 1)}
+    assert {one["source"] for one in found} == {"state"}

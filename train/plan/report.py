@@ -29,7 +29,8 @@ def show(plan: Plan, plain: Plan | None, advised: Sequence[str], console: Consol
         )
     console.print(_memory_table(plan, plain))
     if plan.source == "state":
-        console.print("What is held from step to step does not fit, so no program was compiled.")
+        held = plan.memory.state.total / 1e9
+        console.print(f"{held:.1f} GB are held from step to step; so nothing was compiled.")
     elif plan.work is None:
         console.print("The compiler refused the program, and gave no figures of its work.")
     else:
