@@ -54,8 +54,8 @@ def make_mesh(options: MeshOptions) -> Mesh | None:
 def count_slices(devices: Sequence[Any]) -> int:
     """Over how many slices of TPUs, which only a network joins, devices are spread.
 
-    What JAX calls slices of GPUs are hosts, or hosts that NVLink joins; the network between them is
-    one that parameters are commonly split over, so nothing is asked of a mesh there.
+    What JAX calls a slice of GPUs is a host, unless it was told otherwise. Parameters are commonly
+    split over the network between hosts, so nothing is asked of a mesh there.
     """
     if not devices or devices[0].platform != "tpu":
         return 1
