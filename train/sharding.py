@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import (
     AbstractMesh,
     AxisType,
@@ -39,10 +39,11 @@ def make_mesh(options: MeshOptions) -> Mesh | None:
         The mesh, or None for a single device, where none is needed.
 
     Raises:
-        UserError: there are fewer devices, or, on several processes, not exactly as many.
+        UserError: there are fewer devices, or, on several processes or slices, not exactly as many;
+            or slices would share parameters.
     """
     devices = jax.devices()
-    shape = mesh_shape(options, len(devices))
+    shape = mesh_shape(options, len(devices), count_slices(devices))
     count = math.prod(shape)
     if jax.process_count() > 1:  # one without devices in the mesh would have nothing to do
         expected = f"{len(devices)}, the devices of all {jax.process_count()} processes"
@@ -50,14 +51,35 @@ def make_mesh(options: MeshOptions) -> Mesh | None:
     return None if count == 1 else arrange(devices[:count], shape)
 
 
+def count_slices(devices: Sequence[Any]) -> int:
+    """Over how many slices of TPUs, which only a network joins, devices are spread.
+
+    What JAX calls a slice of GPUs is a host, unless it was told otherwise. Parameters are commonly
+    split over the network between hosts, so nothing is asked of a mesh there.
+    """
+    if not devices or devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
 def arrange(devices: Sequence[Any], shape: tuple[int, int, int]) -> Mesh:
     """The mesh of some devices, neighbours along an axis where the links between them are fast.
 
+    On several slices of TPUs ``data`` goes over the slices first, and what differs along the other
+    axes alone shares a slice. GPUs lie in the order of their hosts, the last axis within one.
+
     Args:
-        devices: As many as the shape has.
-        shape: Devices along ``data``, ``fsdp`` and ``tensor``.
+        devices: As many as the shape has; of several slices all.
+        shape: Devices along ``data``, ``fsdp`` and ``tensor``; ``data`` a multiple of the slices.
     """
-    placed = create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+    slices = count_slices(devices)
+    if slices > 1:
+        inside = (shape[0] // slices, *shape[1:])
+        placed = create_hybrid_device_mesh(
+            inside, (slices, 1, 1), list(devices), allow_split_physical_axes=True
+        )
+    else:
+        placed = create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -81,21 +103,29 @@ def compiler_options(mesh: Mesh | AbstractMesh | None) -> dict[str, bool] | None
     }
 
 
-def mesh_shape(options: MeshOptions, devices: int) -> tuple[int, int, int]:
+def mesh_shape(options: MeshOptions, devices: int, slices: int = 1) -> tuple[int, int, int]:
     """Devices along ``data``, ``fsdp`` and ``tensor``.
 
     Args:
         options: As set.
         devices: How many there are.
+        slices: Over which they are spread, from `count_slices`.
 
     Raises:
-        UserError: they do not suffice.
+        UserError: they do not suffice, or on several slices ``data`` is no multiple of their number.
 
     Example:
         >>> mesh_shape(MeshOptions(tensor=2), 8)
         (1, 4, 2)
+        >>> mesh_shape(MeshOptions(tensor=2), 16, slices=2)
+        (2, 4, 2)
     """
-    others = options.data * options.tensor
+    data = slices if options.data is None else options.data
+    found = (
+        f"a multiple of {slices} (slices of TPUs here, and only a network between them) or unset"
+    )
+    require(data % slices == 0, "mesh.data", data, found)
+    others = data * options.tensor
     fsdp = max(1, devices // others) if options.fsdp is None else options.fsdp
     count = others * fsdp
     expected = f"at most {devices} (devices here)"
@@ -103,7 +133,10 @@ def mesh_shape(options: MeshOptions, devices: int) -> tuple[int, int, int]:
     if options.fsdp is None:
         named = f"a divisor of the {devices} devices, or mesh.fsdp set"
         require(count == devices, "mesh.data * mesh.tensor", others, named)
-    return options.data, fsdp, options.tensor
+    if slices > 1:
+        every = f"{devices}, the devices of all {slices} slices"
+        require(count == devices, _PRODUCT, count, every)
+    return data, fsdp, options.tensor
 
 
 def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:

@@ -11,13 +11,14 @@ class MeshOptions:
 
     Attributes:
         data: Groups of devices that each hold the whole model between them, and a part of every
-            batch.
+            batch. Slices of TPUs that a network joins are such groups, so with several of them it is
+            a multiple of their number. Unset: that number, 1 on a single slice and on GPUs.
         fsdp: Devices over which parameters, optimizer state and delta are split, and batches too.
             Unset: all the devices that `data` and `tensor` leave.
         tensor: Devices over which heads, feed-forward channels and vocabulary are split, and the
             sequence between the layers. Keep it within the fastest links.
     """
 
-    data: int = 1
+    data: int | None = None
     fsdp: int | None = None
     tensor: int = 1

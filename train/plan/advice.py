@@ -55,9 +55,10 @@ def _for_state(config: DPOConfig, plan: Plan) -> list[str]:
     used = plan.mesh["data"] * plan.mesh["fsdp"] * plan.mesh["tensor"]
     if used < plan.target.chips:
         found.append(f"mesh: {used} of {plan.target.chips} chips are used.")
-    if plan.mesh["data"] > 1:
+    least = plan.target.slices
+    if plan.mesh["data"] > least:
         found.append(
-            f"mesh.data 1 (now {plan.mesh['data']}): every group of chips holds the whole state."
+            f"mesh.data {least} (now {plan.mesh['data']}): every group of chips holds the whole state."
         )
     delta = plan.memory.state.delta
     if delta and optimizer.delta_dtype is None and config.model.param_dtype == "float32":

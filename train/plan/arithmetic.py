@@ -16,6 +16,7 @@ from train.models import ModelConfig
 from train.models.hf_names import decoder_leaves
 from train.objectives import resolve_vocab_chunk
 from train.plan.figures import Memory, State, Work
+from train.plan.network import crossing
 from train.plan.program import shares_prompts
 from train.sharding import row_devices
 
@@ -65,25 +66,9 @@ def layer_weights(model: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for path, leaf in leaves if path[-1] == "kernel")
 
 
-def fsdp_traffic(parameter_bytes: float, chips: int, gathers: int = 2) -> float:
-    """Bytes that splitting the parameters over chips brings to each of them in a step.
-
-    Every pass gathers the parameters, and the gradients are scattered once: ``(gathers + 1) · bytes ·
-    (n − 1)/n`` (Rajbhandari et al. 2020, section 7).
-
-    Args:
-        parameter_bytes: Of the whole model.
-        chips: Over which it is split.
-        gathers: 2 for forward and backward pass, 3 where layers are also recomputed.
-
-    Example:
-        >>> fsdp_traffic(16e9, 4) / 1e9
-        36.0
-    """
-    return (gathers + 1) * parameter_bytes * (chips - 1) / chips
-
-
-def estimate(config: DPOConfig, model: ModelConfig, mesh: Any, state: State) -> tuple[Memory, Work]:
+def estimate(
+    config: DPOConfig, model: ModelConfig, mesh: Any, state: State, node: int = 0
+) -> tuple[Memory, Work]:
     """Temporaries and work of a chip from formulas; bytes moved in memory are not estimated.
 
     Args:
@@ -91,15 +76,18 @@ def estimate(config: DPOConfig, model: ModelConfig, mesh: Any, state: State) -> 
         model: Its shapes.
         mesh: Of the run.
         state: Bytes that a chip holds.
+        node: Chips of a host, where hosts are joined by a slower network.
     """
-    return Memory(state, 0.0, _temporaries(config, model, mesh, state)), _work(config, model, mesh)
+    needed = temporaries(config, model, mesh, state)
+    return Memory(state, 0.0, needed), _work(config, model, mesh, node)
 
 
 def _size(dtype: Any) -> int:
     return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
 
 
-def _temporaries(config: DPOConfig, model: ModelConfig, mesh: Any, state: State) -> float:
+def temporaries(config: DPOConfig, model: ModelConfig, mesh: Any, state: State) -> float:
+    """Bytes that a step needs besides what it holds, roughly; arguments as those of `estimate`."""
     parts, tensor = config.trainer.gradient_accumulation_steps, mesh.shape["tensor"]
     pair = rows_of_pair(config)
     pairs = config.trainer.batch_size / row_devices(mesh) / parts
@@ -125,9 +113,8 @@ def _temporaries(config: DPOConfig, model: ModelConfig, mesh: Any, state: State)
     return model.num_layers * kept + max(one_layer, logits) + gradients
 
 
-def _work(config: DPOConfig, model: ModelConfig, mesh: Any) -> Work:
-    parts, remat = config.trainer.gradient_accumulation_steps, config.model.remat
-    pair, pairs = rows_of_pair(config), config.trainer.batch_size
+def _work(config: DPOConfig, model: ModelConfig, mesh: Any, node: int) -> Work:
+    pair, pairs, remat = rows_of_pair(config), config.trainer.batch_size, config.model.remat
     tokens = pairs * pair.number * pair.length
     again = 1 if remat == "full" else 0
     # Scores are computed of all pairs of tokens, and again unless they are kept.
@@ -136,19 +123,34 @@ def _work(config: DPOConfig, model: ModelConfig, mesh: Any) -> Work:
     output = 2.0 * model.vocab_size * model.hidden_size * pairs * pair.scored
     chunked = resolve_vocab_chunk(config.loss.vocab_chunk, model.vocab_size) is not None
     flops = 2.0 * layer_weights(model) * tokens * (3 + again) + attention + output * (3 + chunked)
-    sizes = mesh.shape
-    bytes_held = (
-        _size(config.model.param_dtype)
-        / sizes["tensor"]
-        * sum(math.prod(leaf.shape) for leaf in decoder_leaves(model).values())
-    )
-    sent = {"parameters and gradients": parts * fsdp_traffic(bytes_held, sizes["fsdp"], 2 + again)}
-    if sizes["data"] > 1:
-        share = (sizes["data"] - 1) / sizes["data"]
-        sent["gradients over data"] = 2 * bytes_held / sizes["fsdp"] * share
-    if sizes["tensor"] > 1:
-        residual = tokens / row_devices(mesh) * model.hidden_size * _size(config.model.dtype)
-        share = (sizes["tensor"] - 1) / sizes["tensor"]
-        # A gather and a scatter around attention and around the feed-forward block, in each pass.
-        sent["activations"] = 4 * model.num_layers * (2 + again) * residual * share
-    return Work(flops / mesh.size, None, sent)
+    return Work(flops / mesh.size, None, *_moved(config, model, mesh, node))
+
+
+def _moved(
+    config: DPOConfig, model: ModelConfig, mesh: Any, node: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes that collectives bring to a chip, over links and over the network.
+
+    Every pass gathers the parameters, and the gradients are scattered once (Rajbhandari et al. 2020,
+    section 7) and summed over ``data``. With ``tensor`` there is a gather and a scatter around
+    attention and around the feed-forward block, in each pass (Korthikanti et al. 2022).
+    """
+    data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    weights = sum(math.prod(leaf.shape) for leaf in decoder_leaves(model).values())
+    held = _size(config.model.param_dtype) / tensor * weights
+    pair, passes = rows_of_pair(config), 3 if config.model.remat == "full" else 2
+    tokens = config.trainer.batch_size * pair.number * pair.length / row_devices(mesh)
+    residual = tokens * model.hidden_size * _size(config.model.dtype)
+    parts = config.trainer.gradient_accumulation_steps
+    # Of each kind: bytes of what is gathered or scattered, among how many chips, and their stride.
+    kinds = {
+        "parameters and gradients": (parts * (passes + 1) * held, fsdp, tensor),
+        "gradients over data": (2 * held / fsdp, data, fsdp * tensor),
+        "activations": (4 * model.num_layers * passes * residual, tensor, 1),
+    }
+    sent, network = {}, {}
+    for kind, (size, chips, stride) in kinds.items():
+        if chips > 1:
+            network[kind] = crossing(size, chips, stride, node)
+            sent[kind] = size * (1 - 1 / chips) - network[kind]
+    return sent, {kind: size for kind, size in network.items() if size}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from train.plan.hlo import Array, Computation, Instruction, Module, parse, trips
 from train.plan.kernels import is_kernel, splash_cost
+from train.plan.network import transferred
 
 COLLECTIVES = (
     "all-gather",
@@ -40,6 +41,7 @@ class Cost:
         sent: Bytes that each kind of collective brings to the chip from others, with the best known
             algorithm on ``n`` chips: ``(n − 1)/n`` of the result for a gather, of the operand for a
             scatter, and both for an all-reduce.
+        network: The same of what comes from other slices, which `sent` leaves out.
         loops: Names of loops whose trips the text does not tell; they count as one.
         kernels: Names of kernels of which nothing is known; they count as nothing.
     """
@@ -47,6 +49,7 @@ class Cost:
     flops: float = 0.0
     hbm_bytes: float = 0.0
     sent: dict[str, float] = field(default_factory=dict)
+    network: dict[str, float] = field(default_factory=dict)
     loops: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
 
@@ -56,6 +59,8 @@ class Cost:
         self.hbm_bytes += times * other.hbm_bytes
         for kind, size in other.sent.items():
             self.send(kind, times * size)
+        for kind, size in other.network.items():
+            self.network[kind] = self.network.get(kind, 0.0) + times * size
         self.loops += other.loops
         self.kernels += other.kernels
 
@@ -69,20 +74,22 @@ class Cost:
         return sum(self.sent.values())
 
 
-def program_cost(text: str, chips: int, *, count_loops: bool = True) -> Cost:
+def program_cost(text: str, chips: int, *, slices: int = 1, count_loops: bool = True) -> Cost:
     """The cost of a compiled program on each chip.
 
     Args:
         text: ``compiled.as_text()``.
-        chips: How many run it.
+        chips: How many run it, in one slice.
+        slices: How many of them there are.
         count_loops: False: every body once, as XLA's ``cost_analysis`` does.
     """
-    return _Walk(parse(text), chips, count_loops).of(None)
+    return _Walk(parse(text), chips, slices, count_loops).of(None)
 
 
 class _Walk:
-    def __init__(self, module: Module, chips: int, count_loops: bool) -> None:
-        self.module, self.chips, self.count_loops = module, chips, count_loops
+    def __init__(self, module: Module, chips: int, slices: int, count_loops: bool) -> None:
+        self.module, self.chips, self.slices = module, chips, slices
+        self.count_loops = count_loops
         self.known: dict[str, Cost] = {}
 
     def of(self, name: str | None) -> Cost:
@@ -111,6 +118,8 @@ class _Walk:
         elif kind := collective(instruction):
             total.send(kind, sent(instruction, computation, self.chips))
             total.hbm_bytes += 2 * _result(instruction)
+        elif opcode in ("send", "recv"):
+            self._add_transfer(total, instruction)
         elif is_kernel(instruction):
             self._add_kernel(total, computation, instruction)
         elif not opcode.endswith("-done") and opcode not in _FREE:
@@ -125,6 +134,13 @@ class _Walk:
             except ValueError:
                 total.loops += (loop.name,)
         total.add(self.of(loop.called("body")), times)
+
+    def _add_transfer(self, total: Cost, instruction: Instruction) -> None:
+        value = instruction.arrays[0]  # of a tuple with a context and a token
+        total.hbm_bytes += value.size * value.in_hbm
+        if found := transferred(instruction, self.slices):
+            kind, size = found
+            total.network[kind] = total.network.get(kind, 0.0) + size
 
     def _add_kernel(self, total: Cost, computation: Computation, kernel: Instruction) -> None:
         cost = splash_cost(kernel, computation)

@@ -62,7 +62,8 @@ class Work:
     Attributes:
         flops: Of matrix products.
         hbm_bytes: Read from and written to memory; None where nobody has counted them.
-        sent: Bytes that each kind of collective brings from other chips.
+        sent: Bytes that each kind of collective brings from other chips, over the links between them.
+        network: Bytes that each kind brings from other slices, or from other hosts of GPUs.
         uncounted_loops: Loops of unknown length, whose body counts once.
         uncounted_kernels: Kernels of their own (Pallas) of which nothing is known.
     """
@@ -70,8 +71,12 @@ class Work:
     flops: float
     hbm_bytes: float | None
     sent: dict[str, float] = field(default_factory=dict)
+    network: dict[str, float] = field(default_factory=dict)
     uncounted_loops: int = 0
     uncounted_kernels: int = 0
+
+
+_BOUNDS = ("compute", "hbm", "interconnect", "network")
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ class Roofline:
     Attributes:
         compute: Matrix products.
         hbm: Memory.
-        interconnect: Collectives.
+        interconnect: Collectives, over the links between chips.
+        network: What they bring from other slices or hosts.
         mfu: Upper bound of the model's FLOPs utilisation (Chowdhery et al. 2022): what forward and
             backward pass need without recomputation, at the peak, as a share of the step.
     """
@@ -89,17 +95,18 @@ class Roofline:
     compute: float
     hbm: float
     interconnect: float
+    network: float
     mfu: float
 
     @property
     def step(self) -> float:
         """The largest: everything overlaps."""
-        return max(self.compute, self.hbm, self.interconnect)
+        return max(getattr(self, name) for name in _BOUNDS)
 
     @property
     def bound(self) -> str:
         """The name of the largest."""
-        return max(("compute", "hbm", "interconnect"), key=lambda name: getattr(self, name))
+        return max(_BOUNDS, key=lambda name: getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -109,11 +116,12 @@ class Plan:
     Attributes:
         target: The machine.
         mesh: Chips along each axis.
-        source: ``"compiler"``, or ``"arithmetic"`` where only the state is exact.
+        source: ``"compiler"``; ``"arithmetic"`` where only the state is exact; ``"state"`` where it
+            alone exceeds the memory, so that nothing was compiled: temporaries are arithmetic.
         parameters: Of the model, over all chips.
         model_flops: Of a step, over all chips, without recomputation.
         memory: Of a chip.
-        work: Of a chip; None where the compiler refused a program that does not fit.
+        work: Of a chip; None where the compiler refused a program that does not fit, or was not asked.
     """
 
     target: Target
@@ -137,14 +145,14 @@ class Plan:
             return None
         compute = work.flops / peaks.flops
         hbm = (work.hbm_bytes or 0.0) / peaks.hbm_bandwidth
-        arriving = peaks.arriving(self.target.chips)
-        interconnect = sum(work.sent.values()) / arriving
+        interconnect = sum(work.sent.values()) / peaks.interconnect
+        network = sum(work.network.values()) / peaks.network
         used = 1
         for size in self.mesh.values():
             used *= size
         ideal = self.model_flops / (used * peaks.flops)
-        mfu = ideal / max(compute, hbm, interconnect)
-        return Roofline(compute, hbm, interconnect, mfu)
+        mfu = ideal / max(compute, hbm, interconnect, network)
+        return Roofline(compute, hbm, interconnect, network, mfu)
 
     def as_json(self) -> dict[str, Any]:
         """What is written to a file."""
@@ -156,6 +164,7 @@ class Plan:
         return {
             "topology": self.target.topology,
             "chips": self.target.chips,
+            "slices": self.target.slices,
             "mesh": self.mesh,
             "source": self.source,
             "model_parameters": self.parameters,

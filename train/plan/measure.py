@@ -13,7 +13,7 @@ from train.config import DPOConfig, OptimizerOptions, UserError
 from train.models import ModelConfig
 from train.models.hf_names import decoder_leaves
 from train.optimizers import delta_on_host, inner_name, needs_delta
-from train.plan.arithmetic import estimate, model_flops
+from train.plan.arithmetic import estimate, model_flops, temporaries
 from train.plan.cost import program_cost
 from train.plan.figures import Memory, Plan, State, Work
 from train.plan.program import Program, make_program
@@ -38,7 +38,7 @@ def make_plan(config: DPOConfig, model: ModelConfig, target: Target) -> Plan:
         target: From `train.plan.target.read_target`.
 
     Returns:
-        The plan, from the compiler where the target has one.
+        The plan, from the compiler where the target has one and the state fits.
 
     Raises:
         UserError: a field cannot be used there.
@@ -48,12 +48,16 @@ def make_plan(config: DPOConfig, model: ModelConfig, target: Target) -> Plan:
     mesh = target.mesh(config.mesh)
     program = make_program(config, model, mesh)
     state = state_bytes(program)
-    if target.devices:
+    if target.devices and target.hbm is not None and state.total > target.hbm:
+        source, work = "state", None
+        memory = Memory(state, 0.0, temporaries(config, model, mesh, state))
+    elif target.devices:
         source = "compiler"
         memory, work = _compiled(program, state, mesh, target)
     else:
         source = "arithmetic"
-        memory, work = estimate(config, model, mesh, state)
+        node = target.peaks.node if target.peaks else 0
+        memory, work = estimate(config, model, mesh, state, node)
     return Plan(
         target=target,
         mesh=dict(mesh.shape),
@@ -136,7 +140,9 @@ def _compiled(
         return Memory(state, 0.0, temporaries), None
     memory = compiled.memory_analysis()
     new = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
-    cost = program_cost(compiled.as_text(), mesh.size)
+    slices = target.slices
+    cost = program_cost(compiled.as_text(), mesh.size // slices, slices=slices)
+    unknown = len(cost.loops), len(cost.kernels)
     return (
         Memory(
             state,
@@ -145,7 +151,7 @@ def _compiled(
             temporaries=memory.temp_size_in_bytes + new,
             program=memory.generated_code_size_in_bytes,
         ),
-        Work(cost.flops, cost.hbm_bytes, cost.sent, len(cost.loops), len(cost.kernels)),
+        Work(cost.flops, cost.hbm_bytes, cost.sent, cost.network, *unknown),
     )
 
 

@@ -20,14 +20,18 @@ def show(plan: Plan, plain: Plan | None, advised: Sequence[str], console: Consol
         console: Where to.
     """
     size = " x ".join(f"{axis} {count}" for axis, count in plan.mesh.items())
-    console.print(f"\n{plan.target.topology}: {plan.target.chips} chips, mesh {size}")
+    slices = f" in {plan.target.slices} slices" if plan.target.slices > 1 else ""
+    console.print(f"\n{plan.target.topology}: {plan.target.chips} chips{slices}, mesh {size}")
     if plan.source == "arithmetic":
         console.print(
             "There is no compiler for this machine here: the state is exact; temporaries, FLOPs and "
             "collectives are arithmetic."
         )
     console.print(_memory_table(plan, plain))
-    if plan.work is None:
+    if plan.source == "state":
+        held = plan.memory.state.total / 1e9
+        console.print(f"{held:.1f} GB are held from step to step; so nothing was compiled.")
+    elif plan.work is None:
         console.print("The compiler refused the program, and gave no figures of its work.")
     else:
         console.print(_work_table(plan, plain))
@@ -37,7 +41,7 @@ def show(plan: Plan, plain: Plan | None, advised: Sequence[str], console: Consol
 
 def _memory_table(plan: Plan, plain: Plan | None) -> Table:
     table = _table("memory of a chip", "GB", plain)
-    temporaries = "temporaries" + (" (arithmetic)" if plan.source == "arithmetic" else "")
+    temporaries = "temporaries" + ("" if plan.source == "compiler" else " (arithmetic)")
     rows = {
         "parameters": lambda m: m.state.parameters,
         "optimizer": lambda m: m.state.optimizer,
@@ -64,10 +68,14 @@ def _work_table(plan: Plan, plain: Plan | None) -> Table:
     table.add_row("TFLOPs of products", *_compared([work.flops / 1e12 for work in works]))
     if works[0].hbm_bytes is not None:
         table.add_row("memory traffic, GB", *_compared([(w.hbm_bytes or 0) / 1e9 for w in works]))
-    for kind in sorted(works[0].sent, key=lambda kind: -works[0].sent[kind]):
-        values = [work.sent.get(kind, 0.0) / 1e9 for work in works]
-        if values[0] >= 1e-3:
-            table.add_row(f"{kind}, GB", *_compared(values))
+    for where, sums in {
+        "": [work.sent for work in works],
+        " over the network": [work.network for work in works],
+    }.items():
+        for kind in sorted(sums[0], key=lambda kind: -sums[0][kind]):
+            values = [sent.get(kind, 0.0) / 1e9 for sent in sums]
+            if values[0] >= 1e-3:
+                table.add_row(f"{kind}{where}, GB", *_compared(values))
     return table
 
 
@@ -97,6 +105,8 @@ def _show_times(plan: Plan, console: Console) -> None:
         if work is not None and work.hbm_bytes is None:
             parts[1] = "memory not counted"
         parts.append(f"interconnect {times.interconnect:.3f} s")
+        if times.network:
+            parts.append(f"network {times.network:.3f} s")
         console.print(
             f"At the peaks: {', '.join(parts)}. A step takes at least {times.step:.3f} s "
             f"({times.bound}), and uses at most {100 * times.mfu:.0f}% of the peak (MFU)."

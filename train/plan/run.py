@@ -57,14 +57,14 @@ def run(config: PlanConfig) -> None:
 def _plan(
     config: PlanConfig, model: ModelConfig, target: Target, console: Console
 ) -> dict[str, Any]:
-    if target.topology.startswith("v6e"):
+    if "v6e" in target.topology:
         console.print(
             "The compiler takes about three times as long for a v6e as for a v5e: minutes for 8B."
         )
     with console.status(f"Compiling a step for {target.topology} ..."):
         plan, plain = make_plan(config, model, target), None
     inner = without_merge(config.optimizer)
-    if inner is not None:
+    if inner is not None and plan.source != "state":
         with console.status("Compiling it without the merge, to compare ..."):
             plain = make_plan(dataclasses.replace(config, optimizer=inner), model, target)
     advised = advice(config, plan)

@@ -84,6 +84,7 @@ def search(config: DPOConfig, model: ModelConfig, target: Target, console: Conso
 
 def _first_round(target: Target) -> Iterator[dict[str, Any]]:
     for data, tensor in ((1, 1), (1, 2), (1, 4), (2, 1)):
+        data *= target.slices
         if target.chips % (data * tensor) or data * tensor > target.chips:
             continue
         mesh = {"mesh.data": data, "mesh.fsdp": target.chips // data // tensor}
