@@ -130,8 +130,18 @@ def test_exact_match(directory, theirs, tmp_path):
 def test_extraction():
     """As lm-evaluation-harness scores GSM8K: the last number, without separators."""
     assert normalised(extract(LAST_NUMBER, "First 3, then $1,234.") or "") == "1234"
-    assert extract(LAST_NUMBER, "none") is None
+    assert extract(LAST_NUMBER, "$1,234.50 of -3 and $1,234.50") == "$1,234.50"
+    assert extract(LAST_NUMBER, "4 - 7 = -3") == "-3"
+    assert extract(LAST_NUMBER, "none, and no $.") is None
     assert extract("x=(a)|y=(b)", "x=a y=b") == "b"
+
+
+@pytest.mark.parametrize(
+    "text", ["The answer is $18$.", r"so \boxed{18}$", "**18** $", "18 US$", "$$18$$", "costs $18."]
+)
+def test_a_dollar_sign_is_no_number(text):
+    """LaTeX closes with one, and a currency may follow its number."""
+    assert normalised(extract(LAST_NUMBER, text) or "") == "18"
 
 
 ANSWERS = [
