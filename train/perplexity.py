@@ -75,11 +75,18 @@ def perplexity(
     pad_id: int,
     shown_as: str | None,
 ) -> dict[str, float]:
-    """``perplexity`` per token, ``bits_per_byte``, mean ``nll`` in nats, and number of ``tokens``."""
+    """``perplexity`` per token, ``bits_per_byte``, mean ``nll`` in nats, and number of ``tokens``.
+
+    A perplexity beyond the largest float, from about 709 nats a token on, is infinite.
+    """
     logps, _ = score_windows(
         score, params, texts.windows, batch_size=batch_size, pad_id=pad_id, shown_as=shown_as
     )
     tokens = sum(len(window.tokens) - window.first for window in texts.windows)
     nll = -float(logps.sum()) / tokens
     bits = -float(logps.sum()) / math.log(2) / texts.size
-    return {"perplexity": math.exp(nll), "bits_per_byte": bits, "nll": nll, "tokens": tokens}
+    try:
+        per_token = math.exp(nll)
+    except OverflowError:
+        per_token = math.inf
+    return {"perplexity": per_token, "bits_per_byte": bits, "nll": nll, "tokens": tokens}

@@ -15,9 +15,9 @@ from tests.train.tiny_runs import make_model_dir, make_tokenizer, write_jsonl
 from train.cli import main
 from train.config import GenerationTaskOptions, TaskOptions, TextOptions, UserError
 from train.multiple_choice import read_questions
-from train.perplexity import read_texts
+from train.perplexity import Texts, perplexity, read_texts
 from train.text_scores import LAST_NUMBER, extract, normalised, squad_f1
-from train.windows import sliding_windows
+from train.windows import Window, sliding_windows
 from train.written_answers import read_problems
 
 TEXT = "The quick brown fox jumps over the lazy dog; then it sleeps, and dreams of 12,345 hens. "
@@ -92,6 +92,19 @@ def test_windows_score_every_token_once(length, stride):
     tokens = list(range(50))
     scored = [t for w in sliding_windows(tokens, length, stride) for t in w.tokens[w.first :]]
     assert scored == tokens[1:]
+
+
+@pytest.mark.parametrize(("nll", "expected"), [(700.0, math.exp(700)), (710.0, math.inf)])
+def test_perplexity_beyond_the_largest_number_is_infinite(nll, expected):
+    """What a model that training has ruined may reach."""
+
+    def score(params, tokens, mask, first):
+        return np.full(len(tokens), -2 * nll), np.zeros(len(tokens), bool)
+
+    texts = Texts([Window([1, 2, 3], 1)], size=3)
+    found = perplexity(score, None, texts, batch_size=1, pad_id=0, shown_as=None)
+    assert found["perplexity"] == expected
+    assert found["nll"] == nll
 
 
 def written(model, prompt):
