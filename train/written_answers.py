@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from train.config import GenerationTaskOptions, UserError, require
-from train.data.formats import read_records, where_of
+from train.data.formats import Record, read_records, where_of
+from train.generate import encode_prompts
 from train.greedy_text import Write
 from train.multiple_choice import filled
 from train.prepare import blamed_on
@@ -37,9 +38,10 @@ def read_problems(
     _check(options, field)
     with blamed_on(f"{field}.path"):
         records = read_records(options.path)[: options.limit]
-    problems = []
+    prompts, right = [], []
     for record in records:
         prompt = filled(options.prompt, record, f"{field}.prompt")
+        prompts.append(Record({"prompt": prompt}, where_of(record)))
         answers = []
         for text in _right_answers(record, options, field):
             pattern = options.answer_extract
@@ -47,8 +49,9 @@ def read_problems(
             if answer is None:
                 raise UserError(f"{field}.answer_extract finds nothing in the answer {text!r}.")
             answers.append(answer)
-        problems.append(Problem(_prompt_ids(prompt, options, tokenizer), tuple(answers)))
-    return problems
+        right.append(tuple(answers))
+    encoded = encode_prompts(prompts, tokenizer, chat_template=options.chat_template)
+    return [Problem(*both) for both in zip(encoded, right, strict=True)]
 
 
 def _check(options: GenerationTaskOptions, field: str) -> None:
@@ -80,14 +83,6 @@ def _right_answers(
             "a list of texts, nor an object with such a list as 'text'."
         )
     return texts
-
-
-def _prompt_ids(prompt: str, options: GenerationTaskOptions, tokenizer: Any) -> list[int]:
-    if not options.chat_template:
-        return tokenizer(prompt)["input_ids"]
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def score_answers(

@@ -199,6 +199,18 @@ def test_squad_task(directory, theirs, tmp_path):
     assert found["generation"]["g"] == pytest.approx(expected)
 
 
+def test_prompts_of_a_template_with_a_clock_are_the_same_on_every_day(tmp_path):
+    """Llama 3.2's template writes the date; a run resumed tomorrow has to find the same problems."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
+    path = write_jsonl(tmp_path / "q.jsonl", [{"q": "1+1?", "a": "2"}])
+    asked = GenerationTaskOptions(path=str(path), prompt="{q}", answer="{a}")
+    (problem,) = read_problems("g", asked, tokenizer)
+    assert tokenizer.decode(problem.prompt) == (
+        "26 Jul 2024<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
 @pytest.mark.parametrize("letters", [False, True])
 def test_listed_choices(directory, theirs, tmp_path, letters):
     """acc and acc_norm as lm-evaluation-harness defines them, with uneven numbers of choices."""
