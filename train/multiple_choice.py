@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from rich.progress import Progress
 
-from train.config import TaskOptions, UserError, require
+from train.config import GenerationTaskOptions, TaskOptions, UserError, require
 from train.data.dataset import pad_left, pad_right
 from train.data.formats import read_records, where_of
 from train.data.templates import Encoded, Encoder, Row
@@ -67,6 +67,7 @@ def read_questions(
     field = f"{within}tasks.{name}"
     require(options.choices >= 2, f"{field}.choices", options.choices, "2 or larger")
     require(options.limit is None or options.limit > 0, f"{field}.limit", options.limit, "positive")
+    check_template(options, tokenizer, field)
     with blamed_on(f"{field}.path"):
         records = read_records(options.path)
     given = options.choices_field is not None
@@ -96,6 +97,17 @@ def read_questions(
     if not questions:
         raise UserError(f"{field}: none of {len(rows)} records can be used: {encoded[0]}.")
     return questions, len(rows) - len(questions)
+
+
+def check_template(
+    options: TaskOptions | GenerationTaskOptions, tokenizer: PreTrainedTokenizerBase, field: str
+) -> None:
+    """Raises `UserError` where a task wants a chat template and the tokenizer has none."""
+    if options.chat_template and not tokenizer.chat_template:
+        raise UserError(
+            f"{field}.chat_template is true, but the model's tokenizer has none, as those of base "
+            "models; set it to false, and the prompts are plain text."
+        )
 
 
 def filled(template: str, record: Mapping[str, Any], field: str) -> str:

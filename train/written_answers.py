@@ -13,7 +13,7 @@ from train.config import GenerationTaskOptions, UserError, require
 from train.data.formats import Record, read_records, where_of
 from train.generate import encode_prompts
 from train.greedy_text import Write
-from train.multiple_choice import filled
+from train.multiple_choice import check_template, filled
 from train.prepare import blamed_on
 from train.text_scores import LAST_NUMBER, extract, normalised, squad_f1
 
@@ -36,6 +36,7 @@ def read_problems(
     """
     field = f"{within}generation.{name}"
     _check(options, field)
+    check_template(options, tokenizer, field)
     with blamed_on(f"{field}.path"):
         records = read_records(options.path)[: options.limit]
     prompts, right = [], []
@@ -50,7 +51,8 @@ def read_problems(
                 raise UserError(f"{field}.answer_extract finds nothing in the answer {text!r}.")
             answers.append(answer)
         right.append(tuple(answers))
-    encoded = encode_prompts(prompts, tokenizer, chat_template=options.chat_template)
+    with blamed_on(field):
+        encoded = encode_prompts(prompts, tokenizer, chat_template=options.chat_template)
     return [Problem(*both) for both in zip(encoded, right, strict=True)]
 
 

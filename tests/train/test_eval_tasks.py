@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torchmetrics.functional.text import squad
 from transformers import AutoModelForCausalLM
 
-from tests.train.tiny_runs import make_model_dir, make_tokenizer, write_jsonl
+from tests.train.tiny_runs import flags, make_model_dir, make_tokenizer, write_jsonl
 from train.cli import main
 from train.config import GenerationTaskOptions, TaskOptions, TextOptions, UserError
 from train.multiple_choice import read_questions
@@ -209,6 +210,22 @@ def test_prompts_of_a_template_with_a_clock_are_the_same_on_every_day(tmp_path):
     assert tokenizer.decode(problem.prompt) == (
         "26 Jul 2024<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize("kind", ["tasks", "generation"])
+def test_a_model_without_chat_template_is_named(directory, tmp_path, capsys, monkeypatch, kind):
+    base = tmp_path / "base"
+    shutil.copytree(directory, base)
+    (base / "chat_template.jinja").unlink()
+    monkeypatch.setattr("train.evaluate.from_hf", None)  # no weight is read before
+    task = {"path": tmp_path / "q.jsonl", "prompt": "{q}", "answer": "{a}"}
+    write_jsonl(task["path"], [{"q": "1+1?", "a": "2"}, {"q": "1+2?", "a": "3"}])
+    task |= {"choices": 2} if kind == "tasks" else {}
+    settings = {"model": base, "output": tmp_path / "o.json"}
+    given = settings | {f"{kind}.g.{name}": value for name, value in task.items()}
+    assert main(["eval", *flags(given)]) == 2
+    message = capsys.readouterr().err
+    assert f"error: {kind}.g.chat_template is true, but the model's tokenizer has none" in message
 
 
 @pytest.mark.parametrize("letters", [False, True])
