@@ -13,7 +13,7 @@ from train.config import GenerationTaskOptions, UserError, require
 from train.data.formats import Record, read_records, where_of
 from train.generate import encode_prompts
 from train.greedy_text import Write
-from train.multiple_choice import check_template, filled
+from train.multiple_choice import check_lengths, check_template, filled
 from train.prepare import blamed_on
 from train.text_scores import LAST_NUMBER, extract, normalised, squad_f1
 
@@ -27,12 +27,20 @@ class Problem:
 
 
 def read_problems(
-    name: str, options: GenerationTaskOptions, tokenizer: Any, within: str = ""
+    name: str, options: GenerationTaskOptions, tokenizer: Any, longest: int, within: str = ""
 ) -> list[Problem]:
-    """Problems of a task; `within` is the group of the settings that it is in, for messages.
+    """Problems of a task.
+
+    Args:
+        name: Of the task, for messages.
+        options: The task.
+        tokenizer: The model's.
+        longest: Positions that the model was made for.
+        within: Group of the settings that the task is in, for messages.
 
     Raises:
-        UserError: a file, field or pattern cannot be used, or a record's own answer is not found.
+        UserError: a file, field or pattern cannot be used, a record's own answer is not found, or a
+            prompt with `max_new_tokens` is longer than the model's positions reach.
     """
     field = f"{within}generation.{name}"
     _check(options, field)
@@ -53,6 +61,9 @@ def read_problems(
         right.append(tuple(answers))
     with blamed_on(field):
         encoded = encode_prompts(prompts, tokenizer, chat_template=options.chat_template)
+    new = options.max_new_tokens
+    lengths = {where_of(p): len(ids) + new for p, ids in zip(prompts, encoded, strict=True)}
+    check_lengths(lengths, longest, f"{field}.max_new_tokens {new}")
     return [Problem(*both) for both in zip(encoded, right, strict=True)]
 
 

@@ -206,7 +206,7 @@ def test_prompts_of_a_template_with_a_clock_are_the_same_on_every_day(tmp_path):
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
     path = write_jsonl(tmp_path / "q.jsonl", [{"q": "1+1?", "a": "2"}])
     asked = GenerationTaskOptions(path=str(path), prompt="{q}", answer="{a}")
-    (problem,) = read_problems("g", asked, tokenizer)
+    (problem,) = read_problems("g", asked, tokenizer, 2048)
     assert tokenizer.decode(problem.prompt) == (
         "26 Jul 2024<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -261,7 +261,7 @@ def test_answers_by_letter_and_number(tmp_path, answer):
     path = write_jsonl(tmp_path / "q.jsonl", [record])
     task = TaskOptions(path=str(path), prompt="{q}", answer="{key}", choices_field="choices")
     tokenizer = make_tokenizer()
-    (question,), _ = read_questions("c", task, tokenizer)
+    (question,), _ = read_questions("c", task, tokenizer, 2048)
     assert tokenizer.decode(question.answers[0]) == "one"
 
 
@@ -270,17 +270,36 @@ def test_refusals(tmp_path):
     path = str(write_jsonl(tmp_path / "q.jsonl", [record]))
     task = {"path": path, "prompt": "{q}", "answer": "{key}"}
     with pytest.raises(UserError, match="names none of its 2 choices"):
-        read_questions("c", TaskOptions(**task, choices_field="choices"), make_tokenizer())
+        read_questions("c", TaskOptions(**task, choices_field="choices"), make_tokenizer(), 2048)
     with pytest.raises(UserError, match=r"tasks\.c\.choices_field"):
-        read_questions("c", TaskOptions(**task, choices_field="none"), make_tokenizer())
+        read_questions("c", TaskOptions(**task, choices_field="none"), make_tokenizer(), 2048)
     with pytest.raises(UserError, match=r"tasks\.c\.letters"):
-        read_questions("c", TaskOptions(**task, letters=True), make_tokenizer())
+        read_questions("c", TaskOptions(**task, letters=True), make_tokenizer(), 2048)
     asked = {"path": path, "prompt": "{q}"}
     with pytest.raises(UserError, match=r"generation\.g has answer None and answers_field None"):
-        read_problems("g", GenerationTaskOptions(**asked), make_tokenizer())
+        read_problems("g", GenerationTaskOptions(**asked), make_tokenizer(), 2048)
     with pytest.raises(UserError, match=r"generation\.g\.answers_field: 'text' of .* is 3, not"):
-        read_problems("g", GenerationTaskOptions(**asked, answers_field="text"), make_tokenizer())
+        read_problems(
+            "g", GenerationTaskOptions(**asked, answers_field="text"), make_tokenizer(), 2048
+        )
     with pytest.raises(UserError, match=r"texts\.t\.stride"):
         read_texts("t", TextOptions(path=path, stride=2000), make_tokenizer(), 2048)
     with pytest.raises(UserError, match=r"texts\.t\.field"):
         read_texts("t", TextOptions(path=path), make_tokenizer(), 2048)
+
+
+def test_what_is_longer_than_the_model_reaches_is_refused(tmp_path):
+    """As for texts and `generate`: beyond, rotary positions are extrapolated."""
+    records = [{"q": "?" * size, "a": "1" * size} for size in (1, 5, 7)]
+    path = str(write_jsonl(tmp_path / "q.jsonl", records))
+    task = {"path": path, "prompt": "{q}", "answer": "{a}", "chat_template": False}
+    written = GenerationTaskOptions(**task, max_new_tokens=4)
+    message = r"g\.max_new_tokens 4: 2 of 3 .* 8 positions.* q\.jsonl line 3, 11 tokens with"
+    with pytest.raises(UserError, match=message):
+        read_problems("g", written, make_tokenizer(), 8)
+    assert len(read_problems("g", written, make_tokenizer(), 11)) == 3
+    path = write_jsonl(tmp_path / "c.jsonl", [{"q": "??", "a": "1"}, {"q": "?", "a": "23456"}])
+    choice = TaskOptions(**(task | {"path": str(path)}), choices=2)
+    with pytest.raises(UserError, match=r"tasks\.c: 1 of 2 .* 7 positions.* line 1, 8 tokens with"):
+        read_questions("c", choice, make_tokenizer(), 7)  # one space and five digits
+    assert len(read_questions("c", choice, make_tokenizer(), 8)[0]) == 2
