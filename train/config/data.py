@@ -13,7 +13,8 @@ class PromptOptions:
     """Prompts, and how they become tokens.
 
     Attributes:
-        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub.
+        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub, with
+            its configuration as in openai/gsm8k:main if it has several.
         split: Split of a hub data set.
         eval_fraction: Share of `path` held out for evaluation, by prompt: a prompt never lands on
             both sides. Unset: nothing is held out.

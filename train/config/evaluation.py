@@ -29,7 +29,8 @@ class TaskOptions:
     """Multiple choice by log-likelihood on the records of a file.
 
     Attributes:
-        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub.
+        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub, with
+            its configuration as in openai/gsm8k:main if it has several.
         prompt: Python format string over a record's fields, for example "{Body} {Question}".
         answer: Format string of the right answer, for example "{Answer:g}". With `choices_field`:
             of its label, its letter, or its number from 0, for example "{answerKey}".
@@ -83,7 +84,8 @@ class GenerationTaskOptions:
     """Greedily generated answers, compared with the right ones.
 
     Attributes:
-        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub.
+        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub, with
+            its configuration as in openai/gsm8k:main if it has several.
         prompt: Python format string over a record's fields.
         answer: Format string of the right answer. Not used with `answers_field`.
         answers_field: Field of a record that holds its right answers, any of which will do: a list
