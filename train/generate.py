@@ -147,7 +147,7 @@ def _check(config: GenerateConfig) -> Filters:
 def _records(config: GenerateConfig) -> Sequence[Record]:
     if config.prompts is None:
         return [Record({"prompt": config.prompt}, "record")]
-    return read_records(config.prompts)
+    return read_records(config.prompts, config.split)
 
 
 def _check_lengths(

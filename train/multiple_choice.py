@@ -75,7 +75,7 @@ def read_questions(
     require(options.limit is None or options.limit > 0, f"{field}.limit", options.limit, "positive")
     check_template(options, tokenizer, field)
     with blamed_on(f"{field}.path"):
-        records = read_records(options.path)
+        records = read_records(options.path, options.split)
     given = options.choices_field is not None
     require(given or not options.letters, f"{field}.letters", True, "false without choices_field")
     answers = [filled(options.answer, record, f"{field}.answer") for record in records]

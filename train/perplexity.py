@@ -45,7 +45,8 @@ def read_texts(
         if options.path.endswith(".txt"):
             texts = [Path(options.path).read_text(encoding="utf-8")]
         else:
-            texts = [_text(one, options.field, field) for one in read_records(options.path)]
+            records = read_records(options.path, options.split)
+            texts = [_text(one, options.field, field) for one in records]
     texts = texts[: options.limit]
     if options.separator is not None:
         texts = [options.separator.join(texts)]

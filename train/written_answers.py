@@ -46,7 +46,7 @@ def read_problems(
     _check(options, field)
     check_template(options, tokenizer, field)
     with blamed_on(f"{field}.path"):
-        records = read_records(options.path)[: options.limit]
+        records = read_records(options.path, options.split)[: options.limit]
     prompts, right = [], []
     for record in records:
         prompt = filled(options.prompt, record, f"{field}.prompt")

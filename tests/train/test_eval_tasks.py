@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -263,6 +264,23 @@ def test_answers_by_letter_and_number(tmp_path, answer):
     tokenizer = make_tokenizer()
     (question,), _ = read_questions("c", task, tokenizer, 2048)
     assert tokenizer.decode(question.answers[0]) == "one"
+
+
+def test_hub_data_sets_are_scored_on_their_test_split(monkeypatch):
+    """TRL's dataset_test_split; what else there is has to be asked for, and never is the default."""
+    asked = []
+
+    def load_dataset(name, configuration, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list([{"text": "1 is", "a": "2"}, {"text": "2 is", "a": "3"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    tokenizer, task = make_tokenizer(), {"prompt": "{text}", "answer": "{a}"}
+    for split in ({}, {"split": "validation"}):
+        read_questions("c", TaskOptions(path="c", **split, **task, choices=2), tokenizer, 2048)
+        read_problems("g", GenerationTaskOptions(path="g", **split, **task), tokenizer, 2048)
+        read_texts("t", TextOptions(path="t", **split), tokenizer, 2048)
+    assert asked == [(name, split) for split in ("test", "validation") for name in "cgt"]
 
 
 def test_refusals(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,6 +70,16 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(model, tmp_path):
         assert generate(model, prompts=prompts, output=out, **options) == 0
         texts.append([one["generated"] for one in lines(out)])
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_prompts_are_of_the_split_that_is_asked_for(model, tmp_path, monkeypatch, capsys):
+    def load_dataset(name, configuration, split):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for options, split in (({}, "train"), ({"split": "validation"}, "validation")):
+        assert generate(model, prompts="a/b", output=tmp_path / "o.jsonl", **options) == 2
+        assert f"data set 'a/b', split '{split}'" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(model, tmp_path, capsys):

@@ -16,6 +16,7 @@ class GenerateConfig:
         prompt: One prompt, whose answer is written to the terminal.
         prompts: A .json, .jsonl, .jsonl.gz or .parquet file, or a data set on the hub, whose
             records have a field `prompt`: a string, or a list of messages.
+        split: Split of a data set on the hub.
         output: JSON lines file to write for `prompts`, each record with fields `generated`,
             `generated_tokens` and `finish_reason` (`stop` or `length`) added; it
             must not exist yet.
@@ -34,6 +35,7 @@ class GenerateConfig:
     model: str
     prompt: str | None = None
     prompts: str | None = None
+    split: str = "train"
     output: str | None = None
     chat_template: bool = True
     max_new_tokens: int = 256
