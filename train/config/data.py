@@ -60,8 +60,10 @@ class _Sources:
         mix: Further data sets, each with a weight: how often its records come in an epoch in which
             those of `path` come once. 0.5 takes half of them, drawn anew in every epoch; 2 takes
             them twice. In YAML: ``mix: {maths.jsonl: 0.5}``.
-        eval_path: A separate file to evaluate on, instead of `eval_fraction`. With neither nothing
-            is evaluated.
+        eval_path: A separate file or data set to evaluate on, instead of `eval_fraction`. With
+            neither nothing is evaluated.
+        eval_split: Split of `eval_path` where it is a data set on the hub, which may be that of
+            `path` with another split. Unset: test.
         buckets: Shapes of batches, at most: records of similar length are batched together, so that
             little padding is computed, and every shape is compiled once. 1: batches of any records,
             as wide as the longest. Unset: up to 16, fewer where there are few batches.
@@ -69,6 +71,7 @@ class _Sources:
 
     mix: dict[str, float] = field(default_factory=dict)
     eval_path: str | None = None
+    eval_split: str | None = None
     buckets: int | None = None
 
 
