@@ -18,8 +18,9 @@ class GenerateConfig:
             records have a field `prompt`: a string, or a list of messages.
         split: Split of a data set on the hub.
         output: JSON lines file to write for `prompts`, each record with fields `generated`,
-            `generated_tokens` and `finish_reason` (`stop` or `length`) added; it
-            must not exist yet.
+            `generated_tokens` and `finish_reason` (`stop` or `length`) added; it must not exist yet.
+            After an interrupt the same command goes on with the file that ends in .partial. What
+            JSON has no type for, such as a date, becomes text.
         chat_template: Make a user turn of prompts that are strings; otherwise they are continued as
             plain text. Lists of messages always take the chat template.
         max_new_tokens: Longest continuation, in tokens.
