@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(stopped, file=sys.stderr)
         return EXIT_STATUS
     except KeyboardInterrupt:
-        print("Interrupted; the same command resumes a training run.", file=sys.stderr)
+        print("Interrupted; the same command resumes a training run or generate.", file=sys.stderr)
         return 130
     return 0
 

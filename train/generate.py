@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import jax
 import numpy as np
@@ -13,13 +15,14 @@ from rich.console import Console
 from rich.progress import track
 
 from train.config import GenerateConfig, ModelOptions, UserError, require
+from train.continued_lines import continued_lines
 from train.data import Record, UnusableRecord, read_records
 from train.data.records import prompt_of
 from train.data.templates import Encoder, Row
 from train.filters import Filters
 from train.models import ModelConfig, from_hf, resolve_model_dir, split_model
 from train.output_dir import check_place
-from train.prepare import blamed_on, check_model, load_tokenizer
+from train.prepare import blamed_on, check_model, hash_model, load_tokenizer
 from train.sampling import Sampler
 from train.sharding import Params, abstract_model
 
@@ -45,13 +48,9 @@ def run(config: GenerateConfig) -> None:
     pad_id: Any = (
         tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     )
-    sampler = Sampler(
-        abstract_model(model, None)[0],
-        config.max_new_tokens,
-        end_tokens(config.model, tokenizer),
-        pad_id,
-        filters,
-    )
+    ends = end_tokens(config.model, tokenizer)
+    graphdef = abstract_model(model, None)[0]
+    sampler = Sampler(graphdef, config.max_new_tokens, ends, pad_id, filters)
     with blamed_on("model"):
         types = {"dtype": np.dtype(config.dtype), "param_dtype": np.dtype("float32")}
         params = split_model(from_hf(config.model, **types))[1]
@@ -60,14 +59,39 @@ def run(config: GenerateConfig) -> None:
         return
     with blamed_on("output"):
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        # "x": a file that appeared meanwhile is not overwritten either.
-        with Path(config.output).open("x", encoding="utf-8") as file:
-            completions = _complete(sampler, params, prompts, tokenizer, config)
-            shown = track(completions, "generating", len(prompts), console=console)
-            for record, completion in zip(records, shown, strict=True):
-                file.write(json.dumps({**record, **completion}, ensure_ascii=False) + "\n")
-                file.flush()
+        key = _key(config, records, prompts, ends)
+        with continued_lines(Path(config.output), key) as (file, done):
+            completions = _complete(sampler, params, prompts, tokenizer, config, done)
+            _write(file, records[done:], completions, done, console)
     console.print(f"Written to {config.output}", highlight=False, soft_wrap=True)
+
+
+def _write(
+    file: BinaryIO,
+    records: Sequence[Record],
+    completions: Iterator[dict[str, Any]],
+    done: int,
+    console: Console,
+) -> None:
+    if done:
+        console.print(f"{done} records were written before; {len(records)} are left.")
+    shown = track(completions, "generating", len(records), console=console)
+    for record, completion in zip(records, shown, strict=True):
+        file.write(_line({**record, **completion}))
+        file.flush()
+
+
+def _key(config: GenerateConfig, records: Any, prompts: Any, ends: list[int]) -> str:
+    """Of what every continuation depends on; prompts are drawn for by number, so not the batch."""
+    settings = dataclasses.asdict(config)
+    del settings["output"], settings["batch_size"]
+    asked = (settings, hash_model(config.model), records, prompts, ends)
+    return hashlib.sha256(repr(asked).encode()).hexdigest()[:12]
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    # Parquet and the hub have fields that JSON has no type for, such as dates.
+    return json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n"
 
 
 def encode_prompts(
@@ -147,7 +171,7 @@ def _check(config: GenerateConfig) -> Filters:
 def _records(config: GenerateConfig) -> Sequence[Record]:
     if config.prompts is None:
         return [Record({"prompt": config.prompt}, "record")]
-    return read_records(config.prompts)
+    return read_records(config.prompts, config.split)
 
 
 def _check_lengths(
@@ -188,10 +212,11 @@ def _complete(
     prompts: Sequence[list[int]],
     tokenizer: Any,
     config: GenerateConfig,
+    done: int,
 ) -> Iterator[dict[str, Any]]:
-    """What is added to every record, in their order."""
+    """What is added to every record from the number `done` on, in their order."""
     size = config.batch_size
-    for start in range(0, len(prompts), size):
+    for start in range(done, len(prompts), size):
         rows = np.arange(start, min(start + size, len(prompts)))
         # The last batch repeats its last row, so that it has the shape of the others.
         filled = np.pad(rows, (0, size - len(rows)), mode="edge")

@@ -25,7 +25,7 @@ from train.model_card import merge_card
 from train.models.hf_export import cast_checked, copy_companions, save_tensors
 from train.models.hf_names import EMBEDDING, LM_HEAD, is_derived
 from train.models.model_dir import read_hf_config, resolve_model_dir
-from train.models.output_dir import check_writable, written_whole
+from train.models.output_dir import check_writable, remove_remains, written_whole
 from train.models.safetensors_dir import SafetensorsDir
 from train.output_dir import check_place
 from train.prepare import blamed_on, load_tokenizer
@@ -63,6 +63,7 @@ def run(config: MergeConfig) -> Path:
     base, *models = [weights for _, weights, _ in sources]
     tied = bool(sources[0][2].get("tie_word_embeddings", False))
     names = _checked_names(sources, tied)
+    remove_remains(output)
     check_room(base, output, config.dtype)
     tensors = _merged(config, settings, base, models, names)
     with blamed_on("output"), written_whole(output) as partial:

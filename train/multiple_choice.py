@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from rich.progress import Progress
 
-from train.config import TaskOptions, UserError, require
+from train.config import GenerationTaskOptions, TaskOptions, UserError, require
 from train.data.dataset import pad_left, pad_right
 from train.data.formats import read_records, where_of
 from train.data.templates import Encoded, Encoder, Row
@@ -48,7 +48,11 @@ class Question:
 
 
 def read_questions(
-    name: str, options: TaskOptions, tokenizer: PreTrainedTokenizerBase, within: str = ""
+    name: str,
+    options: TaskOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    within: str = "",
 ) -> tuple[list[Question], int]:
     """Questions of a task, the same on every call.
 
@@ -56,19 +60,22 @@ def read_questions(
         name: Of the task, for messages.
         options: The task.
         tokenizer: The model's.
+        longest: Positions that the model was made for.
         within: Group of the settings that the task is in, for messages.
 
     Returns:
         The questions, and the number of records that could not be tokenised.
 
     Raises:
-        UserError: a file or field is missing, or there are too few different answers.
+        UserError: a file or field is missing, there are too few different answers, or a question is
+            longer than the model's positions reach.
     """
     field = f"{within}tasks.{name}"
     require(options.choices >= 2, f"{field}.choices", options.choices, "2 or larger")
     require(options.limit is None or options.limit > 0, f"{field}.limit", options.limit, "positive")
+    check_template(options, tokenizer, field)
     with blamed_on(f"{field}.path"):
-        records = read_records(options.path)
+        records = read_records(options.path, options.split)
     given = options.choices_field is not None
     require(given or not options.letters, f"{field}.letters", True, "false without choices_field")
     answers = [filled(options.answer, record, f"{field}.answer") for record in records]
@@ -88,14 +95,39 @@ def read_questions(
         encoder = Encoder(tokenizer, "chat" if options.chat_template else "auto")
         encoded = encoder.encode(rows)
     # What closes an answer is cut off: an answer is right whether or not the model would go on.
-    questions = [
-        Question(one.prompt, [answer[:-1] for answer in one.answers], sizes.get(row.where, ()))
-        for row, one in zip(rows, encoded, strict=True)
-        if isinstance(one, Encoded)
-    ]
+    questions, lengths = [], {}
+    for row, one in zip(rows, encoded, strict=True):
+        if isinstance(one, Encoded):
+            answers = [answer[:-1] for answer in one.answers]
+            questions.append(Question(one.prompt, answers, sizes.get(row.where, ())))
+            lengths[row.where] = len(one.prompt) + max(map(len, answers))
     if not questions:
         raise UserError(f"{field}: none of {len(rows)} records can be used: {encoded[0]}.")
+    check_lengths(lengths, longest, field)
     return questions, len(rows) - len(questions)
+
+
+def check_template(
+    options: TaskOptions | GenerationTaskOptions, tokenizer: PreTrainedTokenizerBase, field: str
+) -> None:
+    """Raises `UserError` where a task wants a chat template and the tokenizer has none."""
+    if options.chat_template and not tokenizer.chat_template:
+        raise UserError(
+            f"{field}.chat_template is true, but the model's tokenizer has none, as those of base "
+            "models; set it to false, and the prompts are plain text."
+        )
+
+
+def check_lengths(lengths: Mapping[str, int], longest: int, field: str) -> None:
+    """Raises `UserError` where records, by place, take more positions than a model was made for."""
+    beyond = sum(length > longest for length in lengths.values())
+    if beyond:
+        where = max(lengths, key=lengths.__getitem__)
+        raise UserError(
+            f"{field}: {beyond} of {len(lengths)} records need more than the model's {longest} "
+            f"positions, most of all {where}, {lengths[where]} tokens with its answer; shorten the "
+            "prompt or the answers, or leave these records out of the file."
+        )
 
 
 def filled(template: str, record: Mapping[str, Any], field: str) -> str:

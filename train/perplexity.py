@@ -45,7 +45,8 @@ def read_texts(
         if options.path.endswith(".txt"):
             texts = [Path(options.path).read_text(encoding="utf-8")]
         else:
-            texts = [_text(one, options.field, field) for one in read_records(options.path)]
+            records = read_records(options.path, options.split)
+            texts = [_text(one, options.field, field) for one in records]
     texts = texts[: options.limit]
     if options.separator is not None:
         texts = [options.separator.join(texts)]
@@ -75,11 +76,18 @@ def perplexity(
     pad_id: int,
     shown_as: str | None,
 ) -> dict[str, float]:
-    """``perplexity`` per token, ``bits_per_byte``, mean ``nll`` in nats, and number of ``tokens``."""
+    """``perplexity`` per token, ``bits_per_byte``, mean ``nll`` in nats, and number of ``tokens``.
+
+    A perplexity beyond the largest float, from about 709 nats a token on, is infinite.
+    """
     logps, _ = score_windows(
         score, params, texts.windows, batch_size=batch_size, pad_id=pad_id, shown_as=shown_as
     )
     tokens = sum(len(window.tokens) - window.first for window in texts.windows)
     nll = -float(logps.sum()) / tokens
     bits = -float(logps.sum()) / math.log(2) / texts.size
-    return {"perplexity": math.exp(nll), "bits_per_byte": bits, "nll": nll, "tokens": tokens}
+    try:
+        per_token = math.exp(nll)
+    except OverflowError:
+        per_token = math.inf
+    return {"perplexity": per_token, "bits_per_byte": bits, "nll": nll, "tokens": tokens}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ from train.data import (
     saves_by_sharing,
     split_by_prompt,
 )
+from train.data.formats import SUFFIXES
 from train.models import ModelConfig, check_hf_compatible, resolve_model_dir
 from train.models.attention import check_attention
 from train.models.lora import CONFIG_FILE, TARGETS, WEIGHTS_FILE, read_adapter_config
@@ -172,8 +174,11 @@ def load_data(
         The training rows, and the held-out ones if any.
 
     Raises:
-        UserError: a file is missing, a line is broken, or a record cannot be used as it is.
+        UserError: a file is missing, a line is broken, a record cannot be used as it is, or the
+            records to evaluate on are those to train on.
     """
+    eval_split = options.eval_split or "test"
+    _check_apart(options, eval_split)
     parts: list[TokenDataset] = []
     evaluations: list[TokenDataset] = []
     for path in (options.path, *options.mix):
@@ -187,7 +192,7 @@ def load_data(
             evaluations.append(tokenized(held_out, source, name, tokenize, tokenizer))
     if options.eval_path is not None:
         with blamed_on("data.eval_path"):
-            held_out = read_records(options.eval_path, options.split)
+            held_out = read_records(options.eval_path, eval_split)
         evaluations.append(tokenized(held_out, options, "data.eval_path", tokenize, tokenizer))
     with blamed_on("data.mix"):
         train = _together(parts, [1.0, *options.mix.values()], options)
@@ -197,6 +202,31 @@ def load_data(
     evaluation = _together(evaluations, [1.0] * len(evaluations), options)
     console.print(f"Held-out records: {evaluation.report}", highlight=False)
     return train, evaluation
+
+
+def _check_apart(options: DataOptions, eval_split: str) -> None:
+    """Raises `UserError` where what is evaluated on is trained on: one file, or one split."""
+    held_out = options.eval_path
+    if held_out is None:
+        return
+    is_file = held_out.endswith(SUFFIXES)
+    for path in (options.path, *options.mix):
+        if is_file and Path(path).resolve() == Path(held_out).resolve():
+            raise UserError(
+                f"data.eval_path: {path!r} is trained on; give another file, or data.eval_fraction "
+                "to hold out a share of it."
+            )
+        if not is_file and path == held_out and _share_rows(options.split, eval_split):
+            raise UserError(
+                f"data.eval_path: the split {options.split!r} of {path!r} is trained on, and "
+                f"data.eval_split is {eval_split!r}; give another split."
+            )
+
+
+def _share_rows(split: str, other: str) -> bool:
+    """Whether a part of one is in the other for certain: "train" in "train[:5%]", "train+test"."""
+    pairs = itertools.product(split.split("+"), other.split("+"))
+    return any(a == b or a == b.split("[")[0] or b == a.split("[")[0] for a, b in pairs)
 
 
 def packed(options: SFTDataOptions, data: TokenDataset, console: Console) -> TokenDataset:

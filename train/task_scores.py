@@ -65,7 +65,7 @@ def read_tasks(
     """
     questions = {}
     for name, task in options.tasks.items():
-        questions[name], unusable = read_questions(name, task, tokenizer, within)
+        questions[name], unusable = read_questions(name, task, tokenizer, longest, within)
         skipped = f", {unusable} records left out" if unusable else ""
         console.print(f"{name}: {len(questions[name])} questions{skipped}", highlight=False)
     texts = {}
@@ -74,7 +74,7 @@ def read_tasks(
         console.print(f"{name}: {len(texts[name].windows)} windows of text", highlight=False)
     problems = {}
     for name, task in options.generation.items():
-        problems[name] = read_problems(name, task, tokenizer, within)
+        problems[name] = read_problems(name, task, tokenizer, longest, within)
         console.print(f"{name}: {len(problems[name])} problems", highlight=False)
     return Tasks(options, questions, texts, problems)
 

@@ -7,7 +7,9 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-LAST_NUMBER = r"-?[$0-9][0-9.,]*"
+LAST_NUMBER = r"-?(?:\$[.,]*)?[0-9][0-9.,]*"
+"""A number, with a dollar sign before it if there is one; the sign alone is none."""
+
 # What lm-evaluation-harness takes out of GSM8K's answers: separators, currency, a final full stop.
 _IGNORED = re.compile(r",|\$|\.$")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from train.config import GenerationTaskOptions, UserError, require
-from train.data.formats import read_records, where_of
+from train.data.formats import Record, read_records, where_of
+from train.generate import encode_prompts
 from train.greedy_text import Write
-from train.multiple_choice import filled
+from train.multiple_choice import check_lengths, check_template, filled
 from train.prepare import blamed_on
 from train.text_scores import LAST_NUMBER, extract, normalised, squad_f1
 
@@ -26,20 +27,30 @@ class Problem:
 
 
 def read_problems(
-    name: str, options: GenerationTaskOptions, tokenizer: Any, within: str = ""
+    name: str, options: GenerationTaskOptions, tokenizer: Any, longest: int, within: str = ""
 ) -> list[Problem]:
-    """Problems of a task; `within` is the group of the settings that it is in, for messages.
+    """Problems of a task.
+
+    Args:
+        name: Of the task, for messages.
+        options: The task.
+        tokenizer: The model's.
+        longest: Positions that the model was made for.
+        within: Group of the settings that the task is in, for messages.
 
     Raises:
-        UserError: a file, field or pattern cannot be used, or a record's own answer is not found.
+        UserError: a file, field or pattern cannot be used, a record's own answer is not found, or a
+            prompt with `max_new_tokens` is longer than the model's positions reach.
     """
     field = f"{within}generation.{name}"
     _check(options, field)
+    check_template(options, tokenizer, field)
     with blamed_on(f"{field}.path"):
-        records = read_records(options.path)[: options.limit]
-    problems = []
+        records = read_records(options.path, options.split)[: options.limit]
+    prompts, right = [], []
     for record in records:
         prompt = filled(options.prompt, record, f"{field}.prompt")
+        prompts.append(Record({"prompt": prompt}, where_of(record)))
         answers = []
         for text in _right_answers(record, options, field):
             pattern = options.answer_extract
@@ -47,8 +58,13 @@ def read_problems(
             if answer is None:
                 raise UserError(f"{field}.answer_extract finds nothing in the answer {text!r}.")
             answers.append(answer)
-        problems.append(Problem(_prompt_ids(prompt, options, tokenizer), tuple(answers)))
-    return problems
+        right.append(tuple(answers))
+    with blamed_on(field):
+        encoded = encode_prompts(prompts, tokenizer, chat_template=options.chat_template)
+    new = options.max_new_tokens
+    lengths = {where_of(p): len(ids) + new for p, ids in zip(prompts, encoded, strict=True)}
+    check_lengths(lengths, longest, f"{field}.max_new_tokens {new}")
+    return [Problem(*both) for both in zip(encoded, right, strict=True)]
 
 
 def _check(options: GenerationTaskOptions, field: str) -> None:
@@ -80,14 +96,6 @@ def _right_answers(
             "a list of texts, nor an object with such a list as 'text'."
         )
     return texts
-
-
-def _prompt_ids(prompt: str, options: GenerationTaskOptions, tokenizer: Any) -> list[int]:
-    if not options.chat_template:
-        return tokenizer(prompt)["input_ids"]
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def score_answers(

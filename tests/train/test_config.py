@@ -100,6 +100,13 @@ def test_two_ways_to_hold_out():
         check(changed("data.eval_path", "held_out.jsonl"))
 
 
+def test_split_of_nothing():
+    with pytest.raises(
+        UserError, match=r"data\.eval_split is 'test', but there is no data\.eval_path"
+    ):
+        check(changed("data.eval_split", "test"))
+
+
 def test_interval_of_evaluations_without_records():
     config = changed("data.eval_fraction", None)
     check(config)

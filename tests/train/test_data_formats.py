@@ -48,8 +48,8 @@ def test_parquet(tmp_path):
 
 
 def test_hub_names_go_through_datasets(monkeypatch):
-    def load_dataset(name, split):
-        assert (name, split) == ("someone/pairs", "train_prefs")
+    def load_dataset(name, configuration, split):
+        assert (name, configuration, split) == ("someone/pairs", None, "train_prefs")
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -58,8 +58,17 @@ def test_hub_names_go_through_datasets(monkeypatch):
     assert where_of(records[0]) == "someone/pairs [train_prefs] row 1"
 
 
+def test_a_configuration_follows_the_hub_name(monkeypatch):
+    def load_dataset(name, configuration, split):
+        assert (name, configuration, split) == ("openai/gsm8k", "main", "test")
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_records("openai/gsm8k:main", "test") == ROWS
+
+
 def test_hub_trouble_is_explained(monkeypatch):
-    def load_dataset(name, split):
+    def load_dataset(name, configuration, split):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

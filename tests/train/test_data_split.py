@@ -1,6 +1,11 @@
+import datasets
 import pytest
+from rich.console import Console
 
-from train.data import DataError, split_by_prompt
+from tests.train.tiny_runs import make_tokenizer, write_jsonl
+from train.config import DataOptions, UserError
+from train.data import DataError, split_by_prompt, tokenize_preference
+from train.prepare import load_data
 
 
 def pairs(count):
@@ -84,3 +89,59 @@ def test_bad_fractions_and_empty_sides_are_refused():
         split_by_prompt(pairs(3), 1e-9)
     with pytest.raises(DataError, match="leaves none for training"):
         split_by_prompt(pairs(3), 1 - 1e-9)
+
+
+def load(**options):
+    given = DataOptions(**options)
+    return load_data(given, tokenize_preference, make_tokenizer(), Console(quiet=True))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Data sets that hold pairs, and a list of the names and splits that were asked for."""
+    asked = []
+
+    def load_dataset(name, configuration, split):
+        asked.append((name, configuration, split))
+        return datasets.Dataset.from_list(pairs(3))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("options", "split"),
+    [({}, "test"), ({"eval_split": "train[95%:]", "split": "train[:95%]"}, "train[95%:]")],
+)
+def test_evaluation_has_a_split_of_its_own(hub, options, split):
+    train, held_out = load(path="a/b:c", eval_path="a/b:c", **options)
+    assert len(train) == len(held_out) == 6
+    assert hub == [("a/b", "c", options.get("split", "train")), ("a/b", "c", split)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eval_split": "train"},
+        {"eval_split": "train[:5%]"},
+        {"eval_split": "test+train"},
+        {"split": "test"},
+        {"path": "b", "mix": {"a": 0.5}, "split": "test[5%:]"},
+    ],
+)
+def test_a_split_that_is_trained_on_is_refused(hub, options):
+    with pytest.raises(UserError, match=r"data\.eval_path: the split .* of 'a' is trained on, and"):
+        load(**({"path": "a", "eval_path": "a"} | options))
+    assert hub == []
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_file_that_is_trained_on_is_refused(tmp_path, monkeypatch, mixed):
+    file, other = (write_jsonl(tmp_path / name, pairs(2)) for name in ("a.jsonl", "b.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    options = {"path": str(other), "mix": {str(file): 1.0}} if mixed else {"path": str(file)}
+    with pytest.raises(
+        UserError, match=r"data\.eval_path: .*a\.jsonl' is trained on; give another"
+    ):
+        load(**options, eval_path="a.jsonl", eval_split="test")
+    assert load(path=str(other), eval_path="a.jsonl")[1] is not None

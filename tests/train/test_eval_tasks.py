@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from torchmetrics.functional.text import squad
 from transformers import AutoModelForCausalLM
 
-from tests.train.tiny_runs import make_model_dir, make_tokenizer, write_jsonl
+from tests.train.tiny_runs import flags, make_model_dir, make_tokenizer, write_jsonl
 from train.cli import main
 from train.config import GenerationTaskOptions, TaskOptions, TextOptions, UserError
 from train.multiple_choice import read_questions
-from train.perplexity import read_texts
+from train.perplexity import Texts, perplexity, read_texts
 from train.text_scores import LAST_NUMBER, extract, normalised, squad_f1
-from train.windows import sliding_windows
+from train.windows import Window, sliding_windows
 from train.written_answers import read_problems
 
 TEXT = "The quick brown fox jumps over the lazy dog; then it sleeps, and dreams of 12,345 hens. "
@@ -94,6 +96,19 @@ def test_windows_score_every_token_once(length, stride):
     assert scored == tokens[1:]
 
 
+@pytest.mark.parametrize(("nll", "expected"), [(700.0, math.exp(700)), (710.0, math.inf)])
+def test_perplexity_beyond_the_largest_number_is_infinite(nll, expected):
+    """What a model that training has ruined may reach."""
+
+    def score(params, tokens, mask, first):
+        return np.full(len(tokens), -2 * nll), np.zeros(len(tokens), bool)
+
+    texts = Texts([Window([1, 2, 3], 1)], size=3)
+    found = perplexity(score, None, texts, batch_size=1, pad_id=0, shown_as=None)
+    assert found["perplexity"] == expected
+    assert found["nll"] == nll
+
+
 def written(model, prompt):
     """What transformers writes in up to 12 tokens, without the token that ends it."""
     tokenizer = make_tokenizer()
@@ -130,8 +145,18 @@ def test_exact_match(directory, theirs, tmp_path):
 def test_extraction():
     """As lm-evaluation-harness scores GSM8K: the last number, without separators."""
     assert normalised(extract(LAST_NUMBER, "First 3, then $1,234.") or "") == "1234"
-    assert extract(LAST_NUMBER, "none") is None
+    assert extract(LAST_NUMBER, "$1,234.50 of -3 and $1,234.50") == "$1,234.50"
+    assert extract(LAST_NUMBER, "4 - 7 = -3") == "-3"
+    assert extract(LAST_NUMBER, "none, and no $.") is None
     assert extract("x=(a)|y=(b)", "x=a y=b") == "b"
+
+
+@pytest.mark.parametrize(
+    "text", ["The answer is $18$.", r"so \boxed{18}$", "**18** $", "18 US$", "$$18$$", "costs $18."]
+)
+def test_a_dollar_sign_is_no_number(text):
+    """LaTeX closes with one, and a currency may follow its number."""
+    assert normalised(extract(LAST_NUMBER, text) or "") == "18"
 
 
 ANSWERS = [
@@ -176,6 +201,34 @@ def test_squad_task(directory, theirs, tmp_path):
     assert found["generation"]["g"] == pytest.approx(expected)
 
 
+def test_prompts_of_a_template_with_a_clock_are_the_same_on_every_day(tmp_path):
+    """Llama 3.2's template writes the date; a run resumed tomorrow has to find the same problems."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
+    path = write_jsonl(tmp_path / "q.jsonl", [{"q": "1+1?", "a": "2"}])
+    asked = GenerationTaskOptions(path=str(path), prompt="{q}", answer="{a}")
+    (problem,) = read_problems("g", asked, tokenizer, 2048)
+    assert tokenizer.decode(problem.prompt) == (
+        "26 Jul 2024<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("kind", ["tasks", "generation"])
+def test_a_model_without_chat_template_is_named(directory, tmp_path, capsys, monkeypatch, kind):
+    base = tmp_path / "base"
+    shutil.copytree(directory, base)
+    (base / "chat_template.jinja").unlink()
+    monkeypatch.setattr("train.evaluate.from_hf", None)  # no weight is read before
+    task = {"path": tmp_path / "q.jsonl", "prompt": "{q}", "answer": "{a}"}
+    write_jsonl(task["path"], [{"q": "1+1?", "a": "2"}, {"q": "1+2?", "a": "3"}])
+    task |= {"choices": 2} if kind == "tasks" else {}
+    settings = {"model": base, "output": tmp_path / "o.json"}
+    given = settings | {f"{kind}.g.{name}": value for name, value in task.items()}
+    assert main(["eval", *flags(given)]) == 2
+    message = capsys.readouterr().err
+    assert f"error: {kind}.g.chat_template is true, but the model's tokenizer has none" in message
+
+
 @pytest.mark.parametrize("letters", [False, True])
 def test_listed_choices(directory, theirs, tmp_path, letters):
     """acc and acc_norm as lm-evaluation-harness defines them, with uneven numbers of choices."""
@@ -209,8 +262,25 @@ def test_answers_by_letter_and_number(tmp_path, answer):
     path = write_jsonl(tmp_path / "q.jsonl", [record])
     task = TaskOptions(path=str(path), prompt="{q}", answer="{key}", choices_field="choices")
     tokenizer = make_tokenizer()
-    (question,), _ = read_questions("c", task, tokenizer)
+    (question,), _ = read_questions("c", task, tokenizer, 2048)
     assert tokenizer.decode(question.answers[0]) == "one"
+
+
+def test_hub_data_sets_are_scored_on_their_test_split(monkeypatch):
+    """TRL's dataset_test_split; what else there is has to be asked for, and never is the default."""
+    asked = []
+
+    def load_dataset(name, configuration, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list([{"text": "1 is", "a": "2"}, {"text": "2 is", "a": "3"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    tokenizer, task = make_tokenizer(), {"prompt": "{text}", "answer": "{a}"}
+    for split in ({}, {"split": "validation"}):
+        read_questions("c", TaskOptions(path="c", **split, **task, choices=2), tokenizer, 2048)
+        read_problems("g", GenerationTaskOptions(path="g", **split, **task), tokenizer, 2048)
+        read_texts("t", TextOptions(path="t", **split), tokenizer, 2048)
+    assert asked == [(name, split) for split in ("test", "validation") for name in "cgt"]
 
 
 def test_refusals(tmp_path):
@@ -218,17 +288,36 @@ def test_refusals(tmp_path):
     path = str(write_jsonl(tmp_path / "q.jsonl", [record]))
     task = {"path": path, "prompt": "{q}", "answer": "{key}"}
     with pytest.raises(UserError, match="names none of its 2 choices"):
-        read_questions("c", TaskOptions(**task, choices_field="choices"), make_tokenizer())
+        read_questions("c", TaskOptions(**task, choices_field="choices"), make_tokenizer(), 2048)
     with pytest.raises(UserError, match=r"tasks\.c\.choices_field"):
-        read_questions("c", TaskOptions(**task, choices_field="none"), make_tokenizer())
+        read_questions("c", TaskOptions(**task, choices_field="none"), make_tokenizer(), 2048)
     with pytest.raises(UserError, match=r"tasks\.c\.letters"):
-        read_questions("c", TaskOptions(**task, letters=True), make_tokenizer())
+        read_questions("c", TaskOptions(**task, letters=True), make_tokenizer(), 2048)
     asked = {"path": path, "prompt": "{q}"}
     with pytest.raises(UserError, match=r"generation\.g has answer None and answers_field None"):
-        read_problems("g", GenerationTaskOptions(**asked), make_tokenizer())
+        read_problems("g", GenerationTaskOptions(**asked), make_tokenizer(), 2048)
     with pytest.raises(UserError, match=r"generation\.g\.answers_field: 'text' of .* is 3, not"):
-        read_problems("g", GenerationTaskOptions(**asked, answers_field="text"), make_tokenizer())
+        read_problems(
+            "g", GenerationTaskOptions(**asked, answers_field="text"), make_tokenizer(), 2048
+        )
     with pytest.raises(UserError, match=r"texts\.t\.stride"):
         read_texts("t", TextOptions(path=path, stride=2000), make_tokenizer(), 2048)
     with pytest.raises(UserError, match=r"texts\.t\.field"):
         read_texts("t", TextOptions(path=path), make_tokenizer(), 2048)
+
+
+def test_what_is_longer_than_the_model_reaches_is_refused(tmp_path):
+    """As for texts and `generate`: beyond, rotary positions are extrapolated."""
+    records = [{"q": "?" * size, "a": "1" * size} for size in (1, 5, 7)]
+    path = str(write_jsonl(tmp_path / "q.jsonl", records))
+    task = {"path": path, "prompt": "{q}", "answer": "{a}", "chat_template": False}
+    written = GenerationTaskOptions(**task, max_new_tokens=4)
+    message = r"g\.max_new_tokens 4: 2 of 3 .* 8 positions.* q\.jsonl line 3, 11 tokens with"
+    with pytest.raises(UserError, match=message):
+        read_problems("g", written, make_tokenizer(), 8)
+    assert len(read_problems("g", written, make_tokenizer(), 11)) == 3
+    path = write_jsonl(tmp_path / "c.jsonl", [{"q": "??", "a": "1"}, {"q": "?", "a": "23456"}])
+    choice = TaskOptions(**(task | {"path": str(path)}), choices=2)
+    with pytest.raises(UserError, match=r"tasks\.c: 1 of 2 .* 7 positions.* line 1, 8 tokens with"):
+        read_questions("c", choice, make_tokenizer(), 7)  # one space and five digits
+    assert len(read_questions("c", choice, make_tokenizer(), 8)[0]) == 2

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 
+import datasets
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.train.tiny_runs import flags, make_model_dir, make_records, write_jsonl
 from train.cli import main
+from train.sampling import Sampler
 
 GREEDY = {"max_new_tokens": 12, "temperature": 0}
 
@@ -69,6 +74,48 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(model, tmp_path):
         assert generate(model, prompts=prompts, output=out, **options) == 0
         texts.append([one["generated"] for one in lines(out)])
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_an_interrupted_file_is_gone_on_with(model, tmp_path, monkeypatch, capsys):
+    """The lines are those of a run in one go, in other batches, and the first ones stay as they are."""
+    rows = [{**record, "at": datetime(2024, 2, 3)} for record in make_records(5)]
+    prompts, out = tmp_path / "prompts.parquet", tmp_path / "out.jsonl"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), prompts)
+    options = {"prompts": prompts, "max_new_tokens": 4, "top_p": 0.9}
+    assert generate(model, output=tmp_path / "whole.jsonl", batch_size=2, **options) == 0
+    sample, left = Sampler.__call__, iter([True, False, False, True, True])
+
+    def interrupted(*arguments):
+        if not next(left):
+            raise KeyboardInterrupt
+        return sample(*arguments)
+
+    monkeypatch.setattr(Sampler, "__call__", interrupted)
+    assert generate(model, output=out, batch_size=3, **options) == 130
+    (partial,) = tmp_path.glob("out.jsonl*")
+    assert len(lines(partial)) == 3
+    assert generate(model, output=out, seed=1, **options) == 130  # has a file of its own
+    (other,) = set(tmp_path.glob("out.jsonl*")) - {partial}
+    assert lines(other) == []
+    with partial.open("a") as file:
+        file.write('{"prompt": "cut o')
+    capsys.readouterr()
+    assert generate(model, output=out, batch_size=1, **options) == 0
+    assert "3 records were written before; 2 are left." in capsys.readouterr().out
+    assert not list(left)
+    assert lines(out) == lines(tmp_path / "whole.jsonl")
+    assert lines(out)[4]["at"] == "2024-02-03 00:00:00"
+    assert not partial.exists()
+
+
+def test_prompts_are_of_the_split_that_is_asked_for(model, tmp_path, monkeypatch, capsys):
+    def load_dataset(name, configuration, split):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for options, split in (({}, "train"), ({"split": "validation"}, "validation")):
+        assert generate(model, prompts="a/b", output=tmp_path / "o.jsonl", **options) == 2
+        assert f"data set 'a/b', split '{split}'" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(model, tmp_path, capsys):

@@ -102,7 +102,7 @@ def test_accuracies_equal_those_counted_one_by_one(directory, theirs):
 
 def test_questions_hold_the_right_answer_first_and_no_end(task):
     tokenizer = make_tokenizer()
-    questions, skipped = read_questions("sums", task, tokenizer)
+    questions, skipped = read_questions("sums", task, tokenizer, 2048)
     records = make_records(30)
     assert (len(questions), skipped) == (30, 0)
     for question, record in zip(questions, records, strict=True):
@@ -117,22 +117,22 @@ def test_questions_hold_the_right_answer_first_and_no_end(task):
 def test_wrong_answers_are_drawn_from_the_file_and_stay_the_same(task):
     tokenizer = make_tokenizer()
     pool = {str(record["number"]) for record in make_records(30)}
-    questions = read_questions("sums", task, tokenizer)[0]
+    questions = read_questions("sums", task, tokenizer, 2048)[0]
     drawn = [[str(tokenizer.decode(a)) for a in question.answers] for question in questions]
     for right, *wrong in drawn:
         assert set(wrong) <= pool
         assert not any(right.startswith(other) or other.startswith(right) for other in wrong)
-    assert read_questions("sums", task, tokenizer)[0] == questions
+    assert read_questions("sums", task, tokenizer, 2048)[0] == questions
     limited = TaskOptions(path=task.path, prompt=PROMPT, answer=task.answer, limit=5)
-    assert read_questions("sums", limited, tokenizer)[0] == questions[:5]
+    assert read_questions("sums", limited, tokenizer, 2048)[0] == questions[:5]
     other_seed = TaskOptions(path=task.path, prompt=PROMPT, answer=task.answer, seed=1)
-    assert read_questions("sums", other_seed, tokenizer)[0] != questions
+    assert read_questions("sums", other_seed, tokenizer, 2048)[0] != questions
 
 
 def test_plain_text_has_one_space_and_no_template(task):
     tokenizer = make_tokenizer()
     plain = TaskOptions(path=task.path, prompt=PROMPT, answer="{number:g}", chat_template=False)
-    question = read_questions("sums", plain, tokenizer)[0][0]
+    question = read_questions("sums", plain, tokenizer, 2048)[0][0]
     record = make_records(1)[0]
     assert tokenizer.decode(question.prompt) == record["prompt"][0]["content"]
     assert tokenizer.decode(question.answers[0]) == f" {record['number']}"
@@ -152,5 +152,5 @@ def test_plain_text_has_one_space_and_no_template(task):
 def test_bad_tasks(task, changes, message):
     options = TaskOptions(**{**vars(task), **changes})
     with pytest.raises(UserError) as caught:
-        read_questions("sums", options, make_tokenizer())
+        read_questions("sums", options, make_tokenizer(), 2048)
     assert message in str(caught.value)

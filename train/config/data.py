@@ -13,7 +13,8 @@ class PromptOptions:
     """Prompts, and how they become tokens.
 
     Attributes:
-        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub.
+        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub, with
+            its configuration as in openai/gsm8k:main if it has several.
         split: Split of a hub data set.
         eval_fraction: Share of `path` held out for evaluation, by prompt: a prompt never lands on
             both sides. Of pairs of text without a `prompt`, what both answers begin with counts as
@@ -60,8 +61,10 @@ class _Sources:
         mix: Further data sets, each with a weight: how often its records come in an epoch in which
             those of `path` come once. 0.5 takes half of them, drawn anew in every epoch; 2 takes
             them twice. In YAML: ``mix: {maths.jsonl: 0.5}``.
-        eval_path: A separate file to evaluate on, instead of `eval_fraction`. With neither nothing
-            is evaluated.
+        eval_path: A separate file or data set to evaluate on, instead of `eval_fraction`. With
+            neither nothing is evaluated.
+        eval_split: Split of `eval_path` where it is a data set on the hub, which may be that of
+            `path` with another split. Unset: test.
         buckets: Shapes of batches, at most: records of similar length are batched together, so that
             little padding is computed, and every shape is compiled once. 1: batches of any records,
             as wide as the longest. Unset: up to 16, fewer where there are few batches.
@@ -69,6 +72,7 @@ class _Sources:
 
     mix: dict[str, float] = field(default_factory=dict)
     eval_path: str | None = None
+    eval_split: str | None = None
     buckets: int | None = None
 
 

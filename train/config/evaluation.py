@@ -29,7 +29,9 @@ class TaskOptions:
     """Multiple choice by log-likelihood on the records of a file.
 
     Attributes:
-        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub.
+        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub, with
+            its configuration as in openai/gsm8k:main if it has several.
+        split: Split of a data set on the hub; where it has no test split, another, such as validation.
         prompt: Python format string over a record's fields, for example "{Body} {Question}".
         answer: Format string of the right answer, for example "{Answer:g}". With `choices_field`:
             of its label, its letter, or its number from 0, for example "{answerKey}".
@@ -46,6 +48,7 @@ class TaskOptions:
     """
 
     path: str
+    split: str = "test"
     prompt: str
     answer: str
     choices: int = 4
@@ -61,7 +64,8 @@ class TextOptions:
     """Perplexity on the texts of a file, with a sliding window.
 
     Attributes:
-        path: A .txt file, which is one text, or a file of records as for the other tasks.
+        path: A .txt file, which is one text, or a file or data set of records as for the other tasks.
+        split: Split of a data set on the hub; where it has no test split, another, such as validation.
         field: Field of a record that holds the text.
         separator: Makes one text of all records with this between them, as transformers' guide to
             perplexity does with a blank line. Unset: each record is a text of its own.
@@ -71,6 +75,7 @@ class TextOptions:
     """
 
     path: str
+    split: str = "test"
     field: str = "text"
     separator: str | None = None
     max_length: int | None = None
@@ -83,7 +88,9 @@ class GenerationTaskOptions:
     """Greedily generated answers, compared with the right ones.
 
     Attributes:
-        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub.
+        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub, with
+            its configuration as in openai/gsm8k:main if it has several.
+        split: Split of a data set on the hub; where it has no test split, another, such as validation.
         prompt: Python format string over a record's fields.
         answer: Format string of the right answer. Not used with `answers_field`.
         answers_field: Field of a record that holds its right answers, any of which will do: a list
@@ -101,6 +108,7 @@ class GenerationTaskOptions:
     """
 
     path: str
+    split: str = "test"
     prompt: str
     answer: str | None = None
     answers_field: str | None = None

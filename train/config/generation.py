@@ -16,9 +16,11 @@ class GenerateConfig:
         prompt: One prompt, whose answer is written to the terminal.
         prompts: A .json, .jsonl, .jsonl.gz or .parquet file, or a data set on the hub, whose
             records have a field `prompt`: a string, or a list of messages.
+        split: Split of a data set on the hub.
         output: JSON lines file to write for `prompts`, each record with fields `generated`,
-            `generated_tokens` and `finish_reason` (`stop` or `length`) added; it
-            must not exist yet.
+            `generated_tokens` and `finish_reason` (`stop` or `length`) added; it must not exist yet.
+            After an interrupt the same command goes on with the file that ends in .partial. What
+            JSON has no type for, such as a date, becomes text.
         chat_template: Make a user turn of prompts that are strings; otherwise they are continued as
             plain text. Lists of messages always take the chat template.
         max_new_tokens: Longest continuation, in tokens.
@@ -34,6 +36,7 @@ class GenerateConfig:
     model: str
     prompt: str | None = None
     prompts: str | None = None
+    split: str = "train"
     output: str | None = None
     chat_template: bool = True
     max_new_tokens: int = 256

@@ -60,6 +60,11 @@ def check(config: Config) -> None:
             "data.eval_path and data.eval_fraction are both set; give the file to evaluate on, or "
             "the share to hold out."
         )
+    if data.eval_split is not None and data.eval_path is None:
+        raise UserError(
+            f"data.eval_split is {data.eval_split!r}, but there is no data.eval_path that it is a "
+            "split of; give it, or unset data.eval_split."
+        )
     held_out = data.eval_path or data.eval_fraction or config.evaluation.metric_prefixes
     if config.trainer.eval_every is not None and not held_out:
         raise UserError(

@@ -1,7 +1,8 @@
 """Read records from files and from the hub, each with the place it came from.
 
 Files are `.json` (one list of objects), `.jsonl` (one object per line), either of them gzipped, and
-`.parquet`. Anything that is not a file is a data set name for `datasets.load_dataset`.
+`.parquet`. Anything that is not a file is a data set name for `datasets.load_dataset`, with one of its
+configurations behind a colon where it has several: `openai/gsm8k:main`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def read_records(source: str | Path, split: str = "train") -> list[Record]:
     """Read every record of a file or of a data set on the hub.
 
     Args:
-      source: A path that ends in one of `SUFFIXES`, or the name of a data set on the hub.
+      source: A path that ends in one of `SUFFIXES`, or the name of a data set on the hub, such as
+        `trl-lib/tldr` or, with a configuration, `openai/gsm8k:main`.
       split: Split of a hub data set, as `datasets.load_dataset` takes it; files have none.
 
     Returns:
@@ -154,11 +156,13 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 def _read_hub(name: str, split: str) -> list[Record]:
     import datasets
 
+    repository, _, configuration = name.partition(":")
     try:
-        dataset = datasets.load_dataset(name, split=split)
+        dataset = datasets.load_dataset(repository, configuration or None, split=split)
     except Exception as error:  # the hub client raises errors of many libraries
         raise DataError(
             f"Cannot load data set {name!r}, split {split!r}: {type(error).__name__}: {error}. "
+            "A configuration follows the name as in 'openai/gsm8k:main'. "
             f"For a local file give a path ending in {', '.join(SUFFIXES)}."
         ) from error
     return [
