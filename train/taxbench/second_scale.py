@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from train.config import ModelOptions, UserError, require
@@ -130,9 +131,17 @@ def run(config: SecondScaleConfig) -> Path:
 @contextlib.contextmanager
 def _compiled_programs_kept(directory: Path) -> Iterator[None]:
     """Every run and evaluation compiles the same programs; they are taken from a directory."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(directory))
+    settings = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
     try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # something may have been compiled without it
         yield
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

@@ -160,7 +160,11 @@ def task_set(directory: Path, size: Size) -> TaskSetOptions:
     def file(name: str) -> str:
         return str(directory / f"{name}.jsonl")
 
-    own = {"prompt": "{question}", "answer": "{answer}", "choices_field": "choices"}
+    def own_choices(name: str) -> TaskOptions:
+        return TaskOptions(
+            path=file(name), prompt="{question}", answer="{answer}", choices_field="choices"
+        )
+
     passage = "{context}\n\n{question} Answer with a few words of the text."
     whole = size.article_tokens
     return TaskSetOptions(
@@ -172,8 +176,8 @@ def task_set(directory: Path, size: Size) -> TaskSetOptions:
             "gsm8k": TaskOptions(
                 path=file("gsm8k_test"), prompt="{question}", answer="{final_answer}"
             ),
-            "mmlu": TaskOptions(path=file("mmlu_val"), **own),
-            "commonsenseqa": TaskOptions(path=file("commonsenseqa_validation"), **own),
+            "mmlu": own_choices("mmlu_val"),
+            "commonsenseqa": own_choices("commonsenseqa_validation"),
         },
         texts={
             "wikitext": TextOptions(path=file("wikitext"), max_length=whole, stride=whole),
@@ -340,10 +344,10 @@ def listed_options(record: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def with_final_answer(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A GSM8K problem with the number behind ``####``, without separators, as ``final_answer``.
+    r"""A GSM8K problem with the number behind ``####``, without separators, as ``final_answer``.
 
     Example:
-        >>> with_final_answer({"answer": "So 1 + 1.\\n#### 1,002"})["final_answer"]
+        >>> with_final_answer({"answer": "So 1 + 1.\n#### 1,002"})["final_answer"]
         '1002'
     """
     found = extract(r"#### (.+)", record["answer"])
