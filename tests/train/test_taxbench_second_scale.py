@@ -35,6 +35,7 @@ TINY = dataclasses.replace(
     sft_steps=8,
     dpo_steps=8,
     batch_size=4,
+    buckets=1,
     sft_lengths=(100, 40),
     pair_lengths=(60, 30),
     alpaca_pairs=6,

@@ -68,6 +68,8 @@ class Size:
         sft_steps: Steps of fine-tuning.
         dpo_steps: Steps of alignment, the same for every method.
         batch_size: Examples or pairs in a step.
+        buckets: Shapes of batches, each of which is compiled once for every method; None for as many as
+            training takes by itself.
         points: Evaluations along every alignment, the last step's included.
         sft_lengths: Tokens of a prompt and of an answer, at most.
         pair_lengths: The same for preferences.
@@ -90,6 +92,7 @@ class Size:
     sft_steps: int
     dpo_steps: int
     batch_size: int
+    buckets: int | None
     points: int
     sft_lengths: tuple[int, int]
     pair_lengths: tuple[int, int]
@@ -113,6 +116,7 @@ SIZES = {
         sft_steps=60,
         dpo_steps=40,
         batch_size=8,
+        buckets=3,
         points=2,
         sft_lengths=(96, 128),
         pair_lengths=(96, 48),
@@ -134,6 +138,7 @@ SIZES = {
         sft_steps=600,
         dpo_steps=160,
         batch_size=32,
+        buckets=None,
         points=4,
         sft_lengths=(512, 512),
         pair_lengths=(512, 384),

@@ -175,6 +175,7 @@ class Study:
     def _flags(self, files: Sequence[str], values: Mapping[str, Any], seed: int) -> list[str]:
         shared = {
             "data.eval_fraction": "null",
+            "data.buckets": self.size.buckets or "null",
             "trainer.batch_size": self.size.batch_size,
             "trainer.eval_batch_size": 2 * self.size.batch_size,
             "trainer.seed": seed,
