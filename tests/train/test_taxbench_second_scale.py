@@ -8,9 +8,14 @@ import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+import omerge_jax as om
 from tests.train.tiny_runs import make_model_dir, make_tokenizer
 from train.cli import main
+from train.config import check
+from train.merge import merge_settings
+from train.stop import EXIT_STATUS, Stopped
 from train.taxbench import second_scale
 from train.taxbench.second_scale_data import (
     ORIGINS,
@@ -28,7 +33,7 @@ from train.taxbench.second_scale_report import (
     matched_table,
     rows_of,
 )
-from train.taxbench.second_scale_stages import Point
+from train.taxbench.second_scale_stages import Point, Study
 
 TINY = dataclasses.replace(
     SIZES["reduced"],
@@ -202,31 +207,81 @@ def test_missing_files_are_named_with_their_origin(data_dir, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_study_from_sft_to_report(data_dir, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def study(tmp_path):
+    return Study("base", TINY, tmp_path, ("adamw", "on_ties"), 1, Console(quiet=True))
+
+
+def test_runs_have_the_settings_of_the_files_but_for_their_size(study):
+    tuned, merging = study.dpo_config(0, "adamw"), study.dpo_config(0, "on_ties")
+    for config in (study.sft_config(0), tuned, merging):
+        check(config)
+    assert tuned.optimizer.learning_rate == merging.optimizer.learning_rate == 2e-5
+    assert merging.optimizer.alpha * merging.trainer.steps == pytest.approx(0.1)
+    assert (merging.optimizer.density, merging.model.base) == (0.1, "base")
+    assert tuned.data.eval_path == merging.data.eval_path == str(study.data / "held_out.jsonl")
+    assert [study.dpo_config(0, name).loss.beta for name in ("kl", "trim")] == [0.3, 0.1]
+    orders = [study.dpo_config(seed, "on_ties") for seed in (0, 1)]
+    assert [one.trainer.seed for one in orders] == [one.optimizer.seed for one in orders] == [0, 1]
+
+
+def test_merges_are_what_they_are_called(study):
+    base, tau, aligned = np.random.default_rng(0).normal(size=(3, 7)).astype(np.float32)
+    trees = {"adamw": base + tau + aligned, "sft": base + tau}
+    for name, _, weight, config in study.merges(0):
+        settings = merge_settings(config)
+        models = [{"w": trees[one.path.split("/")[-2]]} for one in config.models]
+        merged = om.offline_merge({"w": base}, models, **settings)["w"]
+        share = 0.0 if name == "offline_linear" else float(name.partition("-")[2])
+        np.testing.assert_allclose(merged, trees["sft"] + weight * aligned + share * tau, atol=1e-5)
+
+
+def test_margins_are_those_of_one_beta(study):
+    row = {"eval_rewards/margins": 0.6, "eval_rewards/accuracies": 0.7, "eval_tasks/a/logp": -1.0}
+    for name in ("kl", "adamw"):
+        directory = study.directory / "seed-0" / name
+        directory.mkdir(parents=True)
+        lines = [{"step": 1, "loss": 0.7}, {"step": 2, **row}]
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    [scaled], [same] = (study._points_of_run(0, name) for name in ("kl", "adamw"))
+    assert (scaled.at, scaled.metrics) == (2, {"eval_tasks/a/logp": -1.0})
+    assert (scaled.margin, same.margin) == (pytest.approx(0.2), pytest.approx(0.6))
+
+
+@pytest.mark.slow
+def test_a_study_from_sft_to_report_stopped_once(data_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(second_scale.SIZES, "reduced", TINY)
     model, out = make_model_dir(tmp_path / "model"), tmp_path / "out"
-    flags = _flags(data_dir, out, model, "--methods", "[adamw, kl, on_ties]")
+    flags = _flags(data_dir, out, model, "--methods", "[adamw, on_ties]")
     assert main([*flags, "--dry_run", "true"]) == 0
     assert not (out / "seed-0").exists()
+
+    def stop(config):
+        raise Stopped("by a signal")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("train.dpo.run", stop)
+        assert main(flags) == EXIT_STATUS
+    done = [out / "base.json", out / "seed-0/sft.json", out / "seed-0/sft/metrics.jsonl"]
+    before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in done]
     assert main(flags) == 0
+    assert [(file.stat().st_mtime_ns, file.read_bytes()) for file in done] == before
+
     found = [json.loads(line) for line in (out / "results.jsonl").open()]
     assert [(one["method"], one["at"]) for one in found] == [
         *(("base", 0), ("sft", 0)),
-        *((name, step) for name in ("adamw", "kl", "on_ties") for step in (4, 8)),
+        *((name, step) for name in ("adamw", "on_ties") for step in (4, 8)),
         *(("offline_linear", 0.5), ("adamw_plus_delta-0.1", 1.0)),
     ]
-    # Margins are those of one β: the run with another one logged three times as much.
-    logged = [json.loads(line) for line in (out / "seed-0/kl/metrics.jsonl").open()]
-    last = next(row for row in logged[::-1] if "eval_rewards/margins" in row)
-    kl = next(one for one in found if (one["method"], one["at"]) == ("kl", 8))
-    assert kl["margin"] == pytest.approx(last["eval_rewards/margins"] / 3)
+    # Along the line from the SFT model to AdamW's a margin lies between those of its ends.
+    margins = {(one["method"], one["at"]): one["margin"] for one in found}
+    assert 0 < margins["offline_linear", 0.5] < margins["adamw", 8]
+    assert not [path for path in (out / "seed-0/merges").iterdir() if path.is_dir()]
     report = (out / "report.md").read_text()
     assert "| OnTIES, p = 0.1 |" in report
     assert (out / "plane.png").stat().st_size > 10_000
     # The same command does nothing again, and another one is refused.
-    before = (out / "seed-0/adamw/metrics.jsonl").read_bytes()
     assert main(flags) == 0
-    assert (out / "seed-0/adamw/metrics.jsonl").read_bytes() == before
     assert (out / "report.md").read_text() == report
     capsys.readouterr()
     assert main([*flags, "--size", "full"]) == 2

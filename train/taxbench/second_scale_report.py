@@ -152,15 +152,12 @@ def write_report(
     write_atomically(study.directory / "results.jsonl", "\n".join(lines))
     draw(rows, level, study.directory / "plane.png")
     questions = [counts[name] for name in _FILES]
-    how = "given" if margin is not None else "the largest that all methods but the controls reach"
     text = [
         "# The alignment tax of a language model",
         "",
         _settings(study, size, counts),
         "",
-        f"## At the same held-out margin, {level:.3g} ({how})",
-        "",
-        *matched_table(rows, level),
+        *_comparison(rows, level, margin is None),
         "",
         "![Skills against the held-out margin](plane.png)",
         "",
@@ -173,6 +170,17 @@ def write_report(
     path = study.directory / "report.md"
     write_atomically(path, "\n".join(text))
     return path
+
+
+def _comparison(rows: Sequence[Row], level: float, found: bool) -> list[str]:
+    if level <= 0:
+        return ["A method never raised the margin above 0, so nothing is compared at one margin."]
+    how = "the largest that all methods but the controls reach" if found else "given"
+    return [
+        f"## At the same held-out margin, {level:.3g} ({how})",
+        "",
+        *matched_table(rows, level),
+    ]
 
 
 def _settings(study: Study, size: str, counts: Mapping[str, int]) -> str:
