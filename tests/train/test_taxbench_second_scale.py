@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from train.taxbench.second_scale_report import (
     matched_table,
     rows_of,
 )
-from train.taxbench.second_scale_stages import Point, Study
+from train.taxbench.second_scale_stages import METHODS, Point, Study
 
 TINY = dataclasses.replace(
     SIZES["reduced"],
@@ -157,7 +158,7 @@ POINTS = [
     _point("adamw", 1.2, 0.1, at=20),
     _point("on_ties", 0.5, 0.55, at=10),
     _point("on_ties", 0.8, 0.4, at=20),
-    _point("trim", 0.1, 0.6, at=20, control=True),
+    _point("sign_mask", 0.1, 0.6, at=20, control=True),
     _point("offline_linear", 0.6, 0.5, at=0.5),
 ]
 
@@ -171,11 +172,11 @@ def test_methods_are_compared_where_their_margins_are_the_same():
     assert found["adamw"] == pytest.approx(0.3)
     assert found["on_ties"] == pytest.approx(0.4)
     assert found["offline_linear"] == pytest.approx(0.5 - 0.4 * 0.2 / 0.6)
-    assert np.isnan(found["trim"])
+    assert np.isnan(found["sign_mask"])
     assert {row.name: row.reached_at(0.8)[0] for row in rows}["adamw"] == pytest.approx(15)
     table = "\n".join(matched_table(rows, 0.8))
     assert "| on_ties | 40.00 | +10.00 |" in table
-    assert "| trim | not reached | not reached |" in table
+    assert "| sign_mask | not reached | not reached |" in table
 
 
 def test_standard_error_is_that_of_simulated_answers():
@@ -220,7 +221,10 @@ def test_runs_have_the_settings_of_the_files_but_for_their_size(study):
     assert merging.optimizer.alpha * merging.trainer.steps == pytest.approx(0.1)
     assert (merging.optimizer.density, merging.model.base) == (0.1, "base")
     assert tuned.data.eval_path == merging.data.eval_path == str(study.data / "held_out.jsonl")
-    assert [study.dpo_config(0, name).loss.beta for name in ("kl", "trim")] == [0.3, 0.1]
+    assert [study.dpo_config(0, name).loss.beta for name in ("kl", "sign_mask")] == [0.3, 0.1]
+    large = study.dpo_config(0, "on_ties_large")
+    assert (large.optimizer.learning_rate, large.loss.beta) == (1e-4, 0.3)
+    assert set(METHODS) == set(get_args(second_scale.MethodName))
     orders = [study.dpo_config(seed, "on_ties") for seed in (0, 1)]
     assert [one.trainer.seed for one in orders] == [one.optimizer.seed for one in orders] == [0, 1]
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -18,10 +18,14 @@ from train.output_dir import check_place, write_atomically
 from train.prepare import check_model, load_tokenizer
 from train.taxbench.second_scale_data import SIZES, check_files, prepare
 from train.taxbench.second_scale_report import write_report
-from train.taxbench.second_scale_stages import METHODS, Study
+from train.taxbench.second_scale_stages import Study
 from train.taxbench.second_scale_work import show_work
 
-MethodName = Literal["adamw", "kl", "on_ties", "on_dare", "trim"]
+MethodName = Literal["adamw", "kl", "on_ties", "on_dare", "on_ties_large", "sign_mask"]
+
+
+def _all_methods() -> list[MethodName]:
+    return list(get_args(MethodName))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,9 @@ class SecondScaleConfig:
             was stopped; more seeds and methods may be added.
         size: reduced or full.
         seeds: Studies, each with an SFT model, an order of the data and masks of its own.
-        methods: Which methods to align with; adamw, to which they are compared, has to be there.
+        methods: Which methods to align with: adamw, to which the others are compared and which has to
+            be there; kl (AdamW with β = 0.3); on_ties; on_dare; on_ties_large (few, large steps, the
+            best of the miniature); sign_mask (the control without α).
         margin: Held-out margin at which methods are compared. Unset: the largest that all of them
             but the controls reach.
         dry_run: Prepare the data, show the tokens of every stage, and stop.
@@ -57,7 +63,7 @@ class SecondScaleConfig:
     output_dir: str
     size: Literal["reduced", "full"] = "reduced"
     seeds: int = 1
-    methods: list[MethodName] = dataclasses.field(default_factory=lambda: [*METHODS])
+    methods: list[MethodName] = dataclasses.field(default_factory=_all_methods)
     margin: float | None = None
     dry_run: bool = False
 

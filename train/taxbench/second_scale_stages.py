@@ -41,6 +41,7 @@ class Method:
         optimizer: ``train/configs/smollm2_{optimizer}.yaml`` has its settings.
         beta: β of the loss.
         alpha_total: α times the number of steps, for those that merge.
+        learning_rate: Peak learning rate; None for that of the file.
         control: Whether it is there to judge the others by.
     """
 
@@ -48,15 +49,25 @@ class Method:
     optimizer: str
     beta: float = BETA
     alpha_total: float | None = None
+    learning_rate: float | None = None
     control: bool = False
 
 
+# As the miniature chose them (docs/taxbench/report.md), at the learning rate of the files. With α = 0
+# no τ would be held, whose signs are to have their vote in the control.
 METHODS = {
     "adamw": Method("AdamW", "adamw"),
     "kl": Method("AdamW, β = 0.3", "adamw", beta=0.3),
     "on_ties": Method("OnTIES, p = 0.1", "on_ties", alpha_total=ALPHA_TOTAL),
     "on_dare": Method("OnDARE, p = 0.5", "on_dare", alpha_total=ALPHA_TOTAL),
-    "trim": Method("control: OnTIES, α = 0", "on_ties", alpha_total=0.0, control=True),
+    "on_ties_large": Method(
+        "OnTIES, p = 0.1, lr 1e-4, β = 0.3",
+        "on_ties",
+        beta=0.3,
+        alpha_total=ALPHA_TOTAL / 2,
+        learning_rate=1e-4,
+    ),
+    "sign_mask": Method("control: OnTIES, α = 0", "on_ties", alpha_total=1e-7, control=True),
 }
 
 
@@ -168,6 +179,8 @@ class Study:
         if method.alpha_total is not None:
             alpha = method.alpha_total / size.dpo_steps
             values |= {"optimizer.alpha": alpha, "optimizer.seed": seed, "model.base": self.model}
+        if method.learning_rate is not None:
+            values["optimizer.learning_rate"] = method.learning_rate
         files = ["dpo", method.optimizer]
         config = configured("dpo", DPOConfig, self._flags(files, values, seed))
         return dataclasses.replace(config, evaluation=task_set(self.data, size))
