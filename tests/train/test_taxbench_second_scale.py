@@ -46,6 +46,7 @@ TINY = dataclasses.replace(
     pair_lengths=(60, 30),
     alpaca_pairs=6,
     items=5,
+    passages=4,
     question_tokens=100,
     greedy_items=2,
     greedy_tokens=4,
@@ -137,7 +138,7 @@ def test_prepared_data_is_short_whole_and_split_by_prompt(data_dir, tmp_path):
         name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()] for name in counts
     }
     assert {name: len(found) for name, found in rows.items()} == counts
-    assert (counts["gsm8k_train"], counts["mmlu_val"], counts["wikitext"]) == (12, 5, 2)
+    assert (counts["gsm8k_train"], counts["mmlu_val"], counts["squad_xquad_en"]) == (12, 5, 4)
     sides = [{json.dumps(one["prompt"]) for one in rows[name]} for name in ("pairs", "held_out")]
     assert counts["pairs"] + counts["held_out"] == 36  # six of them from the second file
     assert all(sides)
@@ -177,6 +178,17 @@ def test_methods_are_compared_where_their_margins_are_the_same():
     table = "\n".join(matched_table(rows, 0.8))
     assert "| on_ties | 40.00 | +10.00 |" in table
     assert "| sign_mask | not reached | not reached |" in table
+
+
+def test_a_seed_that_has_only_begun_counts_where_it_has_run():
+    later = [_point("sft", 0.0, 0.6, 1, at=0), _point("adamw", 1.0, 0.2, 1, at=20)]
+    rows = {row.name: row for row in rows_of([*POINTS, *later])}
+    assert common_margin([*rows.values()]) == 0.8
+    np.testing.assert_allclose(rows["adamw"].matched(capability, 0.8), [0.3, 0.28])
+    np.testing.assert_allclose(rows["on_ties"].matched(capability, 0.8), [0.4, np.nan])
+    table = "\n".join(matched_table([*rows.values()], 0.8))
+    assert "| adamw | 29.00 ± 1.41 | – |" in table
+    assert "| on_ties | 40.00 (1 of 2) | +10.00 (1 of 2) |" in table
 
 
 def test_standard_error_is_that_of_simulated_answers():

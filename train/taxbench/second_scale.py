@@ -18,10 +18,10 @@ from train.output_dir import check_place, write_atomically
 from train.prepare import check_model, load_tokenizer
 from train.taxbench.second_scale_data import SIZES, check_files, prepare
 from train.taxbench.second_scale_report import write_report
-from train.taxbench.second_scale_stages import Study
+from train.taxbench.second_scale_stages import Point, Study
 from train.taxbench.second_scale_work import show_work
 
-MethodName = Literal["adamw", "kl", "on_ties", "on_dare", "on_ties_large", "sign_mask"]
+MethodName = Literal["adamw", "on_ties", "on_dare", "kl", "on_ties_large", "sign_mask"]
 
 
 def _all_methods() -> list[MethodName]:
@@ -37,10 +37,11 @@ class SecondScaleConfig:
     WikiText. Methods are compared at the same held-out margin. Settings come from
     train/configs/smollm2_*.yaml and from the miniature benchmark; nothing is tuned here.
 
-    The size "reduced" is made for two CPU cores and says so in its report: 60 steps of SFT and 40 of
-    DPO in batches of 8, rows of at most 96 + 128 (SFT) and 96 + 48 tokens (HH-RLHF alone), 2
-    evaluations a run, 96 questions a task of at most 160 tokens, 16 of GSM8K in full, 256 tokens of
-    16 articles. "full" takes all questions and steps of 32 rows up to 1024 tokens, on a GPU.
+    The size "reduced" is made for two CPU cores, and its report says what it leaves out: 60 steps of
+    SFT and 40 of DPO in batches of 8, rows of at most 96 + 128 (SFT) and 96 + 48 tokens (HH-RLHF
+    alone), 2 evaluations a run, 96 questions a task (48 of XQuAD) of at most 160 tokens, 16 of GSM8K
+    answered in full, 256 tokens of 16 articles. "full" takes all questions, AlpacaEval's preferences
+    too, and batches of 32 rows of up to 1024 tokens, on a GPU.
 
     Attributes:
         model: Directory of the model before SFT (from fetch-smollm2), or a hub name.
@@ -127,10 +128,14 @@ def run(config: SecondScaleConfig) -> Path:
     show_work(study, tokenizer)
     if config.dry_run:
         return directory
+    points: list[Point] = []
     with _compiled_programs_kept(directory / "compiled"):
-        points = study.run()
-    report = write_report(study, config.size, points, counts, config.margin)
-    console.print(f"Report: {report}", soft_wrap=True)
+        for found in study.run():
+            points += found
+            # After every stage, so that a study that is cut off has one.
+            if any(point.method == "adamw" for point in points):
+                report = write_report(study, config.size, points, counts, config.margin)
+                console.print(f"Report so far: {report}", soft_wrap=True, highlight=False)
     return directory
 
 

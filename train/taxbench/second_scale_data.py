@@ -76,6 +76,7 @@ class Size:
         alpaca_pairs: Preferences judged by GPT-4 beside the HH-RLHF pairs.
         held_out: Share of the preferences' prompts that is held out.
         items: Questions of each task, spread evenly over its file; None for all.
+        passages: The same for XQuAD, whose questions come with a passage.
         question_tokens: Tokens of a question, passage included, at most.
         choice_tokens: Tokens of each of a question's own choices, at most; all are padded to the
             longest.
@@ -99,6 +100,7 @@ class Size:
     alpaca_pairs: int
     held_out: float
     items: int | None
+    passages: int | None
     question_tokens: int
     choice_tokens: int
     greedy_items: int | None
@@ -123,6 +125,7 @@ SIZES = {
         alpaca_pairs=0,
         held_out=0.2,
         items=96,
+        passages=48,
         question_tokens=160,
         choice_tokens=12,
         greedy_items=16,
@@ -145,6 +148,7 @@ SIZES = {
         alpaca_pairs=4000,
         held_out=0.1,
         items=None,
+        passages=None,
         question_tokens=1024,
         choice_tokens=64,
         greedy_items=None,
@@ -321,7 +325,8 @@ def _questions(
             for record, question, choice in zip(usable, asked, offered, strict=True)
             if question <= size.question_tokens and choice <= size.choice_tokens
         ]
-        yield name, spread(short, size.items)
+        count = size.passages if name == "squad_xquad_en" else size.items
+        yield name, spread(short, count)
 
 
 def _lengths(texts: Sequence[str], tokenizer: Any) -> list[int]:

@@ -72,7 +72,7 @@ class Row:
         label: Its name in tables.
         control: Whether it is there to judge the others by.
         trained: Whether it is an alignment run rather than a merge.
-        curves: For every seed the points from the SFT model on.
+        curves: For every seed the points from the SFT model on; none where it has not run yet.
     """
 
     name: str
@@ -95,6 +95,8 @@ def _matched(curve: Sequence[Point], score: Callable[[Metrics], float], level: f
 
 
 def _read(curve: Sequence[Point], values: Sequence[float], level: float) -> float:
+    if not curve:
+        return float("nan")
     margins = np.array([point.margin for point in curve], np.float64)
     return float(capability_at_reward(margins, np.array(values), level))
 
@@ -109,10 +111,10 @@ def rows_of(points: Sequence[Point]) -> list[Row]:
         own = [point for point in points if point.method == name]
         curves = []
         for seed, start in starts.items():
-            curve = [start, *(point for point in own if point.seed == seed)]
-            if name == "offline_linear":
-                curve.append(dataclasses.replace(ends[seed], at=1.0))
-            curves.append(curve)
+            found = [point for point in own if point.seed == seed]
+            if found and name == "offline_linear":
+                found.append(dataclasses.replace(ends[seed], at=1.0))
+            curves.append([start, *found] if found else [])
         rows.append(Row(name, own[0].label, own[0].control, name in METHODS, curves))
     return rows
 
@@ -124,6 +126,7 @@ def common_margin(rows: Sequence[Row]) -> float:
         for row in rows
         if row.trained and not row.control
         for curve in row.curves
+        if curve
     )
 
 
@@ -250,7 +253,7 @@ def matched_table(rows: Sequence[Row], level: float) -> list[str]:
 def last_table(points: Sequence[Point], rows: Sequence[Row], questions: Sequence[int]) -> list[str]:
     """Scores of the models themselves: means over seeds of every method's last step."""
     groups = [[p for p in points if p.method == name] for name in ("base", "sft")]
-    groups += [[curve[-1] for curve in row.curves] for row in rows if row.trained]
+    groups += [[c[-1] for c in row.curves if c] for row in rows if row.trained]
     merges = [point for row in rows if not row.trained for point in row.curves[0][1:]]
     for merge in merges:
         if merge.method != "adamw":  # the end of the line is in the table already
@@ -302,7 +305,7 @@ def draw(rows: Sequence[Row], level: float, path: Path) -> None:
                     linestyle=":" if row.control else "-",
                     label=row.label if number == 0 else None,
                 )
-        for curve in rows[0].curves:
+        for curve in filter(None, rows[0].curves):
             axes.plot(0, score(curve[0].metrics), marker="*", markersize=15, color="#D55E00")
         axes.set_xlabel("held-out reward margin (β = 0.1); star: SFT model")
         axes.set_title(name, loc="left", weight="bold")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,23 +122,22 @@ class Study:
         """Directory of the prepared records."""
         return self.directory / "data"
 
-    def run(self) -> list[Point]:
-        """Every stage that is not done yet; returns all evaluated models."""
+    def run(self) -> Iterator[list[Point]]:
+        """Does every stage that is not done yet; yields the models evaluated in each."""
         base = self._evaluated(self.model, self.directory / "base.json")
-        points = [Point("base", "before SFT", 0, 0, None, None, base)]
+        yield [Point("base", "before SFT", 0, 0, None, None, base)]
         for seed in range(self.seeds):
             self._announce(seed, "SFT")
             sft.run(self.sft_config(seed))
             start = self._evaluated(self._export(seed, "sft"), self._place(seed) / "sft.json")
-            points.append(Point("sft", "SFT", seed, 0, 0.0, None, start))
+            yield [Point("sft", "SFT", seed, 0, 0.0, None, start)]
             for name in self.methods:
                 self._announce(seed, METHODS[name].label)
                 dpo.run(self.dpo_config(seed, name))
-                points += self._points_of_run(seed, name)
+                yield self._points_of_run(seed, name)
             for name, label, weight, config in self.merges(seed):
                 self._announce(seed, f"{label}, weight {weight:g}")
-                points.append(self._merged(seed, name, label, weight, config))
-        return points
+                yield [self._merged(seed, name, label, weight, config)]
 
     def sft_config(self, seed: int) -> SFTConfig:
         """Settings of the fine-tuning, as of ``python -m train sft``."""
