@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import shutil
 from typing import get_args
 
 import numpy as np
@@ -14,13 +15,12 @@ from rich.console import Console
 import omerge_jax as om
 from tests.train.tiny_runs import make_model_dir, make_tokenizer
 from train.cli import main
-from train.config import check
+from train.config import UserError, check
 from train.merge import merge_settings
 from train.stop import EXIT_STATUS, Stopped
 from train.taxbench import second_scale
 from train.taxbench.second_scale_data import (
     ORIGINS,
-    SIZES,
     listed_options,
     prepare,
     spread,
@@ -34,6 +34,7 @@ from train.taxbench.second_scale_report import (
     matched_table,
     rows_of,
 )
+from train.taxbench.second_scale_sizes import SIZES
 from train.taxbench.second_scale_stages import METHODS, Point, Study
 
 TINY = dataclasses.replace(
@@ -144,6 +145,20 @@ def test_prepared_data_is_short_whole_and_split_by_prompt(data_dir, tmp_path):
     assert all(sides)
     assert not sides[0] & sides[1]
     assert len(rows["wikitext"][0]["text"]) == 40  # a token is a byte
+
+
+def test_a_record_of_another_format_is_named(data_dir, tmp_path):
+    changed = tmp_path / "changed"
+    shutil.copytree(data_dir, changed)
+    with gzip.open(changed / "commonsenseqa_validation.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"question": "Where?", "choices": ["a", "b"]}) + "\n")
+    with pytest.raises(
+        UserError, match=r"validation\.jsonl\.gz line 1 has no text in 'options'; it"
+    ):
+        prepare(str(changed), tmp_path / "data", TINY, make_tokenizer())
+    (changed / "svamp.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(UserError, match=r"data_dir: .*svamp\.jsonl\.gz is not an intact gzip file"):
+        prepare(str(changed), tmp_path / "data", TINY, make_tokenizer())
 
 
 def _point(method, margin, share, seed=0, at=1.0, control=False):

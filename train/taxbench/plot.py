@@ -14,6 +14,7 @@ _STYLES: dict[str, tuple[str, str]] = {
     "kl": ("#56B4E9", "s"),
     "on_dare": ("#E69F00", "^"),
     "on_ties": ("#009E73", "D"),
+    "sign_mask": ("#009E73", "d"),
     "offline_linear": ("#CC79A7", "v"),
     "adamw_plus_delta": ("#8A8A8A", "x"),
 }

@@ -16,8 +16,9 @@ from rich.console import Console
 from train.config import ModelOptions, UserError, require
 from train.output_dir import check_place, write_atomically
 from train.prepare import check_model, load_tokenizer
-from train.taxbench.second_scale_data import SIZES, check_files, prepare
+from train.taxbench.second_scale_data import check_files, prepare
 from train.taxbench.second_scale_report import write_report
+from train.taxbench.second_scale_sizes import SIZES
 from train.taxbench.second_scale_stages import Point, Study
 from train.taxbench.second_scale_work import show_work
 

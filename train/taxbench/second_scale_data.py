@@ -1,8 +1,7 @@
-"""Data of the second scale: which files, how much of them, and what the tasks ask."""
+"""Data of the second scale: which files, what is taken from them, and what the tasks ask."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from train.config import (
-    DType,
     GenerationTaskOptions,
     TaskOptions,
     TaskSetOptions,
@@ -26,10 +24,12 @@ from train.data import (
     read_records,
     split_by_prompt,
 )
+from train.data.formats import where_of
 from train.data.templates import Encoded, Encoder, Row
 from train.multiple_choice import filled
 from train.output_dir import write_atomically
 from train.prepare import blamed_on
+from train.taxbench.second_scale_sizes import Size
 from train.text_scores import extract
 
 ORIGINS = {
@@ -58,109 +58,6 @@ SFT_FILES = (
     "sft_llamafactory_alpaca_en_demo",
     "sft_self_instruct_human",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """How much is trained on and asked. Rows that are longer are left out, never cut.
-
-    Attributes:
-        sft_steps: Steps of fine-tuning.
-        dpo_steps: Steps of alignment, the same for every method.
-        batch_size: Examples or pairs in a step.
-        buckets: Shapes of batches, each of which is compiled once for every method; None for as many as
-            training takes by itself.
-        points: Evaluations along every alignment, the last step's included.
-        sft_lengths: Tokens of a prompt and of an answer, at most.
-        pair_lengths: The same for preferences.
-        alpaca_pairs: Preferences judged by GPT-4 beside the HH-RLHF pairs.
-        held_out: Share of the preferences' prompts that is held out.
-        items: Questions of each task, spread evenly over its file; None for all.
-        passages: The same for XQuAD, whose questions come with a passage.
-        question_tokens: Tokens of a question, passage included, at most.
-        choice_tokens: Tokens of each of a question's own choices, at most; all are padded to the
-            longest.
-        greedy_items: GSM8K problems that are also answered in full, greedily.
-        greedy_tokens: Tokens of such an answer, at most.
-        articles: WikiText articles; None for all.
-        article_tokens: Tokens that are scored of each; None for all, in overlapping windows.
-        weights: Weights of AdamW's model in merges with the SFT model.
-        lambdas: Shares of τ that are added after training.
-        lambda_weights: Weights of AdamW's model with these.
-        dtype: Type of the computations.
-    """
-
-    sft_steps: int
-    dpo_steps: int
-    batch_size: int
-    buckets: int | None
-    points: int
-    sft_lengths: tuple[int, int]
-    pair_lengths: tuple[int, int]
-    alpaca_pairs: int
-    held_out: float
-    items: int | None
-    passages: int | None
-    question_tokens: int
-    choice_tokens: int
-    greedy_items: int | None
-    greedy_tokens: int
-    articles: int | None
-    article_tokens: int | None
-    weights: tuple[float, ...]
-    lambdas: tuple[float, ...]
-    lambda_weights: tuple[float, ...]
-    dtype: DType
-
-
-SIZES = {
-    "reduced": Size(
-        sft_steps=60,
-        dpo_steps=40,
-        batch_size=8,
-        buckets=3,
-        points=2,
-        sft_lengths=(96, 128),
-        pair_lengths=(96, 48),
-        alpaca_pairs=0,
-        held_out=0.2,
-        items=96,
-        passages=48,
-        question_tokens=160,
-        choice_tokens=12,
-        greedy_items=16,
-        greedy_tokens=96,
-        articles=16,
-        article_tokens=256,
-        weights=(0.25, 0.5, 0.75),
-        lambdas=(0.1,),
-        lambda_weights=(0.5, 1.0),
-        dtype="float32",
-    ),
-    "full": Size(
-        sft_steps=600,
-        dpo_steps=160,
-        batch_size=32,
-        buckets=None,
-        points=4,
-        sft_lengths=(512, 512),
-        pair_lengths=(512, 384),
-        alpaca_pairs=4000,
-        held_out=0.1,
-        items=None,
-        passages=None,
-        question_tokens=1024,
-        choice_tokens=64,
-        greedy_items=None,
-        greedy_tokens=256,
-        articles=None,
-        article_tokens=None,
-        weights=(0.2, 0.4, 0.6, 0.8),
-        lambdas=(0.05, 0.1, 0.2),
-        lambda_weights=(0.5, 1.0),
-        dtype="bfloat16",
-    ),
-}
 
 
 def task_set(directory: Path, size: Size) -> TaskSetOptions:
@@ -247,31 +144,38 @@ def prepare(data_dir: str, directory: Path, size: Size, tokenizer: Any) -> dict[
     if (directory / "counts.json").exists():
         return json.loads((directory / "counts.json").read_text())
     directory.mkdir(parents=True, exist_ok=True)
-    written: dict[str, Sequence[Mapping[str, Any]]] = {}
-    encoder = Encoder(tokenizer)
-
-    def read(name: str) -> list[Record]:
-        with blamed_on("data_dir"):
-            return read_records(Path(data_dir) / f"{name}.jsonl.gz")
-
-    for name in SFT_FILES:
-        written[name] = short_enough(read(name), encoder, size.sft_lengths)
-    pairs = short_enough(read("pref_hh_rlhf_harmless_base_test"), encoder, size.pair_lengths)
-    if size.alpaca_pairs:
-        judged = short_enough(read("pref_alpacaeval_gpt4_judge"), encoder, size.pair_lengths)
-        pairs += spread(judged, size.alpaca_pairs)
-    with blamed_on("data_dir: preferences"):
-        written["pairs"], written["held_out"] = split_by_prompt(pairs, size.held_out)
-    written |= _questions(read, directory, size, tokenizer)
-    written["wikitext"] = _articles(read("text_wikitext2_valid_test"), size, tokenizer)
-    for name, records in written.items():
+    with blamed_on("data_dir"):
+        chosen = _chosen(Path(data_dir), directory, size, tokenizer)
+    for name, records in chosen.items():
         if not records:
             raise UserError(f"data_dir: no record of {name} is short enough for this size.")
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         write_atomically(directory / f"{name}.jsonl", "\n".join(lines))
-    counts = {name: len(records) for name, records in written.items()}
+    counts = {name: len(records) for name, records in chosen.items()}
     write_atomically(directory / "counts.json", json.dumps(counts, indent=2))
     return counts
+
+
+def _chosen(
+    data_dir: Path, directory: Path, size: Size, tokenizer: Any
+) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """The records that are used, by the names of the files that they are written to."""
+    encoder = Encoder(tokenizer)
+
+    def read(name: str) -> list[Record]:
+        return read_records(data_dir / f"{name}.jsonl.gz")
+
+    chosen: dict[str, Sequence[Mapping[str, Any]]] = {
+        name: short_enough(read(name), encoder, size.sft_lengths) for name in SFT_FILES
+    }
+    pairs = short_enough(read("pref_hh_rlhf_harmless_base_test"), encoder, size.pair_lengths)
+    if size.alpaca_pairs:
+        judged = short_enough(read("pref_alpacaeval_gpt4_judge"), encoder, size.pair_lengths)
+        pairs += spread(judged, size.alpaca_pairs)
+    chosen["pairs"], chosen["held_out"] = split_by_prompt(pairs, size.held_out)
+    chosen |= _questions(read, directory, size, tokenizer)
+    chosen["wikitext"] = _articles(read("text_wikitext2_valid_test"), size, tokenizer)
+    return chosen
 
 
 def short_enough(
@@ -344,13 +248,13 @@ def listed_options(record: Mapping[str, Any]) -> dict[str, Any] | None:
         >>> listed_options({"question": "2+2?", "options": "\nA. 3\nB. 4", "answer": "B. 4"})
         {'question': '2+2?', 'choices': ['3', '4'], 'answer': 'B'}
     """
-    pairs = [line.partition(". ") for line in record["options"].strip().split("\n")]
+    pairs = [line.partition(". ") for line in _text(record, "options").strip().split("\n")]
     letters = [chr(ord("A") + number) for number in range(len(pairs))]
     if [letter for letter, _, _ in pairs] != letters:
         return None
     choices = [text for _, _, text in pairs]
-    answer = record["answer"].partition(". ")[0]
-    return {"question": record["question"], "choices": choices, "answer": answer}
+    answer = _text(record, "answer").partition(". ")[0]
+    return {"question": _text(record, "question"), "choices": choices, "answer": answer}
 
 
 def with_final_answer(record: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -360,13 +264,22 @@ def with_final_answer(record: Mapping[str, Any]) -> dict[str, Any] | None:
         >>> with_final_answer({"answer": "So 1 + 1.\n#### 1,002"})["final_answer"]
         '1002'
     """
-    found = extract(r"#### (.+)", record["answer"])
+    found = extract(r"#### (.+)", _text(record, "answer"))
     return None if found is None else {**record, "final_answer": found.strip().replace(",", "")}
+
+
+def _text(record: Mapping[str, Any], name: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str):
+        raise UserError(
+            f"data_dir: {where_of(record)} has no text in {name!r}; it has {', '.join(record)}."
+        )
+    return value
 
 
 def _articles(records: Sequence[Record], size: Size, tokenizer: Any) -> list[dict[str, str]]:
     """Texts, cut to the tokens that are to be scored."""
-    texts = [record["text"] for record in spread(records, size.articles)]
+    texts = [_text(record, "text") for record in spread(records, size.articles)]
     if size.article_tokens is not None:
         cut = [tokenizer(t, verbose=False)["input_ids"][: size.article_tokens] for t in texts]
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in cut]

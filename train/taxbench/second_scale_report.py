@@ -288,7 +288,7 @@ def draw(rows: Sequence[Row], level: float, path: Path) -> None:
         level: The margin of the comparison.
         path: PNG file to write.
     """
-    figure = matplotlib.figure.Figure(figsize=(12, 5.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(12, 5.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, (name, score) in zip(panels, SCORES.items(), strict=False):
         axes.axvline(level, color="#B0B0B0", linestyle="--", linewidth=1, zorder=1)
@@ -311,5 +311,6 @@ def draw(rows: Sequence[Row], level: float, path: Path) -> None:
         axes.set_title(name, loc="left", weight="bold")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=130)

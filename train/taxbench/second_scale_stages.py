@@ -23,7 +23,8 @@ from train.config import (
 )
 from train.metrics_log import read_metrics
 from train.task_scores import as_metrics
-from train.taxbench.second_scale_data import SFT_FILES, Size, task_set
+from train.taxbench.second_scale_data import SFT_FILES, task_set
+from train.taxbench.second_scale_sizes import Size
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALPHA_TOTAL = 0.1
