@@ -30,7 +30,7 @@ from train.taxbench.second_scale_report import (
     SHARES,
     capability,
     capability_error,
-    common_margin,
+    levels_of,
     matched_table,
     rows_of,
 )
@@ -182,7 +182,8 @@ POINTS = [
 def test_methods_are_compared_where_their_margins_are_the_same():
     rows = rows_of(POINTS)
     # OnTIES ends at 0.8; the control, which stops at 0.1, does not count.
-    assert common_margin(rows) == 0.8
+    assert [*levels_of(rows)] == [0.8, 1.2]
+    assert levels_of(rows_of([_point("sft", 0.0, 0.6), _point("adamw", -0.1, 0.5)])) == {}
     found = {row.name: row.matched(capability, 0.8)[0] for row in rows}
     # Half of the way from (0.4, 0.5) to (1.2, 0.1); the merge goes on from (0.6, 0.5) to AdamW's end.
     assert found["adamw"] == pytest.approx(0.3)
@@ -198,7 +199,7 @@ def test_methods_are_compared_where_their_margins_are_the_same():
 def test_a_seed_that_has_only_begun_counts_where_it_has_run():
     later = [_point("sft", 0.0, 0.6, 1, at=0), _point("adamw", 1.0, 0.2, 1, at=20)]
     rows = {row.name: row for row in rows_of([*POINTS, *later])}
-    assert common_margin([*rows.values()]) == 0.8
+    assert [*levels_of([*rows.values()])] == [0.8, 1.0]
     np.testing.assert_allclose(rows["adamw"].matched(capability, 0.8), [0.3, 0.28])
     np.testing.assert_allclose(rows["on_ties"].matched(capability, 0.8), [0.4, np.nan])
     table = "\n".join(matched_table([*rows.values()], 0.8))

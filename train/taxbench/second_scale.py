@@ -56,7 +56,7 @@ class SecondScaleConfig:
             be there; kl (AdamW with β = 0.3); on_ties; on_dare; on_ties_large (few, large steps, the
             best of the miniature); sign_mask (the control without α).
         margin: Held-out margin at which methods are compared. Unset: the largest that all of them
-            but the controls reach.
+            but the controls reach, and the largest that AdamW reaches.
         dry_run: Prepare the data, show the tokens of every stage, and stop.
     """
 

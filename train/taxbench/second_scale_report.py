@@ -119,15 +119,22 @@ def rows_of(points: Sequence[Point]) -> list[Row]:
     return rows
 
 
-def common_margin(rows: Sequence[Row]) -> float:
-    """The largest margin that every trained method but the controls reaches on every seed."""
+def reached_by_all(rows: Sequence[Row]) -> float:
+    """The largest margin that every one of some rows reaches on every seed that it has run on."""
     return min(
-        max(point.margin or 0.0 for point in curve)
-        for row in rows
-        if row.trained and not row.control
-        for curve in row.curves
-        if curve
+        max(point.margin or 0.0 for point in curve) for row in rows for curve in row.curves if curve
     )
+
+
+def levels_of(rows: Sequence[Row]) -> dict[float, str]:
+    """Margins to compare at, each with what it is; fewer where two are the same or none is positive."""
+    methods = [row for row in rows if row.trained and not row.control]
+    adamw = [row for row in rows if row.name == "adamw"]
+    found = {
+        reached_by_all(adamw): "the largest that AdamW reaches",
+        reached_by_all(methods): "the largest that all methods but the controls reach",
+    }
+    return {level: what for level, what in sorted(found.items()) if level > 0}
 
 
 def write_report(
@@ -144,24 +151,23 @@ def write_report(
         size: Name of its size.
         points: All evaluated models.
         counts: Records by file, from `train.taxbench.second_scale_data.prepare`.
-        margin: Margin to compare at; None for `common_margin`.
+        margin: Margin to compare at; None for those of `levels_of`.
 
     Returns:
         The report.
     """
     rows = rows_of(points)
-    level = common_margin(rows) if margin is None else margin
+    levels = levels_of(rows) if margin is None else {margin: "given"}
     lines = [json.dumps(dataclasses.asdict(point)) for point in points]
     write_atomically(study.directory / "results.jsonl", "\n".join(lines))
-    draw(rows, level, study.directory / "plane.png")
+    draw(rows, [*levels], study.directory / "plane.png")
     questions = [counts[name] for name in _FILES]
     text = [
         "# The alignment tax of a language model",
         "",
         _settings(study, size, counts),
         "",
-        *_comparison(rows, level, margin is None),
-        "",
+        *_comparisons(rows, levels),
         "![Skills against the held-out margin](plane.png)",
         "",
         "## Every model at its end",
@@ -175,15 +181,14 @@ def write_report(
     return path
 
 
-def _comparison(rows: Sequence[Row], level: float, found: bool) -> list[str]:
-    if level <= 0:
-        return ["A method never raised the margin above 0, so nothing is compared at one margin."]
-    how = "the largest that all methods but the controls reach" if found else "given"
-    return [
-        f"## At the same held-out margin, {level:.3g} ({how})",
-        "",
-        *matched_table(rows, level),
-    ]
+def _comparisons(rows: Sequence[Row], levels: Mapping[float, str]) -> list[str]:
+    if not levels:
+        return ["AdamW never raised the margin above 0, so nothing is compared at one margin.", ""]
+    lines = []
+    for level, what in levels.items():
+        title = f"## At the same held-out margin, {level:.3g} ({what})"
+        lines += [title, "", *matched_table(rows, level), ""]
+    return lines
 
 
 def _settings(study: Study, size: str, counts: Mapping[str, int]) -> str:
@@ -280,18 +285,19 @@ def _mean(group: Sequence[Point], field: str, scale: float, form: str) -> str:
     return "–" if None in values else f"{scale * np.mean(values):{form}}"
 
 
-def draw(rows: Sequence[Row], level: float, path: Path) -> None:
+def draw(rows: Sequence[Row], levels: Sequence[float], path: Path) -> None:
     """Capability, and the log-probability of right answers, against the held-out margin.
 
     Args:
         rows: From `rows_of`; a line for every seed.
-        level: The margin of the comparison.
+        levels: Margins of the comparisons.
         path: PNG file to write.
     """
     figure = matplotlib.figure.Figure(figsize=(12, 5.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, (name, score) in zip(panels, SCORES.items(), strict=False):
-        axes.axvline(level, color="#B0B0B0", linestyle="--", linewidth=1, zorder=1)
+        for level in levels:
+            axes.axvline(level, color="#B0B0B0", linestyle="--", linewidth=1, zorder=1)
         for row in rows:
             colour, marker = style(row.name.partition("-")[0])
             for number, curve in enumerate(row.curves):
