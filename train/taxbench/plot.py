@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib.figure
 from matplotlib.axes import Axes
 
-from train.taxbench.trajectories import Row, Trajectory
+from train.taxbench.trajectories import Row
 
 # Okabe and Ito's colours, which stay apart under colour blindness; markers tell them apart in grey.
 _STYLES: dict[str, tuple[str, str]] = {
@@ -14,6 +14,7 @@ _STYLES: dict[str, tuple[str, str]] = {
     "kl": ("#56B4E9", "s"),
     "on_dare": ("#E69F00", "^"),
     "on_ties": ("#009E73", "D"),
+    "sign_mask": ("#009E73", "d"),
     "offline_linear": ("#CC79A7", "v"),
     "adamw_plus_delta": ("#8A8A8A", "x"),
 }
@@ -37,14 +38,15 @@ def draw(rows: Sequence[Row], level: float, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _style(trajectory: Trajectory) -> tuple[str, str]:
-    return _STYLES.get(trajectory.name, _OTHER)
+def style(name: str) -> tuple[str, str]:
+    """Colour and marker of a method, the same in every figure."""
+    return _STYLES.get(name, _OTHER)
 
 
 def _draw_plane(axes: Axes, rows: Sequence[Row], level: float) -> None:
     axes.axvline(level, color=_LEVEL_COLOUR, linestyle="--", linewidth=1, zorder=1)
     for row in rows:
-        colour, marker = _style(row.trajectory)
+        colour, marker = style(row.trajectory.name)
         points = row.trajectory.points
         axes.plot(
             [point.reward for point in points],
@@ -91,7 +93,7 @@ def _draw_gains(axes: Axes, rows: Sequence[Row], level: float) -> None:
     known = [row for row in rows if row.gain is not None]
     axes.axvline(0, color="#000000", linewidth=1)
     for place, row in enumerate(reversed(known)):
-        colour, marker = _style(row.trajectory)
+        colour, marker = style(row.trajectory.name)
         gain, error = 100 * (row.gain or 0.0), 100 * (row.gain_error or 0.0)
         axes.errorbar(gain, place, xerr=error, color=colour, marker=marker, markersize=8, capsize=4)
         axes.annotate(
