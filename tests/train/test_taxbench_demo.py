@@ -13,8 +13,9 @@ import omerge_jax as om
 from train.cli import configured
 from train.config import UserError
 from train.taxbench import demo, examples
-from train.taxbench.demo import DemoConfig, check, command_line, new_run_dir, run
+from train.taxbench.demo import DemoConfig, check, new_run_dir, run
 from train.taxbench.methods import METHODS, Checkpoint, add_delta, offline_linear
+from train.taxbench.report import command_line
 from train.taxbench.subjects import Subject
 from train.taxbench.training import Lab
 from train.taxbench.trajectories import grade
@@ -135,9 +136,9 @@ def test_output_dir_that_is_a_file(tmp_path):
 
 def test_command_line_repeats_the_settings():
     check(DemoConfig())
-    assert command_line(DemoConfig()) == "python -m train demo"
+    assert command_line("demo", DemoConfig()) == "python -m train demo"
     config = DemoConfig(output_dir="my results", seed=3)
-    assert command_line(config) == "python -m train demo --output_dir 'my results' --seed 3"
+    assert command_line("demo", config) == "python -m train demo --output_dir 'my results' --seed 3"
 
 
 def test_settings_file_lists_the_defaults():

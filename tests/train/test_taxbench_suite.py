@@ -10,11 +10,12 @@ from scipy import stats
 
 from train.config import UserError
 from train.taxbench import suite
+from train.taxbench.candidates import candidates, controls
 from train.taxbench.deltas import make_delta
 from train.taxbench.recipes import Merge, Recipe, optimizer
 from train.taxbench.selection import Entry, choose, entries, narrowed
 from train.taxbench.statistics import Results, mean_sd, paired
-from train.taxbench.studies import candidates, controls, studies
+from train.taxbench.studies import studies
 from train.taxbench.suite import Suite, TaxbenchConfig, run
 from train.taxbench.training import Lab
 
@@ -157,11 +158,18 @@ def test_a_suite_runs_reports_and_goes_on_where_it_stopped(tmp_path, monkeypatch
     directory = run(config)
     results = (directory / "results.jsonl").read_text().splitlines()
     report = (directory / "report.md").read_text()
-    for text in ("OnTIES", "Control: AdamW + λτ", "τ permuted", "every K-th step", "seeds 1, 2"):
+    for text in (
+        "OnTIES",
+        "Control: AdamW + λτ",
+        "τ permuted",
+        "every K-th step",
+        "seeds 1, 2",
+        "over K = 1",
+    ):
         assert text in report
     # A second run finds everything; a lost line is made again, with the same numbers.
     lost = json.loads(results[-1])
-    (directory / "results.jsonl").write_text("\n".join(results[:-1]) + '\n{"cut of')
+    (directory / "results.jsonl").write_text("\n".join(results[:-1]) + '\n{"cut": {"of": 1}')
     run(config)
     again = [
         json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()[-1:]

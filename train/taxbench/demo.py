@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -211,16 +210,6 @@ def sample_answers(
     return ["question", *models], [list(row) for row in zip(*columns, strict=True)]
 
 
-def command_line(config: DemoConfig) -> str:
-    """The command that repeats a run."""
-    flags = [
-        f"--{field.name} {shlex.quote(str(getattr(config, field.name)))}"
-        for field in dataclasses.fields(config)
-        if getattr(config, field.name) != field.default
-    ]
-    return " ".join(["python -m train demo", *flags])
-
-
 def run(config: DemoConfig) -> Path:
     """Trains, aligns, compares and reports.
 
@@ -264,7 +253,7 @@ def run(config: DemoConfig) -> Path:
         steps=config.steps,
         seed=config.seed,
         settings=settings,
-        command=command_line(config),
+        command=report.command_line("demo", config),
         cost=f"{wall:.0f} s of wall time, {cpu:.0f} s of CPU time",
         answers=sample_answers(lab, subject, checkpoints),
     )

@@ -6,6 +6,7 @@ import html
 import importlib.metadata
 import os
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -149,6 +150,22 @@ def notes(rows: Sequence[Row], level: float, seed: int) -> list[str]:
                 f"cost. At reward {level:g} {' and '.join(parts)}.",
             )
     return out
+
+
+def command_line(command: str, config: Any, left_out: Sequence[str] = ()) -> str:
+    """The command that repeats a run: every field that is not at its default, but for some.
+
+    Example:
+        >>> from train.taxbench.demo import DemoConfig
+        >>> command_line("demo", DemoConfig(seed=3))
+        'python -m train demo --seed 3'
+    """
+    flags = [
+        f"--{field.name} {shlex.quote(str(getattr(config, field.name)))}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default and field.name not in left_out
+    ]
+    return " ".join([f"python -m train {command}", *flags])
 
 
 def environment() -> str:

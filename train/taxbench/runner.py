@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -50,8 +51,11 @@ class Runner:
         """Everything known by now."""
         if not self._file.exists():
             return Results([])
-        lines = self._file.read_text(encoding="utf-8").splitlines()
-        return Results([json.loads(line) for line in lines if line.endswith("}")])
+        records = []
+        for line in self._file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut a line off
+                records.append(json.loads(line))
+        return Results(records)
 
     def run(self, title: str, jobs: Sequence[Job]) -> Results:
         """Runs what is missing of `jobs`; returns all results."""

@@ -92,7 +92,8 @@ def open_directory(config: SecondScaleConfig) -> Path:
     directory = Path(config.output_dir).expanduser().absolute()
     check_place(directory, "output_dir")
     # The size itself too: another version of the program may mean something else by its name.
-    fields = {"model": config.model, "size": config.size} | dataclasses.asdict(SIZES[config.size])
+    given = {name: getattr(config, name) for name in ("model", "data_dir", "size")}
+    fields = given | dataclasses.asdict(SIZES[config.size])
     file, settings = directory / "study.json", json.loads(json.dumps(fields))
     if file.exists():
         found = json.loads(file.read_text())

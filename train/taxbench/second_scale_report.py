@@ -12,7 +12,7 @@ import numpy as np
 
 from train.output_dir import write_atomically
 from train.taxbench.plot import style
-from train.taxbench.second_scale_stages import ALPHA_TOTAL, METHODS, Point, Study
+from train.taxbench.second_scale_stages import ALPHA_TOTAL, METHODS, PLUS_DELTA, Point, Study
 from train.taxbench.statistics import mean_sd
 from train.taxbench.trajectories import capability_at_reward
 
@@ -114,7 +114,9 @@ def rows_of(points: Sequence[Point]) -> list[Row]:
             found = [point for point in own if point.seed == seed]
             if found and name == "offline_linear":
                 found.append(dataclasses.replace(ends[seed], at=1.0))
-            curves.append([start, *found] if found else [])
+            # What has λ·τ begins at the SFT model with λ·τ, which was evaluated.
+            first = [] if name.startswith(PLUS_DELTA) else [start]
+            curves.append([*first, *found] if found else [])
         rows.append(Row(name, own[0].label, own[0].control, name in METHODS, curves))
     return rows
 
@@ -216,8 +218,7 @@ def _limits(study: Study) -> str:
         "questions. All models answer the same ones, so differences between models have a smaller "
         "error than this, which is not known here. Between two evaluations everything is "
         "interpolated linearly in the margin. The margin is that at β = 0.1 whatever β a method was "
-        "trained with. A control of AdamW + λτ starts its curve at the SFT model without λτ. Numbers "
-        "(SVAMP, MAWPS, GSM8K) are told from three others of the same file by log-likelihood, "
+        "trained with. Numbers (SVAMP, MAWPS, GSM8K) are told from three others of the same file by log-likelihood, "
         "without working; MMLU and CommonsenseQA from their own choices, per character."
     )
 

@@ -81,7 +81,7 @@ SIZES = {
         article_tokens=256,
         weights=(0.25, 0.5, 0.75),
         lambdas=(0.1,),
-        lambda_weights=(0.5, 1.0),
+        lambda_weights=(0.0, 0.5, 1.0),
         dtype="float32",
     ),
     "full": Size(
@@ -104,7 +104,7 @@ SIZES = {
         article_tokens=None,
         weights=(0.2, 0.4, 0.6, 0.8),
         lambdas=(0.05, 0.1, 0.2),
-        lambda_weights=(0.5, 1.0),
+        lambda_weights=(0.0, 0.5, 1.0),
         dtype="bfloat16",
     ),
 }

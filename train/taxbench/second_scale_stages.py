@@ -29,6 +29,8 @@ from train.taxbench.second_scale_sizes import Size
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALPHA_TOTAL = 0.1
 """α times the number of steps, which decides (docs/taxbench.md)."""
+PLUS_DELTA = "adamw_plus_delta"
+"""Key of the control that adds a share of τ after training, before the share."""
 BETA = 0.1
 """β of the margins that are reported, whatever a method is trained with."""
 
@@ -213,7 +215,7 @@ class Study:
             for w in self.size.weights
         ]
         for share in self.size.lambdas:
-            name, label = f"adamw_plus_delta-{share:g}", f"control: AdamW, then + {share:g}·τ"
+            name, label = f"{PLUS_DELTA}-{share:g}", f"control: AdamW, then + {share:g}·τ"
             for w in self.size.lambda_weights:
                 # base + w·(adamw − base) + (1 − w + λ)·τ is sft + w·(adamw − sft) + λ·τ.
                 settings = {"method": "task_arithmetic", "base": self.model}

@@ -10,6 +10,10 @@ ALIGN_BATCH = 64
 """Pairs in a step of alignment."""
 
 
+VERSION = 2
+"""Of tasks, data, models and what is evaluated; results of another one are not mixed with these."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """Numbers of steps, data and questions.
@@ -22,6 +26,7 @@ class Sizes:
         pairs: preference pairs.
         questions: held-out questions in each family.
         batch_size: pairs in a step of alignment.
+        version: `VERSION`.
     """
 
     base_steps: int = 1000
@@ -31,6 +36,7 @@ class Sizes:
     pairs: int = 4000
     questions: int = 64
     batch_size: int = ALIGN_BATCH
+    version: int = VERSION
 
 
 def check_sizes(config: Any) -> None:

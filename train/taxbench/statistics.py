@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,11 @@ class Results:
         self._by_key: dict[Key, dict[int, Mapping[str, Any]]] = {}
         for record in records:
             self._by_key.setdefault((record["run"], record["merge"]), {})[record["seed"]] = record
+
+    def environments(self) -> dict[str, int]:
+        """Number of trajectories by the versions and the machine that made them."""
+        records = [record for of_key in self._by_key.values() for record in of_key.values()]
+        return dict(Counter(record["environment"] for record in records))
 
     def has(self, key: Key, seed: int) -> bool:
         """Whether a trajectory is known."""

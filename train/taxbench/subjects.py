@@ -115,8 +115,8 @@ def make_subject(lab: Lab, models: Models, seed: int, pairs: int, questions: int
         noise=LABEL_NOISE,
         wrong_rate=WRONG_RATE,
     )
-    # The questions are part of the benchmark: the same for every seed.
-    asked = examples.questions(np.random.default_rng(99), questions)
+    # Of their own for every seed, so that settings are not chosen on the questions of the report.
+    asked = examples.questions(np.random.default_rng([seed, 5]), questions)
     start = grade(lab.answers(models.sft, asked), asked, at=0)
     data = lab.with_reference(models.sft, data)
     return Subject(models.base, models.sft, data, asked, start, seed)

@@ -12,11 +12,13 @@ from typing import Literal
 from rich.console import Console
 
 from train.config import UserError, require
+from train.lock import hold, release
+from train.taxbench.candidates import candidates, controls
 from train.taxbench.runner import Job, Runner
 from train.taxbench.selection import Entry, choose, entries, narrowed
 from train.taxbench.sizes import Sizes, check_sizes
 from train.taxbench.statistics import Results
-from train.taxbench.studies import Study, candidates, controls, studies
+from train.taxbench.studies import Study, studies
 
 FIRST_DEV_SEED, FIRST_SEED = 101, 1
 
@@ -77,7 +79,7 @@ class TaxbenchConfig:
 
     def sizes(self) -> Sizes:
         """What results rest on besides seed and recipe."""
-        names = {field.name for field in dataclasses.fields(Sizes)} - {"batch_size"}
+        names = {f.name for f in dataclasses.fields(Sizes)} - {"batch_size", "version"}
         return Sizes(**{name: getattr(self, name) for name in names})
 
 
@@ -145,16 +147,20 @@ def run(config: TaxbenchConfig) -> Path:
         The directory with results.jsonl, report.md, report.html and the figures.
 
     Raises:
-        UserError: a setting cannot be used; nothing was written then.
+        UserError: a setting cannot be used, and nothing was written then; or another process runs
+            the benchmark there.
     """
     check(config)
     directory, suite, console = open_directory(config), SUITES[config.suite], Console()
     workers = config.workers or os.cpu_count() or 1
     runner = Runner(directory, config.sizes(), workers, console)
-    outcome = run_suite(config, suite, runner)
     from train.taxbench.suite_report import write_report
 
-    path = write_report(outcome, config, directory)
+    hold(directory)
+    try:
+        path = write_report(run_suite(config, suite, runner), config, directory)
+    finally:
+        release(directory)
     console.print(f"Report: {path}", soft_wrap=True)
     return directory
 

@@ -13,10 +13,11 @@ from string import Template
 import numpy as np
 
 from train.taxbench import suite_plots
-from train.taxbench.report import environment, html_table
+from train.taxbench.candidates import CONTROL
+from train.taxbench.report import command_line, html_table
 from train.taxbench.selection import Entry
-from train.taxbench.statistics import Difference, mean_sd, paired
-from train.taxbench.studies import CONTROL
+from train.taxbench.statistics import Difference, Key, mean_sd, paired
+from train.taxbench.studies import Study
 from train.taxbench.suite import Outcome, TaxbenchConfig
 
 
@@ -51,23 +52,9 @@ def write_report(outcome: Outcome, config: TaxbenchConfig, directory: Path) -> P
         The HTML file.
     """
     sections = [_first_table(outcome, config, directory)]
-    for study, rows in outcome.studies:
-        figure = f"{study.name}.png"
-        suite_plots.draw_study(outcome, study, rows, config.reward, directory / figure)
-        sections.append(
-            Section(
-                study.title,
-                [f"The paper: {study.finding}", _seeds_line(outcome.study_seeds)],
-                _headings(config),
-                _rows(
-                    outcome,
-                    [(f"{r.group}, {r.label}", r) for r in rows],
-                    outcome.study_seeds,
-                    config,
-                ),
-                figure,
-            )
-        )
+    if outcome.controls:
+        sections.append(_controls(outcome, config))
+    sections += [_study(outcome, study, rows, config, directory) for study, rows in outcome.studies]
     intro = _introduction(outcome, config)
     (directory / "report.md").write_text(_markdown(intro, sections), encoding="utf-8")
     page = directory / "report.html"
@@ -75,19 +62,86 @@ def write_report(outcome: Outcome, config: TaxbenchConfig, directory: Path) -> P
     return page
 
 
+def _study(
+    outcome: Outcome, study: Study, rows: Sequence[Entry], config: TaxbenchConfig, directory: Path
+) -> Section:
+    figure = f"{study.name}.png"
+    suite_plots.draw_study(outcome, study, rows, config.reward, directory / figure)
+    seeds, headings = outcome.study_seeds, _headings(config)
+    cells = _rows(outcome, [(f"{r.group}, {r.label}", r) for r in rows], seeds, config)
+    if study.counterpart is not None:
+        headings += [f"over {study.counterpart_is}", "p"]
+        others = _counterparts(study, rows)
+        for row, line in zip(rows, cells, strict=True):
+            line += _gap(
+                _paired(outcome, row, others.get(row.key), seeds, config.reward), len(seeds)
+            )
+    text = [f"The paper: {study.finding}", _seeds_line(seeds)]
+    return Section(study.title, text, headings, cells, figure)
+
+
+def _counterparts(study: Study, rows: Sequence[Entry]) -> dict[Key, Entry]:
+    assert study.counterpart is not None
+    places = {(row.group, row.label): row for row in rows}
+    found = {row.key: places.get(study.counterpart(row.group, row.label)) for row in rows}
+    return {key: other for key, other in found.items() if other is not None and other.key != key}
+
+
+def _paired(
+    outcome: Outcome, row: Entry, other: Entry | None, seeds: Sequence[int], level: float
+) -> Difference | None:
+    if other is None:
+        return None
+    results = outcome.results
+    return paired(results.matched(row.key, seeds, level), results.matched(other.key, seeds, level))
+
+
+def _controls(outcome: Outcome, config: TaxbenchConfig) -> Section:
+    """Chosen merges less their controls at several rewards: a control may be slower, and no worse."""
+    levels = [round(share * config.reward, 3) for share in _SHARES]
+    body = []
+    for method in (_of_group(outcome, name) for name in ("on_dare", "on_ties")):
+        if method is None:
+            continue
+        for control in outcome.controls:
+            if control.group.startswith(f"{method.group}-"):
+                gaps = [
+                    " p ".join(_gap(_paired(outcome, method, control, outcome.seeds, level), 0))
+                    for level in levels
+                ]
+                body.append([method.label, control.label, *gaps])
+    return Section(
+        "What of it is τ? Merges less their controls, at lower rewards too",
+        [
+            "Points of capability that the method has over its control where both first reach the "
+            "reward, with the number of seeds on which both do, and the p of a paired t-test.",
+        ],
+        ["method", "control", *(f"at reward {level:g}" for level in levels)],
+        body,
+    )
+
+
+_SHARES = (0.25, 0.5, 0.75, 1.0)
+
+
 def _introduction(outcome: Outcome, config: TaxbenchConfig) -> list[str]:
-    flags = f"--suite {config.suite} --output_dir DIR"
+    made = command_line("taxbench", config, left_out=("output_dir", "workers"))
+    where = "; ".join(
+        f"{count} trajectories with {name}"
+        for name, count in outcome.results.environments().items()
+    )
     return [
-        f"Made by `python -m train taxbench {flags}` ({environment()}).",
+        f"Made by `{made} --output_dir DIR` ({where}).",
         f"Every seed has its own base model ({config.base_steps} steps from scratch), fine-tuned model "
         f"({config.sft_steps} steps), preference data and order. Reward is the style of greedy answers "
-        f"to {8 * config.questions} held-out questions, capability the share answered right. "
+        f"to {8 * config.questions} questions of each seed's own (those on facts are of the training "
+        "text, the others are held out), capability the share answered right. "
         f"Capability is read where a trajectory of {config.steps} steps first reaches reward "
         f"{config.reward:g}, by linear interpolation between evaluations {config.eval_every} steps "
         "apart, never beyond what was measured; a dash says that it was not reached.",
-        f"Settings were chosen on dev seeds {_list(outcome.dev_seeds)}, four for each method (offline "
-        "linear and slerp have none but their weight), by mean capability there; the table is of "
-        "other seeds. "
+        f"Settings were chosen on dev seeds {_list(outcome.dev_seeds)} by mean capability there: four "
+        "for each method, four λ with each of them for what adds λ·τ, and twenty weights for every "
+        "offline merge besides. The tables are of other seeds. "
         "Differences are paired by seed; p is that of a two-sided paired t-test, not corrected for "
         "the number of rows.",
     ]

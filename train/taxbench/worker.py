@@ -25,6 +25,7 @@ from train.taxbench.deltas import make_delta
 from train.taxbench.examples import Batch
 from train.taxbench.methods import OFFLINE_WEIGHTS, WARMUP_STEPS
 from train.taxbench.recipes import Merge, Recipe
+from train.taxbench.report import environment
 from train.taxbench.sizes import Sizes, models_file
 from train.taxbench.subjects import Models, make_subject, on_host, train_models
 from train.taxbench.training import MODEL, Lab, Params, Trainer
@@ -74,6 +75,7 @@ class Bench:
                 for i, name in enumerate(self.subject.questions.names)
             },
             "last_metrics": {name: float(value) for name, value in last.metrics.items()},
+            "environment": environment(),
         }
 
     def _train(self, recipe: Recipe) -> tuple[list[Point], list[Params]]:
