@@ -72,7 +72,8 @@ class Row:
         label: Its name in tables.
         control: Whether it is there to judge the others by.
         trained: Whether it is an alignment run rather than a merge.
-        curves: For every seed the points from the SFT model on; none where it has not run yet.
+        curves: For every seed the points from the SFT model on, or with λ·τ from that model with
+            λ·τ on; none where it has not run yet.
     """
 
     name: str
@@ -218,8 +219,8 @@ def _limits(study: Study) -> str:
         "questions. All models answer the same ones, so differences between models have a smaller "
         "error than this, which is not known here. Between two evaluations everything is "
         "interpolated linearly in the margin. The margin is that at β = 0.1 whatever β a method was "
-        "trained with. Numbers (SVAMP, MAWPS, GSM8K) are told from three others of the same file by log-likelihood, "
-        "without working; MMLU and CommonsenseQA from their own choices, per character."
+        "trained with. Numbers (SVAMP, MAWPS, GSM8K) are told from three others of the same file by "
+        "log-likelihood, without working; MMLU and CommonsenseQA from their own choices, per character."
     )
 
 
@@ -260,11 +261,10 @@ def last_table(points: Sequence[Point], rows: Sequence[Row], questions: Sequence
     """Scores of the models themselves: means over seeds of every method's last step."""
     groups = [[p for p in points if p.method == name] for name in ("base", "sft")]
     groups += [[c[-1] for c in row.curves if c] for row in rows if row.trained]
-    merges = [point for row in rows if not row.trained for point in row.curves[0][1:]]
-    for merge in merges:
-        if merge.method != "adamw":  # the end of the line is in the table already
-            same = (merge.method, merge.at)
-            groups.append([point for point in points if (point.method, point.at) == same])
+    merges = [(p.method, p.at) for row in rows if not row.trained for p in row.curves[0]]
+    for place in merges:
+        if place[0] not in ("sft", "adamw"):  # the ends of the line are in the table already
+            groups.append([point for point in points if (point.method, point.at) == place])
     body = []
     for group in groups:
         first = group[0]
