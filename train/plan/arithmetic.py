@@ -149,8 +149,10 @@ def _moved(
     """Bytes that collectives bring to a chip, over links and over the network.
 
     Every pass gathers the parameters, and the gradients are scattered once (Rajbhandari et al. 2020,
-    section 7) and summed over ``data``. With ``tensor`` there is a gather and a scatter around
-    attention and around the feed-forward block, in each pass (Korthikanti et al. 2022).
+    section 7) and summed over ``data``. With parts of a batch all this is done for each, but for the
+    sum, which counts once: XLA's compiler for GPUs moves a sum out of a loop where it can. With
+    ``tensor`` there is a gather and a scatter around attention and around the feed-forward block, in
+    each pass (Korthikanti et al. 2022).
     """
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     weights = sum(math.prod(leaf.shape) for leaf in decoder_leaves(model).values())
@@ -162,7 +164,7 @@ def _moved(
     # Of each kind: bytes of what is gathered or scattered, among how many chips, and their stride.
     kinds = {
         "parameters and gradients": (parts * (passes + 1) * held, fsdp, tensor),
-        "gradients over data": (2 * held / fsdp, data, fsdp * tensor),
+        "gradients over data, once a step": (2 * held / fsdp, data, fsdp * tensor),
         "activations": (4 * model.num_layers * passes * residual, tensor, 1),
     }
     sent, network = {}, {}
