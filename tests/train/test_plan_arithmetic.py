@@ -6,9 +6,12 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from tests.train.test_plan_program import make_config
+from train.plan.advice import advice
 from train.plan.arithmetic import estimate, model_flops, temporaries
 from train.plan.figures import State
+from train.plan.measure import make_plan
 from train.plan.program import read_shape
+from train.plan.target import read_target
 
 MODEL = read_shape("qwen2.5-0.5b")
 MESH = AbstractMesh((1, 2, 1), ("data", "fsdp", "tensor"))
@@ -36,6 +39,16 @@ def test_flash_attention_keeps_nothing_that_grows_with_the_square(attention, rem
     assert growth(attention, remat) <= 2
     if remat != "full":  # where logits need more than a layer does
         assert growth("xla", remat) > 2.1
+
+
+@pytest.mark.parametrize(("attention", "square"), [("xla", True), ("cudnn", False)])
+def test_advice_names_the_square_where_there_is_one(attention, square):
+    config = config_of(attention, length=1024, param_dtype="bfloat16")
+    plan = make_plan(config, MODEL, read_target("gpu:1x4"))
+    assert not plan.fits
+    assert plan.memory.state.total < 4e9
+    found = advice(config, plan)
+    assert square == any("grow with the square" in line for line in found)
 
 
 def flops(config):
