@@ -316,7 +316,8 @@ def abstract(state: State, shardings: Any = None) -> State:
 
     Args:
         state: Arrays or `jax.ShapeDtypeStruct`.
-        shardings: Tree like `state`, from `train.step.state_shardings`; None: one device.
+        shardings: Tree like `state`, from `train.step.state_shardings`; None: all of it in the
+            memory of one device.
     """
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

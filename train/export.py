@@ -110,7 +110,10 @@ def run(config: ExportConfig) -> None:
 
 
 def _model_options(settings: dict[str, Any]) -> ModelOptions:
-    """The model's settings as a run recorded them, dotted names and all."""
+    """The model's settings as a run recorded them, dotted names and all.
+
+    All but its attention, which an export does not compute, and which may need another machine.
+    """
     fields = {item.name for item in dataclasses.fields(ModelOptions)} - {"lora"}
     given = {name: settings[f"model.{name}"] for name in fields if f"model.{name}" in settings}
     lora = {
@@ -118,6 +121,7 @@ def _model_options(settings: dict[str, Any]) -> ModelOptions:
         for item in dataclasses.fields(LoraOptions)
         if f"model.lora.{item.name}" in settings
     }
+    given["attention"] = "xla"
     return ModelOptions(**given, lora=LoraOptions(**lora) if lora else None)
 
 

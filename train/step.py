@@ -27,12 +27,12 @@ LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
 
 
 def state_shardings(state: Any, params: Any, *, delta_on_host: bool = False) -> Any:
-    """Where every array of a training state belongs when `params` are spread over a mesh.
+    """Where every array of a training state belongs.
 
-    A leaf of the state takes the sharding of the parameter whose key path its own path ends with
-    and whose shape it has (moments, task vectors, the parameters themselves). The entries of a
-    sparse task vector are split over all devices, whatever their places; anything else, such as
-    counters, is replicated.
+    On a mesh a leaf of the state takes the sharding of the parameter whose key path its own path
+    ends with and whose shape it has (moments, task vectors, the parameters themselves). The entries
+    of a sparse task vector are split over all devices, whatever their places; anything else, such
+    as counters, is replicated.
 
     Args:
       state: A training state of arrays or `jax.ShapeDtypeStruct`, as `init_state` makes.
@@ -40,7 +40,8 @@ def state_shardings(state: Any, params: Any, *, delta_on_host: bool = False) -> 
       delta_on_host: The reference delta lies in the host's memory (``storage="pinned_host"``).
 
     Returns:
-      A tree of shardings shaped like `state`; `None` when `params` are not on a mesh.
+      A tree of shardings shaped like `state`; `None` when `params` are not on a mesh and everything
+      lies in the memory of one device.
     """
     paths = jax.tree_util.tree_flatten_with_path(params)[0]
     by_path = {_key_names(path): leaf for path, leaf in paths}
@@ -50,7 +51,7 @@ def state_shardings(state: Any, params: Any, *, delta_on_host: bool = False) -> 
         if isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding)
     }
     if not meshes:
-        return None
+        return _beside_one_device(state) if delta_on_host else None
     mesh = meshes.pop()
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
@@ -67,6 +68,15 @@ def state_shardings(state: Any, params: Any, *, delta_on_host: bool = False) -> 
         return replicated
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _beside_one_device(state: Any) -> Any:
+    """The reference delta in the host's memory, the rest of a state in that of the first device."""
+    there = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    host = there.with_memory_kind("pinned_host")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: host if "reference_delta" in _key_names(path) else there, state
+    )
 
 
 def _split_last(leaf: Any, mesh: Any) -> jax.sharding.NamedSharding:
@@ -144,8 +154,8 @@ def make_train_step(
       loss_fn: `loss_fn(params, batch) -> (loss, metrics)`, or a `train.accumulate.Parted`; its batch
         also holds `step`, the number of updates done, int32 `[]`.
       tx: The optimizer `state` was made with.
-      shardings: Where the new state belongs, from `state_shardings`; needed on a mesh so that a
-        state keeps its layout from step to step.
+      shardings: Where the new state belongs, from `state_shardings`, so that a state keeps its
+        layout from step to step.
       accumulate: Parts in which the batch is looked at, one after the other, see
         `train.accumulate.loss_and_gradient`.
       followers: As given to `init_state`.

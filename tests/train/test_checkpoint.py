@@ -17,7 +17,7 @@ import pytest
 import omerge_jax as om
 from train.checkpoint import Checkpoints, abstract, restore_params
 from train.config import UserError
-from train.step import init_state
+from train.step import init_state, state_shardings
 
 TX = optax.chain(optax.adamw(1e-3), om.on_dare(alpha=1e-3, density=0.5, every_k=2))
 
@@ -52,6 +52,28 @@ def test_round_trip_is_bit_exact(tmp_path):
         assert_same(restored, state)
         assert found == position
     assert_same(restore_params(tmp_path / "c", 3, like["params"]), state["params"])
+
+
+def test_a_delta_on_the_host_comes_back_there_on_one_device(tmp_path):
+    tx = optax.chain(optax.adamw(1e-3), om.on_dare(alpha=1e-3, density=0.5, storage="pinned_host"))
+    params = {"w": jnp.ones((8, 4)), "b": jnp.ones(3)}
+
+    def start():
+        return init_state(params, tx, jax.tree.map(jnp.ones_like, params), delta_on_host=True)
+
+    def kinds(tree):
+        return jax.tree.map(lambda leaf: leaf.sharding.memory_kind, tree)
+
+    state, shape = start(), jax.eval_shape(start)
+    on_host = [kind for kind in jax.tree.leaves(kinds(state)) if kind == "pinned_host"]
+    assert len(on_host) == len(params)  # the delta, and nothing else
+    like = abstract(shape, state_shardings(shape, params, delta_on_host=True))
+    with Checkpoints(tmp_path) as saved:
+        saved.save(1, state, {})
+        saved.wait()
+        restored = saved.restore(1, like)[0]
+    assert kinds(restored) == kinds(like) == kinds(state)
+    assert_same(restored, state)
 
 
 def test_state_may_be_donated_while_it_is_written(tmp_path):

@@ -124,6 +124,21 @@ def test_damaged_checkpoint_is_not_exported(undisturbed, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("attention", ["splash", "cudnn"])
+def test_a_run_of_another_device_is_exported_here(undisturbed, tmp_path, attention):
+    """No attention is computed, so its program need not run on this machine."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(undisturbed, run)
+    record = json.loads((run / "run.json").read_text())
+    assert record["settings"]["model.attention"] == "xla"
+    record["settings"]["model.attention"] = attention
+    (run / "run.json").write_text(json.dumps(record))
+    assert main(["export", "--run", str(run), "--output", str(out)]) == 0
+    expected, found = read_tensors(undisturbed / "export"), read_tensors(out)
+    assert expected.keys() == found.keys()
+    assert all((found[name] == expected[name]).all() for name in expected)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

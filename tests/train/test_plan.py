@@ -334,6 +334,10 @@ def test_the_search_compiles_for_a_slice_and_its_best_is_what_a_plan_says(tmp_pa
         ({"topology": "h100:8", "output_file": "README.md"}, "holds no plan, so it is kept"),
         ({"topology": "h100:8", "output_file": "no/such/plan.json"}, "there is no directory"),
         ({"topology": "cpu:1", "model.attention": "splash"}, "model.attention is splash, which"),
+        (
+            {"topology": "h100:8", "model.attention": "splash", "data.prefix_sharing": "false"},
+            "model.attention is splash, which cannot be compiled for h100:8; use xla",
+        ),
         ({"topology": "h100:8", "trainer.steps": 0}, "trainer.steps must be positive"),
     ],
 )

@@ -140,6 +140,26 @@ def test_a_tpu_program_with_a_gather_spread_over_fusions():
     assert not cost.loops
 
 
+# As XLA's own parser accepts and prints it: operands, results, and what a permutation keeps besides.
+COMBINED_TEXT = """
+ENTRY %main (a: bf16[4,8], b: f32[2,16]) -> (bf16[32,8], f32[16,16]) {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %b = f32[2,16]{1,0} parameter(1)
+  %gather = ((bf16[4,8]{1,0}, f32[2,16]{1,0}), (bf16[32,8]{1,0}, f32[16,16]{1,0})) all-gather-start(%a, %b), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}, use_global_device_ids=true
+  %permute = ((bf16[4,8]{1,0}, f32[2,16]{1,0}), (bf16[4,8]{1,0}, f32[2,16]{1,0}), u32[], u32[]) collective-permute-start(%a, %b), channel_id=2, source_target_pairs={{0,1},{1,0}}
+  %permuted = (bf16[4,8]{1,0}, f32[2,16]{1,0}) collective-permute-done(%permute)
+  ROOT %gathered = (bf16[32,8]{1,0}, f32[16,16]{1,0}) all-gather-done(%gather)
+}
+"""  # noqa: E501
+
+
+def test_a_collective_of_several_arrays_brings_all_of_them():
+    cost = program_cost(COMBINED_TEXT, 8)
+    arrays = 2 * 4 * 8 + 4 * 2 * 16
+    assert cost.sent == {"all-gather": 8 * arrays * 7 / 8, "collective-permute": arrays}
+    assert cost.hbm_bytes == 2 * (8 * arrays + arrays)
+
+
 def test_an_unreadable_loop_counts_once_and_is_named():
     text = TPU_TEXT.replace("direction=LT", "direction=NE")
     cost = program_cost(text, 8)

@@ -125,11 +125,28 @@ def test_hosts_of_gpus_pass_on_over_nvlink_what_the_network_brings(tmp_path):
     assert sum(split["network"].values()) == pytest.approx(passes / (15 / 16) / 2 / 8)
     # Gradients of a copy are summed over the network: twice an eighth of the model, times 1/2.
     parameters = one["hbm_bytes_per_chip"]["parameters"]
-    assert copies["network"] == {"gradients over data": pytest.approx(parameters, rel=0.01)}
-    assert copies["sent"]["gradients over data"] == 0
+    assert copies["network"] == {
+        "gradients over data, once a step": pytest.approx(parameters, rel=0.01)
+    }
+    assert copies["sent"]["gradients over data, once a step"] == 0
     assert copies["sent"]["parameters and gradients"] == pytest.approx(
         one["step_per_chip"]["sent"]["parameters and gradients"]
     )
+
+
+def test_parts_of_a_batch_sum_over_copies_once_which_the_output_says(tmp_path, capsys):
+    """As little as a compiler can make of it; what is gathered and scattered is so for every part."""
+    file, works = tmp_path / "plan.json", []
+    values = big("qwen2.5-0.5b", 16, **{"mesh.data": 2, "mesh.fsdp": 4})
+    for parts in (1, 2):
+        given = {"trainer.gradient_accumulation_steps": parts, "output_file": file}
+        assert main(["plan", *flags({**values, **given, "topology": "h100:8"})]) == 0
+        works.append(json.loads(file.read_text())["plan"]["step_per_chip"])
+    whole, parted = works
+    summed, own = "gradients over data, once a step", "parameters and gradients"
+    assert parted["sent"][summed] == whole["sent"][summed] > 0
+    assert parted["sent"][own] == pytest.approx(2 * whole["sent"][own])
+    assert capsys.readouterr().out.count(summed) == 2
 
 
 def test_the_network_may_bound_a_step(tmp_path):

@@ -43,9 +43,11 @@ def _for_temporaries(config: DPOConfig, plan: Plan) -> list[str]:
         found.append(
             f"mesh.tensor {2 * plan.mesh['tensor']}: a chip has one pair, which more chips can share."
         )
+    square = config.model.attention == "xla"
+    reason = "attention's scores grow with the square" if square else "activations grow with them"
     found.append(
         f"data.max_prompt_length and data.max_completion_length (now {data.max_prompt_length} and "
-        f"{data.max_completion_length}): attention's scores grow with the square."
+        f"{data.max_completion_length}): {reason}."
     )
     return found
 

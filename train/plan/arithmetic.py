@@ -96,7 +96,9 @@ def temporaries(config: DPOConfig, model: ModelConfig, mesh: Any, state: State) 
     width, inner = model.hidden_size, model.intermediate_size / tensor
     heads = model.num_heads / tensor
     projected = (heads + 2 * model.num_kv_heads / tensor) * model.head_dim
-    scores = 4 * pairs * pair.number * heads * pair.length**2
+    # Flash attention holds no matrix of all pairs of tokens.
+    plain = config.model.attention == "xla"
+    scores = 4 * pairs * pair.number * heads * pair.length**2 if plain else 0.0
     residual = tokens * width * item / tensor
     products = tokens * item * (projected + 2 * inner) + 2 * residual
     kept = {
@@ -114,16 +116,31 @@ def temporaries(config: DPOConfig, model: ModelConfig, mesh: Any, state: State) 
 
 
 def _work(config: DPOConfig, model: ModelConfig, mesh: Any, node: int) -> Work:
-    pair, pairs, remat = rows_of_pair(config), config.trainer.batch_size, config.model.remat
+    pair, pairs = rows_of_pair(config), config.trainer.batch_size
     tokens = pairs * pair.number * pair.length
-    again = 1 if remat == "full" else 0
-    # Scores are computed of all pairs of tokens, and again unless they are kept.
-    scores = model.num_layers * model.num_heads * model.head_dim * pairs * pair.number
-    attention = 4.0 * scores * pair.length**2 * (3 + (remat in ("full", "weight_dots")))
+    again = 1 if config.model.remat == "full" else 0
+    attention = pairs * _attention_flops(config, model, pair)
     output = 2.0 * model.vocab_size * model.hidden_size * pairs * pair.scored
     chunked = resolve_vocab_chunk(config.loss.vocab_chunk, model.vocab_size) is not None
     flops = 2.0 * layer_weights(model) * tokens * (3 + again) + attention + output * (3 + chunked)
     return Work(flops / mesh.size, None, *_moved(config, model, mesh, node))
+
+
+def _attention_flops(config: DPOConfig, model: ModelConfig, pair: Rows) -> float:
+    """Of one pair's rows in all layers, forward and backward.
+
+    Plain attention makes two products of all pairs of tokens and four backward, and the first two
+    again unless they are kept. Flash attention makes five backward (Dao 2023, section 4.1) and the
+    first two again under any policy of remat, as these keep no kernel's result; it leaves out later
+    tokens, but not where a mask says who sees whom.
+    """
+    remat = config.model.remat
+    if config.model.attention == "xla":
+        products, looked_at = 6 + 2 * (remat in ("full", "weight_dots")), 1.0
+    else:
+        products, looked_at = 7 + 2 * (remat != "none"), 1.0 if shares_prompts(config) else 0.5
+    scores = pair.number * looked_at * pair.length**2
+    return 2.0 * products * model.num_layers * model.num_heads * model.head_dim * scores
 
 
 def _moved(
@@ -132,8 +149,10 @@ def _moved(
     """Bytes that collectives bring to a chip, over links and over the network.
 
     Every pass gathers the parameters, and the gradients are scattered once (Rajbhandari et al. 2020,
-    section 7) and summed over ``data``. With ``tensor`` there is a gather and a scatter around
-    attention and around the feed-forward block, in each pass (Korthikanti et al. 2022).
+    section 7) and summed over ``data``. With parts of a batch all this is done for each, but for the
+    sum, which counts once: XLA's compiler for GPUs moves a sum out of a loop where it can. With
+    ``tensor`` there is a gather and a scatter around attention and around the feed-forward block, in
+    each pass (Korthikanti et al. 2022).
     """
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     weights = sum(math.prod(leaf.shape) for leaf in decoder_leaves(model).values())
@@ -145,7 +164,7 @@ def _moved(
     # Of each kind: bytes of what is gathered or scattered, among how many chips, and their stride.
     kinds = {
         "parameters and gradients": (parts * (passes + 1) * held, fsdp, tensor),
-        "gradients over data": (2 * held / fsdp, data, fsdp * tensor),
+        "gradients over data, once a step": (2 * held / fsdp, data, fsdp * tensor),
         "activations": (4 * model.num_layers * passes * residual, tensor, 1),
     }
     sent, network = {}, {}

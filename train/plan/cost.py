@@ -241,12 +241,12 @@ def _plain_bytes(computation: Computation, instruction: Instruction) -> float:
 
 
 def _result(instruction: Instruction) -> float:
-    """Bytes of the result of a collective, without the operand that an asynchronous one repeats."""
-    if instruction.opcode.endswith("-start") and len(instruction.arrays) > 1:
-        if instruction.opcode.startswith("all-reduce"):
-            return sum(array.size for array in instruction.arrays)
-        return instruction.arrays[1].size
-    return sum(array.size for array in instruction.arrays)
+    """Bytes of the results of a collective, without the operands that an asynchronous one repeats."""
+    found, count = instruction.arrays, len(instruction.operands)
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
+        # After both the runtime's own; a permutation in place has four operands and results in two.
+        found = found[count : 2 * count] or found[1:2] or found
+    return sum(array.size for array in found)
 
 
 def collective(instruction: Instruction) -> str | None:

@@ -70,9 +70,10 @@ def make_plan(config: DPOConfig, model: ModelConfig, target: Target) -> Plan:
 
 
 def _check_attention(kind: str, target: Target) -> None:
-    """Raises `UserError` where the compiler of the target does not know a program of attention."""
-    runs_on = {"xla": ("cpu", "tpu"), "splash": ("tpu",)}.get(kind, ())
-    if target.devices and target.devices[0].platform not in runs_on:
+    """Raises `UserError` where a program of attention is not one for the target."""
+    runs_on = {"xla": ("cpu", "tpu", "gpu"), "splash": ("tpu",), "cudnn": ("gpu",)}[kind]
+    platform = target.devices[0].platform if target.devices else "gpu"
+    if platform not in runs_on:
         raise UserError(
             f"model.attention is {kind}, which cannot be compiled for {target.topology}; use xla."
         )
