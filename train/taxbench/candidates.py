@@ -182,6 +182,10 @@ def _without_tau(fast: float) -> list[Recipe]:
     """Attempts 4 and 5 with one thing taken from them: the merge, α, or τ's place in the tensors."""
     label = "Control: AdamW of few, large steps, larger β"
     rates = (fast, 2 * fast)
+    parts: tuple[tuple[str, str, float, DeltaKind], ...] = (
+        ("zero", "sign votes alone (α = 0)", 1e-9, "tau"),
+        ("permuted", "τ permuted", 1e-3, "permuted"),
+    )
     return [
         *(
             Recipe(
@@ -204,10 +208,7 @@ def _without_tau(fast: float) -> list[Recipe]:
                 delta=delta,
                 control=True,
             )
-            for name, words, alpha, delta in (
-                ("zero", "sign votes alone (α = 0)", 1e-9, "tau"),
-                ("permuted", "τ permuted", 1e-3, "permuted"),
-            )
+            for name, words, alpha, delta in parts
             for rate in rates
             for beta in (0.1, 0.3)
         ),
