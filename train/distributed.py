@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -19,7 +20,7 @@ from train.clusters import Group, find_group
 from train.config import DistributedOptions, UserError, require
 from train.peers import Door, Peers
 from train.roll_call import call_roll
-from train.stop import Stopped
+from train.stop import EXIT_STATUS, Stopped, TryAgain
 
 _NAME_BYTES = 512
 _CONNECT_S = 10.0
@@ -152,13 +153,22 @@ def _fail(peers: Peers, error: BaseException) -> None:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, UserError) or full:
         status = 2  # as `train.cli` answers
+    elif isinstance(error, TryAgain):
+        status = EXIT_STATUS
     elif isinstance(error, KeyboardInterrupt):
         status = 130
     else:
         time.sleep(_BLAME_S)
     peers.fail(" ".join(str(error).split())[:400] or type(error).__name__, status)
-    # Registered last, it runs before JAX's own, which meets the others.
+    # Registered last, it runs before JAX's own, which meets the others. Before that Python waits for
+    # threads, and one of Orbax may wait for the others.
     atexit.register(_leave, status)
+    threading.Thread(target=_leave_after_main, args=(status,), daemon=True).start()
+
+
+def _leave_after_main(status: int) -> None:
+    threading.main_thread().join()
+    _leave(status)
 
 
 def _leave(status: int) -> None:
