@@ -32,6 +32,7 @@ from train.config import TrainerOptions, UserError
 from train.data import is_packed, padding_share
 from train.metrics_log import MetricsLog, read_metrics
 from train.output_dir import OutputDir
+from train.processes import first_tells
 from train.sharding import put_batch
 from train.step import Batch, Metrics, State
 from train.stop import Stopped, StopSignals
@@ -211,7 +212,9 @@ class _Training:
         """Returns whether the step is the best so far."""
         assert self.job.evaluate is not None
         self.reporter.flush()
-        metrics = self.job.evaluate(state[self.job.evaluated])
+        found = self.job.evaluate(state[self.job.evaluated])
+        # Every process is to decide the same, and a reward may tell each of them something else.
+        metrics = first_tells({name: float(value) for name, value in found.items()})
         self.reporter.evaluated(step, metrics)
         return self.watch.see(step, metrics)
 
