@@ -34,6 +34,21 @@ with joined(DistributedOptions()):
     np.testing.assert_array_equal(same_for_all(rows, make_mesh(MeshOptions(fsdp=4))), rows)
 """
 
+CUT_OFF = """
+import sys
+from pathlib import Path
+from train.config import DistributedOptions
+from train.distributed import joined
+with joined(DistributedOptions()):
+    import jax
+    from train.loop import _rows_until
+    # The second process sees the file as it was before the first one mended it.
+    path = Path(sys.argv[1]) / f"metrics.{jax.process_index()}"
+    found = _rows_until(2, path)
+    assert found == [{"step": 1, "loss": 0.5}, {"step": 2, "eval_loss": 0.25}], found
+    assert _rows_until(0, path) == []
+"""
+
 # The first process finds the model better at every evaluation, the second one worse.
 MOODS = """
 import itertools, os
@@ -48,6 +63,17 @@ def moody(completions, **kwargs):
 def test_what_the_first_process_tells_and_what_is_said_of_shared_rows(tmp_path):
     group = run_group(tmp_path, [], processes=4, devices=4, program=TOLD, timeout=120)
     assert statuses(group) == [0] * 4
+
+
+@pytest.mark.slow
+def test_a_line_that_a_kill_cut_off_is_read_by_no_process(tmp_path):
+    whole = '{"step": 1, "loss": 0.5}\n{"step": 2, "eval_loss": 0.25}\n'
+    (tmp_path / "metrics.0").write_text(whole)
+    (tmp_path / "metrics.1").write_text(whole + '{"step": 3, "lo')
+    group = run_group(
+        tmp_path, [str(tmp_path)], processes=2, devices=2, program=CUT_OFF, timeout=120
+    )
+    assert statuses(group) == [0, 0]
 
 
 def test_a_single_process_keeps_what_it_has():
