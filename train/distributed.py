@@ -19,13 +19,20 @@ from collections.abc import Iterator
 from train.clusters import Group, find_group
 from train.config import DistributedOptions, UserError, require
 from train.peers import Door, Peers
-from train.roll_call import call_roll
+from train.roll_call import NotAllCame, call_roll
 from train.stop import EXIT_STATUS, Stopped, TryAgain
 
 _NAME_BYTES = 512
 _CONNECT_S = 10.0
 # An error here may be the first sign that another process is gone; its name follows at once.
 _BLAME_S = 5.0
+# JAX's words where hosts, their names or a cluster's server are not there yet.
+_LATE = (
+    "DEADLINE_EXCEEDED",
+    "Failed to recognize coordinator address",
+    "Getting metadata[",
+    "Retry failed with all attempts",
+)
 
 
 @contextlib.contextmanager
@@ -40,6 +47,7 @@ def joined(options: DistributedOptions) -> Iterator[None]:
 
     Raises:
         UserError: they cannot be joined.
+        TryAgain: a cluster started them, and they did not find each other in time.
     """
     require(options.timeout > 0, "distributed.timeout", options.timeout, "positive")
     silence = options.heartbeat_timeout
@@ -77,7 +85,12 @@ def _initialise(group: Group, options: DistributedOptions) -> None:
             f"Process {group.process} of {group.processes}, by way of {group.address} ...",
             file=sys.stderr,
         )
-        call_roll(group.address, group.processes, group.process, options.timeout)
+        try:
+            call_roll(group.address, group.processes, group.process, options.timeout)
+        except NotAllCame as error:
+            if group.cluster is None:
+                raise
+            raise TryAgain(str(error)) from error
     local = None if "JAX_LOCAL_DEVICE_IDS" in os.environ else group.local
     try:
         jax.distributed.initialize(
@@ -92,6 +105,11 @@ def _initialise(group: Group, options: DistributedOptions) -> None:
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         if group.cluster == "Cloud TPU" and "coordinator_address" in str(error):
             return  # a single machine with a TPU, of which no server knows more
+        if group.cluster is not None and any(words in str(error) for words in _LATE):
+            raise TryAgain(
+                f"the processes of {group.cluster} did not find each other within {options.timeout} s "
+                f"(distributed.timeout): {error}"
+            ) from error
         raise UserError(
             f"the processes of {group.cluster or group.address} could not be joined ({error}). Set "
             "distributed.coordinator_address, num_processes and process_id, or distributed.mode off "
