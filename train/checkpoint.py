@@ -67,6 +67,7 @@ class Checkpoints:
         self._directory, self._every, self._read_only = directory.absolute(), every, read_only
         self._preserve, self._warn = _Preserve(keep), warn
         self._saving: int | None = None
+        self._intact: int | None = None
         self._agreement = SaveAgreement()
         self._manager = self._open()
 
@@ -197,7 +198,9 @@ class Checkpoints:
         Raises:
             UserError: the files are damaged or do not hold such a state.
         """
-        damage = self.damage(step)
+        # Every byte is read for it, so not twice; later on the answer counts no more.
+        known, self._intact = self._intact, None
+        damage = None if step == known else self.damage(step)
         if damage is not None:
             raise UserError(f"checkpoint {step} in {self._directory} is damaged: {damage}.")
         arguments = ocp.args.Composite(
@@ -231,6 +234,7 @@ class Checkpoints:
             damage = self.damage(step)
             if damage is None:
                 self._set_aside(damaged, step)
+                self._intact = step
                 return step
             damaged[step] = damage
         if damaged:
