@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -19,11 +19,16 @@ import orbax.checkpoint as ocp
 from train.config import UserError
 from train.manifest import find_damage, write_manifest
 from train.processes import first_says, is_first, meet
+from train.save_agreement import SaveAgreement, brief
 from train.step import State
+from train.stop import Stopped, TryAgain
 
 # Orbax writes into it once more after `_seal`; a restore does not need it.
 _TIMES = "_CHECKPOINT_METADATA"
 _PARTIAL = ".orbax-checkpoint-tmp"
+# Until the first process has the checksums of all files, which the others wait for. One that has gone
+# ends the others long before.
+_SAVE_S = 4 * 3600
 _LOG = logging.getLogger(__name__)
 _policies = ocp.checkpoint_managers
 Warn = Callable[[str], None]
@@ -62,6 +67,8 @@ class Checkpoints:
         self._directory, self._every, self._read_only = directory.absolute(), every, read_only
         self._preserve, self._warn = _Preserve(keep), warn
         self._saving: int | None = None
+        self._intact: int | None = None
+        self._agreement = SaveAgreement()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -79,7 +86,11 @@ class Checkpoints:
             save_decision_policy=interval,
             preservation_policy=self._preserve,
             enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=_SAVE_S,
+                barrier_sync_fn=self._agreement.barrier,
+                post_finalization_callback=self._seal,
+            ),
             cleanup_tmp_directories=False,
             read_only=self._read_only,
         )
@@ -109,39 +120,64 @@ class Checkpoints:
             state: The training state.
             position: The loader's state, JSON.
             also_keep: Steps whose checkpoints stay besides the newest ones.
+
+        Raises:
+            UserError: the disk is full, and other processes do not know it.
+            TryAgain: this process failed otherwise, and other processes do not know it.
         """
         self.wait()
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position)
         )
         self._preserve.also, self._saving = frozenset(also_keep), step
+        self._agreement.begin()
+        failure = None
         try:
             self._manager.save(step, args=arguments, force=True)
         except Exception as error:  # of Orbax, TensorStore or the system
-            self._failed(error)
+            failure = error
+        if failure is not None:
+            self._failed(failure)
 
     def wait(self) -> bool:
         """Returns when everything is on disk.
 
         Returns:
             Whether it is: False after a save that failed, which is warned about.
+
+        Raises:
+            UserError: as `save`.
+            TryAgain: as `save`.
         """
+        failure = None
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            self._failed(error)
+            failure = error
+        if failure is not None:
+            self._failed(failure)
             return False
         self._saving = None
         return True
 
     def _failed(self, error: Exception) -> None:
         step, self._saving = self._saving, None
+        # Orbax has forgotten those that it was to delete after this one, and has not deleted them.
+        names = (path.name for path in self._directory.iterdir())
+        last = max((int(name) for name in names if name.isdigit()), default=None)
+        kept = "there is no earlier one" if last is None else f"the one of step {last} stays"
+        found = f"the checkpoint of step {step} could not be written ({brief(error)}); {kept}."
+        # To open the directory again all processes have to come, and only one of them may know of it.
+        if jax.process_count() > 1 and not self._agreement.failed:
+            if brief(error) in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)):
+                raise UserError(
+                    f"{found} Make room; the same command goes on from there."
+                ) from error
+            raise TryAgain(f"{found} The same command goes on from there.") from error
         with contextlib.suppress(Exception):  # what went wrong is known
             self._manager.close()
         self._manager = self._open()  # which removes the remains, and frees their space
-        last = self.latest()
-        kept = "there is no earlier one" if last is None else f"the one of step {last} stays"
-        self._warn(f"the checkpoint of step {step} could not be written ({_brief(error)}); {kept}.")
+        self._warn(found)
 
     def _seal(self) -> None:
         """Called by Orbax when all files are written, before they get their final name."""
@@ -162,7 +198,9 @@ class Checkpoints:
         Raises:
             UserError: the files are damaged or do not hold such a state.
         """
-        damage = self.damage(step)
+        # Every byte is read for it, so not twice; later on the answer counts no more.
+        known, self._intact = self._intact, None
+        damage = None if step == known else self.damage(step)
         if damage is not None:
             raise UserError(f"checkpoint {step} in {self._directory} is damaged: {damage}.")
         arguments = ocp.args.Composite(
@@ -196,6 +234,7 @@ class Checkpoints:
             damage = self.damage(step)
             if damage is None:
                 self._set_aside(damaged, step)
+                self._intact = step
                 return step
             damaged[step] = damage
         if damaged:
@@ -234,8 +273,11 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.wait()
-        self._manager.close()
+        # One of several processes that ends with an error does not wait for the others, who may not
+        # come where Orbax waits for them; `train.distributed` tells them.
+        if error is None or isinstance(error, Stopped) or jax.process_count() == 1:
+            self.wait()
+            self._manager.close()
 
 
 class _Preserve(_policies.PreservationPolicy):
@@ -249,16 +291,6 @@ class _Preserve(_policies.PreservationPolicy):
     ) -> Sequence[bool]:
         newest = {info.step for info in checkpoints[-self.keep :]}
         return [info.step in newest or info.step in self.also for info in checkpoints]
-
-
-def _brief(error: Exception) -> str:
-    """The operating system's words where an error has them, from under those of TensorStore."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    if code is not None:
-        return os.strerror(int(code[1]))
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _reported_here(record: logging.LogRecord) -> bool:

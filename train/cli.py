@@ -26,7 +26,7 @@ from train.config import (
     UserError,
 )
 from train.distributed import joined
-from train.stop import EXIT_STATUS, Stopped
+from train.stop import EXIT_STATUS, Stopped, TryAgain
 
 
 def _run_sft(config: SFTConfig) -> None:
@@ -185,8 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command and flags; those of the process when None.
 
     Returns:
-        Exit status: 0, 2 when the user gave something that cannot be used, 75 when a signal stopped a
-        run that can go on, 130 when interrupted before there was anything to save.
+        Exit status: 0, 2 when the user gave something that cannot be used, 75 when a signal or
+        something that will pass stopped a run that can go on, 130 when interrupted before there was
+        anything to save.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -202,6 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TryAgain as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_STATUS
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

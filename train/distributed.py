@@ -12,19 +12,27 @@ import errno
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
 from train.clusters import Group, find_group
 from train.config import DistributedOptions, UserError, require
 from train.peers import Door, Peers
-from train.roll_call import call_roll
-from train.stop import Stopped
+from train.roll_call import NotAllCame, call_roll
+from train.stop import EXIT_STATUS, Stopped, TryAgain
 
 _NAME_BYTES = 512
 _CONNECT_S = 10.0
 # An error here may be the first sign that another process is gone; its name follows at once.
 _BLAME_S = 5.0
+# JAX's words where hosts, their names or a cluster's server are not there yet.
+_LATE = (
+    "DEADLINE_EXCEEDED",
+    "Failed to recognize coordinator address",
+    "Getting metadata[",
+    "Retry failed with all attempts",
+)
 
 
 @contextlib.contextmanager
@@ -39,6 +47,7 @@ def joined(options: DistributedOptions) -> Iterator[None]:
 
     Raises:
         UserError: they cannot be joined.
+        TryAgain: a cluster started them, and they did not find each other in time.
     """
     require(options.timeout > 0, "distributed.timeout", options.timeout, "positive")
     silence = options.heartbeat_timeout
@@ -76,7 +85,12 @@ def _initialise(group: Group, options: DistributedOptions) -> None:
             f"Process {group.process} of {group.processes}, by way of {group.address} ...",
             file=sys.stderr,
         )
-        call_roll(group.address, group.processes, group.process, options.timeout)
+        try:
+            call_roll(group.address, group.processes, group.process, options.timeout)
+        except NotAllCame as error:
+            if group.cluster is None:
+                raise
+            raise TryAgain(str(error)) from error
     local = None if "JAX_LOCAL_DEVICE_IDS" in os.environ else group.local
     try:
         jax.distributed.initialize(
@@ -91,6 +105,11 @@ def _initialise(group: Group, options: DistributedOptions) -> None:
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         if group.cluster == "Cloud TPU" and "coordinator_address" in str(error):
             return  # a single machine with a TPU, of which no server knows more
+        if group.cluster is not None and any(words in str(error) for words in _LATE):
+            raise TryAgain(
+                f"the processes of {group.cluster} did not find each other within {options.timeout} s "
+                f"(distributed.timeout): {error}"
+            ) from error
         raise UserError(
             f"the processes of {group.cluster or group.address} could not be joined ({error}). Set "
             "distributed.coordinator_address, num_processes and process_id, or distributed.mode off "
@@ -152,13 +171,22 @@ def _fail(peers: Peers, error: BaseException) -> None:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, UserError) or full:
         status = 2  # as `train.cli` answers
+    elif isinstance(error, TryAgain):
+        status = EXIT_STATUS
     elif isinstance(error, KeyboardInterrupt):
         status = 130
     else:
         time.sleep(_BLAME_S)
     peers.fail(" ".join(str(error).split())[:400] or type(error).__name__, status)
-    # Registered last, it runs before JAX's own, which meets the others.
+    # Registered last, it runs before JAX's own, which meets the others. Before that Python waits for
+    # threads, and one of Orbax may wait for the others.
     atexit.register(_leave, status)
+    threading.Thread(target=_leave_after_main, args=(status,), daemon=True).start()
+
+
+def _leave_after_main(status: int) -> None:
+    threading.main_thread().join()
+    _leave(status)
 
 
 def _leave(status: int) -> None:

@@ -1,7 +1,8 @@
 """One process, or one group of processes, to an output directory.
 
 The operating system holds the lock (`flock`) for as long as the process lives, so that one that was
-killed leaves none behind. On several hosts the first process holds it for all.
+killed leaves none behind. On several hosts the first process holds it for all. When a host vanishes,
+a file server keeps its locks for a while, so a job that is started again waits for them.
 """
 
 from __future__ import annotations
@@ -10,14 +11,25 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import jax
 
 from train.config import UserError
-from train.processes import first_says, is_first
+from train.processes import is_first, largest
+from train.stop import TryAgain
 
 LOCK_FILE = ".lock"
+
+_WAIT_S = 180.0
+"""For a lock of another machine. NFS servers keep those of a client that has gone for 90 s or so."""
+
+_POLL_S = 2.0
+_FREE, _IN_USE, _IN_USE_ELSEWHERE = range(3)
 
 _held: dict[Path, IO[str]] = {}
 
@@ -31,12 +43,15 @@ def hold(directory: Path) -> None:
         directory: It exists.
 
     Raises:
-        UserError: another process holds it; names that process and its host.
+        UserError: another process on this machine holds it; names that process and its host.
+        TryAgain: one on another machine does, for minutes, where that may be a host that has gone:
+            in one of several processes, or a job that has been started again.
         OSError: the lock cannot be written.
     """
-    holder = _take(directory) if is_first() else None
-    if not first_says(holder is None):
-        raise _in_use(directory, holder)
+    holder = _patiently(lambda: _take(directory), directory) if is_first() else None
+    answer = largest(_answer(holder))
+    if answer != _FREE:
+        raise _in_use(directory, holder, answer)
 
 
 def release(directory: Path) -> None:
@@ -47,13 +62,51 @@ def release(directory: Path) -> None:
 
 
 def refuse_if_held(directory: Path) -> None:
-    """Raises `UserError` when another process holds the lock. Changes nothing."""
+    """Raises as `hold` does when another process holds the lock. Changes nothing."""
     path = directory / LOCK_FILE
     if not is_first() or directory in _held or not os.path.exists(path):
         return
+    holder = _patiently(lambda: _holder(path), directory)
+    if holder is not None:
+        raise _in_use(directory, holder, _answer(holder))
+
+
+def _holder(path: Path) -> str | None:
+    """What the holder wrote about itself, or None where there is none."""
     with path.open(encoding="utf-8") as file:
-        if not _lock(file, fcntl.LOCK_SH):
-            raise _in_use(directory, file.read())
+        return None if _lock(file, fcntl.LOCK_SH) else file.read()
+
+
+def _patiently(ask: Callable[[], str | None], directory: Path) -> str | None:
+    """The holder, asked for again and again while it may be a host that has gone."""
+    deadline, told = time.monotonic() + _WAIT_S, False
+    while True:
+        holder = ask()
+        if _answer(holder) != _IN_USE_ELSEWHERE or time.monotonic() > deadline:
+            return holder
+        if not told:
+            found = f"output_dir {str(directory)!r} is in use by {_who(holder)}"
+            wait = f"waiting {_WAIT_S:.0f} s for it, which may be gone ..."
+            print(f"{found}; {wait}", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(_POLL_S)
+
+
+def _answer(holder: str | None) -> int:
+    if holder is None:
+        return _FREE
+    again = jax.process_count() > 1 or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    found = _record(holder)
+    elsewhere = found.get("machine", _machine()) != _machine()
+    return _IN_USE_ELSEWHERE if again and elsewhere else _IN_USE
+
+
+def _machine() -> str:
+    """Tells machines apart; pods that follow each other on different ones have one host name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux
+        return socket.gethostname()
 
 
 def _take(directory: Path) -> str | None:
@@ -70,7 +123,12 @@ def _take(directory: Path) -> str | None:
         holder = file.read()
         file.close()
         return holder
-    me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+    me = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "since": time.strftime("%F %T"),
+    }
     file.truncate(0)
     file.write(json.dumps(me))
     file.flush()
@@ -86,13 +144,24 @@ def _lock(file: IO[str], kind: int) -> bool:
     return True
 
 
-def _in_use(directory: Path, holder: str | None) -> UserError:
+def _record(holder: str | None) -> dict[str, Any]:
+    """What the holder wrote about itself; nothing where it has just started."""
     try:
         found = json.loads(holder or "")
-        who = f"process {found['pid']} on host {found['host']}, since {found['since']}"
-    except (json.JSONDecodeError, KeyError, TypeError):  # it has just started
-        who = "another process"
-    return UserError(
-        f"output_dir {str(directory)!r} is in use by {who}. Wait for it or stop it, or choose "
-        "another output_dir."
-    )
+    except json.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _who(holder: str | None) -> str:
+    found = _record(holder)
+    if not {"pid", "host", "since"} <= found.keys():
+        return "another process"
+    return f"process {found['pid']} on host {found['host']}, since {found['since']}"
+
+
+def _in_use(directory: Path, holder: str | None, answer: int) -> UserError | TryAgain:
+    found = f"output_dir {str(directory)!r} is in use by {_who(holder)}."
+    if answer == _IN_USE_ELSEWHERE:
+        return TryAgain(f"{found} The same command goes on when it has gone.")
+    return UserError(f"{found} Wait for it or stop it, or choose another output_dir.")

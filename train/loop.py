@@ -32,6 +32,7 @@ from train.config import TrainerOptions, UserError
 from train.data import is_packed, padding_share
 from train.metrics_log import MetricsLog, read_metrics
 from train.output_dir import OutputDir
+from train.processes import first_tells, is_first
 from train.sharding import put_batch
 from train.step import Batch, Metrics, State
 from train.stop import Stopped, StopSignals
@@ -143,10 +144,13 @@ def fit(job: Job, options: TrainerOptions, output: OutputDir, console: Console) 
 
 
 def _rows_until(step: int, path: Path) -> list[dict[str, float]]:
-    """What a run that goes on after `step` has logged."""
-    if step == 0 or not path.exists():
-        return []
-    return [row for row in read_metrics(path) if row["step"] <= step]
+    """What a run that goes on after `step` has logged.
+
+    The first process reads it, which has just mended the file: a kill may have cut off its last
+    line, and the others may see that for a while. All must call this.
+    """
+    rows = read_metrics(path) if step and is_first() and path.exists() else []
+    return first_tells([row for row in rows if row["step"] <= step])
 
 
 @dataclass
@@ -211,7 +215,9 @@ class _Training:
         """Returns whether the step is the best so far."""
         assert self.job.evaluate is not None
         self.reporter.flush()
-        metrics = self.job.evaluate(state[self.job.evaluated])
+        found = self.job.evaluate(state[self.job.evaluated])
+        # Every process is to decide the same, and a reward may tell each of them something else.
+        metrics = first_tells({name: float(value) for name, value in found.items()})
         self.reporter.evaluated(step, metrics)
         return self.watch.see(step, metrics)
 

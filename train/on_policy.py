@@ -24,7 +24,7 @@ from train.held_out import Evaluate, Score, bucketed_batches
 from train.processes import fetch
 from train.reward import Answers, Reward
 from train.sampling import Sampler
-from train.sharding import Params, own_rows, put_batch, row_numbers, row_parts
+from train.sharding import Params, own_rows, put_batch, row_numbers, row_parts, same_for_all
 from train.step import Batch, Metrics
 
 ANSWERS = 2
@@ -139,7 +139,7 @@ class OnPolicy:
             completion_ids=ids,
             records=records,
         )
-        scores = self.reward(answers)
+        scores = self._same_for_all(self.reward(answers), copies)
         if self.penalty:
             scores = scores - self.penalty * ~ended
         return Sampled(tokens, mask, ended, scores, answers.completions)
@@ -233,6 +233,11 @@ class OnPolicy:
     def replicated(self, score: Score) -> Score:
         """A function of parameters and batch, compiled so that every process has its results whole."""
         return jax.jit(score, out_shardings=self.everywhere)
+
+    def _same_for_all(self, scores: np.ndarray, copies: int) -> np.ndarray:
+        """One score for each answer where several processes have it; a reward may be a judge's."""
+        by_prompt = np.stack(np.split(scores, copies), axis=1)
+        return np.concatenate(np.moveaxis(same_for_all(by_prompt, self.mesh), 1, 0))
 
     def _own_rows(self, rows: np.ndarray, copies: int = 1) -> np.ndarray:
         """This process's rows of every copy of a global batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,31 @@ def largest(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def first_tells(value: Any) -> Any:
+    """What the first process gives, on every process; all of them must call this.
+
+    Args:
+        value: Of types that JSON has; counts on the first process alone.
+    """
+    if jax.process_count() == 1:
+        return value
+    mine = json.dumps(value).encode() if is_first() else b""
+    text = np.frombuffer(mine.ljust(largest(len(mine)), b" "), np.uint8)
+    return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
+
+
+def from_all(array: np.ndarray) -> list[np.ndarray]:
+    """The bytes of an array of every process, in order; all of them must call this.
+
+    Returns:
+        For each process uint8 ``[bytes]`` of its array, as long as the longest one, so that arrays
+        of 64 bits keep them all.
+    """
+    data = array.tobytes()
+    padded = np.frombuffer(data.ljust(largest(len(data)), b"\0"), np.uint8)
+    return list(np.atleast_2d(multihost_utils.process_allgather(padded)))
 
 
 def fetch(tree: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -68,7 +69,8 @@ def read_cache(file: Path, rows: int, names: tuple[str, ...]) -> Scores | None:
 def write_cache(file: Path, scores: Scores) -> None:
     """Writes log-probabilities so that a kill leaves a whole file or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    # Containers on one file system may have the same process number.
+    partial = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     with partial.open("wb") as out:
         np.savez(out, allow_pickle=False, **scores)
     partial.replace(file)

@@ -15,6 +15,10 @@ from typing import Any
 from train.config import UserError
 
 
+class NotAllCame(UserError):
+    """Processes have not come in time: they may be late, or what is set may be wrong."""
+
+
 def call_roll(address: str, processes: int, process: int, timeout: float) -> None:
     """Returns when all processes have come.
 
@@ -25,8 +29,9 @@ def call_roll(address: str, processes: int, process: int, timeout: float) -> Non
         timeout: Seconds to wait for the others.
 
     Raises:
-        UserError: on every process that has come: some have not, two have the same number, or they
-            expect different numbers. On one that does not reach process 0: that.
+        NotAllCame: on every process that has come: some have not. On one that does not reach process
+            0: that.
+        UserError: two have the same number, or they expect different numbers.
     """
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + timeout
@@ -42,20 +47,20 @@ def _wait_for_others(
     came: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_listen(address, port))
-        problem = None
+        problem, late = None, False
         while problem is None and len(came) < processes - 1:
             server.settimeout(max(0.0, deadline - time.monotonic()))
             try:
                 connection = stack.enter_context(server.accept()[0])
             except (TimeoutError, BlockingIOError):
-                problem = _missing(came, processes, timeout)
+                problem, late = _missing(came, processes, timeout), True
                 break
             problem = _register(connection, came, processes)
         for connection in came.values():
             with contextlib.suppress(OSError):
-                _send(connection, {"problem": problem})
+                _send(connection, {"problem": problem, "late": late})
         if problem is not None:
-            raise UserError(problem)
+            raise NotAllCame(problem) if late else UserError(problem)
         # They close first, and leave the port to JAX's service.
         for connection in came.values():
             with contextlib.suppress(OSError):
@@ -119,14 +124,15 @@ def _report_to_first(
             _send(connection, me)
             # Process 0 may wait as long as this one, and answers after that.
             connection.settimeout(max(1.0, deadline - time.monotonic()) + timeout)
-            problem = _receive(connection)["problem"]
+            answer = _receive(connection)
+            problem, late = answer["problem"], answer["late"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
+            raise NotAllCame(
                 f"process 0 at {host}:{port} ended, or is no process of this run ({error}); look at "
                 "its log."
             ) from error
     if problem is not None:
-        raise UserError(problem)
+        raise NotAllCame(problem) if late else UserError(problem)
 
 
 def _connect(host: str, port: int, timeout: float, deadline: float) -> socket.socket:
@@ -135,7 +141,7 @@ def _connect(host: str, port: int, timeout: float, deadline: float) -> socket.so
             return socket.create_connection((host, port), max(1.0, deadline - time.monotonic()))
         except OSError as error:
             if time.monotonic() > deadline:
-                raise UserError(
+                raise NotAllCame(
                     f"distributed.coordinator_address {host}:{port} cannot be reached within "
                     f"{timeout:.0f} s (distributed.timeout): {error.strerror or error}. Start process "
                     "0 there, or give the address where it runs."

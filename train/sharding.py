@@ -24,6 +24,7 @@ from jax.sharding import (
 from train.config import MeshOptions, require
 from train.models import Decoder, ModelConfig, param_shardings, split_model
 from train.models.axes import MESH_AXES, RULES
+from train.processes import from_all
 
 Params = dict[str, Any]
 _PRODUCT = "mesh.data * mesh.fsdp * mesh.tensor"
@@ -198,6 +199,48 @@ def own_rows(values: np.ndarray, mesh: Mesh | None) -> np.ndarray:
         return values
     size = len(values) // count
     return np.concatenate([values[part * size : (part + 1) * size] for part in parts])
+
+
+def same_for_all(values: np.ndarray, mesh: Mesh | None) -> np.ndarray:
+    """This process's rows, as the first of the processes that share them has them.
+
+    Where a tensor axis spans processes they all compute what belongs to a row on the host, and what
+    depends on more than the row may differ. All processes must call this.
+
+    Args:
+        values: ``[rows, …]``, those of this process's `row_parts`, in order.
+        mesh: From `make_mesh`.
+    """
+    parts = _parts_of_all(mesh)
+    if sum(map(len, parts)) == row_devices(mesh):  # none is shared
+        return values
+    mine = parts[jax.process_index()]
+    size = len(values) // len(mine)
+    everywhere = from_all(values)
+
+    def of_first(part: int) -> np.ndarray:
+        process = next(number for number, held in enumerate(parts) if part in held)
+        count = len(parts[process]) * size * values[0].size
+        theirs = everywhere[process].tobytes()[: count * values.itemsize]
+        rows = np.frombuffer(theirs, values.dtype).reshape(-1, *values.shape[1:])
+        first = parts[process].index(part) * size
+        return rows[first : first + size]
+
+    return np.concatenate([of_first(part) for part in mine])
+
+
+@functools.cache
+def _parts_of_all(mesh: Mesh | None) -> list[list[int]]:
+    """The `row_parts` of every process."""
+    if mesh is None:
+        return [[0]]
+    count = row_devices(mesh)
+    places = rows(mesh).devices_indices_map((count,))
+    held = {(device.process_index, index[0].indices(count)[0]) for device, index in places.items()}
+    return [
+        sorted(part for process, part in held if process == number)
+        for number in range(jax.process_count())
+    ]
 
 
 def row_numbers(count: int, mesh: Mesh | None) -> np.ndarray:

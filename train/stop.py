@@ -19,6 +19,10 @@ class Stopped(Exception):
     """A run was asked to stop and has saved its state; the message says how to go on."""
 
 
+class TryAgain(Exception):
+    """What another try may mend has ended a run: the status is `EXIT_STATUS`, as of one stopped."""
+
+
 class StopSignals:
     """While this context is open, the first signal is noted and a second one ends the process.
 

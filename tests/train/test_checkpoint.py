@@ -15,6 +15,7 @@ import optax
 import pytest
 
 import omerge_jax as om
+import train.checkpoint
 from train.checkpoint import Checkpoints, abstract, restore_params
 from train.config import UserError
 from train.step import init_state, state_shardings
@@ -180,6 +181,24 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(three, tmp_p
     assert "going back to the one of step 2" in warnings[0]
     aside = tmp_path / "damaged-checkpoints" / "3"
     assert sorted(path.name for path in aside.rglob("*")) == left  # nothing is deleted
+
+
+def test_a_resume_reads_all_bytes_once_for_their_checksums(three, tmp_path, monkeypatch):
+    directory, asked = tmp_path / "checkpoints", []
+    shutil.copytree(three, directory)
+    find_damage = train.checkpoint.find_damage
+    monkeypatch.setattr(
+        "train.checkpoint.find_damage", lambda path: asked.append(path.name) or find_damage(path)
+    )
+    like = abstract(jax.eval_shape(make_state))
+    with Checkpoints(directory, keep=3) as saved:
+        assert saved.newest_intact() == 3
+        saved.restore(3, like)
+        assert asked == ["3"]
+        flip(largest_file(directory / "3"))
+        with pytest.raises(UserError, match=r"checkpoint 3 in .* is damaged"):
+            saved.restore(3, like)  # which does not rely on what was found before
+    assert asked == ["3", "3"]
 
 
 def test_names_of_damaged_checkpoints_never_clash(three, tmp_path):

@@ -71,3 +71,8 @@ def test_mpirun_counts_the_processes_and_names_the_first_host(tmp_path):
     shown = subprocess.run([script], env=environment, capture_output=True, text=True, check=True)
     assert shown.stdout.startswith("-np 12 --host node1:8,node2:4 ")
     assert "-x JAX_COORDINATOR_ADDRESS=node1:12355 " in shown.stdout
+    # The signal to one process, as the script describes it, finds the processes and not mpirun.
+    found = re.search(r"pkill -TERM -o -f '(.*)'", script.read_text())
+    assert found is not None
+    assert re.search(found[1], shown.stdout[shown.stdout.index(".venv/bin/python") :])
+    assert not re.search(found[1], f"mpirun {shown.stdout}")

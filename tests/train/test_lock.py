@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from train import lock
 from train.config import UserError
+from train.stop import TryAgain
 
 HOLD = """
 import pathlib, sys, time
@@ -49,6 +52,50 @@ def test_second_process_is_refused_until_the_first_is_killed(tmp_path, other):
     lock.refuse_if_held(tmp_path)
     lock.release(tmp_path)
     lock.release(tmp_path)
+
+
+@pytest.fixture
+def elsewhere(other, tmp_path):
+    """The same, as if it ran on a machine that has vanished: a file server holds its lock."""
+    written = json.loads((tmp_path / lock.LOCK_FILE).read_text())
+    gone = {**written, "machine": "gone"}
+    (tmp_path / lock.LOCK_FILE).write_text(json.dumps(gone))
+    return other
+
+
+@pytest.mark.parametrize("attempt", [lock.hold, lock.refuse_if_held])
+def test_a_job_started_again_waits_for_the_lock_of_another_machine(
+    attempt, tmp_path, elsewhere, monkeypatch, capfd
+):
+    monkeypatch.setattr(lock, "_POLL_S", 0.1)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    killing = threading.Timer(1.0, elsewhere.kill)
+    killing.start()
+    attempt(tmp_path)
+    killing.join()
+    lock.release(tmp_path)
+    said = capfd.readouterr().err
+    assert said.count(f"is in use by process {elsewhere.pid} on host ") == 1
+    assert "waiting 180 s for it, which may be gone" in said
+
+
+@pytest.mark.parametrize("attempt", [lock.hold, lock.refuse_if_held])
+def test_it_may_be_tried_again_when_it_is_still_held(attempt, tmp_path, elsewhere, monkeypatch):
+    monkeypatch.setattr(lock, "_WAIT_S", 0.3)
+    monkeypatch.setattr(lock, "_POLL_S", 0.1)
+    with pytest.raises(UserError, match="Wait for it or stop it"):
+        attempt(tmp_path)  # the first try of a single process
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(TryAgain, match=f"is in use by process {elsewhere.pid} on host .* goes on"):
+        attempt(tmp_path)
+
+
+def test_a_job_started_again_does_not_wait_for_a_process_of_this_machine(
+    tmp_path, other, monkeypatch
+):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match=f"is in use by process {other.pid}"):
+        lock.hold(tmp_path)
 
 
 def test_lock_that_is_given_back_can_be_taken(tmp_path):

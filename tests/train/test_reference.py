@@ -8,7 +8,7 @@ import pytest
 from tests.train.tiny_runs import make_records, make_tokenizer
 from train.config import UserError
 from train.data import tokenize_preference
-from train.reference import cache_file, read_cache, with_reference
+from train.reference import cache_file, read_cache, with_reference, write_cache
 
 PAIR = ("chosen", "rejected")
 
@@ -63,3 +63,19 @@ def test_file_of_another_length(tmp_path):
     np.savez(file, chosen=np.zeros(4), rejected=np.zeros(4))
     with pytest.raises(UserError, match="not of 5 rows"):
         read_cache(file, 5, PAIR)
+
+
+def test_two_writers_of_one_file_do_not_meet_even_with_one_process_number(tmp_path, monkeypatch):
+    file, scores, savez = tmp_path / "scores.npz", {"chosen": np.ones(3, np.float32)}, np.savez
+
+    def savez_while_another_container_writes(out, **arrays):
+        monkeypatch.setattr(np, "savez", savez)
+        write_cache(file, scores)
+        savez(out, **arrays)
+
+    monkeypatch.setattr(np, "savez", savez_while_another_container_writes)
+    write_cache(file, scores)
+    found = read_cache(file, 3, ("chosen",))
+    assert found is not None
+    np.testing.assert_array_equal(found["chosen"], scores["chosen"])
+    assert list(tmp_path.iterdir()) == [file]

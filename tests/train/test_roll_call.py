@@ -7,7 +7,7 @@ import time
 import pytest
 
 from train.config import UserError
-from train.roll_call import call_roll
+from train.roll_call import NotAllCame, call_roll
 
 
 def free_port():
@@ -24,6 +24,8 @@ def meet(*expecting, timeout=20.0):
         try:
             call_roll(address, processes, process, timeout)
             seen[index] = "met"
+        except NotAllCame as error:
+            seen[index] = f"late: {error}"
         except UserError as error:
             seen[index] = str(error)
 
@@ -52,7 +54,7 @@ def test_those_that_did_not_come_are_named_to_those_that_did():
     seen = meet((0, 4), (2, 4), timeout=1.5)
     assert time.monotonic() - start < 10
     for message in seen:
-        assert message.startswith("processes 1, 3 of 4 did not come within 2 s")
+        assert message.startswith("late: processes 1, 3 of 4 did not come within 2 s")
 
 
 def test_processes_that_expect_other_numbers_are_told():
@@ -67,7 +69,7 @@ def test_two_processes_with_one_number_are_told():
 
 
 def test_an_address_where_nobody_is_ends_in_time():
-    with pytest.raises(UserError, match=r"127.0.0.1:\d+ cannot be reached within 1 s"):
+    with pytest.raises(NotAllCame, match=r"127.0.0.1:\d+ cannot be reached within 1 s"):
         call_roll(f"127.0.0.1:{free_port()}", 2, 1, 1)
 
 
