@@ -50,6 +50,7 @@ Settings have TRL's names and defaults, in groups: `loss.type` is its loss_type,
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import partial
 
 from train.alignment import Objective, align, check_merge
@@ -83,23 +84,9 @@ def run(config: GRPOConfig) -> None:
 
 
 def _loss_of(config: GRPOConfig) -> GroupLoss:
-    loss = config.loss
-    return GroupLoss(
-        type=loss.type,
-        beta=loss.beta,
-        epsilon=loss.epsilon,
-        epsilon_high=loss.epsilon_high,
-        delta=loss.delta,
-        importance_sampling_level=loss.importance_sampling_level,
-        use_bias_correction_kl=loss.use_bias_correction_kl,
-        sapo_temperature_neg=loss.sapo_temperature_neg,
-        sapo_temperature_pos=loss.sapo_temperature_pos,
-        vespo_k_pos=loss.vespo_k_pos,
-        vespo_lambda_pos=loss.vespo_lambda_pos,
-        vespo_k_neg=loss.vespo_k_neg,
-        vespo_lambda_neg=loss.vespo_lambda_neg,
-        max_completion_length=config.sampling.max_new_tokens,
-    )
+    named = {one.name for one in fields(GroupLoss)} & {one.name for one in fields(config.loss)}
+    settings = {name: getattr(config.loss, name) for name in named}
+    return GroupLoss(**settings, max_completion_length=config.sampling.max_new_tokens)
 
 
 def _objective(config: GRPOConfig, this: Run, loss_of: GroupLoss) -> Objective:

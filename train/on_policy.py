@@ -7,9 +7,8 @@ sampled, and the number of processes does not matter.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -302,7 +301,7 @@ def with_objectives(loss: Parted, *, beta: float, has_reference: bool) -> Parted
             }
         return terms, metrics
 
-    return dataclasses.replace(loss, loss_fn=loss_with_objectives)
+    return replace(loss, loss_fn=loss_with_objectives)
 
 
 _NAMES = ("chosen", "rejected")

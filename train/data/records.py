@@ -90,9 +90,9 @@ def normalise_preference(record: Mapping[str, Any]) -> Preference:
         )
     if chosen == rejected:
         raise UnusableRecord("chosen and rejected are the same")
-    if _has(record, "prompt"):
+    if has(record, "prompt"):
         prompt = _field(record, "prompt", PREFERENCE_FORMATS)
-    elif _has(record, "instruction"):
+    elif has(record, "instruction"):
         prompt = _instruction(record, PREFERENCE_FORMATS)
     else:
         prompt, chosen, rejected = _split_common_prompt(chosen, rejected, where)
@@ -117,18 +117,18 @@ def normalise_sft(record: Mapping[str, Any]) -> Example:
       Example(prompt='1+1=', completion='2')
     """
     where = where_of(record)
-    if _has(record, "completion"):
+    if has(record, "completion"):
         prompt = _field(record, "prompt", SFT_FORMATS)
         name = "completion"
-    elif _has(record, "messages"):
+    elif has(record, "messages"):
         messages = _field(record, "messages", SFT_FORMATS)
         if isinstance(messages, str) or len(messages) < 2:
             raise DataError(f"{where}: field 'messages' needs a prompt and an answer.")
         prompt, answer = messages[:-1], messages[-1:]
         return Example(prompt, _one_answer(answer, "messages", where))
-    elif _has(record, "instruction"):
+    elif has(record, "instruction"):
         prompt, name = _instruction(record, SFT_FORMATS), "output"
-    elif _has(record, "question"):
+    elif has(record, "question"):
         name = "answer"
         prompt = [_message("user", _string(record, "question", SFT_FORMATS))]
     else:
@@ -165,7 +165,7 @@ def normalise_unpaired(record: Mapping[str, Any]) -> list[Labelled]:
       >>> one.completion, one.label
       ('2', True)
     """
-    if _has(record, "chosen") or _has(record, "rejected"):
+    if has(record, "chosen") or has(record, "rejected"):
         pair = normalise_preference(record)
         return [
             Labelled(pair.prompt, pair.chosen, True),
@@ -198,52 +198,18 @@ def normalise_prompt(record: Mapping[str, Any]) -> Text:
       >>> normalise_prompt({"prompt": "1+1="}), normalise_prompt({"question": "1+1?"})
       ('1+1=', [{'role': 'user', 'content': '1+1?'}])
     """
-    if _has(record, "prompt"):
+    if has(record, "prompt"):
         return _field(record, "prompt", PROMPT_FORMATS)
-    if _has(record, "instruction"):
+    if has(record, "instruction"):
         return _instruction(record, PROMPT_FORMATS)
-    if _has(record, "question"):
+    if has(record, "question"):
         return [_message("user", _string(record, "question", PROMPT_FORMATS))]
-    if _has(record, "chosen") or _has(record, "rejected"):
+    if has(record, "chosen") or has(record, "rejected"):
         return normalise_preference(record).prompt
-    if _has(record, "messages"):
+    if has(record, "messages"):
         return normalise_sft(record).prompt
     where = where_of(record)
     raise DataError(f"{where}: found {_found(record)}. Expected {PROMPT_FORMATS}.")
-
-
-def prompt_messages(record: Mapping[str, Any]) -> list[Message]:
-    """The prompt of a record of any format, as messages; a string counts as one user turn.
-
-    It tells whether two records ask the same, across formats and training stages. Of answers that
-    are text and share their prompt with it, the beginnings may be the same too; a prompt of turns
-    that are marked as in HH-RLHF ends where the last answer begins.
-
-    Raises:
-      DataError: When the record is in none of the formats.
-      UnusableRecord: When the record cannot be trained on.
-    """
-    if _has(record, "chosen") or _has(record, "rejected"):
-        prompt = normalise_preference(record).prompt
-        if isinstance(prompt, str) and not _has(record, "prompt") and _LAST_TURN in prompt:
-            prompt = prompt[: prompt.rindex(_LAST_TURN) + len(_LAST_TURN)]
-    elif _has(record, "completion") or _answered(record):
-        prompt = normalise_sft(record).prompt
-    else:
-        prompt = normalise_prompt(record)
-    return [_message("user", prompt)] if isinstance(prompt, str) else list(prompt)
-
-
-_LAST_TURN = "\n\nAssistant:"
-
-
-def _answered(record: Mapping[str, Any]) -> bool:
-    """Whether a record without prompt and completion holds an answer; on-policy data need none."""
-    return not _has(record, "prompt") and (
-        _has(record, "messages")
-        or (_has(record, "instruction") and _has(record, "output"))
-        or (_has(record, "question") and _has(record, "answer"))
-    )
 
 
 def prompt_of(record: Mapping[str, Any]) -> tuple[Text, list[Text], str]:
@@ -255,13 +221,13 @@ def prompt_of(record: Mapping[str, Any]) -> tuple[Text, list[Text], str]:
     return _field(record, "prompt", "text or a list of messages"), [], where_of(record)
 
 
-def _has(record: Mapping[str, Any], name: str) -> bool:
+def has(record: Mapping[str, Any], name: str) -> bool:
     """Whether a field is there; tables write None for what a row lacks."""
     return record.get(name) is not None
 
 
 def _found(record: Mapping[str, Any]) -> str:
-    names = ", ".join(repr(name) for name in record if _has(record, name))
+    names = ", ".join(repr(name) for name in record if has(record, name))
     return f"the fields {names}" if names else "no fields"
 
 
@@ -272,7 +238,7 @@ def _message(role: str, content: str) -> Message:
 def _field(record: Mapping[str, Any], name: str, formats: str) -> Text:
     """A field that is text or messages, checked."""
     where = where_of(record)
-    if not _has(record, name):
+    if not has(record, name):
         raise DataError(
             f"{where}: field {name!r} is missing; found {_found(record)}. Expected {formats}."
         )

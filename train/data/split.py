@@ -8,7 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from train.data.formats import DataError
-from train.data.records import UnusableRecord, prompt_messages
+from train.data.records import (
+    Message,
+    UnusableRecord,
+    has,
+    normalise_preference,
+    normalise_prompt,
+    normalise_sft,
+)
 
 R = TypeVar("R", bound=Mapping[str, Any])
 
@@ -56,9 +63,43 @@ def split_by_prompt(
 def _draw(record: Mapping[str, Any], seed: int) -> float:
     """A number in [0, 1] from the prompt's roles and contents."""
     try:
-        messages = prompt_messages(record)
+        messages = _prompt_messages(record)
     except UnusableRecord:
         return 1.0
     content = [[message["role"], message["content"]] for message in messages]
     text = json.dumps([seed, content], ensure_ascii=False)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _prompt_messages(record: Mapping[str, Any]) -> list[Message]:
+    """The prompt of a record of any format, as messages; a string counts as one user turn.
+
+    It tells whether two records ask the same, across formats and training stages. Of answers that
+    are text and share their prompt with it, the beginnings may be the same too; a prompt of turns
+    that are marked as in HH-RLHF ends where the last answer begins.
+
+    Raises:
+      DataError: When the record is in none of the formats.
+      UnusableRecord: When the record cannot be trained on.
+    """
+    if has(record, "chosen") or has(record, "rejected"):
+        prompt = normalise_preference(record).prompt
+        if isinstance(prompt, str) and not has(record, "prompt") and _LAST_TURN in prompt:
+            prompt = prompt[: prompt.rindex(_LAST_TURN) + len(_LAST_TURN)]
+    elif has(record, "completion") or _answered(record):
+        prompt = normalise_sft(record).prompt
+    else:
+        prompt = normalise_prompt(record)
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+_LAST_TURN = "\n\nAssistant:"
+
+
+def _answered(record: Mapping[str, Any]) -> bool:
+    """Whether a record without prompt and completion holds an answer; on-policy data need none."""
+    return not has(record, "prompt") and (
+        has(record, "messages")
+        or (has(record, "instruction") and has(record, "output"))
+        or (has(record, "question") and has(record, "answer"))
+    )

@@ -8,9 +8,8 @@ the advantage `A` of its answer, a token's loss is `−min(r A, clip(r, 1−ε, 
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import jax
@@ -127,7 +126,7 @@ class GroupLoss:
 
     def _check_read(self) -> None:
         """Refuses what was set in vain."""
-        for field in dataclasses.fields(self):
+        for field in fields(self):
             value, readers = getattr(self, field.name), _READ_BY.get(field.name, GROUP_LOSSES)
             if value != field.default and self.type not in readers:
                 raise ValueError(
