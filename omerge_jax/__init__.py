@@ -12,7 +12,7 @@ from omerge_jax.diagnostics import merge_metrics
 from omerge_jax.fused import FusedChainState, fused_chain
 from omerge_jax.largest import magnitude
 from omerge_jax.offline import offline_merge
-from omerge_jax.online import child_tuning, on_dare, on_ties, online_merge
+from omerge_jax.online import child_tuning, keep_largest, on_dare, on_ties, online_merge
 from omerge_jax.presets import on_dare_adamw, on_ties_adamw
 from omerge_jax.ranked import band, magnitude_ranked
 from omerge_jax.sparsify import (
@@ -40,6 +40,7 @@ __all__ = [
     "child_tuning",
     "fused_chain",
     "identity",
+    "keep_largest",
     "linear",
     "magnitude",
     "magnitude_ranked",

@@ -283,3 +283,53 @@ def child_tuning(
         layer_axes=layer_axes,
         diagnostics=diagnostics,
     )
+
+
+def keep_largest(
+    density: optax.ScalarOrSchedule,
+    *,
+    every_k: chex.Numeric = 1,
+    rescale: Literal["none", "norm"] = "none",
+    threshold: Literal["exact", "sampled"] = "exact",
+    seed: chex.Numeric = 0,
+    layer_axes: LayerAxes = None,
+    diagnostics: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps the entries of largest magnitude of every update: OnTIES with alpha 0, without a reference.
+
+    After AdamW the largest entries are those whose gradient keeps its sign from step to step. Steps get
+    shorter with fewer entries, so it wants a larger learning rate than the optimizer alone.
+
+    Args:
+      density: share of entries kept per tensor, in (0, 1].
+      every_k: see `online_merge`.
+      rescale: see `magnitude`.
+      threshold: see `magnitude`; in `fused_chain` neither needs an array of the update.
+      seed: integer that fixes which of equal magnitudes are kept.
+      layer_axes: see `on_ties`.
+      diagnostics: see `online_merge`.
+
+    Returns:
+      A transformation with `OnlineMergeState` that needs no delta.
+
+    Raises:
+      ValueError: see `online_merge` and `magnitude`.
+
+    Example:
+      >>> import optax, omerge_jax as om
+      >>> tx = optax.chain(optax.adamw(3e-6), om.keep_largest(density=0.1))
+
+    References:
+      No paper: what is left of OnTIES (https://arxiv.org/abs/2405.17931) without its reference;
+      docs/taxbench.md has what it does.
+    """
+    return on_ties(
+        0,
+        density,
+        every_k=every_k,
+        rescale=rescale,
+        threshold=threshold,
+        seed=seed,
+        layer_axes=layer_axes,
+        diagnostics=diagnostics,
+    )

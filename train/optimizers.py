@@ -38,6 +38,7 @@ FIELDS: dict[OptimizerName, tuple[str, ...]] = {
     "on_ties": (*_TIES, *_INNER),
     "on_ties_adamw": _TIES,
     "child_tuning": (*_MERGE, *_INNER, "clip"),
+    "keep_largest": (*_MERGE, *_INNER, "threshold"),
     "online_merge": (*_GENERAL, "clip", "threshold", "epsilon", "gamma", "election"),
 }
 """Fields beyond those of AdamW that each optimizer has a use for."""
@@ -337,9 +338,9 @@ def _merged(
             return om.fused_chain(inner, om.on_dare(**merge))
         case "on_ties":
             return om.fused_chain(inner, om.on_ties(**merge))
-        case "child_tuning":
+        case "child_tuning" | "keep_largest":
             merge.pop("rounding", None)  # by `rounded`: without a delta the library does not
-            return om.fused_chain(inner, om.child_tuning(**merge))
+            return om.fused_chain(inner, getattr(om, options.name)(**merge))
         case "on_dare_adamw":
             return om.on_dare_adamw(schedule, **adam, **merge)
         case "on_ties_adamw":

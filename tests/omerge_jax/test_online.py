@@ -95,7 +95,9 @@ def test_on_dare_follows_the_formula(semantics):
             np.testing.assert_allclose(trajectory[step][name], theta, rtol=2e-6, atol=2e-7)
 
 
-@pytest.mark.parametrize("tx", [om.on_dare(0, 1.0), om.on_ties(0, 1.0), om.child_tuning(1.0)])
+@pytest.mark.parametrize(
+    "tx", [om.on_dare(0, 1.0), om.on_ties(0, 1.0), om.child_tuning(1.0), om.keep_largest(1.0)]
+)
 def test_all_kept_without_reference_is_the_inner_optimizer_exactly(tx):
     params, grads = make(0), [make(i) for i in range(2, 7)]
     plain, _ = run(optax.adamw(RATE), params, grads)
@@ -103,6 +105,24 @@ def test_all_kept_without_reference_is_the_inner_optimizer_exactly(tx):
     merged, _ = run(optax.chain(optax.adamw(RATE), tx), params, grads)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(merged), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("rescale", ["none", "norm"])
+def test_keep_largest_is_a_sort_of_every_layer(rescale):
+    rng = np.random.default_rng(0)
+    params = {"stacked": jnp.zeros((3, 40, 25)), "w": jnp.zeros(7)}
+    gradients = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in params.items()}
+    axes = {"stacked": 1, "w": 0}
+    tx = optax.chain(optax.sgd(RATE), om.keep_largest(0.1, rescale=rescale, layer_axes=axes))
+    found, _ = tx.update(gradients, tx.init(params), params)
+    # 7 entries at 0.1 keep none, and a tensor that would keep none stays whole (the authors' rule).
+    np.testing.assert_array_equal(found["w"], -np.float32(RATE) * gradients["w"])
+    for layer, gradient in zip(np.asarray(found["stacked"]), gradients["stacked"], strict=True):
+        flat = -np.float32(RATE) * gradient.ravel()
+        expected = np.where(np.argsort(np.argsort(-np.abs(flat))) < 100, flat, 0)
+        if rescale == "norm":
+            expected *= np.abs(flat).sum() / np.abs(expected).sum()
+        np.testing.assert_allclose(layer.ravel(), expected, rtol=1e-6)
 
 
 def test_fixed_delta_mask_stays_and_fresh_one_moves():

@@ -80,9 +80,9 @@ def test_clipping_can_be_turned_off():
     assert np.abs(clipped["a"] - free["a"]).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", ["on_dare", "on_ties", "child_tuning"])
+@pytest.mark.parametrize("name", ["on_dare", "on_ties", "child_tuning", "keep_largest"])
 def test_a_full_mask_and_no_reference_leave_adamw(name):
-    fields = {"density": 1.0} if name == "child_tuning" else {"density": 1.0, "alpha": 0.0}
+    fields = {"density": 1.0} | ({"alpha": 0.0} if name.startswith("on_") else {})
     expected, found = (
         walk(options(weight_decay=0.1)),
         walk(options(name, weight_decay=0.1, **fields)),
@@ -367,11 +367,11 @@ def tiny_steps(chosen: OptimizerOptions, steps: int) -> tuple[np.ndarray, Any]:
     return np.asarray(params["w"], np.float64), state
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "child_tuning"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "child_tuning", "keep_largest"])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
 def test_small_updates_arrive_in_bfloat16(name, rounding):
     fields = {"rounding": rounding, "max_grad_norm": 0.0}
-    chosen = options(name, **fields, **({"density": 1.0} if name == "child_tuning" else {}))
+    chosen = options(name, **fields, **({} if name in ("adamw", "lion") else {"density": 1.0}))
     check_optimizer(chosen)
     found, _ = tiny_steps(chosen, 200)
     if rounding == "nearest":

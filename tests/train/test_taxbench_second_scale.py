@@ -250,8 +250,12 @@ def test_runs_have_the_settings_of_the_files_but_for_their_size(study):
     assert (merging.optimizer.density, merging.model.base) == (0.1, "base")
     assert tuned.data.eval_path == merging.data.eval_path == str(study.data / "held_out.jsonl")
     assert [study.dpo_config(0, name).loss.beta for name in ("kl", "sign_mask")] == [0.3, 0.1]
-    large = study.dpo_config(0, "on_ties_large")
-    assert (large.optimizer.learning_rate, large.loss.beta) == (1e-4, 0.3)
+    large, largest = study.dpo_config(0, "on_ties_large"), study.dpo_config(0, "largest")
+    for config in (large, largest):
+        check(config)
+        assert (config.optimizer.learning_rate, config.loss.beta) == (1e-4, 0.3)
+        assert config.optimizer.density == 0.1
+    assert largest.model.base is None
     assert set(METHODS) == set(get_args(second_scale.MethodName))
     orders = [study.dpo_config(seed, "on_ties") for seed in (0, 1)]
     assert [one.trainer.seed for one in orders] == [one.optimizer.seed for one in orders] == [0, 1]

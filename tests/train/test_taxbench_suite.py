@@ -165,6 +165,7 @@ def test_a_suite_runs_reports_and_goes_on_where_it_stopped(tmp_path, monkeypatch
         "every K-th step",
         "seeds 1, 2",
         "over K = 1",
+        "| method | over OnTIES | p |",
     ):
         assert text in report
     # A second run finds everything; a lost line is made again, with the same numbers.

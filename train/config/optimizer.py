@@ -15,6 +15,7 @@ OptimizerName = Literal[
     "on_dare_adamw",
     "on_ties_adamw",
     "child_tuning",
+    "keep_largest",
     "online_merge",
 ]
 
@@ -89,7 +90,8 @@ class OptimizerOptions(AdamWOptions):
     Attributes:
         name: adamw; lion; on_dare or on_ties (merging after `inner`, whose weight decay is merged
             too); on_dare_adamw or on_ties_adamw (the authors' order: weight decay after the merge);
-            child_tuning (random masks alone); online_merge (any `sparsifier` with any `consensus`).
+            child_tuning (random masks alone); keep_largest (largest entries alone); online_merge (any
+            `sparsifier` with any `consensus`).
         alpha: Weight of the reference delta, 0 to 1; the policy's update gets 1 − alpha. A number, or
             the fields of a schedule or of a relative weight.
         inner: Optimizer whose updates are merged: adamw (unset), lion or sgd.

@@ -47,7 +47,7 @@ def general(sparsifier: str, consensus: str, **fields: Any) -> Any:
 
 def candidates() -> list[Recipe]:
     """Every method with its four settings; the paper's Table 1 and the attempts to beat it."""
-    return [*_baselines(), *_online(), *_attempts()]
+    return [*_baselines(), *_online(), *_attempts(), *_largest()]
 
 
 def _baselines() -> list[Recipe]:
@@ -224,6 +224,36 @@ def _without_tau(fast: float) -> list[Recipe]:
             for density in (0.1, 0.3)
             for rate in rates
         ),
+    ]
+
+
+def _largest() -> list[Recipe]:
+    """Attempt 6, which came from the controls of 4 and 5: nothing of τ at all; and its ablation."""
+    label = "Attempt 6: largest entries alone"
+    fast = 1e-4
+    # Learning rate, β and decay of the moving average.
+    settings = ((fast, 0.3, None), (2 * fast, 0.3, None), (fast, 0.3, 0.97), (2 * fast, 0.5, 0.97))
+
+    def of(
+        name: str, words: str, kept: Callable[..., Any], grid: Sequence[Any], control: bool
+    ) -> Any:
+        for rate, beta, decay in grid:
+            options = kept(learning_rate=rate, density=0.1)
+            yield Recipe(name, words, options, beta=beta, ema=decay, control=control)
+
+    def largest(**fields: Any) -> Any:
+        return optimizer("keep_largest", **fields)
+
+    def random(**fields: Any) -> Any:
+        return optimizer("child_tuning", **fields)
+
+    # What random masks keep is divided by p, so that their steps need no larger learning rate.
+    slow = [(0.3 * rate, beta, decay) for rate, beta, decay in settings]
+    usual = [(rate, 0.1, decay) for rate in (fast, 2 * fast) for decay in (None, 0.97)]
+    return [
+        *of("largest", label, largest, settings, False),
+        *of("largest-beta", "Control: attempt 6 with β = 0.1", largest, usual, True),
+        *of("largest-random", "Control: attempt 6, random entries", random, slow, True),
     ]
 
 

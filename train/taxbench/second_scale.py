@@ -22,7 +22,7 @@ from train.taxbench.second_scale_sizes import SIZES
 from train.taxbench.second_scale_stages import Point, Study
 from train.taxbench.second_scale_work import show_work
 
-MethodName = Literal["adamw", "on_ties", "on_dare", "kl", "on_ties_large", "sign_mask"]
+MethodName = Literal["adamw", "on_ties", "on_dare", "kl", "on_ties_large", "largest", "sign_mask"]
 
 
 def _all_methods() -> list[MethodName]:
@@ -54,7 +54,7 @@ class SecondScaleConfig:
         seeds: Studies, each with an SFT model, an order of the data and masks of its own.
         methods: Which methods to align with: adamw, to which the others are compared and which has to
             be there; kl (AdamW with β = 0.3); on_ties; on_dare; on_ties_large (few, large steps, the
-            best of the miniature); sign_mask (the control without α).
+            best of the miniature); largest (the same without τ); sign_mask (the control without α).
         margin: Held-out margin at which methods are compared. Unset: the largest that all of them
             but the controls reach, and the largest that AdamW reaches.
         dry_run: Prepare the data, show the tokens of every stage, and stop.

@@ -70,6 +70,7 @@ METHODS = {
         alpha_total=ALPHA_TOTAL / 2,
         learning_rate=1e-4,
     ),
+    "largest": Method("largest entries alone, p = 0.1, lr 1e-4, β = 0.3", "keep_largest", beta=0.3),
     "sign_mask": Method("control: OnTIES, α = 0", "on_ties", alpha_total=1e-7, control=True),
 }
 

@@ -42,7 +42,7 @@ class Suite:
 
 SUITES = {
     "demo": Suite(1, 2, 0, groups=("adamw", "kl", "on_dare", "on_ties")),
-    "paper": Suite(2, 6, 5),
+    "paper": Suite(2, 8, 5),
     "full": Suite(4, 12, 12),
 }
 

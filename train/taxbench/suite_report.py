@@ -20,6 +20,11 @@ from train.taxbench.statistics import Difference, Key, mean_sd, paired
 from train.taxbench.studies import Study
 from train.taxbench.suite import Outcome, TaxbenchConfig
 
+_SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Of the reward: levels at which methods are compared besides the tables."""
+_STRONG = ("kl", "kl_ema", "Offline linear", "on_ties", "largest")
+"""Methods that every other one is compared with besides AdamW and AdamW + λτ."""
+
 
 @dataclass(frozen=True)
 class Section:
@@ -51,7 +56,8 @@ def write_report(outcome: Outcome, config: TaxbenchConfig, directory: Path) -> P
     Returns:
         The HTML file.
     """
-    sections = [_first_table(outcome, config, directory)]
+    sections = [_first_table(outcome, config, directory), _against(outcome, config)]
+    sections.append(_other_rewards(outcome, config))
     if outcome.controls:
         sections.append(_controls(outcome, config))
     sections += [_study(outcome, study, rows, config, directory) for study, rows in outcome.studies]
@@ -96,19 +102,41 @@ def _paired(
     return paired(results.matched(row.key, seeds, level), results.matched(other.key, seeds, level))
 
 
+def _levels(config: TaxbenchConfig) -> list[float]:
+    return [round(share * config.reward, 3) for share in _SHARES]
+
+
+def _gaps(outcome: Outcome, row: Entry, other: Entry, levels: Sequence[float]) -> list[str]:
+    """Differences at several rewards, each with its seeds and p in one cell."""
+    found = [_gap(_paired(outcome, row, other, outcome.seeds, level), 0) for level in levels]
+    return [gap if p == "—" else f"{gap} p {p}" for gap, p in found]
+
+
+def _other_rewards(outcome: Outcome, config: TaxbenchConfig) -> Section:
+    """What every method has over AdamW before the reward of the first table."""
+    levels, base = _levels(config), _of_group(outcome, "adamw")
+    assert base is not None
+    rows = [row for row in (*outcome.first, *outcome.controls) if row.key != base.key]
+    return Section(
+        "Points over AdamW at other rewards",
+        [
+            "Where both first reach the reward, with the number of seeds on which both do, and the p "
+            "of a paired t-test. Settings were chosen at the last of these rewards."
+        ],
+        ["method", *(f"at reward {level:g}" for level in levels)],
+        [[row.label, *_gaps(outcome, row, base, levels)] for row in rows],
+    )
+
+
 def _controls(outcome: Outcome, config: TaxbenchConfig) -> Section:
     """Chosen merges less their controls at several rewards: a control may be slower, and no worse."""
-    levels = [round(share * config.reward, 3) for share in _SHARES]
-    body = []
+    levels, body = _levels(config), []
     for method in (_of_group(outcome, name) for name in ("on_dare", "on_ties")):
         if method is None:
             continue
         for control in outcome.controls:
             if control.group.startswith(f"{method.group}-"):
-                gaps = [
-                    " p ".join(_gap(_paired(outcome, method, control, outcome.seeds, level), 0))
-                    for level in levels
-                ]
+                gaps = _gaps(outcome, method, control, levels)
                 body.append([method.label, control.label, *gaps])
     return Section(
         "What of it is τ? Merges less their controls, at lower rewards too",
@@ -121,7 +149,25 @@ def _controls(outcome: Outcome, config: TaxbenchConfig) -> Section:
     )
 
 
-_SHARES = (0.25, 0.5, 0.75, 1.0)
+def _against(outcome: Outcome, config: TaxbenchConfig) -> Section:
+    """Every method less the ones that an honest comparison has to name."""
+    others = [row for row in (_of_group(outcome, name) for name in _STRONG) if row is not None]
+    total, level = len(outcome.seeds), config.reward
+    body = []
+    for row in outcome.first:
+        cells = [row.label]
+        for other in others:
+            # The same run is not compared with itself.
+            gap = (
+                None if other.key == row.key else _paired(outcome, row, other, outcome.seeds, level)
+            )
+            cells += _gap(gap, total)
+        body.append(cells)
+    headings = ["method"]
+    for other in others:
+        headings += [f"over {other.label}", "p"]
+    title = "Against the strongest of the others"
+    return Section(title, [_seeds_line(outcome.seeds)], headings, body)
 
 
 def _introduction(outcome: Outcome, config: TaxbenchConfig) -> list[str]:
