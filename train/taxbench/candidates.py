@@ -261,17 +261,16 @@ def controls(chosen: Recipe) -> list[Recipe]:
     """The chosen online merge with everything but its settings taken from it, one thing at a time."""
     name = chosen.group
     label = chosen.label
-    # A delta of weight 1e-9 moves nothing and still has its vote and its masks.
+    # A delta of weight 1e-9 moves nothing and still has its vote or its masks.
     powerless = dataclasses.replace(chosen.optimizer, alpha=1e-9)
     kinds: dict[DeltaKind, str] = {
         "permuted": "τ permuted",
         "negative": "−τ",
         "random": "random direction",
     }
+    left = "sign votes" if name == "on_ties" else "masks"
     return [
-        Recipe(
-            f"{name}-zero", f"Control: {label}, sign votes alone (α = 0)", powerless, control=True
-        ),
+        Recipe(f"{name}-zero", f"Control: {label}, {left} alone (α = 0)", powerless, control=True),
         *(
             dataclasses.replace(
                 chosen,
