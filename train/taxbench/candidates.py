@@ -214,6 +214,17 @@ def _without_tau(fast: float) -> list[Recipe]:
         ),
         *(
             Recipe(
+                "ties_fast-largest",
+                "Control: attempt 4, largest entries alone",
+                optimizer("keep_largest", learning_rate=rate, density=0.1),
+                beta=beta,
+                control=True,
+            )
+            for rate in rates
+            for beta in (0.1, 0.3)
+        ),
+        *(
+            Recipe(
                 "ties_fast_ema-zero",
                 "Control: attempt 5, sign votes alone (α = 0)",
                 on_ties(learning_rate=rate, alpha=1e-9, density=density),
