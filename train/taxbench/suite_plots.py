@@ -26,18 +26,20 @@ def draw_first(outcome: Outcome, rows: Sequence[Entry], level: float, path: Path
 
     Args:
         outcome: of the suite.
-        rows: methods from top to bottom; those that never reach the level are left out.
+        rows: methods; those that reach the level on less than half of AdamW's seeds are left out, as
+            a mean of one or two seeds would lead the figure, and fewer seeds than AdamW's are shown.
         level: the reward.
         path: PNG file to write.
     """
     base = next(row for row in rows if row.group == "adamw")
     zero = outcome.results.matched(base.key, outcome.seeds, level)
-    gains = {
-        row.label: (100 * (outcome.results.matched(row.key, outcome.seeds, level) - zero), row)
-        for row in rows
-        if row.key != base.key
-    }
-    shown = {label: pair for label, pair in gains.items() if np.isfinite(pair[0]).any()}
+    of_base, shown = int(np.isfinite(zero).sum()), {}
+    for row in rows:
+        gains = 100 * (outcome.results.matched(row.key, outcome.seeds, level) - zero)
+        count = int(np.isfinite(gains).sum())
+        if row.key != base.key and count and 2 * count >= of_base:
+            fewer = f" ({count} of {of_base} seeds)" if count < of_base else ""
+            shown[f"{row.label}{fewer}"] = gains, row
     ordered = sorted(shown.items(), key=lambda item: float(np.nanmean(item[1][0])))
     figure = matplotlib.figure.Figure(
         figsize=(9, 1.2 + 0.34 * max(len(ordered), 3)), layout="constrained"
