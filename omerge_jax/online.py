@@ -295,7 +295,7 @@ def keep_largest(
     layer_axes: LayerAxes = None,
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps the entries of largest magnitude of every update: OnTIES with alpha 0, without a reference.
+    """Keeps the entries of largest magnitude of every update: OnTIES without a reference.
 
     After AdamW the largest entries are those whose gradient keeps its sign from step to step. Steps get
     shorter with fewer entries, so it wants a larger learning rate than the optimizer alone.
