@@ -39,10 +39,10 @@ class SecondScaleConfig:
     train/configs/smollm2_*.yaml and from the miniature benchmark; nothing is tuned here.
 
     The size "reduced" is made for two CPU cores, and its report says what it leaves out: 60 steps of
-    SFT and 40 of DPO in batches of 8, rows of at most 96 + 128 (SFT) and 96 + 48 tokens (HH-RLHF
-    alone), 2 evaluations a run, 96 questions a task (48 of XQuAD) of at most 160 tokens, 16 of GSM8K
-    answered in full, 256 tokens of 16 articles. "full" takes all questions, AlpacaEval's preferences
-    too, and batches of 32 rows of up to 1024 tokens, on a GPU.
+    SFT and 40 of DPO at five times the learning rate of the files, in batches of 8, rows of at most
+    96 + 128 (SFT) and 96 + 48 tokens (HH-RLHF alone), 2 evaluations a run, 96 questions a task (48 of
+    XQuAD) of at most 160 tokens, 16 of GSM8K answered in full, 256 tokens of 16 articles. "full" takes
+    all questions, AlpacaEval's preferences too, and batches of 32 rows of up to 1024 tokens, on a GPU.
 
     Attributes:
         model: Directory of the model before SFT (from fetch-smollm2), or a hub name.

@@ -200,8 +200,8 @@ def _settings(study: Study, size: str, counts: Mapping[str, int]) -> str:
         f"Size: {size}. {one.sft_steps} steps of SFT and {one.dpo_steps} of DPO in batches of "
         f"{one.batch_size}, on rows of at most {' + '.join(map(str, one.sft_lengths))} and "
         f"{' + '.join(map(str, one.pair_lengths))} tokens (prompt and answer; longer ones are left "
-        f"out), in {one.dtype}; {study.seeds} seed(s). Where τ is merged α·T = {ALPHA_TOTAL:g} (half "
-        "of it at lr 1e-4); learning rates are those of train/configs/smollm2_*.yaml unless given. One "
+        f"out), in {one.dtype}; {study.seeds} seed(s). AdamW's peak learning rate in DPO (lr) is "
+        f"{one.learning_rate:g}. Where τ is merged α·T = {ALPHA_TOTAL:g} (half of it at 3 × lr). One "
         "setting for each method, none tuned here. Records: "
         + ", ".join(f"{name} {number}" for name, number in counts.items())
         + f"; of GSM8K {one.greedy_items or counts['gsm8k_test']} are also answered greedily."

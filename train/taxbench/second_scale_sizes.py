@@ -14,6 +14,7 @@ class Size:
     Attributes:
         sft_steps: Steps of fine-tuning.
         dpo_steps: Steps of alignment, the same for every method.
+        learning_rate: Peak rate of AdamW in alignment; few steps need a larger one to cost anything.
         batch_size: Examples or pairs in a step.
         buckets: Shapes of batches, each of which is compiled once for every method; None for as many as
             training takes by itself.
@@ -39,6 +40,7 @@ class Size:
 
     sft_steps: int
     dpo_steps: int
+    learning_rate: float
     batch_size: int
     buckets: int | None
     points: int
@@ -64,6 +66,7 @@ SIZES = {
     "reduced": Size(
         sft_steps=60,
         dpo_steps=40,
+        learning_rate=1e-4,
         batch_size=8,
         buckets=3,
         points=2,
@@ -87,6 +90,7 @@ SIZES = {
     "full": Size(
         sft_steps=600,
         dpo_steps=160,
+        learning_rate=2e-5,
         batch_size=32,
         buckets=None,
         points=4,

@@ -44,7 +44,7 @@ class Method:
         optimizer: ``train/configs/smollm2_{optimizer}.yaml`` has its settings.
         beta: β of the loss.
         alpha_total: α times the number of steps, for those that merge.
-        learning_rate: Peak learning rate; None for that of the file.
+        rate: Peak learning rate, as a multiple of AdamW's.
         control: Whether it is there to judge the others by.
     """
 
@@ -52,25 +52,27 @@ class Method:
     optimizer: str
     beta: float = BETA
     alpha_total: float | None = None
-    learning_rate: float | None = None
+    rate: float = 1.0
     control: bool = False
 
 
-# As the miniature chose them (docs/taxbench/report.md), at the learning rate of the files. With α = 0
-# no τ would be held, whose signs are to have their vote in the control.
+# As the miniature chose them (docs/taxbench/report.md). With α = 0 no τ would be held, whose signs are
+# to have their vote in the control.
 METHODS = {
     "adamw": Method("AdamW", "adamw"),
     "kl": Method("AdamW, β = 0.3", "adamw", beta=0.3),
     "on_ties": Method("OnTIES, p = 0.1", "on_ties", alpha_total=ALPHA_TOTAL),
     "on_dare": Method("OnDARE, p = 0.5", "on_dare", alpha_total=ALPHA_TOTAL),
     "on_ties_large": Method(
-        "OnTIES, p = 0.1, lr 1e-4, β = 0.3",
+        "OnTIES, p = 0.1, 3 × lr, β = 0.3",
         "on_ties",
         beta=0.3,
         alpha_total=ALPHA_TOTAL / 2,
-        learning_rate=1e-4,
+        rate=3.0,
     ),
-    "largest": Method("largest entries alone, p = 0.1, lr 1e-4, β = 0.3", "keep_largest", beta=0.3),
+    "largest": Method(
+        "largest entries alone, p = 0.1, 3 × lr, β = 0.3", "keep_largest", beta=0.3, rate=3.0
+    ),
     "sign_mask": Method("control: OnTIES, α = 0", "on_ties", alpha_total=1e-7, control=True),
 }
 
@@ -173,6 +175,7 @@ class Study:
             "data.max_prompt_length": size.pair_lengths[0],
             "data.max_completion_length": size.pair_lengths[1],
             "loss.beta": method.beta,
+            "optimizer.learning_rate": method.rate * size.learning_rate,
             "output_dir": self._place(seed) / name,
             "reference_cache": self._place(seed) / "reference",
             "trainer.steps": size.dpo_steps,
@@ -182,8 +185,6 @@ class Study:
         if method.alpha_total is not None:
             alpha = method.alpha_total / size.dpo_steps
             values |= {"optimizer.alpha": alpha, "optimizer.seed": seed, "model.base": self.model}
-        if method.learning_rate is not None:
-            values["optimizer.learning_rate"] = method.learning_rate
         files = ["dpo", method.optimizer]
         config = configured("dpo", DPOConfig, self._flags(files, values, seed))
         return dataclasses.replace(config, evaluation=task_set(self.data, size))
