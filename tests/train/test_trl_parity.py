@@ -32,9 +32,12 @@ from train.objectives.preference import (
 from train.training.step import init_state, make_train_step
 
 STEPS, BATCH, BETA = 20, 4, 0.1
-# The epsilon keeps Adam from blowing gradients that are rounding noise, such as those of key biases,
-# up to full steps in random directions.
-B1, B2, EPS = 0.9, 0.999, 1e-6
+# Adam divides by sqrt(v) + eps, so a gradient's rounding moves a parameter by up to lr * rounding / eps
+# a step. Some gradients are rounding noise (those of key biases) or nearly so, and the rounding depends
+# on the processor and the versions. This eps is far above it, and still small next to the gradients that
+# train the model, so that the final parameters can be held to a tighter limit on any machine.
+B1, B2, EPS = 0.9, 0.999, 1e-4
+FINAL_LIMIT = 2e-6
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-3, 0.1, 1.0
 
 
@@ -248,7 +251,7 @@ def assert_same_steps(trainer, model, directory, loss_fn, params, dataset, check
             check_first(metrics)
         assert_same_metrics(metrics, trainer, number)
     final = {name: value.detach() for name, value in model.named_parameters()}
-    assert_close(state["params"], as_params(model, final, directory / "final")[1], 1e-5)
+    assert_close(state["params"], as_params(model, final, directory / "final")[1], FINAL_LIMIT)
 
 
 @pytest.mark.parametrize(
