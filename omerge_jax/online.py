@@ -61,14 +61,15 @@ def online_merge(
     Chain it after an optimizer, after its learning rate, and last: what is emitted is rounded to what
     the parameters can hold.
 
-    With ``every_k`` = K it follows Algorithm 2: the updates pass for K − 1 steps, and step K emits
-    ``merge(Δc + Δθ) − Δc``, where Δc is what the parameters have moved by since the last merge. They
-    are thereby left at the roll-back plus the merge of the whole span. K counts steps of this
-    transformation: with ``optax.MultiSteps`` put ``MultiSteps`` outermost. Δc is θ − θ_m, with the
-    parameters θ_m of the last merge kept in the state, where the authors' code sums the updates that
-    were proposed: the roll-back is exact whatever follows in the chain. On recorded runs of the authors'
-    code (float32, K = 3, 9 steps) both end within 1.3e-7 of the largest parameter of it. In bfloat16
-    the sum of proposals would roll back what rounding never moved.
+    With ``every_k`` = K it follows Algorithm 2: the updates pass, only rounded, for K − 1 steps, and
+    step K emits ``merge(Δc + Δθ) − Δc``, where Δc is what the parameters have moved by since the last
+    merge. They are thereby left at the roll-back plus the merge of the whole span. Δc is θ − θ_m, with
+    the parameters θ_m of the last merge kept in the state, where the authors' code sums the updates
+    that were proposed. The roll-back is exact whatever follows in the chain, as long as ``update`` is
+    given the parameters that its updates are added to. On recorded runs of their code (float32, K = 3,
+    9 steps) both ways end within 1.3e-7 of the largest parameter of it; in bfloat16 the sum of
+    proposals would roll back what rounding never moved. K counts steps of this transformation: with
+    ``optax.MultiSteps`` put ``MultiSteps`` outermost.
 
     Args:
       sparsifier: F, a callable ``(x, ctx) -> array``, such as `random` or `magnitude`. It is given
@@ -79,9 +80,8 @@ def online_merge(
         consensus: what is emitted is F(Δθ), not rounded.
       delta: τ_r, copied into the state by ``init``; None to set it later with `with_delta`, which
         keeps it out of the compiled ``init``.
-      every_k: K, a Python int of at least 1. Other than 1 it keeps a copy of the parameters. Under
-        ``optax.inject_hyperparams`` a K other than 1 works too; name it in ``static_args`` where
-        ``init`` is compiled.
+      every_k: K, an integer of at least 1; under ``optax.inject_hyperparams`` name it in
+        ``static_args`` where it is given.
       delta_mask: ``"fresh"`` sparsifies τ_r anew at every step. ``"fixed"`` does it once, as the
         authors' code (step 0 of the mask, and of a density schedule; an injected density counts as it
         is at each step): whatever a random mask dropped then never arrives, and with 1/p scaling what
