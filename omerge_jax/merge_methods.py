@@ -8,19 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from omerge_jax.largest import magnitude
 from omerge_jax.numerics import wide_dtype
-from omerge_jax.paths import Path, show
-from omerge_jax.ranked import band, magnitude_ranked, rank_axis_of
-from omerge_jax.sparsify import (
+from omerge_jax.paths import Axes, Path, from_front, show, to_front
+from omerge_jax.sparsifiers.band import band
+from omerge_jax.sparsifiers.base import (
     Sparsifier,
     SparsifyContext,
     check_density,
     identity,
     norm_ratio,
-    random,
 )
-from omerge_jax.threshold import per_layer
+from omerge_jax.sparsifiers.magnitude import magnitude
+from omerge_jax.sparsifiers.random import random
+from omerge_jax.sparsifiers.ranked import magnitude_ranked, rank_axis_of
+from omerge_jax.threshold.edge import per_layer
 
 _RESCALE = ("inverse", "norm", "none")
 _ELECTIONS = ("weighted", "unweighted", "count")
@@ -29,12 +30,17 @@ _PER_MODEL = ("density", "epsilon", "gamma")
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One leaf of all the trees: its path, its arrays, and how many axes stack layers."""
+    """One leaf of all the trees: its path, its arrays, and which axes stack layers."""
 
     path: Path
     base: Any
     models: tuple[Any, ...]
-    layer_axes: int
+    axes: Axes
+
+    @property
+    def layer_axes(self) -> int:
+        """How many axes stack layers; they are in front where a leaf is merged."""
+        return len(self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +174,9 @@ def merge_leaf(plan: Plan, leaf: Leaf) -> jax.Array:
     """Merges one leaf; the result has the dtype of ``leaf.base``."""
     arrays = [jnp.asarray(array) for array in (leaf.base, *leaf.models)]
     wide = wide_dtype(jnp.result_type(*arrays))
-    origin, *others = (array.astype(wide) for array in arrays)
-    return plan.method.merge(plan, leaf, origin, others).astype(arrays[0].dtype)
+    origin, *others = (to_front(array.astype(wide), leaf.axes) for array in arrays)
+    merged = plan.method.merge(plan, leaf, origin, others)
+    return from_front(merged, leaf.axes).astype(arrays[0].dtype)
 
 
 def _linear(plan: Plan, leaf: Leaf, origin: jax.Array, others: list[jax.Array]) -> jax.Array:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from omerge_jax.merge_methods import Leaf, check_leaf, make_plan, merge_leaf
-from omerge_jax.paths import LayerAxes, Path, leaves_by_path, path_names, resolve_layer_axes, show
-from omerge_jax.ranked import RankAxis
-from omerge_jax.sparsify import Draw
+from omerge_jax.paths import LayerAxes, Path, layer_axes_of, leaves_by_path, path_names, show
+from omerge_jax.sparsifiers.base import Draw
+from omerge_jax.sparsifiers.ranked import RankAxis
 
 
 def offline_merge(
@@ -89,8 +89,8 @@ def offline_merge(
       seed: ``dare``, ``della``: fixes the masks, together with path, model and element. Default 0.
       draw: ``dare``, ``della``: another source of masks, ``(x, probability, ctx) -> bool array``;
         ``ctx.path`` is the leaf's path, ``ctx.role`` is ``"model0"``, ``"model1"``, …
-      layer_axes: number of leading axes that index separate tensors (stacked layers), an int, a
-        callable of the path or a tree prefix. Accepted by every method, as it describes the leaves.
+      layer_axes: which axes index separate tensors (stacked layers), see `online_merge`. Every method
+        accepts it, as it describes the leaves.
 
     Returns:
       A pytree like ``base``. Computed in float32 at least, whatever the leaves' dtype.
@@ -175,7 +175,7 @@ def _matched_leaves(base: Any, models: Sequence[Any], layer_axes: LayerAxes) -> 
             path,
             leaf,
             tuple(theirs[path] for theirs in others),
-            resolve_layer_axes(layer_axes, path, jnp.ndim(leaf)),
+            layer_axes_of(layer_axes, path, jnp.ndim(leaf)),
         )
         for path, leaf in ours.items()
         if _is_float(leaf)

@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omerge_jax import consensus, sparsify
+from omerge_jax import consensus
+from omerge_jax.alpha import Alpha
 from omerge_jax.fused import fused_chain
-from omerge_jax.largest import magnitude
-from omerge_jax.paths import LayerAxes
+from omerge_jax.numerics import is_float
+from omerge_jax.online import DeltaMask, merge_then_round
+from omerge_jax.paths import LayerAxes, Path, map_by_path
 from omerge_jax.rounding import Rounding
-from omerge_jax.rule import Finish
+from omerge_jax.sparsifiers.base import Draw
+from omerge_jax.sparsifiers.magnitude import magnitude
+from omerge_jax.sparsifiers.random import random
 from omerge_jax.storage import Storage
-from omerge_jax.transformation import Alpha, DeltaMask, merge_transformation
 
 Mask = Any | Callable[[optax.Params], Any] | None
 
@@ -42,9 +45,11 @@ def _adam(
         del params
         assert isinstance(state, optax.ScaleByAdamState)
         count = jnp.asarray(optax.safe_increment(state.count))
+        # m ← β1·m + (1 − β1)·g and v ← β2·v + (1 − β2)·g².
         mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
         nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g * g, updates, state.nu)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        # Δθ = −lr·√(1 − β2^t)/(1 − β1^t) · m/(√v + eps).
         size = -jnp.sqrt(_one_minus_power(b2, count)) * (rate / _one_minus_power(b1, count))
         steps = jax.tree.map(
             lambda g, m, v: (size * (m / (jnp.sqrt(v) + eps))).astype(g.dtype), updates, mu, nu
@@ -67,16 +72,35 @@ def _one_minus_power(base: chex.Numeric, exponent: jax.Array) -> jax.Array:
 
 def _decay_merged(
     learning_rate: optax.ScalarOrSchedule, weight_decay: chex.Numeric, mask: Mask
-) -> Finish | None:
-    """Decays what an update leads to: θ ← (θ + u)·(1 − lr·wd); None for no decay."""
+) -> optax.GradientTransformation:
+    """Decays what an update leads to: θ ← (θ + u)·(1 − lr·wd), so that decay is not merged."""
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
-        return None
+        return optax.identity()
 
-    def decay(update: jax.Array, param: jax.Array, step: jax.Array) -> jax.Array:
-        rate = learning_rate(step) if callable(learning_rate) else learning_rate
-        return update - rate * weight_decay * (param.astype(update.dtype) + update)
+    def init(params: optax.Params) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
 
-    return Finish(decay, mask)
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        assert isinstance(state, optax.ScaleByScheduleState)
+        if params is None:
+            raise ValueError("weight decay needs the parameters: call update(grads, state, params)")
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+
+        def decay(path: Path, update: jax.Array, param: jax.Array) -> jax.Array:
+            del path
+            if not is_float(update):
+                return update
+            # u ← u − lr·wd·(θ + u)
+            return update - rate * weight_decay * (param.astype(update.dtype) + update)
+
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return map_by_path(decay, updates, params), optax.ScaleByScheduleState(count)
+
+    decayed = optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+    return decayed if mask is None else optax.masked(decayed, mask)
 
 
 def on_dare_adamw(
@@ -89,7 +113,7 @@ def on_dare_adamw(
     alpha: Alpha,
     density: optax.ScalarOrSchedule,
     delta: Any = None,
-    every_k: chex.Numeric = 1,
+    every_k: int = 1,
     rescale: Literal["inverse", "norm", "none"] = "inverse",
     delta_mask: DeltaMask = "fresh",
     clip: chex.Numeric | None = 1.0,
@@ -98,7 +122,7 @@ def on_dare_adamw(
     seed: chex.Numeric = 0,
     layer_axes: LayerAxes = None,
     diagnostics: bool = False,
-    draw: sparsify.Draw | None = None,
+    draw: Draw | None = None,
     mask: Mask = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -114,19 +138,9 @@ def on_dare_adamw(
       b2: decay of the second moment.
       eps: added to the uncorrected square root.
       weight_decay: decay per unit of learning rate.
-      alpha: see `on_dare`.
-      density: see `on_dare`.
-      delta: see `on_dare`.
-      every_k: see `on_dare`.
-      rescale: see `on_dare`.
-      delta_mask: see `on_dare`.
-      clip: see `on_dare`.
-      storage: see `on_dare`.
-      rounding: see `on_dare`.
-      seed: see `on_dare`.
-      layer_axes: see `on_dare`.
-      diagnostics: see `on_dare`.
-      draw: see `on_dare`.
+      alpha, density, delta, every_k, rescale, delta_mask, clip: as in `on_dare`; with
+        ``rescale="norm"`` the norm that is divided by gets ``eps`` added, as in the authors' code.
+      storage, rounding, seed, layer_axes, diagnostics, draw: as in `on_dare`.
       mask: which parameters decay, as in ``optax.adamw``: a tree of bools or a callable; None for all.
       mu_dtype: dtype of the first moment; None for the parameters'.
 
@@ -143,9 +157,10 @@ def on_dare_adamw(
     References:
       Lu et al., https://arxiv.org/abs/2405.17931, Algorithm 1, and its published code.
     """
-    merge = merge_transformation(
-        sparsify.random(density, rescale=rescale, clip=clip, seed=seed, draw=draw),
+    merge = merge_then_round(
+        random(density, rescale=rescale, clip=clip, seed=seed, draw=draw, eps=eps),
         consensus.linear(),
+        _decay_merged(learning_rate, weight_decay, mask),
         alpha=alpha,
         delta=delta,
         every_k=every_k,
@@ -155,7 +170,6 @@ def on_dare_adamw(
         seed=seed,
         layer_axes=layer_axes,
         diagnostics=diagnostics,
-        finish=_decay_merged(learning_rate, weight_decay, mask),
     )
     return fused_chain(_adam(learning_rate, b1, b2, eps, mu_dtype), merge)
 
@@ -170,7 +184,7 @@ def on_ties_adamw(
     alpha: Alpha,
     density: optax.ScalarOrSchedule,
     delta: Any = None,
-    every_k: chex.Numeric = 1,
+    every_k: int = 1,
     rescale: Literal["none", "norm"] = "none",
     election: Literal["unweighted", "weighted"] = "unweighted",
     threshold: Literal["exact", "sampled"] = "exact",
@@ -190,18 +204,8 @@ def on_ties_adamw(
       b2: decay of the second moment.
       eps: added to the uncorrected square root.
       weight_decay: decay per unit of learning rate, on the merged parameters.
-      alpha: see `on_ties`.
-      density: see `on_ties`.
-      delta: see `on_ties`.
-      every_k: see `on_ties`.
-      rescale: see `on_ties`.
-      election: see `on_ties`.
-      threshold: see `on_ties`.
-      storage: see `on_ties`.
-      rounding: see `on_ties`.
-      seed: see `on_ties`.
-      layer_axes: see `on_ties`.
-      diagnostics: see `on_ties`.
+      alpha, density, delta, every_k, rescale, election, threshold: as in `on_ties`.
+      storage, rounding, seed, layer_axes, diagnostics: as in `on_ties`.
       mask: which parameters decay, as in ``optax.adamw``.
       mu_dtype: dtype of the first moment; None for the parameters'.
 
@@ -218,9 +222,10 @@ def on_ties_adamw(
     References:
       Lu et al., https://arxiv.org/abs/2405.17931, Algorithm 1, and its published code.
     """
-    merge = merge_transformation(
+    merge = merge_then_round(
         magnitude(density, rescale=rescale, threshold=threshold, seed=seed),
         consensus.sign(election),
+        _decay_merged(learning_rate, weight_decay, mask),
         alpha=alpha,
         delta=delta,
         every_k=every_k,
@@ -230,6 +235,5 @@ def on_ties_adamw(
         seed=seed,
         layer_axes=layer_axes,
         diagnostics=diagnostics,
-        finish=_decay_merged(learning_rate, weight_decay, mask),
     )
     return fused_chain(_adam(learning_rate, b1, b2, eps, mu_dtype), merge)
