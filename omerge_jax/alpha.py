@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from omerge_jax.checks import check_choice, check_schedule
+
+SHARE = "the part of a step's norm that the reference term gets"
 Scope = Literal["global", "tensor"]
 
 
@@ -65,11 +68,6 @@ def relative(share: optax.ScalarOrSchedule, *, scope: Scope = "global") -> Relat
       >>> import optax, omerge_jax as om
       >>> tx = optax.chain(optax.adamw(1e-6), om.on_dare(alpha=om.relative(0.05), density=0.5))
     """
-    if isinstance(share, (int, float)) and not 0 <= share <= 1:
-        raise ValueError(
-            "share is the part of a step's norm that the reference term gets and must be in [0, 1], "
-            f"got share = {share}"
-        )
-    if scope not in ("global", "tensor"):
-        raise ValueError(f"scope must be 'global' or 'tensor', got scope = {scope!r}")
+    check_schedule("share", share, "in [0, 1]", SHARE)
+    check_choice("scope", scope, ("global", "tensor"))
     return Relative(share, scope)

@@ -1,5 +1,6 @@
 """Small numerical parts that several modules share."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -7,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 
-def wide_dtype(dtype: jax.typing.DTypeLike) -> Any:
-    """The dtype in which leaves of ``dtype`` are computed: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+def wide_dtype(*dtypes: jax.typing.DTypeLike) -> Any:
+    """The dtype in which leaves of these dtypes are computed together: at least float32."""
+    # The caller may have set strict promotion, under which bfloat16 and float32 have no common dtype.
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes, jnp.float32)
 
 
 def widened(x: jax.Array) -> jax.Array:

@@ -112,7 +112,7 @@ def _init_state(merge: Merge, params: optax.Params, delta: Any, plain: bool) -> 
         # zeros_like, not zeros: a sharded parameter gets a cache that is sharded alike.
         return jnp.zeros_like(param, dtype=wide_dtype(param.dtype))
 
-    reference = None
+    reference = optax.EmptyState() if merge.uses_delta else None
     if merge.uses_delta and merge.storage != "recompute":
         reference = jax.tree_util.tree_map_with_path(unset, params)
         if delta is not None:

@@ -25,7 +25,8 @@ def step(alpha, updates, delta, **options):
     options = {"rounding": "nearest", "layer_axes": layer_axes} | options
     tx = om.online_merge(om.identity(), om.linear(), alpha=alpha, **options)
     params = tree(9)
-    state = om.with_delta(tx.init(params), delta)
+    # Compiled, as a delta of zeros is refused outside of jit.
+    state = jax.jit(om.with_delta)(tx.init(params), delta)
     return jax.jit(tx.update)(updates, state, params)
 
 

@@ -133,7 +133,8 @@ gradient = jax.jit(jax.grad(loss))
 
 def training_loop(tx, params=START, delta=DELTA, steps=STEPS, grad=gradient):
     """Returns the parameters and the state after some steps of the library."""
-    state = om.with_delta(tx.init(params), delta)
+    # Compiled, as a delta of zeros is refused outside of jit.
+    state = jax.jit(om.with_delta)(tx.init(params), delta)
     update = jax.jit(tx.update)
     for _ in range(steps):
         updates, state = update(grad(params), state, params)
