@@ -19,9 +19,8 @@ def task_vector(
 ) -> Any:
     """Returns τ_r = reference − base, leaf by leaf.
 
-    Leaves are matched by the names on their path, so the two trees may use different containers
-    (dicts, ``FrozenDict``, ``nnx.State``, named tuples). The difference is taken in float32 (or in
-    the wider of the two dtypes) before it is cast.
+    Leaves are matched by the names on their path, whatever the containers. The difference is taken in
+    float32 (or in the wider of the two dtypes) before it is cast.
 
     Args:
       reference: parameters θ_r of the reference (SFT) model, the policy at step 0.
@@ -53,11 +52,10 @@ def task_vector(
         path = path_names(key_path)
         ours = _as_array(leaf, path, "reference")
         wide = wide_dtype(ours.dtype)
+        theirs = _as_array(base_leaves.get(path, ours), path, "base")
         if path not in base_leaves:
             problems.append(f"{show(path)} is missing in base")
-            return jnp.zeros(ours.shape, dtype or wide)
-        theirs = _as_array(base_leaves[path], path, "base")
-        if theirs.shape != ours.shape:
+        elif theirs.shape != ours.shape:
             problems.append(f"{show(path)} is {ours.shape} in reference, {theirs.shape} in base")
         elif jnp.issubdtype(ours.dtype, jnp.inexact):
             wide = wide_dtype(ours.dtype, theirs.dtype)

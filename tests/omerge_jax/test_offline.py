@@ -340,8 +340,8 @@ def test_sharded_leaves_are_not_gathered():
             "method must be one of linear, task_arithmetic, .* got method = 'tise'",
         ),
         ({"weights": None}, "'linear' needs weights"),
-        ({"weights": [1.0]}, "weights needs one entry a model, got 1 for 2"),
-        ({"weights": lambda path: [1.0]}, "got 1 for 2 models for the leaf b"),
+        ({"weights": [1.0]}, "weights must be one a model, got 1 for 2"),
+        ({"weights": lambda path: [1.0]}, "weights for the leaf b must be one a model, got 1 for 2"),
         ({"weights": [1.0, -1.0]}, "must not sum to 0"),
         ({"weights": [1.0, float("nan")]}, "weights must be finite"),
         (
@@ -389,7 +389,7 @@ def test_slerp_merges_one_model_and_needs_t():
         slerp([a])
     with pytest.raises(ValueError, match="does not use weights"):
         slerp([a], t=0.5, weights=[1.0])
-    with pytest.raises(ValueError, match=r"t must be between 0 and 1, got t = 1\.5"):
+    with pytest.raises(ValueError, match=r"t must be in \[0, 1\], got t = 1\.5"):
         slerp([a], t=1.5)
 
 
