@@ -10,18 +10,21 @@ from omerge_jax.consensus import Consensus, linear, sign
 from omerge_jax.delta import task_vector
 from omerge_jax.diagnostics import merge_metrics
 from omerge_jax.fused import FusedChainState, fused_chain
-from omerge_jax.largest import magnitude
+from omerge_jax.methods import child_tuning, keep_largest, on_dare, on_ties
 from omerge_jax.offline import offline_merge
-from omerge_jax.online import child_tuning, keep_largest, on_dare, on_ties, online_merge
+from omerge_jax.online import online_merge
 from omerge_jax.presets import on_dare_adamw, on_ties_adamw
-from omerge_jax.ranked import band, magnitude_ranked
-from omerge_jax.sparsify import (
+from omerge_jax.rounding import RoundedState, rounded
+from omerge_jax.sparsifiers.band import band
+from omerge_jax.sparsifiers.base import (
     FittedSparsifier,
     Sparsifier,
     SparsifyContext,
     identity,
-    random,
 )
+from omerge_jax.sparsifiers.magnitude import magnitude
+from omerge_jax.sparsifiers.random import random
+from omerge_jax.sparsifiers.ranked import magnitude_ranked
 from omerge_jax.state import OnlineMergeState, with_delta
 
 __version__ = "0.1.0"
@@ -33,6 +36,7 @@ __all__ = [
     "FusedChainState",
     "OnlineMergeState",
     "Relative",
+    "RoundedState",
     "Sparsifier",
     "SparsifyContext",
     "anchored",
@@ -53,6 +57,7 @@ __all__ = [
     "online_merge",
     "random",
     "relative",
+    "rounded",
     "sign",
     "task_vector",
     "with_delta",

@@ -1,13 +1,14 @@
 """The weight of the reference relative to the step, instead of an absolute number."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from omerge_jax.checks import check_choice, check_schedule
+from omerge_jax.paths import Path
 
 SHARE = "the part of a step's norm that the reference term gets"
 Scope = Literal["global", "tensor"]
@@ -39,6 +40,34 @@ class Relative:
         ours, theirs = share * update_norm, (1 - share) * delta_norm
         known = (update_norm > 0) & (delta_norm > 0)
         return jnp.where(known, ours / jnp.where(known, ours + theirs, 1), 0)
+
+
+Alpha = optax.ScalarOrSchedule | Relative
+
+
+def alpha_at(alpha: Alpha, scale: Any, step: jax.Array) -> jax.Array | Relative:
+    """Returns the alpha of a step, or its share of the norm, times ``scale``."""
+    number = alpha.share if isinstance(alpha, Relative) else alpha
+    number = jnp.asarray(number(step) if callable(number) else number, jnp.float32) * scale
+    return Relative(number, alpha.scope) if isinstance(alpha, Relative) else number
+
+
+def alpha_of_leaves(
+    alpha: Relative, squares: dict[Path, tuple[jax.Array, jax.Array]]
+) -> dict[Path, jax.Array]:
+    """Returns the alpha of every leaf: a scalar, or [*layers] with ``scope="tensor"``.
+
+    Args:
+      alpha: the share of the norm, evaluated at the step.
+      squares: ‖F(Δθ)‖² and ‖F(τ_r)‖² of every tensor of every leaf, float32 [*layers].
+    """
+    if alpha.scope == "global" and squares:
+        ours, theirs = (sum(jnp.sum(pair[i]) for pair in squares.values()) for i in (0, 1))
+        squares = dict.fromkeys(squares, (jnp.asarray(ours), jnp.asarray(theirs)))
+    return {
+        path: alpha.alpha(jnp.sqrt(ours), jnp.sqrt(theirs))
+        for path, (ours, theirs) in squares.items()
+    }
 
 
 def relative(share: optax.ScalarOrSchedule, *, scope: Scope = "global") -> Relative:

@@ -67,7 +67,7 @@ def leaf_sums(
       delta: τ_r [...]; None where there is none.
       kept: F(Δθ) [...].
       kept_delta: F(τ_r) [...]; None where there is none.
-      merged: the update that is emitted [...], in its final dtype.
+      merged: the update that is emitted [...], before it is rounded.
       param: the parameter [...], or None when it is unknown.
       alpha: float32 scalar.
     """
@@ -147,9 +147,9 @@ def merge_metrics(opt_state: Any) -> dict[str, jax.Array]:
       - ``sign_agreement``: share of equal signs where F(Δθ) and F(τ_r) are both not 0.
       - ``reference_ratio``: ‖α·F(τ_r)‖ ÷ ‖(1−α)·F(Δθ)‖.
       - ``cosine``: cosine of Δθ and τ_r (F(τ_r) where the state holds that, ``storage="sparse"``).
-      - ``update_norm``: norm of the emitted update.
+      - ``update_norm``: norm of the emitted update, before it is rounded.
       - ``rounding_lost``: share of non-zero updates that leave their parameter as it was, lost to
-        rounding; NaN where ``update`` was called without params.
+        rounding: 0 unless ``rounding="nearest"``; NaN where ``update`` was called without params.
 
     Example:
       >>> import optax, omerge_jax as om

@@ -1,52 +1,31 @@
 """An elementwise optimizer and a merge, chained so that statistics cost no pass of their own."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from omerge_jax.engine import Ahead, LookAhead, Wanted
-from omerge_jax.exact import Entries
-from omerge_jax.numerics import renewed, sum_together
-from omerge_jax.paths import Path, leaves_by_path, path_names
-from omerge_jax.sample import Sample
-from omerge_jax.state import merge_states
-from omerge_jax.threshold import magnitude_bits
+from omerge_jax.entries import Entries, Part, entries_of
+from omerge_jax.numerics import sum_together
+from omerge_jax.paths import Path, leaves_by_path, map_by_path, path_names
+from omerge_jax.threshold.edge import magnitude_bits
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
-# What moves values from entry to entry, or puts several of them together.
-_MIXING = (
-    "reduce",
-    "arg",
-    "cum",
-    "dot_general",
-    "conv_general",
-    "sort",
-    "top_k",
-    "gather",
-    "scatter",
-    "transpose",
-    "reshape",
-    "rev",
-    "slice",
-    "dynamic_",
-    "concatenate",
-    "pad",
-    "fft",
-    "iota",
-    "random_",
-    "threefry",
-    "cholesky",
-    "qr",
-    "svd",
-    "eig",
-    "while",
-    "scan",
+# Operations whose result at an entry depends on that entry of their operands alone.
+_ELEMENTWISE = """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp
+    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge
+    gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not
+    optimization_barrier or pow reduce_precision rem round rsqrt select_n sharding_constraint
+    shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub
+    tan tanh xor
+"""
+# Operations that are as elementwise as the functions they call.
+_CALLS = (
+    "checkpoint closed_call cond core_call custom_jvp_call custom_vjp_call jit pjit remat2 while"
 )
-_SHAPELESS = ("reduce_precision",)
 
 
 class FusedChainState(NamedTuple):
@@ -115,54 +94,19 @@ def fused_chain(
         def step(grads: Any, inner_state: Any, params: Any) -> tuple[Any, Any]:
             return inner.update(grads, inner_state, params, **extra_args)
 
-        def merged_with(proposed: Any, look_ahead: LookAhead) -> tuple[Any, Any]:
-            return merge.update(
-                proposed, state.merge_state, params, look_ahead=look_ahead, **extra_args
-            )
-
-        wanted = _wanted(merged_with, updates)
-        known = Ahead({}, {})
-        if wanted.samples or wanted.fits:
-            arguments = (updates, state.inner_state, params)
-            _require_elementwise(step, arguments)
-            count = merge_states(state.merge_state)[0].merge_count
-            known = _look_ahead(_Again(inner, step, arguments), wanted, count)
-        proposed, inner_state = step(_after(known, updates), state.inner_state, params)
-        merged, merge_state = merged_with(proposed, lambda wanted: _only(known, wanted))
-        return merged, FusedChainState(inner_state, merge_state)
+        proposed = _Proposed(inner, step, (updates, state.inner_state, params))
+        merged, merge_state = merge.update(
+            proposed.entries(), state.merge_state, params, **extra_args
+        )
+        # A merge inside of optax.masked gives the other leaves back as they were.
+        merged = jax.tree.map(lambda leaf: entries_of(leaf).whole(), merged)
+        return merged, FusedChainState(proposed.step()[1], merge_state)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _wanted(merged_with: Callable[[Any, LookAhead], Any], updates: Any) -> Wanted:
-    """Returns what a merge asks for; its step is not to be used."""
-    asked = Wanted({}, {})
-
-    def record(wanted: Wanted) -> Ahead:
-        asked.samples.update(wanted.samples)
-        asked.fits.update(wanted.fits)
-        return Ahead({}, {})
-
-    jax.eval_shape(lambda proposed: merged_with(proposed, record), updates)
-    return asked
-
-
-def _only(known: Ahead, wanted: Wanted) -> Ahead:
-    """Returns what one merge asks for of what is known."""
-    return Ahead(
-        {p: known.samples[p] for p in wanted.samples}, {p: known.fits[p] for p in wanted.fits}
-    )
-
-
-def _look_ahead(again: "_Again", wanted: Wanted, count: jax.Array) -> Ahead:
-    """Computes what is wanted from the gradients, moments and parameters."""
-    samples = {path: dataclasses.replace(one, step=count) for path, one in wanted.samples.items()}
-    fits = {path: fit(again.entries(path), count) for path, fit in wanted.fits.items()}
-    return Ahead(again.samples(samples), fits)
-
-
-class _Again:
-    """Updates of an elementwise optimizer, computed once more from parts of what they are made of.
+class _Proposed:
+    """The updates that an elementwise optimizer proposes, as leaves that can be read again.
 
     Args:
       inner: the optimizer.
@@ -171,63 +115,70 @@ class _Again:
     """
 
     def __init__(self, inner: Any, step: Step, arguments: tuple[Any, Any, Any]):
-        self.inner, self.step, self.arguments = inner, step, arguments
-        self.paths = _paths(arguments[0])
+        self._inner, self._step, self._arguments = inner, step, arguments
+        self._paths = _paths(arguments[0])
+        self._first: dict[Path, list[jax.Array]] = {}
+        self._stepped: tuple[Any, Any] | None = None
+        self._is_checked = False
 
-    def samples(self, samples: dict[Path, Sample]) -> dict[Path, jax.Array]:
-        """Returns samples of the updates."""
-        if not samples:
-            return {}
+    def entries(self) -> Any:
+        """Returns the updates of all leaves."""
+        shapes, _ = jax.eval_shape(self._step, *self._arguments)
 
-        def take(path: Path, x: Any) -> Any:
-            sample = samples.get(path)
-            return x if sample is None else sample.take(x)
+        def one(path: Path, like: jax.ShapeDtypeStruct) -> Entries:
+            return Entries(
+                tuple(like.shape),
+                like.dtype,
+                whole=lambda: leaves_by_path(self.step()[0])[path],
+                read=lambda part: self._read(path, part),
+                wait=lambda known: self._first.setdefault(path, []).append(known),
+            )
 
-        leaves = self._updates(take)
-        return {path: leaves[path] for path in samples}
+        return map_by_path(one, shapes)
 
-    def entries(self, path: Path) -> Entries:
-        """Returns the update of one leaf as it can be had again and again."""
+    def step(self) -> tuple[Any, Any]:
+        """Returns the updates as arrays and the optimizer's new state; takes the step only once."""
+        if self._stepped is None:
+            grads, state, params = self._arguments
+            self._stepped = self._step(_after(self._first, grads), state, params)
+        return self._stepped
 
-        def of(part: Callable[[jax.Array], jax.Array]) -> jax.Array:
-            # The other leaves are left out, or a step of many would be traced many times.
-            return self._updates(lambda p, x: part(x) if p == path else optax.MaskedNode())[path]
+    def _read(self, path: Path, part: Part) -> jax.Array:
+        """Returns a part of the update of one leaf, computed from the same part of its inputs."""
+        if not self._is_checked:
+            _require_elementwise(self._step, self._arguments)
+            self._is_checked = True
 
-        return Entries(
-            shape=leaves_by_path(self.arguments[0])[path].shape,
-            compute=lambda turn: of(lambda x: renewed(x, turn)),
-            sample=lambda sample: of(sample.take),
-        )
-
-    def _updates(self, part: Callable[[Path, Any], Any]) -> dict[Path, jax.Array]:
         def of(x: Any, name: Any) -> Any:
             # Where the inner optimizer is masked there is no array, and names of a whole subtree.
-            return x if _is_masked(x) else part(name.path, x)
+            if _is_masked(x):
+                return x
+            # The other leaves are left out, or a step of many would be traced many times.
+            return part(x) if name.path == path else optax.MaskedNode()
 
-        grads, state, params = self.arguments
-        state = optax.tree.map_params(self.inner, of, state, self.paths, is_leaf=_is_masked)
+        grads, state, params = self._arguments
+        state = optax.tree.map_params(self._inner, of, state, self._paths, is_leaf=_is_masked)
         params = None if params is None else jax.tree.map(of, params, _paths(params))
-        return leaves_by_path(self.step(jax.tree.map(of, grads, self.paths), state, params)[0])
+        proposed, _ = self._step(jax.tree.map(of, grads, self._paths), state, params)
+        return leaves_by_path(proposed)[path]
 
 
-def _after(known: Ahead, updates: Any) -> Any:
-    """Returns ``updates``, which are not available to the compiler before what is known of them is.
+def _after(first: dict[Path, list[jax.Array]], grads: Any) -> Any:
+    """Returns the gradients, which the compiler is not given before what was read of updates.
 
-    That comes from moments that the step overwrites. Where nothing orders the two, the CPU compiler
+    That is read from moments that the step overwrites. Where nothing orders the two, the CPU compiler
     copies the moments first, which costs more than the step.
     """
 
-    def add_zero(key_path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        path = path_names(key_path)
-        for one in (known.samples.get(path), known.fits.get(path)):
-            if one is not None:
-                bits = magnitude_bits(one)
-                low, high = sum_together([bits & 1, bits >> 31], tuple(range(bits.ndim)))
-                # No magnitude has its highest bit set.
-                update = update + (low & high).astype(update.dtype)
-        return update
+    def add_zero(path: Path, grad: jax.Array) -> jax.Array:
+        for known in first.get(path, []):
+            bits = magnitude_bits(known)
+            low, high = sum_together([bits & 1, bits >> 31], tuple(range(bits.ndim)))
+            # No magnitude has its highest bit set.
+            grad = grad + (low & high).astype(grad.dtype)
+        return grad
 
-    return jax.tree_util.tree_map_with_path(add_zero, updates)
+    return map_by_path(add_zero, grads)
 
 
 def _is_masked(node: Any) -> bool:
@@ -245,11 +196,9 @@ def _paths(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: _Named(path_names(path)), tree)
 
 
-def _require_elementwise(step: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Raises ValueError where an update of an entry depends on other entries."""
-    jaxpr = jax.make_jaxpr(step)(*arguments)
-    used = sorted(_primitives(jaxpr.jaxpr))
-    mixing = [name for name in used if name.startswith(_MIXING) and name not in _SHAPELESS]
+def _require_elementwise(step: Step, arguments: tuple[Any, Any, Any]) -> None:
+    """Raises ValueError where an update of an entry may depend on other entries."""
+    mixing = sorted(_mixing(jax.make_jaxpr(step)(*arguments).jaxpr))
     if mixing:
         raise ValueError(
             "fused_chain needs an inner optimizer that treats every entry on its own, but it uses "
@@ -258,16 +207,25 @@ def _require_elementwise(step: Callable[..., Any], arguments: tuple[Any, ...]) -
         )
 
 
-def _primitives(jaxpr: Any) -> set[str]:
-    """Returns the names of the operations on arrays that are no scalars."""
+def _mixing(jaxpr: Any) -> set[str]:
+    """Returns the names of the operations on arrays that are not known to be elementwise."""
     names = set()
     for equation in jaxpr.eqns:
-        inner = [p for value in equation.params.values() for p in _jaxprs(value)]
-        for sub in inner:
-            names |= _primitives(sub)
-        if not inner and any(getattr(v.aval, "ndim", 0) for v in equation.invars):
-            names.add(equation.primitive.name)
+        name = equation.primitive.name
+        called = [p for value in equation.params.values() for p in _jaxprs(value)]
+        for inner in called:
+            names |= _mixing(inner)
+        from_arrays = any(map(_has_axes, equation.invars))
+        known = name in (_CALLS if called else _ELEMENTWISE).split()
+        if name == "broadcast_in_dim":
+            known = not from_arrays
+        if not known and (from_arrays or any(map(_has_axes, equation.outvars))):
+            names.add(name)
     return names
+
+
+def _has_axes(variable: Any) -> bool:
+    return bool(getattr(variable.aval, "ndim", 0))
 
 
 def _jaxprs(value: Any) -> list[Any]:

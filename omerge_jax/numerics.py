@@ -15,6 +15,11 @@ def wide_dtype(*dtypes: jax.typing.DTypeLike) -> Any:
         return functools.reduce(jnp.promote_types, dtypes, jnp.float32)
 
 
+def is_float(x: Any) -> bool:
+    """Whether a leaf is merged and rounded; leaves of integers pass through everywhere."""
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
 def widened(x: jax.Array) -> jax.Array:
     """Returns ``x`` in the dtype it is computed in, as it is where it is stored.
 

@@ -1,24 +1,45 @@
-"""Online merging as Optax transformations: blend every update with the reference's delta.
+"""Online merging as an Optax transformation: blend every update with the reference's delta.
 
 One step is θ ← θ + F(Δθ) ⊕ F(τ_r) (Eq. 2 of arXiv 2405.17931), where Δθ is the update that the
 optimizer before it in the chain proposes. The merge acts on final, signed updates: chain it after
 the learning rate.
 """
 
-from typing import Any, Literal
+import dataclasses
+from typing import Any, Literal, get_args
 
 import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
-from omerge_jax import consensus as consensus_lib
-from omerge_jax import sparsify
+from omerge_jax.alpha import Alpha
 from omerge_jax.consensus import Consensus
-from omerge_jax.largest import magnitude
-from omerge_jax.paths import LayerAxes
-from omerge_jax.rounding import Rounding
-from omerge_jax.sparsify import Sparsifier
-from omerge_jax.storage import Storage
-from omerge_jax.transformation import Alpha, DeltaMask, merge_transformation
+from omerge_jax.diagnostics import zero_scalars
+from omerge_jax.paths import (
+    LayerAxes,
+    layer_axes_rule,
+    leaves_by_path,
+    path_names,
+    show,
+)
+from omerge_jax.rounding import Rounding, rounded
+from omerge_jax.sparsifiers.base import FittedSparsifier, Sparsifier, as_sparsifier
+from omerge_jax.state import OnlineMergeState, place_in_state
+from omerge_jax.step import MergeSettings, MergeStep
+from omerge_jax.storage import (
+    DeltaFit,
+    Recipe,
+    Storage,
+    UnsetDelta,
+    check_storage,
+    has_hash,
+    is_delta_leaf,
+)
+
+DeltaMask = Literal["fixed", "fresh"]
 
 
 def online_merge(
@@ -27,7 +48,7 @@ def online_merge(
     *,
     alpha: Alpha,
     delta: Any = None,
-    every_k: chex.Numeric = 1,
+    every_k: int = 1,
     delta_mask: DeltaMask = "fresh",
     storage: Storage = "dense",
     rounding: Rounding = "stochastic",
@@ -94,9 +115,10 @@ def online_merge(
     References:
       Lu et al., Online Merging Optimizers, https://arxiv.org/abs/2405.17931, Eq. 2, Algorithms 1, 2.
     """
-    return merge_transformation(
+    return merge_then_round(
         sparsifier,
         consensus,
+        optax.identity(),
         alpha=alpha,
         delta=delta,
         every_k=every_k,
@@ -109,227 +131,169 @@ def online_merge(
     )
 
 
-def on_dare(
-    alpha: Alpha,
-    density: optax.ScalarOrSchedule,
+def merge_then_round(
+    sparsifier: Sparsifier,
+    consensus: Consensus,
+    between: optax.GradientTransformation,
     *,
-    delta: Any = None,
-    every_k: chex.Numeric = 1,
-    rescale: Literal["inverse", "norm", "none"] = "inverse",
-    delta_mask: DeltaMask = "fresh",
-    clip: chex.Numeric | None = 1.0,
-    storage: Storage = "dense",
-    rounding: Rounding = "stochastic",
-    seed: chex.Numeric = 0,
-    layer_axes: LayerAxes = None,
-    diagnostics: bool = False,
-    draw: sparsify.Draw | None = None,
+    delta: Any,
+    delta_mask: DeltaMask,
+    rounding: Rounding,
+    seed: chex.Numeric,
+    **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """OnDARE: random sparsification and a linear blend with the reference's delta.
-
-    By default kept entries are divided by ``density``, masks are drawn at every step, and the delta is
-    clamped to ±1. ``delta_mask="fixed", rounding="nearest"`` is the authors' code; ``rescale="none",
-    clip=None, rounding="nearest"`` is the paper's formula.
+    """Returns the transformation of `online_merge`, which documents the arguments.
 
     Args:
-      alpha: weight of the reference, see `online_merge`.
-      density: share of entries kept, p, in (0, 1]; a float, a schedule or traced.
-      delta: see `online_merge`.
-      every_k: see `online_merge`.
-      rescale: see `random`.
-      delta_mask: see `online_merge`.
-      clip: see `random`.
-      storage: see `online_merge`.
-      rounding: see `online_merge`.
-      seed: integer that fixes all masks and the rounding.
-      layer_axes: see `online_merge`; matters for ``rescale="norm"``.
-      diagnostics: see `online_merge`.
-      draw: another source of masks, see `random`.
-
-    Returns:
-      A transformation with `OnlineMergeState`.
-
-    Raises:
-      ValueError: see `online_merge` and `random`.
-
-    Example:
-      >>> import optax, omerge_jax as om
-      >>> tx = optax.chain(optax.adamw(1e-6), om.on_dare(alpha=5e-7, density=1e-2))
-      >>> authors = {"delta_mask": "fixed", "rounding": "nearest"}
-      >>> tx = optax.chain(optax.adamw(1e-6), om.on_dare(alpha=5e-7, density=1e-2, **authors))
-
-    References:
-      Lu et al., https://arxiv.org/abs/2405.17931, Section 3.2 (OnDARE), Eq. 3 and 4.
+      sparsifier: F.
+      consensus: ⊕.
+      between: is given the merged updates, in float32 or wider, before they are rounded.
+      delta: τ_r or None.
+      delta_mask: whether F(τ_r) is drawn once or at every step.
+      rounding: how updates are rounded.
+      seed: fixes stochastic rounding.
+      settings: the other arguments of `online_merge`.
     """
-    return online_merge(
-        sparsify.random(density, rescale=rescale, clip=clip, seed=seed, draw=draw),
-        consensus_lib.linear(),
-        alpha=alpha,
-        delta=delta,
-        every_k=every_k,
-        delta_mask=delta_mask,
-        storage=storage,
-        rounding=rounding,
-        seed=seed,
-        layer_axes=layer_axes,
-        diagnostics=diagnostics,
+    if delta_mask not in get_args(DeltaMask):
+        raise ValueError(f"delta_mask must be 'fixed' or 'fresh', got delta_mask = {delta_mask!r}")
+    rounds = rounded(rounding, seed=seed)
+    merge = MergeSettings(
+        as_sparsifier(sparsifier),
+        consensus,
+        fixed_delta=delta_mask == "fixed",
+        rounds=rounding != "nearest",
+        **settings,
+    )
+    if not merge.uses_delta:
+        merge, rounds = dataclasses.replace(merge, rounds=False), optax.identity()
+    _check(merge, delta)
+    return _transformation(merge, delta, optax.chain(between, rounds))
+
+
+def _check(settings: MergeSettings, delta: Any) -> None:
+    """Raises ValueError where the settings of a merge are out of range or do not go together."""
+    alpha, every_k = settings.alpha, settings.every_k
+    if isinstance(alpha, (int, float)) and not 0 <= alpha <= 1:
+        raise ValueError(
+            "alpha is the weight of the reference delta (the update gets 1 - alpha) and must be in "
+            f"[0, 1], got alpha = {alpha}"
+        )
+    if isinstance(every_k, (int, float, np.number)) and (every_k < 1 or int(every_k) != every_k):
+        raise ValueError(
+            "every_k is the number of optimizer steps from one merge to the next and must be an "
+            f"integer of at least 1, got every_k = {every_k}"
+        )
+    if not isinstance(settings.diagnostics, bool):
+        raise ValueError(
+            "diagnostics must be True or False (under optax.inject_hyperparams name it in "
+            f"static_args), got diagnostics = {settings.diagnostics!r}"
+        )
+    if settings.storage == "recompute" and delta is not None:
+        raise ValueError(
+            "storage='recompute' holds no delta: leave delta unset and give reference_params and "
+            "base_params to update"
+        )
+    check_storage(settings.storage, settings.sparsifier, settings.fixed_delta)
+
+
+def _transformation(
+    settings: MergeSettings, delta: Any, after: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the merge, followed by ``after`` before updates have their own dtype again."""
+
+    def init(params: optax.Params) -> OnlineMergeState:
+        state = _unset_state(settings, params, after)
+        return state if delta is None or not settings.uses_delta else place_in_state(state, delta)
+
+    def update(
+        updates: optax.Updates,
+        state: OnlineMergeState,
+        params: optax.Params | None = None,
+        *,
+        reference_params: Any = None,
+        base_params: Any = None,
+        alpha_scale: chex.Numeric = 1.0,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, OnlineMergeState]:
+        del extra_args
+        reference = (reference_params, base_params)
+        _require(settings, state, params, reference)
+        step = MergeStep(settings, state, params, reference, alpha_scale)
+        merged_params = None
+        if state.merged_params is None:
+            merged, scalars = step.merge(updates, None)
+        else:
+            merged, merged_params, scalars = step.merge_every_k(updates)
+        emitted, rounding_state = after.update(merged, state.rounding_state, params)
+        emitted = jax.tree.map(lambda new, old: new.astype(old.dtype), emitted, updates)
+        return emitted, state._replace(
+            merge_count=jnp.asarray(optax.safe_increment(state.merge_count)),
+            merged_params=merged_params,
+            rounding_state=rounding_state,
+            merge_scalars=scalars,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _unset_state(
+    settings: MergeSettings, params: optax.Params, after: optax.GradientTransformation
+) -> OnlineMergeState:
+    """Returns the state before the first step, without a delta."""
+    sparsifier = settings.sparsifier
+
+    def unset(key_path: tuple[Any, ...], param: Any) -> UnsetDelta:
+        shape, path = tuple(param.shape), path_names(key_path)
+        if settings.storage != "sparse":
+            return UnsetDelta(shape, Recipe(settings.storage))
+        axes = settings.axes(path, len(shape))
+        return UnsetDelta(shape, Recipe("sparse", sparsifier, axes, path))
+
+    delta_fit = None
+    reference_delta = optax.EmptyState() if settings.uses_delta else None
+    if settings.uses_delta and settings.storage != "recompute":
+        reference_delta = jax.tree_util.tree_map_with_path(unset, params)
+        rule = layer_axes_rule(settings.layer_axes)
+        # What is made of traced numbers cannot be kept in the state: it is fitted at every merge.
+        if (
+            settings.fixed_delta
+            and isinstance(sparsifier, FittedSparsifier)
+            and has_hash((sparsifier, rule))
+        ):
+            fit = DeltaFit(jnp.zeros([0], jnp.float32), sparsifier, rule)
+            delta_fit = fit.unset(leaves_by_path(reference_delta, is_delta_leaf))
+    every_k = settings.every_k
+    merges_always = not isinstance(every_k, Tracer) and every_k == 1
+    return OnlineMergeState(
+        merge_count=jnp.zeros([], jnp.int32),
+        reference_delta=reference_delta,
+        delta_fit=delta_fit,
+        merged_params=None if merges_always else jax.tree.map(jnp.copy, params),
+        rounding_state=after.init(params),
+        merge_scalars=zero_scalars(settings.diagnostics),
     )
 
 
-def on_ties(
-    alpha: Alpha,
-    density: optax.ScalarOrSchedule,
-    *,
-    delta: Any = None,
-    every_k: chex.Numeric = 1,
-    rescale: Literal["none", "norm"] = "none",
-    election: Literal["unweighted", "weighted"] = "unweighted",
-    threshold: Literal["exact", "sampled"] = "exact",
-    storage: Storage = "dense",
-    rounding: Rounding = "stochastic",
-    seed: chex.Numeric = 0,
-    layer_axes: LayerAxes = None,
-    diagnostics: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    """OnTIES: the entries of largest magnitude, and a sign consensus with the reference's delta.
-
-    With ``rounding="nearest"`` this is the authors' code; ``election="weighted"`` is the paper's
-    consensus.
-
-    Args:
-      alpha: weight of the reference, see `online_merge`.
-      density: share of entries kept per tensor, p, in (0, 1]; a float, a schedule or traced.
-      delta: see `online_merge`.
-      every_k: see `online_merge`.
-      rescale: see `magnitude`.
-      election: see `sign`.
-      threshold: see `magnitude`; in `fused_chain` neither needs an array of the update.
-      storage: see `online_merge`.
-      rounding: see `online_merge`.
-      seed: integer that fixes the rounding and which of equal magnitudes are kept.
-      layer_axes: which leading axes index separate tensors, see `online_merge`: with stacked layers
-        the largest entries are found per layer.
-      diagnostics: see `online_merge`.
-
-    Returns:
-      A transformation with `OnlineMergeState`.
-
-    Raises:
-      ValueError: see `online_merge`, `magnitude` and `sign`.
-
-    Example:
-      >>> import optax, omerge_jax as om
-      >>> tx = optax.chain(optax.adamw(1e-6), om.on_ties(alpha=5e-7, density=0.1))
-
-    References:
-      Lu et al., https://arxiv.org/abs/2405.17931, Section 3.2 (OnTIES), Eq. 5 to 7.
-    """
-    return online_merge(
-        magnitude(density, rescale=rescale, threshold=threshold, seed=seed),
-        consensus_lib.sign(election),
-        alpha=alpha,
-        delta=delta,
-        every_k=every_k,
-        delta_mask="fixed",
-        storage=storage,
-        rounding=rounding,
-        seed=seed,
-        layer_axes=layer_axes,
-        diagnostics=diagnostics,
-    )
-
-
-def child_tuning(
-    density: optax.ScalarOrSchedule,
-    *,
-    every_k: chex.Numeric = 1,
-    rescale: Literal["inverse", "norm", "none"] = "inverse",
-    clip: chex.Numeric | None = 1.0,
-    seed: chex.Numeric = 0,
-    layer_axes: LayerAxes = None,
-    diagnostics: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    """ChildTuning-F: OnDARE with alpha 0, random dropout of the updates without a reference.
-
-    Args:
-      density: share of entries kept, in (0, 1].
-      every_k: see `online_merge`.
-      rescale: see `random`.
-      clip: see `random`.
-      seed: integer that fixes all masks.
-      layer_axes: see `online_merge`.
-      diagnostics: see `online_merge`.
-
-    Returns:
-      A transformation with `OnlineMergeState` that needs no delta.
-
-    Raises:
-      ValueError: see `online_merge` and `random`.
-
-    Example:
-      >>> import optax, omerge_jax as om
-      >>> tx = optax.chain(optax.adamw(1e-6), om.child_tuning(density=0.3))
-
-    References:
-      Xu et al., Raise a Child in Large Language Model, https://arxiv.org/abs/2109.05687.
-    """
-    return on_dare(
-        0,
-        density,
-        every_k=every_k,
-        rescale=rescale,
-        clip=clip,
-        seed=seed,
-        layer_axes=layer_axes,
-        diagnostics=diagnostics,
-    )
-
-
-def keep_largest(
-    density: optax.ScalarOrSchedule,
-    *,
-    every_k: chex.Numeric = 1,
-    rescale: Literal["none", "norm"] = "none",
-    threshold: Literal["exact", "sampled"] = "exact",
-    seed: chex.Numeric = 0,
-    layer_axes: LayerAxes = None,
-    diagnostics: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    """Keeps the entries of largest magnitude of every update: OnTIES without a reference.
-
-    After AdamW the largest entries are those whose gradient keeps its sign from step to step. Steps get
-    shorter with fewer entries, so it wants a larger learning rate than the optimizer alone.
-
-    Args:
-      density: share of entries kept per tensor, in (0, 1].
-      every_k: see `online_merge`.
-      rescale: see `magnitude`.
-      threshold: see `magnitude`; in `fused_chain` neither needs an array of the update.
-      seed: integer that fixes which of equal magnitudes are kept.
-      layer_axes: see `on_ties`.
-      diagnostics: see `online_merge`.
-
-    Returns:
-      A transformation with `OnlineMergeState` that needs no delta.
-
-    Raises:
-      ValueError: see `online_merge` and `magnitude`.
-
-    Example:
-      >>> import optax, omerge_jax as om
-      >>> tx = optax.chain(optax.adamw(3e-6), om.keep_largest(density=0.1))
-
-    References:
-      No paper: what is left of OnTIES (https://arxiv.org/abs/2405.17931) without its reference;
-      docs/taxbench.md has what it does.
-    """
-    return on_ties(
-        0,
-        density,
-        every_k=every_k,
-        rescale=rescale,
-        threshold=threshold,
-        seed=seed,
-        layer_axes=layer_axes,
-        diagnostics=diagnostics,
-    )
+def _require(
+    settings: MergeSettings, state: OnlineMergeState, params: Any, reference: tuple[Any, Any]
+) -> None:
+    """Raises ValueError where a step lacks its delta, its parameters or its models."""
+    leaves = leaves_by_path(state.reference_delta, is_delta_leaf)
+    unset = [show(path) for path, leaf in leaves.items() if isinstance(leaf, UnsetDelta)]
+    if unset:
+        raise ValueError(
+            f"online merging has no reference delta for {', '.join(unset[:3])}"
+            f"{' …' if len(unset) > 3 else ''}: set it once before the first step with opt_state = "
+            "omerge_jax.with_delta(opt_state, omerge_jax.task_vector(reference_params, "
+            "base_params)), or give delta=…; for no reference term use omerge_jax.child_tuning"
+        )
+    if state.merged_params is not None and params is None:
+        raise ValueError(
+            "every_k other than 1 rolls the parameters back to the last merge: call update(updates, "
+            "state, params)"
+        )
+    if settings.uses_delta and settings.storage == "recompute" and None in reference:
+        raise ValueError(
+            "storage='recompute' subtracts the base from the reference at every merge: call "
+            "update(updates, state, params, reference_params=…, base_params=…)"
+        )

@@ -1,12 +1,15 @@
 """Names for the leaves of a pytree that do not depend on its containers."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Path = tuple[str, ...]
-LayerAxes = int | Callable[[Path], int] | Any
+Axes = tuple[int, ...]
+LayerAxes = int | Axes | Callable[[Path], int | Axes] | Any
 
 
 def path_names(key_path: tuple[Any, ...]) -> Path:
@@ -59,52 +62,102 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
     return leaves
 
 
-def resolve_layer_axes(layer_axes: LayerAxes, path: Path, ndim: int) -> int:
-    """Returns how many leading axes of the leaf at ``path`` index separate tensors.
+def map_by_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Maps ``function(path, leaf, *others)`` over the leaves of ``tree``.
 
     Args:
-      layer_axes: ``None`` (no stacked leaf), an int for every leaf, a callable of the path, or a
-        pytree of ints whose structure is a prefix of the parameters'.
+      function: takes the path names of a leaf, the leaf, and the leaves at the same path in ``others``.
+      tree: any pytree.
+      others: trees that may use other containers and may hold more leaves.
+    """
+    known = [leaves_by_path(other) for other in others]
+
+    def one(key_path: tuple[Any, ...], leaf: Any) -> Any:
+        path = path_names(key_path)
+        return function(path, leaf, *(leaves[path] for leaves in known))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def layer_axes_of(layer_axes: LayerAxes, path: Path, ndim: int) -> Axes:
+    """Returns which axes of the leaf at ``path`` index separate tensors.
+
+    Args:
+      layer_axes: ``None`` (no stacked leaf), an int n for the n leading axes of every leaf, a tuple of
+        ints for these axes, a callable of the path that returns one of these, or a pytree of them
+        whose structure is a prefix of the parameters'. A tuple at the top is a tuple of axes.
       path: the leaf's path names.
       ndim: the leaf's number of axes.
 
     Raises:
-      ValueError: the answer is negative, or more than the leaf has axes, or a pytree prefix has no
-        entry for the leaf.
+      ValueError: the leaf has no such axes, or a pytree prefix has no entry for the leaf.
+
+    Example:
+      >>> layer_axes_of({"layers": (1,), "head": 0}, ("layers", "kernel"), ndim=3)
+      (1,)
     """
-    axes: int = 0
     if isinstance(layer_axes, jax.Array):
         raise ValueError(
             "layer_axes must be known when the program is traced; under optax.inject_hyperparams name "
             "it in static_args"
         )
-    if isinstance(layer_axes, int):
-        axes = layer_axes
-    elif callable(layer_axes):
-        axes = int(layer_axes(path))  # pyright: ignore[reportArgumentType]
-    elif layer_axes is not None:
-        axes = int(from_prefix(layer_axes, path, "layer_axes"))
-    if not 0 <= axes <= ndim:
+    rule = layer_axes_rule(layer_axes)
+    chosen: Any = rule(path) if callable(rule) else rule
+    if _is_axes(chosen):
+        axes = tuple(int(axis) for axis in chosen)
+        if all(-ndim <= axis < ndim for axis in axes):
+            axes = tuple(axis % ndim for axis in axes)
+            if len(set(axes)) == len(axes):
+                return axes
         raise ValueError(
-            f"layer_axes must be between 0 and the number of axes, got {axes} for the parameter "
+            f"layer_axes must name different axes of a leaf, got {axes} for the parameter {show(path)} "
+            f"with {ndim} axes"
+        )
+    count = int(chosen or 0)
+    if not 0 <= count <= ndim:
+        raise ValueError(
+            f"layer_axes must be between 0 and the number of axes, got {count} for the parameter "
             f"{show(path)} with {ndim} axes"
         )
-    return axes
+    return tuple(range(count))
 
 
-def from_prefix(prefix: Any, path: Path, name: str) -> Any:
-    """Returns what a tree whose structure is a prefix of the parameters' says of one leaf.
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and all(isinstance(axis, int) for axis in node)
 
-    Args:
-      prefix: the tree.
-      path: the leaf's path names.
-      name: what the tree is called in messages.
 
-    Raises:
-      ValueError: it says nothing of the leaf.
-    """
-    leaves = leaves_by_path(prefix)
-    for length in range(len(path), -1, -1):
-        if path[:length] in leaves:
-            return leaves[path[:length]]
-    raise ValueError(f"{name} has no entry for the parameter {show(path)}")
+def to_front(x: jax.Array, axes: Axes) -> jax.Array:
+    """Returns ``x`` with ``axes`` moved to the front, as sparsifiers see a leaf."""
+    return jnp.moveaxis(x, axes, range(len(axes))) if _moves(axes) else x
+
+
+def from_front(x: jax.Array, axes: Axes) -> jax.Array:
+    """Returns ``x`` with its leading axes moved back to ``axes``, see `to_front`."""
+    return jnp.moveaxis(x, range(len(axes)), axes) if _moves(axes) else x
+
+
+def _moves(axes: Axes) -> bool:
+    return axes != tuple(range(len(axes)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prefix:
+    """A tree prefix as a callable of the path, which compares and hashes by its entries."""
+
+    entries: tuple[tuple[Path, Any], ...]
+
+    def __call__(self, path: Path) -> Any:
+        leaves = dict(self.entries)
+        for length in range(len(path), -1, -1):
+            if path[:length] in leaves:
+                return leaves[path[:length]]
+        raise ValueError(f"layer_axes has no entry for the parameter {show(path)}")
+
+
+def layer_axes_rule(layer_axes: LayerAxes) -> LayerAxes:
+    """Returns ``layer_axes`` in a form that has a hash: a tree prefix becomes a callable."""
+    if layer_axes is None or isinstance(layer_axes, (int, jax.Array)) or callable(layer_axes):
+        return layer_axes
+    if _is_axes(layer_axes):
+        return layer_axes
+    return _Prefix(tuple(leaves_by_path(layer_axes, _is_axes).items()))

@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omerge_jax import consensus, sparsify
+from omerge_jax import consensus
+from omerge_jax.alpha import Alpha
 from omerge_jax.fused import fused_chain
-from omerge_jax.largest import magnitude
-from omerge_jax.paths import LayerAxes
+from omerge_jax.numerics import is_float
+from omerge_jax.online import DeltaMask, merge_then_round
+from omerge_jax.paths import LayerAxes, Path, map_by_path
 from omerge_jax.rounding import Rounding
-from omerge_jax.rule import Finish
+from omerge_jax.sparsifiers.base import Draw
+from omerge_jax.sparsifiers.magnitude import magnitude
+from omerge_jax.sparsifiers.random import random
 from omerge_jax.storage import Storage
-from omerge_jax.transformation import Alpha, DeltaMask, merge_transformation
 
 Mask = Any | Callable[[optax.Params], Any] | None
 
@@ -67,16 +70,35 @@ def _one_minus_power(base: chex.Numeric, exponent: jax.Array) -> jax.Array:
 
 def _decay_merged(
     learning_rate: optax.ScalarOrSchedule, weight_decay: chex.Numeric, mask: Mask
-) -> Finish | None:
-    """Decays what an update leads to: θ ← (θ + u)·(1 − lr·wd); None for no decay."""
+) -> optax.GradientTransformation:
+    """Decays what an update leads to: θ ← (θ + u)·(1 − lr·wd), so that decay is not merged."""
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
-        return None
+        return optax.identity()
 
-    def decay(update: jax.Array, param: jax.Array, step: jax.Array) -> jax.Array:
-        rate = learning_rate(step) if callable(learning_rate) else learning_rate
-        return update - rate * weight_decay * (param.astype(update.dtype) + update)
+    def init(params: optax.Params) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
 
-    return Finish(decay, mask)
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        assert isinstance(state, optax.ScaleByScheduleState)
+        if params is None:
+            raise ValueError("weight decay needs the parameters: call update(grads, state, params)")
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+
+        def decay(path: Path, update: jax.Array, param: jax.Array) -> jax.Array:
+            del path
+            if not is_float(update):
+                return update
+            # u ← u − lr·wd·(θ + u)
+            return update - rate * weight_decay * (param.astype(update.dtype) + update)
+
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return map_by_path(decay, updates, params), optax.ScaleByScheduleState(count)
+
+    decayed = optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+    return decayed if mask is None else optax.masked(decayed, mask)
 
 
 def on_dare_adamw(
@@ -89,7 +111,7 @@ def on_dare_adamw(
     alpha: Alpha,
     density: optax.ScalarOrSchedule,
     delta: Any = None,
-    every_k: chex.Numeric = 1,
+    every_k: int = 1,
     rescale: Literal["inverse", "norm", "none"] = "inverse",
     delta_mask: DeltaMask = "fresh",
     clip: chex.Numeric | None = 1.0,
@@ -98,7 +120,7 @@ def on_dare_adamw(
     seed: chex.Numeric = 0,
     layer_axes: LayerAxes = None,
     diagnostics: bool = False,
-    draw: sparsify.Draw | None = None,
+    draw: Draw | None = None,
     mask: Mask = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -143,9 +165,10 @@ def on_dare_adamw(
     References:
       Lu et al., https://arxiv.org/abs/2405.17931, Algorithm 1, and its published code.
     """
-    merge = merge_transformation(
-        sparsify.random(density, rescale=rescale, clip=clip, seed=seed, draw=draw),
+    merge = merge_then_round(
+        random(density, rescale=rescale, clip=clip, seed=seed, draw=draw, eps=eps),
         consensus.linear(),
+        _decay_merged(learning_rate, weight_decay, mask),
         alpha=alpha,
         delta=delta,
         every_k=every_k,
@@ -155,7 +178,6 @@ def on_dare_adamw(
         seed=seed,
         layer_axes=layer_axes,
         diagnostics=diagnostics,
-        finish=_decay_merged(learning_rate, weight_decay, mask),
     )
     return fused_chain(_adam(learning_rate, b1, b2, eps, mu_dtype), merge)
 
@@ -170,7 +192,7 @@ def on_ties_adamw(
     alpha: Alpha,
     density: optax.ScalarOrSchedule,
     delta: Any = None,
-    every_k: chex.Numeric = 1,
+    every_k: int = 1,
     rescale: Literal["none", "norm"] = "none",
     election: Literal["unweighted", "weighted"] = "unweighted",
     threshold: Literal["exact", "sampled"] = "exact",
@@ -218,9 +240,10 @@ def on_ties_adamw(
     References:
       Lu et al., https://arxiv.org/abs/2405.17931, Algorithm 1, and its published code.
     """
-    merge = merge_transformation(
+    merge = merge_then_round(
         magnitude(density, rescale=rescale, threshold=threshold, seed=seed),
         consensus.sign(election),
+        _decay_merged(learning_rate, weight_decay, mask),
         alpha=alpha,
         delta=delta,
         every_k=every_k,
@@ -230,6 +253,5 @@ def on_ties_adamw(
         seed=seed,
         layer_axes=layer_axes,
         diagnostics=diagnostics,
-        finish=_decay_merged(learning_rate, weight_decay, mask),
     )
     return fused_chain(_adam(learning_rate, b1, b2, eps, mu_dtype), merge)

@@ -9,7 +9,7 @@ import optax
 
 from omerge_jax.checks import check_delta
 from omerge_jax.paths import leaves_by_path, path_names, show
-from omerge_jax.storage import Recipe, is_delta_leaf
+from omerge_jax.storage import DeltaFit, Recipe, is_delta_leaf
 
 
 class OnlineMergeState(NamedTuple):
@@ -20,20 +20,19 @@ class OnlineMergeState(NamedTuple):
       reference_delta: τ_r with the structure of the parameters; ``UnsetDelta`` leaves until a delta
         is set, ``SparseDelta`` leaves with ``storage="sparse"``; None where alpha is 0, and
         ``optax.EmptyState()`` with ``storage="recompute"``.
-      delta_fit: float32 [m], what the sparsifier fitted to the fixed delta, -1 until the first merge;
-        None where it fits nothing.
-      cached_delta: float32 sums of the updates since the last merge with the structure of the
-        parameters; None for ``every_k=1``.
-      rounding_residual: what rounding cut off so far, float32 with the structure of the parameters;
-        None unless ``rounding="compensated"``.
+      delta_fit: ``DeltaFit`` with a float32 [m], what the sparsifier fitted to the fixed delta when
+        that was set; None where it fits nothing, or anew at every merge.
+      merged_params: the parameters as the last merge left them, in their dtype; None for
+        ``every_k=1``.
+      rounding_state: state of `rounded`, and of what else follows the merge before updates are emitted.
       merge_scalars: float32 scalars by name, see `merge_metrics`.
     """
 
     merge_count: jax.Array
     reference_delta: Any
-    delta_fit: jax.Array | None
-    cached_delta: Any
-    rounding_residual: Any
+    delta_fit: DeltaFit | None
+    merged_params: Any
+    rounding_state: Any
     merge_scalars: dict[str, jax.Array]
 
 
@@ -130,10 +129,22 @@ def with_delta(opt_state: chex.ArrayTree, delta: Any) -> Any:
     def fill(node: Any) -> Any:
         if not is_merge_state(node) or not jax.tree.leaves(node.reference_delta, is_delta_leaf):
             return node
-        # Mapped, as nnx.Optimizer wraps the arrays of a state.
-        return node._replace(
-            reference_delta=place_delta(node.reference_delta, delta),
-            delta_fit=jax.tree.map(lambda fit: jnp.full_like(fit, -1.0), node.delta_fit),
-        )
+        return place_in_state(node, delta)
 
     return jax.tree.map(fill, opt_state, is_leaf=is_merge_state)
+
+
+def place_in_state(state: OnlineMergeState, delta: Any) -> OnlineMergeState:
+    """Returns the state of a merge with a delta, and with what the sparsifier fits to it."""
+    held = place_delta(state.reference_delta, delta)
+    if state.delta_fit is None:
+        return state._replace(reference_delta=held)
+    leaves, given = leaves_by_path(held, is_delta_leaf), leaves_by_path(delta)
+    fit = state.delta_fit.fit
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in given.values()):
+        values = jax.eval_shape(lambda given: fit(leaves, given), given)
+    else:
+        values = fit(leaves, given)
+    # Mapped, as nnx.Optimizer wraps the arrays of a state.
+    fitted = jax.tree.map(lambda _: values, state.delta_fit)
+    return state._replace(reference_delta=held, delta_fit=fitted)

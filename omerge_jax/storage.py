@@ -12,26 +12,22 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
 from omerge_jax.numerics import wide_dtype
-from omerge_jax.paths import Path
-from omerge_jax.sparsify import Sparsifier, SparsifyContext
+from omerge_jax.paths import Axes, LayerAxes, Path, layer_axes_of, to_front
+from omerge_jax.sparsifiers.base import BaseSparsifier, FittedSparsifier, SparsifyContext
 
 Storage = Literal["dense", "sparse", "pinned_host", "recompute"]
 
 
-@runtime_checkable
-class BoundedSparsifier(Protocol):
-    """A sparsifier that knows how many entries of a tensor it keeps at most."""
-
-    def capacity(self, entries: int) -> int:
-        """Returns the largest number of entries kept of a tensor of ``entries`` entries."""
-        ...
+def fixed_context(path: Path, layers: int) -> SparsifyContext:
+    """Returns the context in which a fixed delta is sparsified: that of step 0."""
+    return SparsifyContext(jnp.zeros([], jnp.int32), path, "delta", layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,21 +37,21 @@ class Recipe:
     Attributes:
       storage: how.
       sparsifier: F, where its result is held.
-      layer_axes: number of leading axes of the leaf that index separate tensors.
+      layer_axes: axes of the leaf that index separate tensors.
       path: path names of the leaf.
     """
 
     storage: Storage
-    sparsifier: Sparsifier | None = None
-    layer_axes: int = 0
+    sparsifier: BaseSparsifier | None = None
+    layer_axes: Axes = ()
     path: Path = ()
 
     def entries_kept(self, shape: tuple[int, ...]) -> int | None:
         """Returns how many entries of each tensor are held; None where a dense leaf is smaller."""
-        if self.storage != "sparse" or not isinstance(self.sparsifier, BoundedSparsifier):
+        if self.storage != "sparse" or self.sparsifier is None:
             return None
-        entries = math.prod(shape[self.layer_axes :])
-        capacity = max(1, self.sparsifier.capacity(entries))
+        entries = math.prod(n for axis, n in enumerate(shape) if axis not in self.layer_axes)
+        capacity = max(1, self.sparsifier.capacity(entries) or entries)
         # Rounded up by an eighth at most, so that meshes can divide it.
         unit = 1 << max(0, capacity.bit_length() - 4)
         capacity = -(-capacity // unit) * unit
@@ -70,16 +66,16 @@ class Recipe:
         return jnp.array(delta, copy=True) if kept is None else self._compress(delta, kept)
 
     def _compress(self, delta: jax.Array, kept: int) -> "SparseDelta":
-        layers, tensor = delta.shape[: self.layer_axes], delta.shape[self.layer_axes :]
+        front, count = to_front(delta, self.layer_axes), len(self.layer_axes)
+        layers, tensor = front.shape[:count], front.shape[count:]
         if math.prod(tensor) >= 2**31:
             raise ValueError(
                 f"a tensor of {math.prod(tensor)} entries is too large for storage='sparse'; if "
                 f"the leaf of shape {delta.shape} stacks layers, say so with layer_axes"
             )
         assert self.sparsifier is not None
-        step = jnp.zeros([], jnp.int32)
-        ctx = SparsifyContext(step, self.path, "delta", self.layer_axes)
-        sparse = self.sparsifier(delta.astype(wide_dtype(delta.dtype)), ctx).astype(delta.dtype)
+        ctx = fixed_context(self.path, count)
+        sparse = self.sparsifier(front.astype(wide_dtype(delta.dtype)), ctx).astype(delta.dtype)
 
         def compress(row: jax.Array) -> tuple[jax.Array, jax.Array]:
             (places,) = jnp.nonzero(row, size=kept, fill_value=0)
@@ -126,12 +122,76 @@ class SparseDelta:
 
     def dense(self) -> jax.Array:
         """Returns F(τ_r) [*shape], by its coordinates so that a sharded leaf is not gathered."""
-        layers = self.recipe.layer_axes
+        axes = self.recipe.layer_axes
+        others = [axis for axis in range(len(self.shape)) if axis not in axes]
         grid = [
-            jax.lax.broadcasted_iota(jnp.int32, self.places.shape, axis) for axis in range(layers)
+            jax.lax.broadcasted_iota(jnp.int32, self.places.shape, axis)
+            for axis in range(len(axes))
         ]
-        places = jnp.unravel_index(self.places, self.shape[layers:])
-        return jnp.zeros(self.shape, self.values.dtype).at[(*grid, *places)].add(self.values)
+        places = jnp.unravel_index(self.places, tuple(self.shape[axis] for axis in others))
+        index = dict(zip((*axes, *others), (*grid, *places), strict=True))
+        where = tuple(index[axis] for axis in range(len(self.shape)))
+        return jnp.zeros(self.shape, self.values.dtype).at[where].add(self.values)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DeltaFit:
+    """What a sparsifier fitted to the leaves of a fixed delta that are not sparse.
+
+    Attributes:
+      values: float32 [m], the fits of all leaves, one after the other.
+      sparsifier: F.
+      layer_axes: which axes of a leaf index separate tensors, see `layer_axes_of`.
+    """
+
+    values: jax.Array
+    sparsifier: FittedSparsifier = dataclasses.field(metadata={"static": True})
+    layer_axes: LayerAxes = dataclasses.field(metadata={"static": True})
+
+    def shape(self, path: Path, leaf: Any) -> tuple[int, ...] | None:
+        """Returns the shape of the fit of a leaf of the delta; None where there is none."""
+        if isinstance(leaf, SparseDelta):
+            return None
+        if isinstance(leaf, UnsetDelta) and leaf.recipe.entries_kept(leaf.shape) is not None:
+            return None
+        like = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+        fitted = jax.eval_shape(lambda x: self._fit(path, x), like)
+        return None if fitted is None else tuple(fitted.shape)
+
+    def _fit(self, path: Path, delta: jax.Array) -> jax.Array | None:
+        axes = layer_axes_of(self.layer_axes, path, delta.ndim)
+        return self.sparsifier.fit(to_front(delta, axes), fixed_context(path, len(axes)))
+
+    def unset(self, leaves: dict[Path, Any]) -> "DeltaFit":
+        """Returns the fit of a delta that is not set: zeros of the size that it will have."""
+        shapes = [self.shape(path, leaf) for path, leaf in leaves.items()]
+        size = sum(math.prod(shape) for shape in shapes if shape is not None)
+        return dataclasses.replace(self, values=jnp.zeros([size], jnp.float32))
+
+    def fit(self, held: dict[Path, Any], delta: dict[Path, Any]) -> jax.Array:
+        """Returns the values of the fit to a delta.
+
+        Args:
+          held: the leaves of the state, which tell where F(τ_r) itself is held.
+          delta: the leaves as they were given, on the device.
+        """
+        parts = [
+            jnp.ravel(jnp.asarray(self._fit(path, jnp.asarray(delta[path]))))
+            for path, leaf in held.items()
+            if self.shape(path, leaf) is not None
+        ]
+        return jnp.concatenate([jnp.zeros([0], jnp.float32), *parts])
+
+    def split(self, held: dict[Path, Any]) -> dict[Path, jax.Array]:
+        """Returns the fits by the paths of their leaves."""
+        fits: dict[Path, jax.Array] = {}
+        start = 0
+        for path, leaf in held.items():
+            if (shape := self.shape(path, leaf)) is not None:
+                fits[path] = self.values[start : start + math.prod(shape)].reshape(shape)
+                start += math.prod(shape)
+        return fits
 
 
 def is_delta_leaf(node: Any) -> bool:
@@ -139,7 +199,16 @@ def is_delta_leaf(node: Any) -> bool:
     return isinstance(node, (UnsetDelta, SparseDelta))
 
 
-def check_storage(storage: Storage, sparsifier: Sparsifier, stands_still: bool) -> None:
+def has_hash(value: Any) -> bool:
+    """Whether a static part of a pytree can hold ``value``: it is made of Python numbers."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def check_storage(storage: Storage, sparsifier: BaseSparsifier, stands_still: bool) -> None:
     """Raises ValueError where a delta cannot be held that way.
 
     Args:
@@ -147,7 +216,7 @@ def check_storage(storage: Storage, sparsifier: Sparsifier, stands_still: bool) 
       sparsifier: F.
       stands_still: whether F(τ_r) is the same at every step.
     """
-    if storage not in ("dense", "sparse", "pinned_host", "recompute"):
+    if storage not in get_args(Storage):
         raise ValueError(
             "storage must be 'dense', 'sparse', 'pinned_host' or 'recompute', got storage = "
             f"{storage!r}"
@@ -159,19 +228,16 @@ def check_storage(storage: Storage, sparsifier: Sparsifier, stands_still: bool) 
             "storage='sparse' holds F(τ) once and for all, but delta_mask='fresh' draws it anew at "
             "every step: give delta_mask='fixed', or another storage"
         )
-    if not isinstance(sparsifier, BoundedSparsifier):
+    if sparsifier.capacity(2**20) is None:
         raise ValueError(
             "storage='sparse' needs a sparsifier with a capacity, such as random, magnitude or band; "
             f"got {sparsifier!r}"
         )
-    sparsifier.capacity(2**20)
-    try:
-        hash(sparsifier)
-    except TypeError as error:
+    if not has_hash(sparsifier):
         raise ValueError(
             "storage='sparse' needs a sparsifier made of Python numbers (under "
             f"optax.inject_hyperparams name density, seed and clip in static_args), got {sparsifier!r}"
-        ) from error
+        )
 
 
 def _to_host(delta: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from train.config import (
     UserError,
     require,
 )
-from train.rounding import rounded, with_moments_in
+from train.rounding import with_moments_in
 
 _PLAIN = ("rounding", "seed", "moment_dtype")
 _MERGE = ("density", "every_k", "rescale", "seed", "diagnostics", "rounding")
@@ -298,7 +298,7 @@ def _transformation(
     if needs_delta(options) or not rounds_updates(options):
         return merged  # a merge with a delta rounds by itself
     assert options.rounding in ("stochastic", "compensated")
-    return optax.chain(merged, rounded(options.rounding, seed=options.seed or 0))
+    return optax.chain(merged, om.rounded(options.rounding, seed=options.seed or 0))
 
 
 def _inner(options: AdamWOptions, schedule: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -339,7 +339,7 @@ def _merged(
         case "on_ties":
             return om.fused_chain(inner, om.on_ties(**merge))
         case "child_tuning" | "keep_largest":
-            merge.pop("rounding", None)  # by `rounded`: without a delta the library does not
+            merge.pop("rounding", None)  # by `om.rounded`: without a delta the library does not
             return om.fused_chain(inner, getattr(om, options.name)(**merge))
         case "on_dare_adamw":
             return om.on_dare_adamw(schedule, **adam, **merge)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omerge_jax.offline.methods import Leaf, MergeSettings, make_plan
-from omerge_jax.paths import LayerAxes, Path, leaves_by_path, path_names, resolve_layer_axes, show
+from omerge_jax.paths import LayerAxes, Path, layer_axes_of, leaves_by_path, path_names, show
 
 
 def offline_merge(
@@ -93,8 +93,8 @@ def _matched_leaves(base: Any, models: Sequence[Any], layer_axes: LayerAxes) -> 
         )
 
     def match(path: Path, leaf: Any) -> Leaf:
-        layers = resolve_layer_axes(layer_axes, path, jnp.ndim(leaf))
-        return Leaf(path, leaf, tuple(theirs[path] for theirs in others), layers)
+        axes = layer_axes_of(layer_axes, path, jnp.ndim(leaf))
+        return Leaf(path, leaf, tuple(theirs[path] for theirs in others), axes)
 
     return {path: match(path, leaf) for path, leaf in ours.items() if _is_inexact(leaf)}
 

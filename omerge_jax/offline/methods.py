@@ -9,20 +9,21 @@ import jax
 import jax.numpy as jnp
 
 from omerge_jax.checks import check_number, check_whole
-from omerge_jax.largest import magnitude
 from omerge_jax.numerics import wide_dtype
-from omerge_jax.paths import Path, show
-from omerge_jax.ranked import RankAxis, band, magnitude_ranked, rank_axis_of
-from omerge_jax.sparsify import (
+from omerge_jax.paths import Axes, Path, from_front, show, to_front
+from omerge_jax.sparsifiers.band import band
+from omerge_jax.sparsifiers.base import (
     Draw,
     Sparsifier,
     SparsifyContext,
     check_density,
     identity,
     norm_ratio,
-    random,
 )
-from omerge_jax.threshold import per_layer
+from omerge_jax.sparsifiers.magnitude import magnitude
+from omerge_jax.sparsifiers.random import random
+from omerge_jax.sparsifiers.ranked import RankAxis, magnitude_ranked, rank_axis_of
+from omerge_jax.threshold.edge import per_layer
 
 _RESCALE = ("inverse", "norm", "none")
 _PER_MODEL = ("density", "epsilon", "gamma")
@@ -73,12 +74,17 @@ class MergeSettings(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One leaf of all the trees: its path, its arrays, and how many axes stack layers."""
+    """One leaf of all the trees: its path, its arrays, and which axes stack layers."""
 
     path: Path
     base: Any
     models: tuple[Any, ...]
-    layer_axes: int
+    axes: Axes
+
+    @property
+    def layer_axes(self) -> int:
+        """How many axes stack layers; they are in front where a leaf is merged."""
+        return len(self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +107,9 @@ class Plan:
         """Merges one leaf; the result has the dtype of ``leaf.base``."""
         arrays = [jnp.asarray(array) for array in (leaf.base, *leaf.models)]
         wide = wide_dtype(*(array.dtype for array in arrays))
-        origin, *others = (array.astype(wide) for array in arrays)
-        return self.method.merge(self, leaf, origin, others).astype(arrays[0].dtype)
+        origin, *others = (to_front(array.astype(wide), leaf.axes) for array in arrays)
+        merged = self.method.merge(self, leaf, origin, others)
+        return from_front(merged, leaf.axes).astype(arrays[0].dtype)
 
     def check(self, leaf: Leaf) -> None:
         """Raises ValueError where the settings do not fit the leaf."""

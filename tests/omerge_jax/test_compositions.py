@@ -18,7 +18,8 @@ from flax import nnx
 from optax import contrib
 
 import omerge_jax as om
-from omerge_jax import largest, random_mask
+from omerge_jax import random_mask
+from omerge_jax.sparsifiers import magnitude
 from omerge_jax.state import merge_states
 
 RATE, ALPHA, DENSITY, SEED = 0.1, 0.02, 0.4, 5
@@ -431,7 +432,7 @@ def test_fused_chain(kind):
 @pytest.mark.parametrize("wrapper", ["masked", "partition"])
 def test_fused_chain_around_groups_of_leaves_with_a_sampled_threshold(wrapper, monkeypatch):
     """The state of the inner optimizer has no moments for some leaves."""
-    monkeypatch.setattr(largest, "_SAMPLE_ENTRIES", 4.0)
+    monkeypatch.setattr(magnitude, "_SAMPLE_ENTRIES", 4.0)
     labels = {"hidden": "adam", "out": "sgd"}
     inner = {
         "masked": optax.masked(optax.adam(RATE, eps=1e-2), {"hidden": True, "out": False}),

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import omerge_jax as om
-from omerge_jax.exact import Bracket, find_edge, held
-from omerge_jax.sparsify import SparsifyContext
-from omerge_jax.threshold import is_beyond
-from omerge_jax.tie_order import TieOrder
+from omerge_jax.entries import entries_of
+from omerge_jax.sparsifiers.base import SparsifyContext
+from omerge_jax.threshold.bracketed import Bracket, find_edge
+from omerge_jax.threshold.edge import TieOrder, is_beyond
 from tests.virtual_devices import run_python
 
 START = jnp.uint32(0x12345678)
@@ -28,7 +28,7 @@ START = jnp.uint32(0x12345678)
 @functools.partial(jax.jit, static_argnames="layer_axes")
 def kept(x, k, low, high, layer_axes):
     order = TieOrder(START, x.shape, layer_axes)
-    edge, passes = find_edge(held(x), k, order, layer_axes, Bracket(low, high))
+    edge, passes = find_edge(entries_of(x), k, order, layer_axes, Bracket(low, high))
     return is_beyond(x, edge, order), passes
 
 
@@ -107,7 +107,7 @@ def test_three_passes_do_for_a_large_tensor():
 def test_the_double_precision_of_a_leaf_does_not_matter():
     program = """
 import jax, jax.numpy as jnp, numpy as np, omerge_jax as om
-from omerge_jax.sparsify import SparsifyContext
+from omerge_jax.sparsifiers.base import SparsifyContext
 jax.config.update("jax_enable_x64", True)
 x = jnp.asarray(np.random.default_rng(0).normal(size=(512, 512)))
 kept = om.magnitude(0.5)(x, SparsifyContext(jnp.int32(0), ("w",), "update"))

@@ -7,7 +7,7 @@ from tests.virtual_devices import run_python
 MESHES = """
 import re, jax, jax.numpy as jnp, numpy as np, optax, omerge_jax as om
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from omerge_jax.threshold import top_k_threshold
+from omerge_jax.threshold.edge import top_k_threshold
 values = np.sin(np.arange(64.0 * 32) ** 2).reshape(64, 32).astype(np.float32)
 for kind in (AxisType.Auto, AxisType.Explicit):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
@@ -17,7 +17,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
             params = {"w": jax.device_put(values, place)}
             tx = optax.chain(om.on_dare(0.1, 0.5), om.on_ties(0.1, 0.5, every_k=2))
             state = om.with_delta(tx.init(params), params)
-            assert state[1].cached_delta["w"].sharding.is_equivalent_to(place, 2)
+            assert state[1].merged_params["w"].sharding.is_equivalent_to(place, 2)
             update = jax.jit(tx.update)
             for _ in range(3):
                 updates, state = update(params, state, params)

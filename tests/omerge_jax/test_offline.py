@@ -341,7 +341,10 @@ def test_sharded_leaves_are_not_gathered():
         ),
         ({"weights": None}, "'linear' needs weights"),
         ({"weights": [1.0]}, "weights must be one a model, got 1 for 2"),
-        ({"weights": lambda path: [1.0]}, "weights for the leaf b must be one a model, got 1 for 2"),
+        (
+            {"weights": lambda path: [1.0]},
+            "weights for the leaf b must be one a model, got 1 for 2",
+        ),
         ({"weights": [1.0, -1.0]}, "must not sum to 0"),
         ({"weights": [1.0, float("nan")]}, "weights must be finite"),
         (

@@ -43,6 +43,7 @@ class Recorded:
             "alpha": run["alpha"],
             "density": run["reserve_p"],
             "weight_decay": run.get("weight_decay", 0.0),
+            "eps": run.get("eps", 1e-6),
             "every_k": run.get("online_step", 1),
             "rounding": "nearest",
         }
@@ -67,6 +68,23 @@ def test_parameters_follow_the_recorded_run(run):
         for name, expected in recorded.tree(f"params/{step}").items():
             error = np.abs(np.asarray(params[name]) - expected).max() / np.abs(expected).max()
             assert error <= TOLERANCE, (run["name"], step, name, error)
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if "eps" in run], ids=lambda run: run["name"])
+def test_rescaling_divides_by_the_norm_plus_the_eps_of_adam(run):
+    """Small updates show it: next to their norm eps is not small. It is what is moved that tells."""
+    recorded = Recorded(run)
+    start = recorded.tree("ref")
+    params, tx = start, recorded.optimizer()
+    state = om.with_delta(tx.init(params), om.task_vector(params, recorded.tree("base")))
+    update = jax.jit(tx.update)
+    for step in range(run["steps"]):
+        updates, state = update(recorded.tree(f"grad/{step}"), state, params)
+        params = optax.apply_updates(params, updates)
+    for name, end in recorded.tree(f"params/{run['steps'] - 1}").items():
+        moved = np.asarray(end, np.float64) - np.asarray(start[name], np.float64)
+        error = np.asarray(params[name], np.float64) - np.asarray(end, np.float64)
+        assert np.abs(error).max() <= 0.02 * np.abs(moved).max()
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run["name"])

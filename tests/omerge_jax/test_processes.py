@@ -92,7 +92,7 @@ params, state = middle["step_k"]
 (held,) = [s for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, om.OnlineMergeState))
            if isinstance(s, om.OnlineMergeState)]
 assert isinstance(held.reference_delta["w"], SparseDelta)
-for x in (params["w"], held.rounding_residual["w"], held.cached_delta["w"]):
+for x in (params["w"], optax.tree.get(held, "rounding_residual")["w"], held.merged_params["w"]):
     assert jax.device_count() == 1 or not x.is_fully_replicated
 if save_to:
     with ocp.CheckpointManager(save_to) as manager:

@@ -18,8 +18,8 @@ from hypothesis.extra import numpy as hnp
 
 import omerge_jax as om
 from omerge_jax.paths import leaves_by_path
-from omerge_jax.sparsify import tie_order
-from omerge_jax.threshold import is_beyond
+from omerge_jax.sparsifiers.base import tie_order
+from omerge_jax.threshold.edge import is_beyond
 
 RATE = 1e-2
 INNERS = {

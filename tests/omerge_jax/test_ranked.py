@@ -10,9 +10,10 @@ import pytest
 
 import omerge_jax as om
 from omerge_jax import random_mask
-from omerge_jax.ranked import band, magnitude_ranked
-from omerge_jax.sample import Sample
-from omerge_jax.sparsify import SparsifyContext
+from omerge_jax.entries import Sample
+from omerge_jax.sparsifiers.band import band
+from omerge_jax.sparsifiers.base import SparsifyContext
+from omerge_jax.sparsifiers.ranked import magnitude_ranked
 
 
 def context(step=0, path=("layer", "kernel"), layer_axes=0):

@@ -31,7 +31,7 @@ def accumulate(rounding, dtype, entries, factory=om.on_dare):
     start = (params, om.with_delta(tx.init(params), delta))
     (moved, state), _ = jax.jit(lambda s: jax.lax.scan(step, s, length=STEPS))(start)
     shift = np.asarray(moved["w"], np.float64) - np.asarray(params["w"], np.float64)
-    residual = state.rounding_residual
+    residual = optax.tree.get(state, "rounding_residual")
     due = np.zeros(entries) if residual is None else np.asarray(residual["w"], np.float64)
     return shift, due, STEPS * ALPHA * np.asarray(delta["w"], np.float64)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from omerge_jax.threshold import top_k_threshold
+from omerge_jax.threshold.edge import top_k_threshold
 
 jitted = jax.jit(top_k_threshold, static_argnums=2)
 

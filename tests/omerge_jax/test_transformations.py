@@ -15,7 +15,7 @@ import pytest
 from jax.experimental import checkify
 
 import omerge_jax as om
-from omerge_jax import largest
+from omerge_jax.sparsifiers import magnitude
 from omerge_jax.storage import SparseDelta
 
 RATE, ALPHA, DENSITY = 1e-2, 0.1, 0.1
@@ -92,7 +92,7 @@ each_case = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def small_samples(monkeypatch):
     """So that a small leaf has a sampled threshold too."""
-    monkeypatch.setattr(largest, "_SAMPLE_ENTRIES", 16.0)
+    monkeypatch.setattr(magnitude, "_SAMPLE_ENTRIES", 16.0)
 
 
 def layer_axes(path):
@@ -236,9 +236,9 @@ def test_checkify_passes_good_steps_and_reports_a_bad_one(case):
 SHARDED = """
 import json, sys, functools, jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from omerge_jax import largest
+from omerge_jax.sparsifiers import magnitude
 from test_transformations import advance, assert_same, has, loop, start, SPARSE
-largest._SAMPLE_ENTRIES = 16.0
+magnitude._SAMPLE_ENTRIES = 16.0
 kind, cases = AxisType[sys.argv[1]], json.loads(sys.argv[2])
 mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
 for case in cases:

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import omerge_jax as om
-from omerge_jax import threshold
+from omerge_jax.threshold import edge
 from train.bench import __main__ as command_line
 from train.bench import budgets, cases, compiled, run, storage, timing
 
@@ -131,9 +131,9 @@ def test_passes_are_those_the_search_takes(monkeypatch):
             taken.append(1)
         return carry
 
-    monkeypatch.setattr(threshold.jax.lax, "while_loop", loop)
+    monkeypatch.setattr(edge.jax.lax, "while_loop", loop)
     x = jnp.asarray(np.random.default_rng(0).standard_normal(2000, np.float32))
-    _, _, passes = threshold.search(x, 200, None)
+    _, _, passes = edge.search(x, 200, None)
     assert passes == len(taken) >= 1
 
 

@@ -12,7 +12,6 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import omerge_jax as om
-from omerge_jax.sparsify import SampledSparsifier, SparsifyContext
 from train.bench.cases import (
     PINNED,
     TIES_DENSITY,
@@ -73,28 +72,6 @@ def _is_merge(node: Any) -> bool:
     return isinstance(node, om.OnlineMergeState)
 
 
-def _later(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the step as it is from the second merge on, with the delta's threshold found.
-
-    The first merge finds it in a branch, which the compiler's figures would count at every step.
-    """
-
-    def settle(node: Any) -> Any:
-        if not _is_merge(node) or node.delta_fit is None:
-            return node
-        return node._replace(delta_fit=jnp.ones(node.delta_fit.shape, node.delta_fit.dtype))
-
-    def later(params: Any, opt_state: Any, *rest: Any) -> Any:
-        return step(params, jax.tree.map(settle, opt_state, is_leaf=_is_merge), *rest)
-
-    return later
-
-
-def _finds_a_fit(opt_state: Any) -> bool:
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_merge)
-    return any(_is_merge(node) and node.delta_fit is not None for node in nodes)
-
-
 def _compile(step: Callable[..., Any], placement: Placement, case: Case) -> Any:
     arguments = (placement.params, placement.opt_state(case), placement.params)
     jitted = jax.jit(step, donate_argnums=(0, 1))
@@ -137,10 +114,8 @@ def step_figures(
 
 def _figures(case: Case, placement: Placement, passes: dict[str, int]) -> dict[str, Any]:
     step = make_step(case)
-    first = later = _compile(step, placement, case)
-    if _finds_a_fit(placement.opt_state(case)):
-        later = _compile(_later(step), placement, case)
-    cost, memory = later.cost_analysis(), first.memory_analysis()
+    compiled = _compile(step, placement, case)
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     once = float(cost["bytes accessed"])
     searched = 4 * searched_entries(case, placement.params) / placement.mesh.size
     uncounted = 0
@@ -151,7 +126,6 @@ def _figures(case: Case, placement: Placement, passes: dict[str, int]) -> dict[s
         "optimizer": case.name,
         "bytes": once + uncounted * searched,
         "bytes_loop_body_once": once,
-        "bytes_first_step_loop_body_once": float(first.cost_analysis()["bytes accessed"]),
         "flops": float(cost["flops"]),
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
@@ -165,11 +139,10 @@ def searched_entries(case: Case, shapes: Any) -> float:
     if case.threshold is None:
         return 0.0
     sparsifier = om.magnitude(TIES_DENSITY, threshold=case.threshold)
-    assert isinstance(sparsifier, SampledSparsifier)
     total = 0.0
     for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
         layers = layer_axes((path[0].key,))
-        ctx = SparsifyContext(jnp.int32(0), (path[0].key,), "update", layers)
+        ctx = om.SparsifyContext(jnp.int32(0), (path[0].key,), "update", layers)
         sample = sparsifier.choose_sample(leaf.shape, ctx)
         total += leaf.size * (1.0 if sample is None else sample.width / sample.block)
     return total
@@ -187,7 +160,7 @@ def search_passes(entries: int, density: float, seed: int = 0) -> dict[str, int]
       Passes of an ``"exact"`` and of a ``"sampled"`` threshold.
     """
     x = jnp.asarray(np.random.default_rng(seed).standard_normal((entries // 256, 256), np.float32))
-    ctx = SparsifyContext(jnp.int32(0), ("w",), "update")
+    ctx = om.SparsifyContext(jnp.int32(0), ("w",), "update")
     passes = {}
     for threshold in ("exact", "sampled"):
         keep: Any = om.magnitude(density, threshold=threshold)

@@ -112,7 +112,7 @@ def state_bytes(program: Program) -> State:
     return State(**sizes, batch=batch)
 
 
-_OF_DELTA = ("reference_delta", "delta_fit", "cached_delta", "rounding_residual", "merge_scalars")
+_OF_DELTA = ("reference_delta", "delta_fit", "merged_params", "rounding_state", "merge_scalars")
 
 
 def _kind(path: tuple[Any, ...]) -> str:

@@ -1,7 +1,4 @@
-"""Sparsifiers that rank magnitudes: MAGPRUNE (DELLA) and the band of Breadcrumbs.
-
-Both follow the protocol of :mod:`omerge_jax.sparsify`.
-"""
+"""F at random with a probability that rises with the rank of a magnitude (MAGPRUNE, DELLA)."""
 
 import dataclasses
 import math
@@ -14,9 +11,9 @@ import optax
 
 from omerge_jax import random_mask
 from omerge_jax.paths import Path, show
-from omerge_jax.sparsify import (
+from omerge_jax.sparsifiers.base import (
+    BaseSparsifier,
     Draw,
-    FittedSparsifier,
     Sparsifier,
     SparsifyContext,
     check_density,
@@ -24,16 +21,14 @@ from omerge_jax.sparsify import (
     keeps_all,
     norm_ratio,
     random_capacity,
-    static_density,
-    tie_order,
 )
-from omerge_jax.threshold import is_beyond, per_layer, top_k_edge
+from omerge_jax.threshold.edge import per_layer
 
 RankAxis = int | None | Callable[[Path], int | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ranked:
+class _Ranked(BaseSparsifier):
     density: optax.ScalarOrSchedule
     epsilon: jax.typing.ArrayLike
     rescale: Literal["inverse", "norm", "none"]
@@ -151,7 +146,7 @@ def magnitude_ranked(
         when called, an ``axis`` that a tensor does not have.
 
     Example:
-      >>> from omerge_jax.sparsify import SparsifyContext
+      >>> from omerge_jax import SparsifyContext
       >>> ctx = SparsifyContext(jnp.int32(0), ("kernel",), "update")
       >>> f = magnitude_ranked(0.5, epsilon=0.4, rescale="none", draw=lambda x, p, ctx: p > 0.6)
       >>> f(jnp.array([[1.0, -4.0, 2.0], [0.1, 0.2, 0.3]]), ctx).tolist()
@@ -165,114 +160,3 @@ def magnitude_ranked(
     if rescale not in ("inverse", "norm", "none"):
         raise ValueError(f"rescale must be 'inverse', 'norm' or 'none', got rescale = {rescale!r}")
     return _Ranked(density, epsilon, rescale, axis, seed, draw)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Band:
-    density: optax.ScalarOrSchedule
-    gamma: jax.typing.ArrayLike
-    rescale: Literal["none", "norm"]
-    seed: jax.typing.ArrayLike
-    takes_samples = True
-
-    def __call__(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        return self.apply(x, self.fit(x, ctx), ctx)
-
-    def fit(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array | None:
-        if keeps_all(self.density):
-            return None
-        outliers, kept = self._counts(x, ctx)
-        order = tie_order(x, ctx, self.seed)
-        edges = [
-            top_k_edge(x, count, order, ctx.layer_axes) for count in (outliers + kept, outliers)
-        ]
-        fitted = jnp.concatenate(edges, axis=-1)
-        if self.rescale == "none":
-            return fitted
-        scale = norm_ratio(x, self._keep(x, fitted, ctx), ctx.layer_axes, 0.0)
-        return jnp.concatenate([fitted, scale.astype(jnp.float32)[..., None]], axis=-1)
-
-    def apply(self, x: jax.Array, fitted: jax.Array | None, ctx: SparsifyContext) -> jax.Array:
-        if fitted is None:
-            return x
-        kept = self._keep(x, fitted, ctx)
-        return kept if self.rescale == "none" else kept * per_layer(fitted[..., 6], x)
-
-    def capacity(self, entries: int) -> int:
-        return int(static_density(self.density) * entries)
-
-    def _counts(self, x: jax.Array, ctx: SparsifyContext) -> tuple[jax.Array, jax.Array]:
-        """Numbers of entries of a tensor that are dropped as outliers, and that are kept."""
-        entries = math.prod(x.shape[ctx.layer_axes :])
-        kept = _share_of(entries, density_at(self.density, ctx.step))
-        return jnp.minimum(_share_of(entries, self.gamma), jnp.uint32(entries) - kept), kept
-
-    def _keep(self, x: jax.Array, fitted: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        order = tie_order(x, ctx, self.seed)
-        outlier = is_beyond(x, fitted[..., 3:6], order)
-        # Where no outlier is dropped, what is not finite is not hidden either.
-        outlier &= ~per_layer(jnp.isinf(fitted[..., 3]), x)
-        return jnp.where(is_beyond(x, fitted[..., :3], order) & ~outlier, x, 0)
-
-
-def _share_of(entries: int, share: jax.typing.ArrayLike) -> jax.Array:
-    if isinstance(share, (int, float)):
-        return jnp.uint32(int(share * entries))
-    # The product may round up, also to 2**32, which uint32 does not hold.
-    count = jnp.minimum(jnp.floor(jnp.float32(share) * entries), 4294967040.0).astype(jnp.uint32)
-    return jnp.minimum(count, jnp.uint32(entries))
-
-
-def check_gamma(gamma: jax.typing.ArrayLike) -> None:
-    """Raises ValueError where a Python number is not a share of outliers: 0 <= gamma < 1."""
-    if isinstance(gamma, (int, float)) and not 0 <= gamma < 1:
-        raise ValueError(
-            f"gamma is the share of outliers dropped and must be in [0, 1), got gamma = {gamma}"
-        )
-
-
-def band(
-    density: optax.ScalarOrSchedule,
-    *,
-    gamma: jax.typing.ArrayLike = 0.01,
-    rescale: Literal["none", "norm"] = "none",
-    seed: jax.typing.ArrayLike = 0,
-) -> FittedSparsifier:
-    """Drops the largest entries of each tensor, and the smallest (Breadcrumbs).
-
-    Of n entries the ``int(gamma * n)`` of largest magnitude are dropped, the next ``int(density * n)``
-    are kept, and the rest are dropped. Where the two shares add up to more than n, fewer of the
-    largest are dropped. A tensor too small to keep one entry is dropped whole. ``density = 1`` keeps
-    everything.
-
-    Of equal magnitudes at an edge of the band a choice spread over the tensor is kept, another one at
-    every step, so that the counts always hold.
-
-    Args:
-      density: share kept, in (0, 1]; a float, a schedule of the step, or traced. Only a Python float
-        gives the count exactly; others are multiplied in float32.
-      gamma: share of the largest entries dropped, in [0, 1); a float, or traced.
-      rescale: ``"norm"`` gives what is kept the L1 norm it had before, per tensor.
-      seed: integer that, with the step, path and index, orders equal magnitudes.
-
-    Returns:
-      A sparsifier with ``fit`` and ``apply``: float array in, the same shape and dtype out. The fit
-      is float32 [*layers, 6], or [*layers, 7] with ``rescale="norm"``.
-
-    Raises:
-      ValueError: a density outside (0, 1], a gamma outside [0, 1), or an unknown ``rescale``.
-
-    Example:
-      >>> from omerge_jax.sparsify import SparsifyContext
-      >>> ctx = SparsifyContext(jnp.int32(0), ("kernel",), "update")
-      >>> band(0.5, gamma=0.25)(jnp.array([1.0, -9.0, 2.0, 3.0]), ctx).tolist()
-      [0.0, 0.0, 2.0, 3.0]
-
-    References:
-      Davari and Belilovsky, Model Breadcrumbs, https://arxiv.org/abs/2312.06795, Section 3.
-    """
-    check_density(density)
-    check_gamma(gamma)
-    if rescale not in ("none", "norm"):
-        raise ValueError(f"rescale must be 'none' or 'norm', got rescale = {rescale!r}")
-    return _Band(density, gamma, rescale, seed)

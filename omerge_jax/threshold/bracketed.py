@@ -1,27 +1,32 @@
 """The k-th largest magnitude of each tensor of a large leaf, in about three passes over it.
 
-The leaf need not exist: every pass may compute it anew from what it is made of, so that no temporary
-array is as large as it. A pass counts the entries that reach each of a few candidates. A sample says
-where the first ones are put; from then on the counts themselves tell to within a few standard
-deviations where the threshold is. The same pass keeps, of every row, the entries between the ends of
-the interval, as long as they are three or fewer: their maximum, minimum and sum say which they are.
-Once that holds for every row, the rest is a search among these few. Only sums, maxima and minima of
-rows cross devices. Where magnitudes tie, the search goes on over the order of the entries.
+The leaf need not be stored: every pass may compute it anew, so that no temporary array is as large.
+A pass counts the entries that reach each of a few candidates. A sample says where the first ones are
+put; from then on the counts themselves tell to within a few standard deviations where the threshold
+is. The same pass keeps, of every row, the entries between the ends of the interval, as long as they
+are three or fewer: their maximum, minimum and sum say which they are. Once that holds for every row,
+the rest is a search among these few. Only sums, maxima and minima of rows cross devices. Where
+magnitudes tie, the search goes on over the order of the entries.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from omerge_jax.numerics import Reduction, reduce_together, renewed
-from omerge_jax.sample import Sample
-from omerge_jax.threshold import as_edge, choose, countable, magnitude_bits, per_layer, search_keys
-from omerge_jax.tie_order import TieOrder
+from omerge_jax.entries import Entries, entries_of
+from omerge_jax.numerics import Reduction, reduce_together
+from omerge_jax.threshold.edge import (
+    TieOrder,
+    as_edge,
+    choose,
+    countable,
+    magnitude_bits,
+    per_layer,
+    search_keys,
+)
 
 _PARTS = 8
 _ALL = 2**32 - 1
@@ -45,34 +50,12 @@ class Bracket(NamedTuple):
     high: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Entries:
-    """A leaf that is computed wherever it is read.
-
-    Attributes:
-      shape: its shape.
-      compute: gives the leaf, from an int32 scalar that the result must depend on as far as the
-        compiler knows (`omerge_jax.numerics.renewed`). What does not change in a loop it would
-        compute before it and write out.
-      sample: gives a sample of it.
-    """
-
-    shape: tuple[int, ...]
-    compute: Callable[[jax.Array], jax.Array]
-    sample: Callable[[Sample], jax.Array]
-
-
-def held(x: jax.Array) -> Entries:
-    """Returns the entries of an array that exists."""
-    return Entries(x.shape, lambda turn: renewed(x, turn), lambda sample: sample.take(x))
-
-
 # Compiled by itself, or every call outside of jax.jit would compile its loop anew.
 @functools.partial(jax.jit, static_argnames="layer_axes")
 def large_top_k_edge(
     x: jax.Array, k: jax.typing.ArrayLike, order: TieOrder, layer_axes: int, bracket: Bracket
 ) -> jax.Array:
-    """Returns what `omerge_jax.threshold.top_k_edge` does, for a large ``x``.
+    """Returns what `omerge_jax.threshold.edge.top_k_edge` does, for a large ``x``.
 
     Args:
       x: float array [*layers, ...]; values are compared as float32.
@@ -81,7 +64,7 @@ def large_top_k_edge(
       layer_axes: number of leading axes that index separate tensors.
       bracket: where to look first.
     """
-    return find_edge(held(x), k, order, layer_axes, bracket)[0]
+    return find_edge(entries_of(x), k, order, layer_axes, bracket)[0]
 
 
 def find_edge(
@@ -92,15 +75,14 @@ def find_edge(
     bracket: Bracket,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the edge of `large_top_k_edge`, and how many passes were taken, an int32 scalar."""
-    like = jax.eval_shape(entries.compute, jax.ShapeDtypeStruct((), jnp.int32))
     # The bits that a narrower dtype has not got are left out, so that neighbours differ by one.
-    unused = max(0, 23 - jnp.finfo(like.dtype).nmant)
+    unused = max(0, 23 - jnp.finfo(entries.dtype).nmant)
     last_key = (_ALL >> 1) >> unused
     rows = _Rows(entries.shape, layer_axes)
     countable(entries.shape, layer_axes)
 
     def bits(turn: jax.Array) -> jax.Array:
-        return magnitude_bits(entries.compute(turn)) >> unused
+        return magnitude_bits(entries.again(turn)) >> unused
 
     def unfinished(carry: tuple[jax.Array, _Interval, jax.Array]) -> jax.Array:
         return jnp.any(_is_open(carry[1], wanted))

@@ -9,20 +9,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omerge_jax.exact import Bracket, Entries, find_edge, held, large_top_k_edge
-from omerge_jax.sample import Sample, choose_sample
-from omerge_jax.sparsify import (
+from omerge_jax.entries import Entries, Sample, choose_sample, entries_of
+from omerge_jax.sparsifiers.base import (
     FittedSparsifier,
     Shaped,
     SparsifyContext,
     check_density,
+    count_at,
     density_at,
     keeps_all,
     norm_ratio,
     static_density,
     tie_order,
 )
-from omerge_jax.threshold import is_beyond, per_layer, search, top_k_edge, top_k_threshold
+from omerge_jax.threshold.bracketed import Bracket, find_edge, large_top_k_edge
+from omerge_jax.threshold.edge import is_beyond, per_layer, search, top_k_edge, top_k_threshold
 
 # With a share p kept, 1/p times as many entries are looked at: the share that is really kept is then
 # off by half a percent of p (one standard deviation).
@@ -34,33 +35,27 @@ _DENSITY_IF_UNKNOWN = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class _Magnitude:
+class _Magnitude(FittedSparsifier):
     density: optax.ScalarOrSchedule
     rescale: Literal["none", "norm"]
     threshold: Literal["exact", "sampled"]
     seed: jax.typing.ArrayLike
-    takes_samples = True
 
-    def __call__(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        return self.apply(x, self.fit(x, ctx), ctx)
+    @property
+    def takes_samples(self) -> bool:
+        return True
 
     def choose_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
         if self.threshold == "exact" or keeps_all(self.density):
             return None
         return choose_sample(shape, ctx.layer_axes, _SAMPLE_ENTRIES / self._share, ctx.step)
 
-    @property
-    def _share(self) -> float:
-        density = self.density
-        return density if isinstance(density, (int, float)) else _DENSITY_IF_UNKNOWN
-
     def fit(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array | None:
         if keeps_all(self.density):
             return None
-        if ctx.sample is None and (sample := self.choose_sample(x.shape, ctx)) is not None:
-            x, ctx = sample.take(x), dataclasses.replace(ctx, sample=sample)
+        x, ctx = self._looked_at(x, ctx)
         count, order = self._count(x, ctx), tie_order(x, ctx, self.seed)
-        first = self.choose_first_sample(x.shape, ctx)
+        first = self._first_sample(x.shape, ctx)
         if first is None:
             edge = top_k_edge(x, count, order, ctx.layer_axes)
         else:
@@ -68,28 +63,55 @@ class _Magnitude:
             edge = large_top_k_edge(x, count, order, ctx.layer_axes, bracket)
         return self._scaled(edge, x, ctx)
 
-    def choose_first_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
+    def fit_entries(self, entries: Entries, ctx: SparsifyContext) -> jax.Array | None:
+        if entries.stored or self._first_sample(entries.shape, ctx) is None:
+            return super().fit_entries(entries, ctx)
+        # A large leaf that is not stored is read in passes.
+        edge = self._find_edge(entries, ctx)[0]
+        return (
+            edge if self.rescale == "none" else self._scaled(edge, entries.again(jnp.int32(0)), ctx)
+        )
+
+    def apply(self, x: jax.Array, fitted: jax.Array | None, ctx: SparsifyContext) -> jax.Array:
+        if fitted is None:
+            return x
+        # F(x): the int(p·n) entries of largest magnitude (Section 3.2, OnTIES).
+        kept = self._keep(x, fitted, ctx)
+        return kept if self.rescale == "none" else kept * per_layer(fitted[..., 3], x)
+
+    def capacity(self, entries: int) -> int:
+        return int(static_density(self.density) * entries) or entries
+
+    def passes(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
+        """Returns how often `fit` reads ``x``, or its sample, an int32 scalar."""
+        if self._first_sample(x.shape, ctx) is not None:
+            return self._find_edge(entries_of(x), ctx)[1]
+        x, ctx = self._looked_at(x, ctx)
+        order = tie_order(x, ctx, self.seed)
+        return search(x, self._count(x, ctx), order, ctx.layer_axes)[2]
+
+    @property
+    def _share(self) -> float:
+        density = self.density
+        return density if isinstance(density, (int, float)) else _DENSITY_IF_UNKNOWN
+
+    def _looked_at(self, x: jax.Array, ctx: SparsifyContext) -> tuple[jax.Array, SparsifyContext]:
+        """Returns the entries that are searched, all or a sample, and their context."""
+        sample = None if ctx.sample is not None else self.choose_sample(x.shape, ctx)
+        if sample is None:
+            return x, ctx
+        return sample.take(x), dataclasses.replace(ctx, sample=sample)
+
+    def _first_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
+        """Returns the sample that says where the exact search of a large leaf begins."""
         if ctx.sample is not None or keeps_all(self.density):
             return None
         if self.choose_sample(shape, ctx) is not None:
             return None
         return choose_sample(shape, ctx.layer_axes, _BRACKET_ENTRIES / self._share, ctx.step)
 
-    def fit_entries(self, entries: Entries, ctx: SparsifyContext) -> jax.Array:
-        edge = self._find_edge(entries, ctx)[0]
-        return self._scaled(edge, entries.compute(jnp.int32(0)), ctx)
-
-    def passes(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        """Returns how often `fit` reads ``x``, or its sample, an int32 scalar."""
-        if self.choose_first_sample(x.shape, ctx) is not None:
-            return self._find_edge(held(x), ctx)[1]
-        if ctx.sample is None and (sample := self.choose_sample(x.shape, ctx)) is not None:
-            x, ctx = sample.take(x), dataclasses.replace(ctx, sample=sample)
-        order = tie_order(x, ctx, self.seed)
-        return search(x, self._count(x, ctx), order, ctx.layer_axes)[2]
-
     def _find_edge(self, entries: Entries, ctx: SparsifyContext) -> tuple[jax.Array, jax.Array]:
-        first = self.choose_first_sample(entries.shape, ctx)
+        first = self._first_sample(entries.shape, ctx)
         assert first is not None
         like = jax.ShapeDtypeStruct(entries.shape, jnp.float32)
         bracket = self._bracket(entries.sample(first), ctx)
@@ -97,19 +119,11 @@ class _Magnitude:
         return find_edge(entries, self._count(like, ctx), order, ctx.layer_axes, bracket)
 
     def _scaled(self, edge: jax.Array, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
+        """Returns the edge, followed by the factor that ``rescale="norm"`` needs."""
         if self.rescale == "none":
             return edge
         scale = norm_ratio(x, self._keep(x, edge, ctx), ctx.layer_axes, 0.0)
         return jnp.concatenate([edge, scale.astype(jnp.float32)[..., None]], axis=-1)
-
-    def apply(self, x: jax.Array, fitted: jax.Array | None, ctx: SparsifyContext) -> jax.Array:
-        if fitted is None:
-            return x
-        kept = self._keep(x, fitted, ctx)
-        return kept if self.rescale == "none" else kept * per_layer(fitted[..., 3], x)
-
-    def capacity(self, entries: int) -> int:
-        return _count_of(static_density(self.density), entries)
 
     def _keep(self, x: jax.Array, fitted: jax.Array, ctx: SparsifyContext) -> jax.Array:
         return jnp.where(is_beyond(x, fitted[..., :3], tie_order(x, ctx, self.seed)), x, 0)
@@ -124,19 +138,10 @@ class _Magnitude:
         return Bracket(*(top_k_threshold(sampled, k, ctx.layer_axes) for k in (more, fewer)))
 
     def _count(self, x: Shaped, ctx: SparsifyContext) -> jax.Array:
+        """Returns k = int(p·n), or n where that is 0: such a tensor is left dense."""
         entries = math.prod(x.shape[ctx.layer_axes :])
-        density = density_at(self.density, ctx.step)
-        if isinstance(density, (int, float)):
-            return jnp.uint32(_count_of(density, entries))
-        # The product of a float32 density is exact enough, but may round up to 2**32.
-        share = jnp.asarray(density, jnp.float32)
-        count = jnp.minimum(jnp.floor(share * entries), 4294967040.0).astype(jnp.uint32)
-        return jnp.where(count >= 1, jnp.minimum(count, jnp.uint32(entries)), jnp.uint32(entries))
-
-
-def _count_of(density: float, entries: int) -> int:
-    count = int(density * entries)
-    return count if count >= 1 else entries
+        count = count_at(density_at(self.density, ctx.step), entries)
+        return jnp.where(count >= 1, count, jnp.uint32(entries))
 
 
 def magnitude(

@@ -1,0 +1,1 @@
+"""Sparsifiers F, one family a module; `omerge_jax.sparsifiers.base` says what they have in common."""

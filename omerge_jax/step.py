@@ -1,0 +1,381 @@
+"""One step of a merge: F(Δθ) ⊕ F(τ_r) (Eq. 2 of arXiv 2405.17931), leaf by leaf."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from omerge_jax.alpha import Alpha, Relative, alpha_at, alpha_of_leaves
+from omerge_jax.consensus import Consensus
+from omerge_jax.diagnostics import SAMPLE_ENTRIES, leaf_sums, prefixed, scalars_from_sums
+from omerge_jax.entries import Entries, Sample, choose_sample, entries_of
+from omerge_jax.numerics import is_float, wide_dtype, widened
+from omerge_jax.paths import (
+    Axes,
+    LayerAxes,
+    Path,
+    from_front,
+    layer_axes_of,
+    leaves_by_path,
+    map_by_path,
+    to_front,
+)
+from omerge_jax.sparsifiers.base import BaseSparsifier, FittedSparsifier, SparsifyContext
+from omerge_jax.state import OnlineMergeState
+from omerge_jax.storage import SparseDelta, Storage, is_delta_leaf, to_device
+from omerge_jax.threshold.edge import per_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeSettings:
+    """Settings of a merge that stay fixed across steps; `online_merge` documents them.
+
+    Attributes:
+      sparsifier: F.
+      consensus: ⊕.
+      alpha: weight of the reference.
+      every_k: steps from one merge to the next.
+      fixed_delta: whether F(τ_r) is the same at every step.
+      storage: how the delta is held.
+      layer_axes: which axes of a leaf index separate tensors.
+      rounds: whether a rounding follows, so that no update is lost to the addition.
+      diagnostics: whether the full metrics are measured.
+    """
+
+    sparsifier: BaseSparsifier
+    consensus: Consensus
+    alpha: Alpha
+    every_k: Any
+    fixed_delta: bool
+    storage: Storage
+    layer_axes: LayerAxes
+    rounds: bool
+    diagnostics: bool
+
+    @property
+    def uses_delta(self) -> bool:
+        """Whether there is a reference term: alpha is not the literal 0."""
+        alpha = self.alpha
+        return not (isinstance(alpha, (int, float, np.integer)) and alpha == 0)
+
+    def axes(self, path: Path, ndim: int) -> Axes:
+        """Returns which axes of a leaf index separate tensors."""
+        return layer_axes_of(self.layer_axes, path, ndim)
+
+
+class HeldDelta(NamedTuple):
+    """What a step is given of the delta of one leaf.
+
+    Attributes:
+      arrays: τ_r or F(τ_r): one array, or two whose difference it is, in the dtypes they are held in
+        (converted here, the compiler would write the result out).
+      sparse: whether it is F(τ_r).
+      fit: what the sparsifier fitted to it when it was set; None where it did not.
+    """
+
+    arrays: tuple[jax.Array, ...]
+    sparse: bool = False
+    fit: jax.Array | None = None
+
+
+class Kept(NamedTuple):
+    """What sparsifiers keep of a leaf, or of a sample of it.
+
+    Attributes:
+      update: F(Δθ).
+      delta: F(τ_r); None without a reference.
+    """
+
+    update: jax.Array
+    delta: jax.Array | None
+
+
+class LeafMerge:
+    """The merge of one leaf at one step, with the leaf's layer axes in front.
+
+    Args:
+      settings: what does not change from step to step.
+      path: path names of the leaf.
+      step: int32 scalar, the optimizer steps taken before this one.
+      update: Δθ, or with step-K the span Δθ + θ − θ_m since the last merge.
+      moved: θ − θ_m, what the parameter has moved since the last merge; None for ``every_k=1``.
+      delta: what is held of τ_r; None without a reference.
+      param: θ, for the diagnostics; None where it is unknown.
+    """
+
+    def __init__(
+        self,
+        settings: MergeSettings,
+        path: Path,
+        step: jax.Array,
+        update: Entries,
+        moved: jax.Array | None,
+        delta: HeldDelta | None,
+        param: jax.Array | None,
+    ):
+        self.settings, self.path, self.step = settings, path, step
+        self.axes = settings.axes(path, update.ndim)
+        self.update = update.front(self.axes)
+        self.moved = None if moved is None else to_front(moved, self.axes)
+        self.param = None if param is None else to_front(param, self.axes)
+        self.delta = delta
+        self.fit = self._fit_update()
+        self.sample = self._choose_sample()
+        self.sampled_update = None
+        if self.sample is not None:
+            self.sampled_update = widened(self.update.sample(self.sample))
+        for known in (self.fit, self.sampled_update):
+            if known is not None:
+                self.update.wait(known)
+
+    def context(self, role: str, sample: Sample | None = None) -> SparsifyContext:
+        """Returns what a sparsifier is told; the step of a fixed delta stands still."""
+        still = role == "delta" and self.settings.fixed_delta
+        step = jnp.zeros([], jnp.int32) if still else self.step
+        return SparsifyContext(step, self.path, role, len(self.axes), sample)
+
+    def _fit_update(self) -> jax.Array | None:
+        sparsifier = self.settings.sparsifier
+        if not isinstance(sparsifier, FittedSparsifier):
+            return None
+        return sparsifier.fit_entries(self.update, self.context("update"))
+
+    def _choose_sample(self) -> Sample | None:
+        """Returns the sample that the diagnostics look at; None for all of the leaf."""
+        if not self.settings.diagnostics:
+            return None
+        sparsifier, shape, ctx = self.settings.sparsifier, self.update.shape, self.context("update")
+        if isinstance(sparsifier, FittedSparsifier):
+            fitted_to = sparsifier.choose_sample(shape, ctx)
+            if fitted_to is not None:
+                return fitted_to
+        return choose_sample(shape, ctx.layer_axes, SAMPLE_ENTRIES, self.step)
+
+    def _delta(self, sample: Sample | None = None) -> jax.Array | None:
+        """Returns τ_r = θ_r − θ_b, or F(τ_r), or a sample of it, in the dtype of the merge."""
+        if self.delta is None:
+            return None
+        arrays = [to_front(x, self.axes) for x in self.delta.arrays]
+        arrays = arrays if sample is None else [sample.take(x) for x in arrays]
+        wide = jnp.promote_types(wide_dtype(arrays[0].dtype), arrays[-1].dtype)
+        first, *second = (x.astype(wide) for x in arrays)
+        delta = first - second[0] if second else first
+        return delta.astype(wide_dtype(self.update.dtype))
+
+    def sparsify(self, sample: Sample | None = None) -> Kept:
+        """Returns F(Δθ) and F(τ_r) of the leaf, or of a sample of it."""
+        sparsifier = self.settings.sparsifier
+        update = widened(self.update.whole()) if sample is None else self.sampled_update
+        assert update is not None
+        ctx = self.context("update", sample)
+        if isinstance(sparsifier, FittedSparsifier):
+            kept = sparsifier.apply(update, self.fit, ctx)
+        else:
+            kept = sparsifier(update, ctx)
+        delta = self._delta(sample)
+        if delta is None or self.delta is None or self.delta.sparse:
+            return Kept(kept, delta)
+        ctx = self.context("delta", sample)
+        if self.delta.fit is not None and isinstance(sparsifier, FittedSparsifier):
+            return Kept(kept, sparsifier.apply(delta, self.delta.fit, ctx))
+        return Kept(kept, sparsifier(delta, ctx))
+
+    def merge(self, kept: Kept, alpha: jax.Array) -> jax.Array:
+        """Returns what is emitted before it is rounded, in the order of the leaf's own axes."""
+        return from_front(self._merge(kept, alpha, self.moved), self.axes)
+
+    def _merge(self, kept: Kept, alpha: jax.Array, moved: jax.Array | None) -> jax.Array:
+        merged = kept.update
+        if kept.delta is not None:
+            # F(Δθ) ⊕ F(τ_r) (Eq. 2), with α of the tensor.
+            weight = per_layer(alpha.astype(merged.dtype), merged)
+            merged = self.settings.consensus(merged, kept.delta, weight)
+        # θ_m + F(Δc + Δθ) ⊕ F(τ_r) (Algorithm 2), as an update of θ = θ_m + Δc.
+        return merged if moved is None else merged - moved
+
+    def squares(self, kept: Kept) -> tuple[jax.Array, jax.Array]:
+        """Returns ‖F(Δθ)‖² and ‖F(τ_r)‖² of every tensor, float32 [*layers]."""
+        axes = tuple(range(len(self.axes), kept.update.ndim))
+        theirs = jnp.zeros_like(kept.update) if kept.delta is None else kept.delta
+        ours, theirs = (
+            jnp.sum(jnp.square(x.astype(jnp.float32)), axes) for x in (kept.update, theirs)
+        )
+        return ours, theirs
+
+    def measure(self, kept: Kept, alpha: jax.Array) -> jax.Array:
+        """Returns the sums that the metrics are made of, from a sample where the leaf is large."""
+        sample, share = self.sample, 1.0
+
+        def taken(x: jax.Array | None) -> jax.Array | None:
+            return x if x is None or sample is None else sample.take(x)
+
+        if sample is None:
+            update = widened(self.update.whole())
+        else:
+            assert self.sampled_update is not None
+            update = self.sampled_update
+            share = self.update.size / update.size
+            if self.settings.sparsifier.takes_samples:
+                kept = self.sparsify(sample)
+            else:
+                kept = Kept(sample.take(kept.update), taken(kept.delta))
+        emitted = self._merge(kept, alpha, taken(self.moved)).astype(self.update.dtype)
+        param = None if self.settings.rounds else taken(self.param)
+        return share * leaf_sums(
+            update, self._delta(sample), kept.update, kept.delta, emitted, param, jnp.mean(alpha)
+        )
+
+
+class MergeStep:
+    """One step over all leaves.
+
+    Args:
+      settings: what does not change from step to step.
+      state: the state before the step.
+      params: θ, or None.
+      reference: θ_r and θ_b, for ``storage="recompute"``.
+      alpha_scale: what alpha is multiplied by in this step.
+    """
+
+    def __init__(
+        self,
+        settings: MergeSettings,
+        state: OnlineMergeState,
+        params: Any,
+        reference: tuple[Any, Any],
+        alpha_scale: chex.Numeric,
+    ):
+        self.settings, self.state = settings, state
+        self.alpha = alpha_at(settings.alpha, alpha_scale, state.merge_count)
+        self.params = None if params is None else leaves_by_path(params)
+        self.deltas = held_deltas(settings, state, reference)
+
+    def merge(
+        self, updates: optax.Updates, moved: dict[Path, jax.Array] | None
+    ) -> tuple[optax.Updates, dict[str, jax.Array]]:
+        """Merges every leaf.
+
+        Args:
+          updates: Δθ, or the span since the last merge; arrays, or entries that can be read again.
+          moved: θ − θ_m by path, see `LeafMerge`; None for ``every_k=1``.
+
+        Returns:
+          What is emitted before it is rounded, in float32 or wider, and the scalars of the step.
+        """
+        # All that reads updates again comes before the first of them is read whole, see `fused_chain`.
+        leaves = {
+            path: self._leaf(path, entries_of(update), moved)
+            for path, update in leaves_by_path(updates).items()
+            if is_float(update)
+        }
+        kept = {}
+        if isinstance(self.alpha, Relative):
+            kept = {path: leaf.sparsify() for path, leaf in leaves.items()}
+            squares = {path: leaf.squares(kept[path]) for path, leaf in leaves.items()}
+            alphas = alpha_of_leaves(self.alpha, squares)
+        else:
+            alphas = dict.fromkeys(leaves, self.alpha)
+        merged, sums = {}, []
+        for path, leaf in leaves.items():
+            # One leaf after the other, which is also how the compiler then lays out its work.
+            both = kept.get(path) or leaf.sparsify()
+            merged[path] = leaf.merge(both, alphas[path])
+            if self.settings.diagnostics:
+                sums.append(leaf.measure(both, alphas[path]))
+        scalars = self._alpha_scalars(leaves, alphas)
+        if self.settings.diagnostics:
+            known = self.params is not None
+            scalars |= prefixed(scalars_from_sums(sums, knows_params=known))
+        # Leaves of integers pass.
+        passed = jax.tree.map(
+            lambda old: old if is_float(old) else entries_of(old).whole(), updates
+        )
+        return map_by_path(lambda path, old: merged.get(path, old), passed), scalars
+
+    def _leaf(self, path: Path, update: Entries, moved: dict[Path, jax.Array] | None) -> LeafMerge:
+        return LeafMerge(
+            self.settings,
+            path,
+            self.state.merge_count,
+            update,
+            moved=None if moved is None else moved[path],
+            delta=self.deltas[path] if self.settings.uses_delta else None,
+            param=None if self.params is None else self.params[path],
+        )
+
+    def _alpha_scalars(
+        self, leaves: dict[Path, LeafMerge], alphas: dict[Path, jax.Array]
+    ) -> dict[str, jax.Array]:
+        alpha = self.alpha
+        if isinstance(alpha, Relative):
+            sizes = {path: float(leaf.update.size) for path, leaf in leaves.items()}
+            terms = [jnp.mean(alphas[path]) * size for path, size in sizes.items()]
+            alpha = sum(terms, jnp.zeros([], jnp.float32)) / max(1.0, sum(sizes.values()))
+        total = self.state.merge_scalars["merge_alpha_total"] + alpha
+        return {"merge_alpha": jnp.asarray(alpha), "merge_alpha_total": total}
+
+    def merge_every_k(
+        self, updates: optax.Updates
+    ) -> tuple[optax.Updates, Any, dict[str, jax.Array]]:
+        """Step-K (Algorithm 2): merges where the step's number is a multiple of K, else passes.
+
+        Returns:
+          What is emitted before it is rounded, θ_m, and the scalars of the last merge.
+        """
+        count, every_k = self.state.merge_count, jnp.asarray(self.settings.every_k, jnp.int32)
+        params = self.params
+        assert params is not None
+        # After a merge θ is θ_m; what the merge led to is known only now.
+        merged_params = map_by_path(
+            lambda path, last: jnp.where(count % every_k == 0, params[path], last),
+            self.state.merged_params,
+        )
+        last = leaves_by_path(merged_params)
+
+        def merge(wide: Any) -> tuple[Any, dict[str, jax.Array]]:
+            # Δc = θ − θ_m: what the steps since the last merge have moved.
+            paths = leaves_by_path(wide)
+            moved = {p: _minus(params[p], last[p]) for p, u in paths.items() if is_float(u)}
+            # Δθ ← Δθ + Δc
+            span = map_by_path(lambda p, u: u + moved[p] if is_float(u) else u, wide)
+            return self.merge(span, moved)
+
+        wide = jax.tree.map(_widened_whole, updates)
+        passed = lambda wide: (wide, self.state.merge_scalars)  # noqa: E731
+        merged, scalars = jax.lax.cond((count + 1) % every_k == 0, merge, passed, wide)
+        return merged, merged_params, scalars
+
+
+def _minus(param: jax.Array, last: jax.Array) -> jax.Array:
+    wide = wide_dtype(param.dtype)
+    return param.astype(wide) - last.astype(wide)
+
+
+def _widened_whole(update: Any) -> jax.Array:
+    whole = entries_of(update).whole()
+    return widened(whole) if is_float(whole) else whole
+
+
+def held_deltas(
+    settings: MergeSettings, state: OnlineMergeState, reference: tuple[Any, Any]
+) -> dict[Path, HeldDelta]:
+    """Returns what a step is given of the delta of every leaf."""
+    if not settings.uses_delta:
+        return {}
+    if settings.storage == "recompute":
+        ours, theirs = (leaves_by_path(tree) for tree in reference)
+        return {path: HeldDelta((leaf, theirs[path])) for path, leaf in ours.items()}
+    leaves = leaves_by_path(state.reference_delta, is_delta_leaf)
+    fits = {} if state.delta_fit is None else state.delta_fit.split(leaves)
+    held = {}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, SparseDelta):
+            held[path] = HeldDelta((leaf.dense(),), sparse=True)
+        else:
+            array = to_device(leaf) if settings.storage == "pinned_host" else leaf
+            held[path] = HeldDelta((array,), fit=fits.get(path))
+    return held
