@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from omerge_jax.checks import check_choice, check_delta, check_number, check_schedule, is_float
-from omerge_jax.numerics import wide_dtype
+from omerge_jax.numerics import copied, wide_dtype
 from omerge_jax.paths import path_names
 from omerge_jax.state import place_delta
 
@@ -70,7 +70,7 @@ def anchored(
 
     def init(params: Any) -> AnchoredState:
         held = None if delta is None else place_delta(params, delta)
-        return AnchoredState(jnp.zeros([], jnp.int32), jax.tree.map(_copy, params), held)
+        return AnchoredState(jnp.zeros([], jnp.int32), jax.tree.map(copied, params), held)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del extra
@@ -109,8 +109,3 @@ def _pull(rate: jax.typing.ArrayLike, *trees: Any) -> Any:
         return (update.astype(wide) - jnp.asarray(rate, wide) * moved).astype(update.dtype)
 
     return jax.tree_util.tree_map_with_path(one, *trees, is_leaf=lambda leaf: leaf is None)
-
-
-def _copy(param: Any) -> Any:
-    """Returns a copy, so that the parameters can be donated; an abstract one has nothing to copy."""
-    return param if isinstance(param, jax.ShapeDtypeStruct) else jnp.copy(param)

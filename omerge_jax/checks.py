@@ -59,6 +59,11 @@ def check_number(name: str, value: Any, wanted: str, meaning: str = "") -> None:
         raise ValueError(f"{must}{wanted}, got {name} = {value}")
 
 
+def known(value: Any) -> float | None:
+    """Returns a number that does not depend on the step and is not traced, else None."""
+    return None if isinstance(value, Tracer) or not is_number(value) else float(value)
+
+
 def check_schedule(name: str, value: Any, wanted: str, meaning: str = "") -> None:
     """Raises ValueError where ``value`` is no schedule and not a number as ``wanted``."""
     if not callable(value):
@@ -98,9 +103,8 @@ def check_not_swapped(alpha: Any, density: Any) -> None:
     with a reference of 1 % or more are no setting that anyone trains with; they are the paper's values
     the wrong way round. A density that is meant can be given as a schedule.
     """
-    if any(callable(x) or isinstance(x, Tracer) or not is_number(x) for x in (alpha, density)):
-        return
-    if density < 1e-5 and alpha >= 1e-2:
+    weight, share = known(alpha), known(density)
+    if weight is not None and share is not None and share < 1e-5 and weight >= 1e-2:
         raise ValueError(
             "alpha is the weight of the reference (5e-7 in the paper) and density the share of entries "
             f"kept (down to 1e-5): they seem to be swapped, got alpha = {alpha} and density = "

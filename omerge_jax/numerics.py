@@ -15,9 +15,9 @@ def wide_dtype(*dtypes: jax.typing.DTypeLike) -> Any:
         return functools.reduce(jnp.promote_types, dtypes, jnp.float32)
 
 
-def is_float(x: Any) -> bool:
-    """Whether a leaf is merged and rounded; leaves of integers pass through everywhere."""
-    return jnp.issubdtype(x.dtype, jnp.inexact)
+def copied(x: Any) -> Any:
+    """Returns a copy, so that ``x`` can be donated; of an abstract array there is nothing to copy."""
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.copy(x)
 
 
 def widened(x: jax.Array) -> jax.Array:

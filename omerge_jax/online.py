@@ -13,11 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
-from omerge_jax.alpha import Alpha
+from omerge_jax.alpha import ALPHA, Alpha, Relative
+from omerge_jax.checks import (
+    check_callable,
+    check_choice,
+    check_delta,
+    check_not_swapped,
+    check_schedule,
+    check_whole,
+)
 from omerge_jax.consensus import Consensus
 from omerge_jax.diagnostics import zero_scalars
+from omerge_jax.numerics import copied
 from omerge_jax.paths import (
     LayerAxes,
     layer_axes_rule,
@@ -40,6 +48,9 @@ from omerge_jax.storage import (
 )
 
 DeltaMask = Literal["fixed", "fresh"]
+# Of numpy, as optax.inject_hyperparams makes an array of every Python int, defaults included: nobody
+# would know when tracing that it is 1, and the parameters of the last merge would be kept for nothing.
+EVERY_STEP: Any = np.int64(1)
 
 
 def online_merge(
@@ -48,7 +59,7 @@ def online_merge(
     *,
     alpha: Alpha,
     delta: Any = None,
-    every_k: int = 1,
+    every_k: int = EVERY_STEP,
     delta_mask: DeltaMask = "fresh",
     storage: Storage = "dense",
     rounding: Rounding = "stochastic",
@@ -73,8 +84,8 @@ def online_merge(
         consensus: what is emitted is F(Δθ), not rounded.
       delta: τ_r, copied into the state by ``init``; None to set it later with `with_delta`, which
         keeps it out of the compiled ``init``.
-      every_k: K, at least 1. Anything but a Python int (as under ``optax.inject_hyperparams`` without
-        ``static_args``) also works but always keeps the sum of updates in memory.
+      every_k: K, an integer of at least 1; under ``optax.inject_hyperparams`` name it in
+        ``static_args`` where it is given.
       delta_mask: ``"fresh"`` sparsifies τ_r anew at every step. ``"fixed"`` does it once, as the
         authors' code (step 0 of the mask, and of a density schedule; an injected density counts as it
         is at each step): whatever a random mask dropped then never arrives, and with 1/p scaling what
@@ -154,8 +165,9 @@ def merge_then_round(
       seed: fixes stochastic rounding.
       settings: the other arguments of `online_merge`.
     """
-    if delta_mask not in get_args(DeltaMask):
-        raise ValueError(f"delta_mask must be 'fixed' or 'fresh', got delta_mask = {delta_mask!r}")
+    check_choice("delta_mask", delta_mask, get_args(DeltaMask))
+    check_callable("sparsifier", sparsifier, ("x", "ctx"), "omerge_jax.random(0.1)")
+    check_callable("consensus", consensus, ("update", "delta", "alpha"), "omerge_jax.linear()")
     rounds = rounded(rounding, seed=seed)
     merge = MergeSettings(
         as_sparsifier(sparsifier),
@@ -173,15 +185,14 @@ def merge_then_round(
 def _check(settings: MergeSettings, delta: Any) -> None:
     """Raises ValueError where the settings of a merge are out of range or do not go together."""
     alpha, every_k = settings.alpha, settings.every_k
-    if isinstance(alpha, (int, float)) and not 0 <= alpha <= 1:
-        raise ValueError(
-            "alpha is the weight of the reference delta (the update gets 1 - alpha) and must be in "
-            f"[0, 1], got alpha = {alpha}"
-        )
-    if isinstance(every_k, (int, float, np.number)) and (every_k < 1 or int(every_k) != every_k):
+    if not isinstance(alpha, Relative):
+        check_schedule("alpha", alpha, "in [0, 1]", ALPHA)
+        check_not_swapped(alpha, getattr(settings.sparsifier, "density", None))
+    if not isinstance(every_k, (int, np.integer)) or every_k < 1:
         raise ValueError(
             "every_k is the number of optimizer steps from one merge to the next and must be an "
-            f"integer of at least 1, got every_k = {every_k}"
+            "integer of at least 1 (under optax.inject_hyperparams name it in static_args), got "
+            f"every_k = {every_k!r}"
         )
     if not isinstance(settings.diagnostics, bool):
         raise ValueError(
@@ -194,6 +205,7 @@ def _check(settings: MergeSettings, delta: Any) -> None:
             "base_params to update"
         )
     check_storage(settings.storage, settings.sparsifier, settings.fixed_delta)
+    check_delta(delta)
 
 
 def _transformation(
@@ -216,6 +228,8 @@ def _transformation(
         **extra_args: Any,
     ) -> tuple[optax.Updates, OnlineMergeState]:
         del extra_args
+        for path, leaf in leaves_by_path(updates if params is None else params).items():
+            check_whole(path, leaf)
         reference = (reference_params, base_params)
         _require(settings, state, params, reference)
         step = MergeStep(settings, state, params, reference, alpha_scale)
@@ -262,13 +276,11 @@ def _unset_state(
         ):
             fit = DeltaFit(jnp.zeros([0], jnp.float32), sparsifier, rule)
             delta_fit = fit.unset(leaves_by_path(reference_delta, is_delta_leaf))
-    every_k = settings.every_k
-    merges_always = not isinstance(every_k, Tracer) and every_k == 1
     return OnlineMergeState(
         merge_count=jnp.zeros([], jnp.int32),
         reference_delta=reference_delta,
         delta_fit=delta_fit,
-        merged_params=None if merges_always else jax.tree.map(jnp.copy, params),
+        merged_params=None if settings.every_k == 1 else jax.tree.map(copied, params),
         rounding_state=after.init(params),
         merge_scalars=zero_scalars(settings.diagnostics),
     )

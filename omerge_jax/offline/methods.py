@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 import jax
 import jax.numpy as jnp
 
-from omerge_jax.checks import check_number, check_whole
+from omerge_jax.checks import check_number, check_whole, known
 from omerge_jax.numerics import wide_dtype
 from omerge_jax.paths import Axes, Path, from_front, show, to_front
 from omerge_jax.sparsifiers.band import band
@@ -152,13 +152,9 @@ class Plan:
             )
         for weight in weights:
             check_number(name, weight, "finite")
-        known = all(isinstance(weight, (int, float)) for weight in weights)
-        if (
-            self.method.merge is _linear
-            and self.settings["normalize"]
-            and known
-            and not sum(weights)
-        ):
+        numbers = [known(weight) for weight in weights]
+        divides = self.method.merge is _linear and self.settings["normalize"]
+        if divides and None not in numbers and sum(map(float, weights)) == 0:
             raise ValueError(
                 f"{name} must not sum to 0 with method 'linear', got {weights}; change them or take "
                 "normalize=False"

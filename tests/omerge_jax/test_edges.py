@@ -248,9 +248,8 @@ def test_a_sweep_may_begin_at_alpha_zero(every_k):
 def test_every_k_is_static_under_injection(factory):
     params = tree(0)
     injected = optax.inject_hyperparams(factory)(alpha=0.1, density=0.5)
-    plain = factory(alpha=0.1, density=0.5)
-    kept, alone = (merge_states(tx.init(params))[0] for tx in (injected, plain))
-    assert jax.tree.structure(kept) == jax.tree.structure(alone), "no memory for a span of one step"
+    (merge,) = merge_states(injected.init(params))
+    assert merge.merged_params is None, "no memory for a span of one step"
     assert "every_k" not in injected.init(params).hyperparams
     with pytest.raises(ValueError, match=r"every_k .* static_args"):
         optax.inject_hyperparams(factory)(alpha=0.1, density=0.5, every_k=2).init(params)
@@ -345,7 +344,7 @@ for tx in (om.on_dare(alpha=0.1, density=0.5), om.on_ties(alpha=0.1, density=0.5
     update = lambda p, s: tx.update(p, s, p)[0]
     mapped = lambda spec, **how: jax.shard_map(
         update, mesh=mesh, in_specs=(spec, P()), out_specs=spec, **how)
-    split = jax.tree.map(lambda x: P("x") if x.ndim else P(), state)
+    split = jax.tree.map(lambda x: P("x") if x.shape == (64,) else P(), state)
     whole = jax.shard_map(
         update, mesh=mesh, in_specs=(P("x"), split), out_specs=P("x"))
     assert "inside jax.shard_map or jax.pmap over 'x' w is another one" in message(
