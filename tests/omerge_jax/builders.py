@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 import omerge_jax as om
+from omerge_jax.online import EVERY_STEP
 from omerge_jax.state import merge_states
 
 ALPHA, DENSITY, RATE = 0.1, 0.5, 1e-2
@@ -32,14 +33,14 @@ def merging(sparsifier: Any, consensus: Any, **options: Any) -> Case:
     return Case(om.online_merge, parts | options)
 
 
-def opposing(rate: Any, **options: Any) -> Any:
+def opposing(rate: Any, delta: Any = None) -> Any:
     """The gated anchor, with a delta like the one that `start` sets."""
-    return om.anchored(rate, gate="opposing", **({"delta": tree(1)} | options))
+    return om.anchored(rate, gate="opposing", delta=tree(1) if delta is None else delta)
 
 
-def fused(alpha: Any, density: Any, **options: Any) -> Any:
+def fused(alpha: Any, density: Any, every_k: int = EVERY_STEP) -> Any:
     return om.fused_chain(
-        optax.sgd(RATE, momentum=0.9), om.on_ties(alpha=alpha, density=density, **options)
+        optax.sgd(RATE, momentum=0.9), om.on_ties(alpha=alpha, density=density, every_k=every_k)
     )
 
 
@@ -48,6 +49,7 @@ MERGES = {
     "on_dare fixed norm": Case(om.on_dare, BOTH | {"delta_mask": "fixed", "rescale": "norm"}),
     "on_ties": Case(om.on_ties, BOTH),
     "on_ties norm weighted": Case(om.on_ties, BOTH | {"rescale": "norm", "election": "weighted"}),
+    "on_ties measured": Case(om.on_ties, BOTH | {"diagnostics": True}),
     "on_ties sampled": Case(om.on_ties, BOTH | {"threshold": "sampled"}),
     "on_ties relative": Case(om.on_ties, BOTH | {"alpha": om.relative(0.2)}),
     "identity": merging(om.identity(), om.linear()),
@@ -65,6 +67,8 @@ OPTIMIZERS = {
     "fused_chain": Case(fused, BOTH),
 }
 OTHERS = {
+    "rounded": Case(om.rounded, {"how": "stochastic"}),
+    "rounded compensated": Case(om.rounded, {"how": "compensated"}),
     "anchored": Case(om.anchored, {"rate": ALPHA}),
     "anchored opposing": Case(opposing, {"rate": ALPHA}),
 }

@@ -45,8 +45,8 @@ WAYS = (
 
 def _merges(density: float, storage: Any) -> dict[str, Any]:
     common: dict[str, Any] = {"storage": storage, "rounding": "nearest"}
-    ties = om.on_ties(_ALPHA, density, layer_axes=layer_axes, **common)
-    dare = om.on_dare(_ALPHA, density, delta_mask="fixed", **common)
+    ties = om.on_ties(_ALPHA, density=density, layer_axes=layer_axes, **common)
+    dare = om.on_dare(_ALPHA, density=density, delta_mask="fixed", **common)
     return {"on_dare, fixed": dare, "on_ties": ties}
 
 
