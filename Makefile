@@ -81,7 +81,7 @@ endif
 	@touch $@
 
 bench: $(VENV)/.bench
-	$(PY) -m train.bench $(BENCH_ARGS)
+	$(PY) -m tests.bench $(BENCH_ARGS)
 
 faults: $(VENV)/.test
 	$(PY) -m tests.faults $(FAULTS_ARGS)

@@ -23,6 +23,7 @@ def linear() -> Consensus:
       >>> linear()(jnp.array([2.0]), jnp.array([10.0]), jnp.float32(0.25)).tolist()
       [4.0]
     """
+    # F(Δθ) ⊕ F(τ_r) = (1 − α)·F(Δθ) + α·F(τ_r) (Eq. 4).
     return lambda update, delta, alpha: (1 - alpha) * update + alpha * delta
 
 
@@ -51,9 +52,13 @@ def sign(election: Literal["unweighted", "weighted"] = "unweighted") -> Consensu
     check_choice("election", election, ("unweighted", "weighted"))
 
     def elect(update: jax.Array, delta: jax.Array, alpha: jax.Array) -> jax.Array:
+        # a = (1 − α)·F(Δθ), b = α·F(τ_r) (Eq. 5).
         ours, theirs = (1 - alpha) * update, alpha * delta
+        # The elected sign: that of a + b, which is the larger term's where they disagree (Eq. 6), or
+        # that of F(Δθ) + F(τ_r) (the authors' code).
         ballot = update + delta if election == "unweighted" else ours + theirs
         positive = ballot >= 0
+        # The sum of the terms that have the elected sign (Eq. 7).
         ours = jnp.where((update > 0) == positive, ours, 0)
         theirs = jnp.where((delta > 0) == positive, theirs, 0)
         return ours + theirs

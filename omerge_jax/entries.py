@@ -111,10 +111,6 @@ class Entries:
     wait: Callable[[jax.Array], None] = lambda known: None
     stored: bool = False
 
-    def __jax_array__(self) -> jax.Array:
-        """Lets a transformation around the merge compute with the leaf."""
-        return self.whole()
-
     @property
     def ndim(self) -> int:
         """Number of axes."""

@@ -9,6 +9,7 @@ import optax
 from omerge_jax.entries import Entries, Part, entries_of
 from omerge_jax.numerics import sum_together
 from omerge_jax.paths import Path, leaves_by_path, map_by_path, path_names
+from omerge_jax.state import OnlineMergeState
 from omerge_jax.threshold.edge import magnitude_bits
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -56,7 +57,9 @@ def fused_chain(
     Args:
       inner: an optimizer whose update of an entry depends on that entry alone, such as ``optax.adamw``,
         ``optax.lion`` or ``optax.sgd``; put ``clip_by_global_norm`` before this chain.
-      merge: what `online_merge`, `on_dare`, `on_ties` return, also inside ``optax.masked``.
+      merge: what `online_merge`, `on_dare`, `on_ties` return, also inside ``optax.masked``,
+        ``optax.partition`` or ``optax.inject_hyperparams``; what computes with updates, or decides
+        whether a step happens, goes around the fused chain.
 
     Returns:
       A transformation that emits what ``optax.chain(inner, merge)`` emits, up to which entries a
@@ -66,7 +69,8 @@ def fused_chain(
       `with_delta` and `merge_metrics` find the merge in its state.
 
     Raises:
-      ValueError: when ``update`` is traced and something is to be computed twice, ``inner`` mixes
+      ValueError: in ``init``, another transformation stands around the merge; and, when ``update`` is
+        traced and something is to be computed twice, ``inner`` mixes
         entries of a parameter (a norm, a matrix product); the operations are named. Where nothing is
         (a random mask without metrics, small leaves) this is ``optax.chain``, whatever ``inner`` is.
 
@@ -83,7 +87,9 @@ def fused_chain(
     merge = optax.with_extra_args_support(merge)
 
     def init(params: optax.Params) -> FusedChainState:
-        return FusedChainState(inner.init(params), merge.init(params))
+        merge_state = merge.init(params)
+        _require_merge(merge_state)
+        return FusedChainState(inner.init(params), merge_state)
 
     def update(
         updates: optax.Updates,
@@ -103,6 +109,22 @@ def fused_chain(
         return merged, FusedChainState(proposed.step()[1], merge_state)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _require_merge(state: Any) -> None:
+    """Raises ValueError where something else than a merge would be given the updates."""
+    if isinstance(state, optax.MaskedState | optax.InjectStatefulHyperparamsState):
+        return _require_merge(state.inner_state)
+    if isinstance(state, optax.PartitionState):
+        for inner in state.inner_states.values():
+            _require_merge(inner)
+    elif not isinstance(state, OnlineMergeState):
+        raise ValueError(
+            "fused_chain takes what online_merge, on_dare or on_ties return, alone or inside "
+            "optax.masked, optax.partition or optax.inject_hyperparams, but something else has the "
+            f"state {type(state).__name__}: put it around fused_chain, or use optax.chain"
+        )
+    return None
 
 
 class _Proposed:

@@ -39,19 +39,12 @@ def on_dare(
     clip=None, rounding="nearest"`` is the paper's formula.
 
     Args:
-      alpha: weight of the reference, see `online_merge`.
+      alpha: weight of the reference in [0, 1], see `online_merge`.
       density: share of entries kept, p, in (0, 1]; a float, a schedule or traced.
-      delta: see `online_merge`.
-      every_k: see `online_merge`.
-      rescale: see `random`.
-      delta_mask: see `online_merge`.
-      clip: see `random`.
-      storage: see `online_merge`.
-      rounding: see `online_merge`.
+      delta, every_k, delta_mask, storage, rounding, diagnostics: as in `online_merge`.
+      rescale, clip, draw: as in `random`.
       seed: integer that fixes all masks and the rounding.
-      layer_axes: see `online_merge`; matters for ``rescale="norm"``.
-      diagnostics: see `online_merge`.
-      draw: another source of masks, see `random`.
+      layer_axes: as in `online_merge`; matters for ``rescale="norm"``.
 
     Returns:
       A transformation with `OnlineMergeState`.
@@ -104,19 +97,14 @@ def on_ties(
     consensus.
 
     Args:
-      alpha: weight of the reference, see `online_merge`.
+      alpha: weight of the reference in [0, 1], see `online_merge`.
       density: share of entries kept per tensor, p, in (0, 1]; a float, a schedule or traced.
-      delta: see `online_merge`.
-      every_k: see `online_merge`.
-      rescale: see `magnitude`.
-      election: see `sign`.
-      threshold: see `magnitude`; in `fused_chain` neither needs an array of the update.
-      storage: see `online_merge`.
-      rounding: see `online_merge`.
+      delta, every_k, storage, rounding, diagnostics: as in `online_merge`.
+      rescale: as in `magnitude`.
+      election: as in `sign`.
+      threshold: as in `magnitude`; in `fused_chain` neither needs an array of the update.
       seed: integer that fixes the rounding and which of equal magnitudes are kept.
-      layer_axes: which leading axes index separate tensors, see `online_merge`: with stacked layers
-        the largest entries are found per layer.
-      diagnostics: see `online_merge`.
+      layer_axes: as in `online_merge`: with stacked layers the largest entries are found per layer.
 
     Returns:
       A transformation with `OnlineMergeState`.
@@ -160,12 +148,9 @@ def child_tuning(
 
     Args:
       density: share of entries kept, in (0, 1].
-      every_k: see `online_merge`.
-      rescale: see `random`.
-      clip: see `random`.
+      rescale, clip: as in `random`.
       seed: integer that fixes all masks.
-      layer_axes: see `online_merge`.
-      diagnostics: see `online_merge`.
+      every_k, layer_axes, diagnostics: as in `online_merge`.
 
     Returns:
       A transformation with `OnlineMergeState` that needs no delta.
@@ -209,12 +194,9 @@ def keep_largest(
 
     Args:
       density: share of entries kept per tensor, in (0, 1].
-      every_k: see `online_merge`.
-      rescale: see `magnitude`.
-      threshold: see `magnitude`; in `fused_chain` neither needs an array of the update.
+      rescale, threshold: as in `magnitude`.
       seed: integer that fixes which of equal magnitudes are kept.
-      layer_axes: see `on_ties`.
-      diagnostics: see `online_merge`.
+      every_k, layer_axes, diagnostics: as in `online_merge`.
 
     Returns:
       A transformation with `OnlineMergeState` that needs no delta.

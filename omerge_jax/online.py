@@ -69,15 +69,22 @@ def online_merge(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Merges every update with the reference's delta: F(Δθ) ⊕ F(τ_r).
 
-    Chain it after an optimizer, after its learning rate. With ``every_k`` = K the updates pass
-    unchanged for K − 1 steps while their sum Δc is kept, and step K emits
-    ``merge(Δc + Δθ) − Δc``: the parameters already moved by Δc, so that this leaves them at the
-    roll-back plus the merge of the whole span (Algorithm 2). K counts steps of this transformation:
-    with ``optax.MultiSteps`` put ``MultiSteps`` outermost.
+    Chain it after an optimizer, after its learning rate, and last: what is emitted is rounded to what
+    the parameters can hold.
+
+    With ``every_k`` = K it follows Algorithm 2: the updates pass, only rounded, for K − 1 steps, and
+    step K emits ``merge(Δc + Δθ) − Δc``, where Δc is what the parameters have moved by since the last
+    merge. They are thereby left at the roll-back plus the merge of the whole span. Δc is θ − θ_m, with
+    the parameters θ_m of the last merge kept in the state, where the authors' code sums the updates
+    that were proposed. The roll-back is exact whatever follows in the chain, as long as ``update`` is
+    given the parameters that its updates are added to. On recorded runs of their code (float32, K = 3,
+    9 steps) both ways end within 1.3e-7 of the largest parameter of it; in bfloat16 the sum of
+    proposals would roll back what rounding never moved. K counts steps of this transformation: with
+    ``optax.MultiSteps`` put ``MultiSteps`` outermost.
 
     Args:
-      sparsifier: F, a callable ``(x, ctx) -> array``, see `omerge_jax.sparsify`. It is given float32
-        (or float64) arrays.
+      sparsifier: F, a callable ``(x, ctx) -> array``, such as `random` or `magnitude`. It is given
+        float32 (or float64) arrays and a `SparsifyContext`.
       consensus: ⊕, an elementwise callable ``(update, delta, alpha) -> array``.
       alpha: weight of the reference in [0, 1]; a float, a schedule of the optimizer step, traced, or a
         share of the step's norm (`relative`). The literal 0 needs and keeps no delta, and takes no
@@ -93,24 +100,25 @@ def online_merge(
       storage: how τ_r is held. ``"dense"``: as given. ``"sparse"``: the kept entries of F(τ_r) and
         their places, where F(τ_r) stands still. ``"pinned_host"``: in the host's memory, copied to
         the accelerator at every merge. ``"recompute"``: not at all; ``update`` takes
-        ``reference_params`` and ``base_params`` and subtracts.
-      rounding: how the emitted update is rounded to what its parameter can hold. ``"stochastic"``: up
-        or down at random, so that a reference term far below the parameter's last digit arrives on
-        average, without memory. ``"compensated"``: to nearest, and the rest is kept for the next step,
-        which is exact and costs four bytes a parameter. ``"nearest"``: left to the addition, which
-        loses such a term for good. The first two need the parameters in ``update``, and the update to
-        be what is added to them (nothing behind it in the chain).
+        ``reference_params`` and ``base_params`` and subtracts, and sparsifies τ_r at every merge.
+      rounding: how updates are rounded before they are emitted, see `rounded`. ``"stochastic"`` and
+        ``"compensated"`` let a reference term arrive that lies far below a parameter's last digit;
+        they need the parameters in ``update``. ``"nearest"`` leaves it to the addition, which loses
+        such a term for good; give it where something else follows in the chain, and `rounded` last.
       seed: integer that fixes stochastic rounding.
-      layer_axes: which leading axes index separate tensors, where layers are stacked: None, an int,
-        a callable of the path names, or a tree prefix of ints.
+      layer_axes: which axes of a leaf index separate tensors, where layers are stacked: None, an int
+        n for the n leading axes, a tuple of ints for these axes (``(1,)`` where MaxText scans), a
+        callable of the path names that returns one of these, or a tree prefix of them. Every tensor
+        is sparsified as if it were a leaf; indices count with these axes in front.
       diagnostics: whether the full `merge_metrics` are measured, from a sample of every larger tensor.
         In an ``optax.chain`` that makes the compiler write the updates out; in `fused_chain` it does
         not.
 
     Returns:
-      A transformation with `OnlineMergeState`. Emitted updates keep their dtype; the merge is
-      computed in float32 (float64 for float64 updates). Its ``update`` takes ``alpha_scale``, by which
-      alpha (or its share of the norm) is multiplied in that step, such as 0 while the reward is low.
+      A transformation with `OnlineMergeState`. Emitted updates keep their dtype; merge and rounding
+      are computed in float32 (float64 for float64 updates). Leaves of integers pass. Its ``update``
+      takes ``alpha_scale``, by which alpha (or its share of the norm) is multiplied in that step, such
+      as 0 while the reward is low.
 
     Raises:
       ValueError: an argument out of range; and, when ``update`` is traced, a missing delta or

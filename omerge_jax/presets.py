@@ -49,9 +49,11 @@ def _adam(
 
     def step(updates: Any, state: Any) -> tuple[optax.Updates, optax.OptState]:
         count = jnp.asarray(optax.safe_increment(state.count))
+        # m ← β1·m + (1 − β1)·g and v ← β2·v + (1 − β2)·g².
         mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
         nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g * g, updates, state.nu)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        # Δθ = −lr·√(1 − β2^t)/(1 − β1^t) · m/(√v + eps).
         size = -jnp.sqrt(_one_minus_power(b2, count)) * (rate / _one_minus_power(b1, count))
         steps = jax.tree.map(
             lambda g, m, v: (size * (m / (jnp.sqrt(v) + eps))).astype(g.dtype), updates, mu, nu
@@ -139,19 +141,9 @@ def on_dare_adamw(
       b2: decay of the second moment.
       eps: added to the uncorrected square root.
       weight_decay: decay per unit of learning rate.
-      alpha: see `on_dare`.
-      density: see `on_dare`.
-      delta: see `on_dare`.
-      every_k: see `on_dare`.
-      rescale: see `on_dare`.
-      delta_mask: see `on_dare`.
-      clip: see `on_dare`.
-      storage: see `on_dare`.
-      rounding: see `on_dare`.
-      seed: see `on_dare`.
-      layer_axes: see `on_dare`.
-      diagnostics: see `on_dare`.
-      draw: see `on_dare`.
+      alpha, density, delta, every_k, rescale, delta_mask, clip: as in `on_dare`; with
+        ``rescale="norm"`` the norm that is divided by gets ``eps`` added, as in the authors' code.
+      storage, rounding, seed, layer_axes, diagnostics, draw: as in `on_dare`.
       mask: which parameters decay, as in ``optax.adamw``: a tree of bools or a callable; None for all.
       mu_dtype: dtype of the first moment; None for the parameters'.
 
@@ -215,18 +207,8 @@ def on_ties_adamw(
       b2: decay of the second moment.
       eps: added to the uncorrected square root.
       weight_decay: decay per unit of learning rate, on the merged parameters.
-      alpha: see `on_ties`.
-      density: see `on_ties`.
-      delta: see `on_ties`.
-      every_k: see `on_ties`.
-      rescale: see `on_ties`.
-      election: see `on_ties`.
-      threshold: see `on_ties`.
-      storage: see `on_ties`.
-      rounding: see `on_ties`.
-      seed: see `on_ties`.
-      layer_axes: see `on_ties`.
-      diagnostics: see `on_ties`.
+      alpha, density, delta, every_k, rescale, election, threshold: as in `on_ties`.
+      storage, rounding, seed, layer_axes, diagnostics: as in `on_ties`.
       mask: which parameters decay, as in ``optax.adamw``.
       mu_dtype: dtype of the first moment; None for the parameters'.
 

@@ -67,6 +67,7 @@ def round_stochastically(update: jax.Array, param: jax.Array, bits: jax.Array) -
         return _round_by_dither(update, param, bits)
     step, inverse = _grid(param, update)
     uniform = (bits >> 1).astype(jnp.int32).astype(update.dtype) * 2.0**-31
+    # sign(u)·ulp·(⌊|u|/ulp⌋ + [r < |u|/ulp − ⌊|u|/ulp⌋]), r uniform in [0, 1): its mean is u.
     # Magnitudes, because fractions near 0 have more digits than fractions near 1.
     steps = jnp.abs(update) * inverse
     whole = jnp.floor(steps)
@@ -110,6 +111,7 @@ def round_compensated(
     References:
       Kahan summation; Zamirai et al., https://arxiv.org/abs/2010.06192.
     """
+    # u + c is due; ulp·round((u + c)/ulp) is emitted, and the rest is the next c.
     due = update + residual
     step, inverse = _grid(param, due)
     rounded = jnp.where(jnp.isinf(due), due, step * jnp.round(due * inverse))

@@ -1,6 +1,7 @@
 """One step of a merge: F(Δθ) ⊕ F(τ_r) (Eq. 2 of arXiv 2405.17931), leaf by leaf."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -124,12 +125,14 @@ class LeafMerge:
         self.moved = None if moved is None else to_front(moved, self.axes)
         self.param = None if param is None else to_front(param, self.axes)
         self.delta = delta
-        self.fit = self._fit_update()
-        self.sample = self._choose_sample()
-        self.sampled_update = None
-        if self.sample is not None:
-            self.sampled_update = widened(self.update.sample(self.sample))
-        for known in (self.fit, self.sampled_update):
+
+    def look_ahead(self) -> None:
+        """Reads of an update that is not stored what is to be read before it is computed whole."""
+        if self.update.stored:
+            return
+        sparsifier, shape, ctx = self.settings.sparsifier, self.update.shape, self.context("update")
+        fits = isinstance(sparsifier, FittedSparsifier) and not sparsifier.fits_whole(shape, ctx)
+        for known in (self.fit if fits else None, self.sampled_update):
             if known is not None:
                 self.update.wait(known)
 
@@ -139,14 +142,22 @@ class LeafMerge:
         step = jnp.zeros([], jnp.int32) if still else self.step
         return SparsifyContext(step, self.path, role, len(self.axes), sample)
 
-    def _fit_update(self) -> jax.Array | None:
+    @functools.cached_property
+    def fit(self) -> jax.Array | None:
+        """What the sparsifier fits to the update; None where it fits nothing."""
         sparsifier = self.settings.sparsifier
         if not isinstance(sparsifier, FittedSparsifier):
             return None
         return sparsifier.fit_entries(self.update, self.context("update"))
 
-    def _choose_sample(self) -> Sample | None:
-        """Returns the sample that the diagnostics look at; None for all of the leaf."""
+    @functools.cached_property
+    def sampled_update(self) -> jax.Array | None:
+        """The sample of the update that the diagnostics look at; None for all of it."""
+        return None if self.sample is None else widened(self.update.sample(self.sample))
+
+    @functools.cached_property
+    def sample(self) -> Sample | None:
+        """Which entries the diagnostics look at; None for all of them."""
         if not self.settings.diagnostics:
             return None
         sparsifier, shape, ctx = self.settings.sparsifier, self.update.shape, self.context("update")
@@ -267,12 +278,13 @@ class MergeStep:
         Returns:
           What is emitted before it is rounded, in float32 or wider, and the scalars of the step.
         """
-        # All that reads updates again comes before the first of them is read whole, see `fused_chain`.
         leaves = {
             path: self._leaf(path, entries_of(update), moved)
             for path, update in leaves_by_path(updates).items()
             if self._is_float(path, update)
         }
+        for leaf in leaves.values():
+            leaf.look_ahead()
         kept = {}
         if isinstance(self.alpha, Relative):
             kept = {path: leaf.sparsify() for path, leaf in leaves.items()}

@@ -25,65 +25,65 @@ from train.config import (
     SFTConfig,
     UserError,
 )
-from train.distributed import joined
-from train.stop import EXIT_STATUS, Stopped, TryAgain
+from train.distributed.join import joined
+from train.distributed.stop import EXIT_STATUS, Stopped, TryAgain
 
 
 def _run_sft(config: SFTConfig) -> None:
     with joined(config.distributed):
-        from train.sft import run
+        from train.commands.sft import run
 
         run(config)
 
 
 def _run_dpo(config: DPOConfig) -> None:
     with joined(config.distributed):
-        from train.dpo import run
+        from train.commands.dpo import run
 
         run(config)
 
 
 def _run_kto(config: KTOConfig) -> None:
     with joined(config.distributed):
-        from train.kto import run
+        from train.commands.kto import run
 
         run(config)
 
 
 def _run_online_dpo(config: OnlineDPOConfig) -> None:
     with joined(config.distributed):
-        from train.online_dpo import run
+        from train.commands.online_dpo import run
 
         run(config)
 
 
 def _run_grpo(config: GRPOConfig) -> None:
     with joined(config.distributed):
-        from train.grpo import run
+        from train.commands.grpo import run
 
         run(config)
 
 
 def _run_eval(config: EvalConfig) -> None:
-    from train.evaluate import run
+    from train.commands.evaluate import run
 
     run(config)
 
 
 def _run_export(config: ExportConfig) -> None:
-    from train.export import run
+    from train.runs.export import run
 
     run(config)
 
 
 def _run_merge(config: MergeConfig) -> None:
-    from train.merge import run
+    from train.commands.merge import run
 
     run(config)
 
 
 def _run_generate(config: GenerateConfig) -> None:
-    from train.generate import run
+    from train.commands.generate import run
 
     run(config)
 
@@ -120,19 +120,19 @@ def _report(arguments: Sequence[str]) -> None:
 
 
 def _demo(arguments: Sequence[str]) -> None:
-    from train.taxbench.demo import DemoConfig, run
+    from train.taxbench.miniature.demo import DemoConfig, run
 
     run(configured("demo", DemoConfig, arguments))
 
 
 def _taxbench(arguments: Sequence[str]) -> None:
-    from train.taxbench.suite import TaxbenchConfig, run
+    from train.taxbench.suite.run import TaxbenchConfig, run
 
     run(configured("taxbench", TaxbenchConfig, arguments))
 
 
 def _taxbench_lm(arguments: Sequence[str]) -> None:
-    from train.taxbench.second_scale import SecondScaleConfig, run
+    from train.taxbench.language_model.run import SecondScaleConfig, run
 
     run(configured("taxbench-lm", SecondScaleConfig, arguments))
 

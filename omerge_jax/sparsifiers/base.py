@@ -123,6 +123,13 @@ class FittedSparsifier(BaseSparsifier):
         """
         return None
 
+    def fits_whole(self, shape: Sequence[int], ctx: SparsifyContext) -> bool:
+        """Whether `fit_entries` reads the whole leaf as one array.
+
+        Called by a merge in `fused_chain`, which has everything else read before updates are computed.
+        """
+        return self.choose_sample(shape, ctx) is None
+
     def fit_entries(self, entries: Entries, ctx: SparsifyContext) -> jax.Array | None:
         """Returns what is fitted to an update that can be read again; called once a merge.
 

@@ -64,8 +64,12 @@ class _Magnitude(FittedSparsifier):
             edge = large_top_k_edge(x, count, order, ctx.layer_axes, bracket)
         return self._scaled(edge, x, ctx)
 
+    def fits_whole(self, shape: Sequence[int], ctx: SparsifyContext) -> bool:
+        return super().fits_whole(shape, ctx) and self._first_sample(shape, ctx) is None
+
     def fit_entries(self, entries: Entries, ctx: SparsifyContext) -> jax.Array | None:
-        if entries.stored or self._first_sample(entries.shape, ctx) is None:
+        sampled = self.choose_sample(entries.shape, ctx) is not None
+        if entries.stored or sampled or self.fits_whole(entries.shape, ctx):
             return super().fit_entries(entries, ctx)
         # A large leaf that is not stored is read in passes.
         edge = self._find_edge(entries, ctx)[0]

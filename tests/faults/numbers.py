@@ -10,14 +10,14 @@ from tests.faults.rig import Outcome, Rig, complete, damaged, is_clear
 PROGRAM = """
 import sys
 import numpy as np
-import train.loop
+import train.training.loop
 from train.cli import main
-bad, numbers, put = {bad}, iter(range(1, 10**6)), train.loop.put_batch
+bad, numbers, put = {bad}, iter(range(1, 10**6)), train.training.loop.put_batch
 def put_batch(batch, mesh):
     factor = np.float32(np.nan if next(numbers) in bad else 1)
     name = "reference_chosen_logps"
     return put({{**batch, name: batch[name] * factor}}, mesh)
-train.loop.put_batch = put_batch
+train.training.loop.put_batch = put_batch
 sys.exit(main(sys.argv[1:]))
 """
 

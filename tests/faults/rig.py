@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
-from train.manifest import find_damage
+from train.files.checksums import find_damage
 
 STEPS, EVERY = 40, 4
 SETTINGS = {

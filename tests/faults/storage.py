@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 
 from tests.faults.rig import EVERY, Outcome, Rig, complete, damaged, is_clear, send
-from train.checkpoint import Checkpoints, abstract
 from train.config import UserError
-from train.step import init_state
+from train.training.checkpoint import Checkpoints, abstract
+from train.training.step import init_state
 
 
 @contextlib.contextmanager

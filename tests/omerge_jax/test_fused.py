@@ -139,3 +139,50 @@ def test_step_k_samples_the_whole_span():
     fused, _, _ = walk(om.fused_chain(optax.adam(RATE), om.on_ties(0.1, density=0.3, **options)), 4)
     same = np.isclose(fused["layers"], chained["layers"], rtol=1e-5, atol=1e-6)
     assert same.mean() > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("mix", "operation"),
+    [
+        (lambda g: jnp.cumsum(g, 0), "cumsum"),
+        (lambda g: g * jnp.arange(g.shape[0])[:, None], "iota"),
+        (lambda g: jnp.roll(g, 1, 0), "slice"),
+        (lambda g: g * jax.random.uniform(jax.random.key(0), g.shape), "random"),
+    ],
+)
+def test_only_operations_that_are_known_to_be_elementwise_are_allowed(mix, operation):
+    inner = optax.stateless(lambda updates, params: jax.tree.map(mix, updates))
+    tx = om.fused_chain(inner, om.on_ties(0, 0.3, threshold="sampled"))
+    params = {"w": tree(0)["layers"][0]}
+    with pytest.raises(ValueError, match=f"it uses .*'{operation}"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_what_computes_with_updates_goes_around_the_fused_chain():
+    inner, merge = optax.adam(RATE, eps=0.1), om.on_ties(0.1, 0.3, rounding="nearest")
+    plain, _, _ = walk(om.fused_chain(inner, merge))
+    around, _, _ = walk(optax.apply_if_finite(om.fused_chain(inner, merge), 3))
+    for name in plain:
+        np.testing.assert_allclose(around[name], plain[name], rtol=1e-5, atol=1e-6)
+    for other in (optax.apply_if_finite(merge, 3), optax.chain(merge, optax.scale(0.5))):
+        with pytest.raises(ValueError, match=r"something else has the state .* around fused_chain"):
+            om.fused_chain(inner, other).init(tree(0))
+
+
+@pytest.mark.parametrize("wrapper", ["partition", "inject_hyperparams"])
+def test_wrappers_that_hand_updates_on_may_stand_around_the_merge(wrapper):
+    inner, options = optax.adam(RATE, eps=0.1), {"threshold": "sampled", "rounding": "nearest"}
+    plain, _, _ = walk(om.fused_chain(inner, om.on_ties(0.1, 0.3, **options)))
+    merge = {
+        "partition": optax.partition(
+            {name: om.on_ties(0.1, 0.3, **options) for name in "ab"},
+            {"layers": "a", "bias": "b", "scale": "a"},
+        ),
+        "inject_hyperparams": optax.inject_hyperparams(om.on_ties, ("density", "seed"))(
+            0.1, 0.3, **options
+        ),
+    }[wrapper]
+    found, _, _ = walk(om.fused_chain(inner, merge))
+    for name in plain:
+        same = np.isclose(found[name], plain[name], rtol=1e-5, atol=1e-6)
+        assert same.mean() > 0.9999, name

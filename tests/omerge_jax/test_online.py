@@ -350,3 +350,52 @@ def test_any_integer_is_a_seed(seed):
     tx = om.child_tuning(0.5, seed=seed)
     updates, _ = tx.update(params, tx.init(params))
     assert 10 < int((updates["w"] != 0).sum()) < 54
+
+
+def operations(tx, params, state):
+    return str(jax.make_jaxpr(tx.update)(params, state, params))
+
+
+@pytest.mark.parametrize("storage", ["dense", "sparse"])
+def test_a_fixed_delta_is_fitted_when_it_is_set(storage):
+    """No step decides whether it is the first one."""
+    params = make(0)
+    tx = om.on_ties(0.1, 0.05, storage=storage)
+    state = om.with_delta(tx.init(params), make(1))
+    assert " cond[" not in operations(tx, params, state)
+    fitted = state.delta_fit.values
+    _, after = tx.update(params, state, params)
+    np.testing.assert_array_equal(after.delta_fit.values, fitted)
+    again = om.with_delta(after, make(2))
+    assert again.delta_fit.values.shape == fitted.shape
+    abstract = jax.eval_shape(om.with_delta, tx.init(params), make(1))
+    assert abstract.delta_fit.values.shape == fitted.shape
+
+
+def test_numbers_that_are_traced_fit_a_fixed_delta_at_every_merge():
+    params, delta = make(0), make(1)
+    tx = optax.inject_hyperparams(om.on_ties)(alpha=0.1, density=0.5)
+    state = om.with_delta(tx.init(params), delta)
+    assert state.inner_state.delta_fit is None
+    found, _ = jax.jit(tx.update)(params, state, params)
+    plain = om.on_ties(0.1, 0.5)
+    expected, _ = jax.jit(plain.update)(params, om.with_delta(plain.init(params), delta), params)
+    for name in params:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)
+
+
+def test_step_k_keeps_the_parameters_of_the_last_merge():
+    """In their dtype; and none of them where every step merges, also under inject_hyperparams."""
+    params = {"w": jnp.ones(8, jnp.bfloat16)}
+    tx = om.child_tuning(1.0, every_k=3)
+    state = tx.init(params)
+    assert state.merged_params["w"].dtype == jnp.bfloat16
+    for step in range(7):
+        updates, state = tx.update({"w": jnp.full(8, 0.5, jnp.bfloat16)}, state, params)
+        params = optax.apply_updates(params, updates)
+        # Known from the step after a merge on.
+        assert float(state.merged_params["w"][0]) == 1 + 0.5 * (step // 3 * 3)
+    with pytest.raises(ValueError, match=r"rolls the parameters back .* call update\(updates"):
+        tx.update(params, state)
+    injected = optax.inject_hyperparams(om.on_dare)(alpha=0.1, density=0.5)
+    assert injected.init(params).inner_state.merged_params is None

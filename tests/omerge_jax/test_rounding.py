@@ -155,3 +155,68 @@ def test_a_diagnostic_shows_what_rounding_loses(rounding):
     lost = float(om.merge_metrics(state)["rounding_lost"])
     # What rounds to nothing is not emitted; only plain addition emits it and loses it.
     assert lost == (1 if rounding == "nearest" else 0)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_merge_is_rounded_by_the_transformation_that_rounds_others(dtype, rounding):
+    """Bit for bit: the merge alone, on updates that keep their digits, and then the rounding."""
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(40, 25)), dtype), "n": jnp.int32(3)}
+    delta = {"w": jnp.asarray(1e-3 * rng.normal(size=(40, 25)), jnp.float32), "n": jnp.int32(0)}
+    together = om.on_dare(5e-3, 0.5, rounding=rounding, seed=3)
+    apart = optax.chain(
+        om.on_dare(5e-3, 0.5, rounding="nearest", seed=3), om.rounded(rounding, seed=3)
+    )
+    states = [om.with_delta(tx.init(params), delta) for tx in (together, apart)]
+    update_together, update_apart = jax.jit(together.update), jax.jit(apart.update)
+    for _ in range(3):
+        grads = {"w": jnp.asarray(1e-4 * rng.normal(size=(40, 25)), dtype), "n": jnp.int32(1)}
+        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), grads)
+        wide["n"] = grads["n"]
+        expected, states[0] = update_together(grads, states[0], params)
+        found, states[1] = update_apart(wide, states[1], params)
+        assert expected["w"].dtype == dtype
+        np.testing.assert_array_equal(found["w"], expected["w"].astype(jnp.float32))
+        assert int(found["n"]) == int(expected["n"]) == 1
+        params = optax.apply_updates(params, expected)
+
+
+@pytest.mark.parametrize("how", ["stochastic", "compensated"])
+def test_rounded_makes_any_optimizer_move_narrow_parameters(how):
+    """A thousandth of the last digit of 1 in bfloat16, 2000 times: two of them."""
+    params = {"w": jnp.ones(4096, jnp.bfloat16), "frozen": None}
+    updates = {"w": jnp.full(4096, 2.0**-7 / 1000), "frozen": None}
+    tx = om.rounded(how, seed=1)
+
+    def step(carry, _):
+        params, state = carry
+        emitted, state = tx.update(updates, state, params)
+        return (optax.apply_updates(params, emitted), state), None
+
+    (moved, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=2000)
+    mean = float(moved["w"].astype(jnp.float32).mean())
+    assert mean - 1 == pytest.approx(2 * 2.0**-7, rel=0.05)
+
+
+def test_rounded_to_nearest_does_nothing_and_says_what_it_knows():
+    tx = om.rounded("nearest")
+    assert tx.update({"w": jnp.ones(3)}, tx.init({"w": jnp.ones(3)}))[0]["w"].tolist() == [1, 1, 1]
+    with pytest.raises(
+        ValueError, match="rounding must be 'stochastic', 'compensated' or 'nearest'"
+    ):
+        om.rounded("up")
+
+
+@pytest.mark.parametrize("every_k", [1, 3])
+def test_steps_between_merges_are_rounded_too(every_k):
+    """In bfloat16 small updates arrive on average, merged or passed on."""
+    params = {"w": jnp.ones(4096, jnp.bfloat16)}
+    updates = {"w": jnp.full(4096, 1e-3, jnp.bfloat16)}
+    tx = om.online_merge(om.identity(), om.linear(), alpha=jnp.float32(0), every_k=every_k)
+    state = om.with_delta(tx.init(params), updates)
+    for _ in range(6):
+        emitted, state = tx.update(updates, state, params)
+        params = optax.apply_updates(params, emitted)
+    moved = float(params["w"].astype(jnp.float32).mean()) - 1
+    assert moved == pytest.approx(6 * float(updates["w"][0]), rel=0.1)

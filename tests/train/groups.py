@@ -18,13 +18,13 @@ import os, sys
 import train.cli
 process, step, number = map(int, os.environ.get("WOUND", "-1 0 0").split())
 if process == int(os.environ["JAX_PROCESS_ID"]):
-    import train.loop
-    real, batches = train.loop.put_batch, iter(range(1, 999))
+    import train.training.loop
+    real, batches = train.training.loop.put_batch, iter(range(1, 999))
     def put_batch(batch, mesh):
         if next(batches) == step:
             os.kill(os.getpid(), number)
         return real(batch, mesh)
-    train.loop.put_batch = put_batch
+    train.training.loop.put_batch = put_batch
 sys.exit(train.cli.main(sys.argv[1:]))
 """
 

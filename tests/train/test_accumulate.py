@@ -10,11 +10,11 @@ import pytest
 
 from tests.train.test_step import make_batch, make_model
 from tests.train.tiny_runs import run_flags, write_inputs
-from train.accumulate import NORMALIZERS, Parted, loss_and_gradient
 from train.cli import main
 from train.losses import kto
-from train.objectives import preference_loss, sft_loss
-from train.step import init_state, make_train_step
+from train.objectives.accumulate import NORMALIZERS, Parted, loss_and_gradient
+from train.objectives.preference import preference_loss, sft_loss
+from train.training.step import init_state, make_train_step
 
 NUMBERS = {
     "x": np.array([0.3, -1.2, 0.8, 2.0, -0.4, 1.1, 0.9, -2.2], np.float32),

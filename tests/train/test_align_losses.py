@@ -19,16 +19,16 @@ from tests.train.tiny_runs import (
     write_jsonl,
 )
 from train.cli import configured, main
+from train.commands.dpo import run as run_dpo
+from train.commands.dpo import settings_of
+from train.commands.kto import arrange
+from train.commands.kto import run as run_kto
 from train.config import DPOConfig, KTOConfig, UserError
 from train.data import tokenize_unpaired
-from train.dpo import run as run_dpo
-from train.dpo import settings_of
-from train.kl_pairs import in_random_order, rotation, with_kl_completions
-from train.kto import arrange
-from train.kto import run as run_kto
+from train.data.kl_pairs import in_random_order, rotation, with_kl_completions
+from train.files.metrics_log import read_metrics
 from train.losses import LOSSES, UNPAIRED_LOSSES, pair_loss
-from train.metrics_log import read_metrics
-from train.reference import cache_file
+from train.runs.reference import cache_file
 
 REQUIRED = flags(
     {
@@ -153,7 +153,7 @@ def test_kto_starts_at_the_reference_and_separates_the_labels(kto):
 def test_kto_resumes_bit_by_bit_with_another_eval_batch(kto, inputs, tmp_path, monkeypatch):
     output = tmp_path / "run"
     arguments = kto_flags(inputs, output, **SHORT, trainer__save_every=1, trainer__eval_every=2)
-    from train.loop import _Reporter
+    from train.training.loop import _Reporter
 
     evaluated = _Reporter.evaluated
 

@@ -10,11 +10,11 @@ from flax import nnx
 
 from tests.train.tiny_runs import make_model_dir
 from train.config import ModelOptions, UserError
+from train.inputs.model import check_model
 from train.models import Decoder, ModelConfig, merge_model, split_model
 from train.models.attention import AttentionInputs, attend, check_attention
 from train.models.splash import splash_attention
-from train.pairs import attention_of_parts
-from train.prepare import check_model
+from train.objectives.pair_logps import attention_of_parts
 
 CONFIG = ModelConfig("qwen2", 97, 64, 96, 2, 4, 2, 16, qkv_bias=True)
 HALF = dataclasses.replace(CONFIG, dtype=jnp.bfloat16, attention="cudnn")

@@ -14,11 +14,11 @@ import pytest
 
 from tests.train.test_step import make_batch, make_model
 from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
-from train.averages import Followers
-from train.checkpoint import restore_params
 from train.cli import main
-from train.objectives import preference_loss, reference_logps_fn
-from train.step import init_state, make_train_step
+from train.objectives.preference import preference_loss, reference_logps_fn
+from train.training.averages import Followers
+from train.training.checkpoint import restore_params
+from train.training.step import init_state, make_train_step
 
 RATE = 0.1
 
@@ -153,7 +153,7 @@ def test_the_best_step_is_exported_as_its_average_beside_frozen_weights(
     def make_evaluate(*args, **settings):
         return lambda params: {"eval_loss": -next(values)}
 
-    monkeypatch.setattr("train.dpo.evaluate_preferences", make_evaluate)
+    monkeypatch.setattr("train.commands.dpo.evaluate_preferences", make_evaluate)
     run, single = tmp_path / "run", tmp_path / "single"
     fields = {"trainer__steps": 2, "trainer__eval_every": 1, "model__trainable": "[down_proj]"} | {
         "trainer__ema__decay": 0.5,

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tests.train.tiny_runs import make_model_dir, make_records, run_flags, write_inputs, write_jsonl
 from train.cli import configured, main
 from train.config import DPOConfig
-from train.output_dir import open_output
+from train.files.run_directory import open_output
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from rich.console import Console
 
 import omerge_jax as om
 from omerge_jax.threshold import edge
-from train.bench import __main__ as command_line
-from train.bench import budgets, cases, compiled, run, storage, timing
+from tests.bench import __main__ as command_line
+from tests.bench import budgets, cases, compiled, run, storage, timing
 
 PARITY = Path(__file__).parents[1] / "data" / "parity"
 SMALL = cases.parameter_shapes(0.2)
@@ -93,7 +93,7 @@ def test_budgets_of_parts_that_were_left_out_are_listed():
 @pytest.mark.parametrize("name", ["onties_dense", "onties_p0.1", "ondare_dense"])
 def test_published_algorithm_follows_the_recorded_run(name):
     torch = pytest.importorskip("torch")
-    from train.bench import authors
+    from tests.bench import authors
 
     recorded = next(r for r in json.loads((PARITY / "index.json").read_text()) if r["name"] == name)
     arrays = {k: torch.from_numpy(v) for k, v in np.load(PARITY / f"{name}.npz").items()}

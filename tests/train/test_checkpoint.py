@@ -15,10 +15,10 @@ import optax
 import pytest
 
 import omerge_jax as om
-import train.checkpoint
-from train.checkpoint import Checkpoints, abstract, restore_params
+import train.training.checkpoint
 from train.config import UserError
-from train.step import init_state, state_shardings
+from train.training.checkpoint import Checkpoints, abstract, restore_params
+from train.training.step import init_state, state_shardings
 
 TX = optax.chain(optax.adamw(1e-3), om.on_dare(alpha=1e-3, density=0.5, every_k=2))
 
@@ -186,9 +186,10 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(three, tmp_p
 def test_a_resume_reads_all_bytes_once_for_their_checksums(three, tmp_path, monkeypatch):
     directory, asked = tmp_path / "checkpoints", []
     shutil.copytree(three, directory)
-    find_damage = train.checkpoint.find_damage
+    find_damage = train.training.checkpoint.find_damage
     monkeypatch.setattr(
-        "train.checkpoint.find_damage", lambda path: asked.append(path.name) or find_damage(path)
+        "train.training.checkpoint.find_damage",
+        lambda path: asked.append(path.name) or find_damage(path),
     )
     like = abstract(jax.eval_shape(make_state))
     with Checkpoints(directory, keep=3) as saved:
@@ -292,7 +293,7 @@ def test_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, when
             if when == "at once":
                 broken.setattr("orbax.checkpoint.CheckpointManager.save", refuse)
             else:
-                broken.setattr("train.checkpoint.write_manifest", refuse)
+                broken.setattr("train.training.checkpoint.write_manifest", refuse)
             saved.save(2, make_state(2), {})
             saved.wait()
         assert saved.steps() == [1]

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from train import clusters
-from train.clusters import find_group
 from train.config import DistributedOptions, UserError
+from train.distributed import clusters
+from train.distributed.clusters import find_group
 
 SLURM = {
     "SLURM_JOB_ID": "7",

@@ -8,7 +8,7 @@ import pytest
 
 from train.cli import COMMANDS, configured
 from train.config import check
-from train.optimizers import check_optimizer
+from train.optimizers.build import check_optimizer
 
 CONFIGS = Path(__file__).parents[2] / "train/configs"
 OPTIMIZERS = ("adamw", "on_dare", "on_ties")

@@ -35,7 +35,7 @@ def note(event, args):
         seen["started"].add(str(args[:2]))
 
 sys.dont_write_bytecode = True
-import train.cli, train.dpo  # what libraries do on import is theirs
+import train.cli, train.commands.dpo  # what libraries do on import is theirs
 sys.addaudithook(note)
 status = train.cli.main(sys.argv[2:])
 found = json.dumps({name: sorted(values) for name, values in seen.items()} | {"status": status})

@@ -10,14 +10,14 @@ import pytest
         "train.data.formats",
         "train.data.packing",
         "train.data.records",
-        "train.kl_pairs",
-        "train.logps",
+        "train.data.kl_pairs",
+        "train.objectives.logps",
         "train.losses.mix",
         "train.losses.schedule",
         "train.losses.unpaired",
         "train.models.decoder",
-        "train.task_scores",
-        "train.text_scores",
+        "train.evaluation.tasks",
+        "train.evaluation.text_scores",
     ],
 )
 def test_examples_in_docstrings(name):

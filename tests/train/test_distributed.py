@@ -14,7 +14,7 @@ from tests.train.groups import Wound, run_group, statuses
 from tests.train.test_reward import save_reward_model
 from tests.train.tiny_runs import flags, read_tensors, run_flags, write_inputs, write_jsonl
 from train.cli import main
-from train.metrics_log import read_metrics
+from train.files.metrics_log import read_metrics
 from train.models import from_hf, to_hf
 
 # One device has one sum of rows, several have one each: the last digits of float32 differ.
@@ -218,10 +218,10 @@ ROUND_TRIP = """
 import sys
 import jax
 from train.config import DistributedOptions, MeshOptions
-from train.distributed import joined
+from train.distributed.join import joined
 with joined(DistributedOptions()):
     from train.models import from_hf, split_model, to_hf
-    from train.sharding import make_mesh
+    from train.distributed.mesh import make_mesh
     model = from_hf(sys.argv[1], mesh=make_mesh(MeshOptions(fsdp=2, tensor=2)))
     spread = [leaf for leaf in jax.tree.leaves(split_model(model)[1]) if not leaf.is_fully_replicated]
     assert len(spread) > 5 and not any(leaf.is_fully_addressable for leaf in spread)

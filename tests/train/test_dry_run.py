@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from tests.train.tiny_runs import flags, make_model_dir, make_records, run_flags, write_jsonl
 from train.cli import main
 from train.data import tokenize_preference
-from train.dry_run import show_examples
+from train.runs.dry_run import show_examples
 
 PLAIN = {
     "dry_run": "true",

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from tests.train.tiny_runs import flags, make_model_dir, make_tokenizer, write_jsonl
 from train.cli import main
 from train.config import GenerationTaskOptions, TaskOptions, TextOptions, UserError
-from train.multiple_choice import read_questions
-from train.perplexity import Texts, perplexity, read_texts
-from train.text_scores import LAST_NUMBER, extract, normalised, squad_f1
-from train.windows import Window, sliding_windows
-from train.written_answers import read_problems
+from train.evaluation.multiple_choice import read_questions
+from train.evaluation.perplexity import Texts, perplexity, read_texts
+from train.evaluation.text_scores import LAST_NUMBER, extract, normalised, squad_f1
+from train.evaluation.windows import Window, sliding_windows
+from train.evaluation.written_answers import read_problems
 
 TEXT = "The quick brown fox jumps over the lazy dog; then it sleeps, and dreams of 12,345 hens. "
 QUESTIONS = [
@@ -218,7 +218,7 @@ def test_a_model_without_chat_template_is_named(directory, tmp_path, capsys, mon
     base = tmp_path / "base"
     shutil.copytree(directory, base)
     (base / "chat_template.jinja").unlink()
-    monkeypatch.setattr("train.evaluate.from_hf", None)  # no weight is read before
+    monkeypatch.setattr("train.commands.evaluate.from_hf", None)  # no weight is read before
     task = {"path": tmp_path / "q.jsonl", "prompt": "{q}", "answer": "{a}"}
     write_jsonl(task["path"], [{"q": "1+1?", "a": "2"}, {"q": "1+2?", "a": "3"}])
     task |= {"choices": 2} if kind == "tasks" else {}

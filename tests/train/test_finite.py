@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import omerge_jax as om
-from train.step import init_state, make_train_step
+from train.training.step import init_state, make_train_step
 
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-2),

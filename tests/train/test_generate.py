@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.train.tiny_runs import flags, make_model_dir, make_records, write_jsonl
 from train.cli import main
-from train.sampling import Sampler
+from train.generation.sampler import Sampler
 
 GREEDY = {"max_new_tokens": 12, "temperature": 0}
 

@@ -15,13 +15,13 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests.train.tiny_models import SMALL, VOCAB
 from tests.train.tiny_runs import make_tokenizer
-from train.accumulate import loss_and_gradient
-from train.advantages import advantages, weighted_rewards
-from train.group_objective import group_loss, sampled_logps_fn
-from train.groups import Groups
 from train.losses import GroupLoss
 from train.models import from_hf, split_model
-from train.on_policy import Sampled
+from train.objectives.accumulate import loss_and_gradient
+from train.objectives.group import group_loss, sampled_logps_fn
+from train.on_policy.advantages import advantages, weighted_rewards
+from train.on_policy.groups import Groups
+from train.on_policy.rollouts import Sampled
 
 PROMPTS, ANSWERS, NEW, EOS = 3, 4, 9, 1
 WEIGHTS = [1.0, -0.5]
@@ -67,7 +67,7 @@ def answers():
 
 
 class Policy:
-    """Gives the answers, as `train.on_policy.OnPolicy` would."""
+    """Gives the answers, as `train.on_policy.rollouts.OnPolicy` would."""
 
     mesh = None
 

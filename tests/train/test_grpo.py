@@ -16,7 +16,7 @@ from tests.train.tiny_rewards import write_reward_inputs
 from tests.train.tiny_runs import flags, read_tensors
 from tests.virtual_devices import run_python
 from train.cli import main
-from train.stop import EXIT_STATUS
+from train.distributed.stop import EXIT_STATUS
 
 REWARDS = """
 import os, signal

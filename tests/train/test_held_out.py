@@ -11,9 +11,14 @@ import pytest
 
 from tests.train.tiny_runs import make_model_dir, make_records, make_tokenizer
 from train.data import tokenize_preference, tokenize_sft
-from train.held_out import answer_logps, bucketed_batches, evaluate_preferences, evaluate_sft
+from train.evaluation.held_out import (
+    answer_logps,
+    bucketed_batches,
+    evaluate_preferences,
+    evaluate_sft,
+)
 from train.models import from_hf, merge_model, split_model
-from train.objectives import reference_logps_fn, sft_loss
+from train.objectives.preference import reference_logps_fn, sft_loss
 
 LENGTH = 80
 tokenize = partial(tokenize_preference, max_prompt_length=64, max_completion_length=16)

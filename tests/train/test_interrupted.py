@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
-from train import lock, loop
 from train.cli import main
-from train.metrics_log import read_metrics
+from train.files import lock
+from train.files.metrics_log import read_metrics
+from train.training import loop
 
 SETTINGS = {"trainer__steps": 8, "trainer__eval_every": 4}
 
@@ -53,7 +54,7 @@ def test_signal_stops_with_its_own_status_and_nothing_is_lost(
         return put(batch, mesh)
 
     with monkeypatch.context() as patched:
-        patched.setattr("train.loop.put_batch", put_batch)
+        patched.setattr("train.training.loop.put_batch", put_batch)
         assert main(command) == 75
     shown = capfd.readouterr().err
     assert "SIGTERM: saving after this step" in shown
@@ -68,7 +69,9 @@ def test_signal_stops_with_its_own_status_and_nothing_is_lost(
 def test_run_that_another_process_holds_is_refused(inputs, undisturbed, tmp_path, capsys):
     output = tmp_path / "run"
     output.mkdir()
-    program = f"import pathlib, train.lock as l; l.hold(pathlib.Path({str(output)!r})); input()"
+    program = (
+        f"import pathlib, train.files.lock as l; l.hold(pathlib.Path({str(output)!r})); input()"
+    )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, env=environment
@@ -90,7 +93,7 @@ def test_best_checkpoint_is_exported(inputs, undisturbed, tmp_path, monkeypatch,
     def make_evaluate(*args, **settings):
         return lambda params: {"eval_rewards/margins": next(values)}
 
-    monkeypatch.setattr("train.dpo.evaluate_preferences", make_evaluate)
+    monkeypatch.setattr("train.commands.dpo.evaluate_preferences", make_evaluate)
     stop = {
         "trainer__export_best": "eval_rewards/margins",
         "trainer__early_stop__metric": "eval_rewards/margins",
@@ -164,7 +167,7 @@ def test_settings_that_cannot_work_are_refused(inputs, tmp_path, capsys, changes
 # Virtual devices have to be asked for before jax starts.
 ON_A_MESH = """
 import json, os, signal, sys
-import train.cli, train.loop as loop
+import train.cli, train.training.loop as loop
 stop, order, *command = sys.argv[1:]
 real, numbers = loop.put_batch, iter(range(1, 99))
 def put_batch(batch, mesh):

@@ -11,7 +11,7 @@ from tests.train.tiny_runs import make_model_dir, write_jsonl
 pytest.importorskip("lm_eval", reason="lm_eval is not installed; `pip install lm_eval`")
 huggingface = pytest.importorskip("lm_eval.models.huggingface")
 instances = pytest.importorskip("lm_eval.api.instance")
-adapter = pytest.importorskip("train.lm_eval_adapter")
+adapter = pytest.importorskip("train.evaluation.lm_eval_adapter")
 
 LENGTH = 48
 

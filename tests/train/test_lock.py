@@ -12,13 +12,13 @@ import threading
 
 import pytest
 
-from train import lock
 from train.config import UserError
-from train.stop import TryAgain
+from train.distributed.stop import TryAgain
+from train.files import lock
 
 HOLD = """
 import pathlib, sys, time
-from train import lock
+from train.files import lock
 lock.hold(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)

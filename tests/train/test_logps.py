@@ -6,15 +6,15 @@ from flax import nnx
 from scipy.special import log_softmax
 
 from train.data.dataset import pad_left, pad_right
-from train.logps import (
+from train.models import Decoder, ModelConfig
+from train.objectives.logps import (
     completion_logps,
     completion_statistics,
     sampled_statistics,
     token_logps,
     token_statistics,
 )
-from train.models import Decoder, ModelConfig
-from train.objectives import AUTO_VOCAB_CHUNK
+from train.objectives.preference import AUTO_VOCAB_CHUNK
 
 
 def draw(vocabulary, *, scale=1.0, dtype=jnp.float32):

@@ -15,13 +15,13 @@ import optax
 import pytest
 from rich.console import Console
 
-from train.checkpoint import Checkpoints, abstract
 from train.config import EarlyStopOptions, TrainerOptions, UserError
-from train.loop import Job, count_tokens, fit
-from train.metrics_log import read_metrics
-from train.output_dir import OutputDir
-from train.step import init_state, make_train_step
-from train.stop import Stopped
+from train.distributed.stop import Stopped
+from train.files.metrics_log import read_metrics
+from train.files.run_directory import OutputDir
+from train.training.checkpoint import Checkpoints, abstract
+from train.training.loop import Job, count_tokens, fit
+from train.training.step import init_state, make_train_step
 
 STEPS = 7
 TX = optax.adam(0.1)
@@ -298,8 +298,8 @@ def test_early_stop_keeps_the_best_checkpoint(tmp_path):
 def test_full_disk_under_the_log_stops_with_a_message(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     os.symlink("/dev/full", path)
-    monkeypatch.setattr("train.metrics_log.keep_until", lambda path, step: None)
-    monkeypatch.setattr("train.loop.read_metrics", lambda path: [])
+    monkeypatch.setattr("train.files.metrics_log.keep_until", lambda path, step: None)
+    monkeypatch.setattr("train.training.loop.read_metrics", lambda path: [])
     with pytest.raises(UserError, match=r"the log in .* cannot be written \(No space left"):
         run(tmp_path, make_job())
 
@@ -310,7 +310,7 @@ def test_run_whose_last_checkpoint_fails_is_not_finished(tmp_path, monkeypatch):
 
     run(tmp_path, make_job(learning_rates=np.linspace(0.1, 0.3, 3)))
     with monkeypatch.context() as broken:
-        broken.setattr("train.checkpoint.write_manifest", refuse)
+        broken.setattr("train.training.checkpoint.write_manifest", refuse)
         message = r"step 7 is not saved, so nothing is exported\. .* goes on from step 3"
         with pytest.raises(UserError, match=message):
             run(tmp_path, make_job(start=None))

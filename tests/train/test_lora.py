@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.train.tiny_models import padded_batch, save_model, transformers_logits
 from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
-from train.checkpoint import Checkpoints
 from train.cli import main
 from train.config import LoraOptions, ModelOptions, UserError
+from train.inputs.model import with_adapters
 from train.models import from_hf, merge_model, split_model, to_hf
 from train.models.hf_names import abstract_decoder
 from train.models.lora import (
@@ -33,10 +33,10 @@ from train.models.lora import (
     without_adapters,
     write_adapters,
 )
-from train.objectives import sft_loss
-from train.prepare import with_adapters
-from train.step import init_state, make_train_step
-from train.trainable import choose, join, leaf_paths, split
+from train.models.trainable import choose, join, leaf_paths, split
+from train.objectives.preference import sft_loss
+from train.training.checkpoint import Checkpoints
+from train.training.step import init_state, make_train_step
 
 RANK, SCALE = 3, 0.5
 TARGETS = ("q_proj", "v_proj", "down_proj")

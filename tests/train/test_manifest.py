@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from train.manifest import find_damage, write_manifest
+from train.files.checksums import find_damage, write_manifest
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import omerge_jax as om
 from tests.train.tiny_runs import make_model_dir, read_tensors
 from train.cli import main
+from train.commands.merge import run
 from train.config import MergeConfig, MergeModelOptions, UserError
-from train.merge import run
 from train.models.safetensors_dir import SafetensorsDir
 
 CASES = {

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from tests.train.tiny_models import make_model
 from tests.train.tiny_runs import make_model_dir, read_tensors
+from train.commands.merge import run
+from train.commands.merge_checks import network_differences
 from train.config import MergeConfig, MergeModelOptions, UserError
-from train.merge import run
-from train.merge_checks import network_differences
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
 from tests.virtual_devices import run_python
 from train.config import MeshOptions, UserError
-from train.sharding import mesh_shape
+from train.distributed.mesh import mesh_shape
 
 PROGRAM = """
 import json, sys

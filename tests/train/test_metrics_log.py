@@ -9,7 +9,7 @@ from tensorboardX.proto.event_pb2 import (  # pyright: ignore[reportAttributeAcc
     SessionLog,
 )
 
-from train.metrics_log import MetricsLog, keep_until, read_metrics
+from train.files.metrics_log import MetricsLog, keep_until, read_metrics
 
 
 def scalars(directory) -> dict[tuple[str, int], float]:

@@ -7,12 +7,12 @@ import socket
 import subprocess
 import sys
 
-from train.models.output_dir import written_whole
+from train.files.whole import written_whole
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from train.models.output_dir import written_whole
+from train.files.whole import written_whole
 with written_whole(Path(sys.argv[1])) as partial:
     (partial / "weights").write_text("gigabytes")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from train.sampling import make_greedy
+from train.generation.sampler import make_greedy
 from train.models import from_hf, merge_model, split_model, to_hf
 
 directory, exports = sys.argv[1], Path(sys.argv[2])

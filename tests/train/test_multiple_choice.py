@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from tests.train.tiny_runs import make_model_dir, make_records, make_tokenizer, write_jsonl
 from train.config import TaskOptions, UserError
 from train.data.dataset import pad_left, pad_right
+from train.evaluation.multiple_choice import Question, choice_scorer, measure, read_questions
 from train.models import from_hf, split_model
-from train.multiple_choice import Question, choice_scorer, measure, read_questions
 
 PROMPT = "{prompt[0][content]}"
 

@@ -11,7 +11,7 @@ import pytest
 from tests.train.test_step import COMPLETION, ROWS, make_batch, make_model
 from train.losses import beta_schedule
 from train.losses.schedule import BETA_SCHEDULES
-from train.objectives import (
+from train.objectives.preference import (
     check_starts_at_reference,
     check_unpaired_start,
     preference_loss,
@@ -19,7 +19,7 @@ from train.objectives import (
     unpaired_logps_fn,
     unpaired_loss,
 )
-from train.step import init_state, make_train_step
+from train.training.step import init_state, make_train_step
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from tests.train.tiny_runs import make_records, make_tokenizer
 from train.data import tokenize_prompts
-from train.filters import Filters
+from train.generation.filters import Filters
+from train.generation.sampler import Sampler
 from train.models import from_hf, split_model
-from train.objectives import preference_loss, reference_logps_fn
-from train.on_policy import OnPolicy, rank, with_objectives
-from train.sampling import Sampler
+from train.objectives.preference import preference_loss, reference_logps_fn
+from train.on_policy.rollouts import OnPolicy, rank, with_objectives
 
 BETA, NEW, ROWS, PENALTY = 0.1, 6, 4, 2.5
 EOS = 1

@@ -14,8 +14,7 @@ from transformers import get_scheduler
 
 import omerge_jax as om
 from train.config import AlphaOptions, OptimizerOptions, ScheduleOptions, UserError
-from train.gate import alpha_gate
-from train.optimizers import (
+from train.optimizers.build import (
     FIELDS,
     SPARSIFIERS,
     check_optimizer,
@@ -24,7 +23,8 @@ from train.optimizers import (
     make_schedule,
     needs_delta,
 )
-from train.step import init_state, make_train_step
+from train.optimizers.gate import alpha_gate
+from train.training.step import init_state, make_train_step
 
 MERGE = {"alpha": 1e-3, "density": 0.5}
 STEPS = 6

@@ -10,7 +10,7 @@ import pytest
 from tests.train.test_config import GOOD
 from train.cli import configured
 from train.config import DPOConfig, UserError
-from train.output_dir import open_output, write_atomically
+from train.files.run_directory import open_output, write_atomically
 
 
 def at(path, **changes) -> DPOConfig:
@@ -131,7 +131,7 @@ def test_place_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(*args, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("train.output_dir.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("train.files.run_directory.tempfile.TemporaryFile", refuse)
     with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
         open_output("dpo", at(tmp_path))
 

@@ -22,14 +22,14 @@ from tests.train.tiny_runs import (
     write_inputs,
     write_jsonl,
 )
-from train.accumulate import loss_and_gradient
 from train.cli import main
 from train.data import TokenDataset, make_buckets, make_loader, mix, pack, tokenize_sft
 from train.data.packing import best_fit_decreasing
-from train.metrics_log import read_metrics
+from train.files.metrics_log import read_metrics
 from train.models import from_hf, merge_model, split_model
-from train.objectives import sft_loss
-from train.packed import packed_statistics
+from train.objectives.accumulate import loss_and_gradient
+from train.objectives.packed_logps import packed_statistics
+from train.objectives.preference import sft_loss
 
 LENGTH = 64
 

@@ -12,8 +12,8 @@ from tests.train.tiny_models import VOCAB, save_model
 from train.data.dataset import pad_left, pad_right
 from train.data.layout import Widths, row_lengths, share_prompt, trim
 from train.models import from_hf, merge_model, split_model
-from train.objectives import preference_loss, reference_logps_fn
-from train.pairs import attention_of_parts, pair_token_logps
+from train.objectives.pair_logps import attention_of_parts, pair_token_logps
+from train.objectives.preference import preference_loss, reference_logps_fn
 
 LENGTHS = [(7, 5, 3), (1, 1, 6), (4, 6, 6), (9, 2, 1)]  # prompt, chosen, rejected
 

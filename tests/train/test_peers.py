@@ -8,12 +8,12 @@ import threading
 
 import pytest
 
-from train.peers import Door, Peers
+from train.distributed.peers import Door, Peers
 
 NAMES = ["host a, pid 1", "host b, pid 2", "host c, pid 3"]
 CHILD = """
 import sys, time
-from train.peers import Peers
+from train.distributed.peers import Peers
 peers = Peers(["host a, pid 1", "host b, pid 2", "host c, pid 3"], 2, 10)
 assert peers.connect(sys.argv[1], 10)
 print("connected", flush=True)

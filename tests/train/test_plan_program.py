@@ -35,10 +35,10 @@ import jax
 from tests.train.test_plan_program import make_config
 from train.config import MeshOptions
 from train.models import from_hf, layer_axes, split_model
-from train.optimizers import make_optimizer, make_schedule
+from train.optimizers.build import make_optimizer, make_schedule
 from train.plan.program import make_program, read_shape
-from train.sharding import make_mesh, on_mesh
-from train.step import init_state
+from train.distributed.mesh import make_mesh, on_mesh
+from train.training.step import init_state
 
 config = make_config(sys.argv[1])
 mesh = make_mesh(MeshOptions(fsdp=4, tensor=2))

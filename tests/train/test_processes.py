@@ -12,18 +12,18 @@ from tests.train.groups import run_group, statuses
 from tests.train.tiny_rewards import write_reward_inputs
 from tests.train.tiny_runs import flags, run_flags
 from train.config import MeshOptions
-from train.metrics_log import read_metrics
-from train.processes import first_tells
-from train.sharding import make_mesh, same_for_all
+from train.distributed.mesh import make_mesh, same_for_all
+from train.distributed.processes import first_tells
+from train.files.metrics_log import read_metrics
 
 TOLD = """
 from train.config import DistributedOptions, MeshOptions
-from train.distributed import joined
+from train.distributed.join import joined
 with joined(DistributedOptions()):
     import jax
     import numpy as np
-    from train.processes import first_tells
-    from train.sharding import make_mesh, row_numbers, same_for_all
+    from train.distributed.processes import first_tells
+    from train.distributed.mesh import make_mesh, row_numbers, same_for_all
     mine = jax.process_index()
     given = [{"a": 0.1, "long": "é" * 500}, {"a": 2.0}, None, []][mine]
     assert first_tells(given) == {"a": 0.1, "long": "é" * 500}
@@ -38,10 +38,10 @@ CUT_OFF = """
 import sys
 from pathlib import Path
 from train.config import DistributedOptions
-from train.distributed import joined
+from train.distributed.join import joined
 with joined(DistributedOptions()):
     import jax
-    from train.loop import _rows_until
+    from train.training.loop import _rows_until
     # The second process sees the file as it was before the first one mended it.
     path = Path(sys.argv[1]) / f"metrics.{jax.process_index()}"
     found = _rows_until(2, path)

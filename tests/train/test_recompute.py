@@ -14,8 +14,8 @@ import omerge_jax as om
 from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
 from train.cli import main
 from train.config import OptimizerOptions
-from train.optimizers import holds_delta, make_optimizer, needs_delta, recomputes_delta
-from train.step import init_state, make_train_step
+from train.optimizers.build import holds_delta, make_optimizer, needs_delta, recomputes_delta
+from train.training.step import init_state, make_train_step
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from tests.train.tiny_runs import make_records, make_tokenizer
 from train.config import UserError
 from train.data import tokenize_preference
-from train.reference import cache_file, read_cache, with_reference, write_cache
+from train.runs.reference import cache_file, read_cache, with_reference, write_cache
 
 PAIR = ("chosen", "rejected")
 

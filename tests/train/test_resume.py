@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
-from train.checkpoint import Checkpoints
 from train.cli import main
-from train.run import Run
+from train.runs.run import Run
+from train.training.checkpoint import Checkpoints
 
 STEPS, EVERY = 48, 4
 SETTINGS = {

@@ -23,7 +23,7 @@ from tests.train.tiny_models import SMALL
 from tests.train.tiny_runs import make_tokenizer
 from train.config import UserError
 from train.models.reward import check_reward_model, last_token_scores, load_reward_model
-from train.reward import Answers, function_reward, model_reward, tried
+from train.on_policy.reward import Answers, function_reward, model_reward, tried
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForSequenceClassification, {}),

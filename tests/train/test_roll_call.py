@@ -7,7 +7,7 @@ import time
 import pytest
 
 from train.config import UserError
-from train.roll_call import NotAllCame, call_roll
+from train.distributed.roll_call import NotAllCame, call_roll
 
 
 def free_port():

@@ -16,7 +16,7 @@ from tests.train.tiny_runs import flags, make_records, read_tensors, run_flags, 
 from tests.virtual_devices import run_python
 from train.cli import main
 from train.data import read_records, split_by_prompt
-from train.metrics_log import read_metrics
+from train.files.metrics_log import read_metrics
 
 NO_MERGE = {"optimizer__alpha": None, "optimizer__density": None, "model__base": None}
 SFT = {
@@ -198,7 +198,7 @@ def test_eval_shows_results_that_cannot_be_written(inputs, tmp_path, monkeypatch
             "generation": {},
         }
 
-    monkeypatch.setattr("train.evaluate._evaluate", evaluate)
+    monkeypatch.setattr("train.commands.evaluate._evaluate", evaluate)
     assert main(["eval", *eval_flags(inputs, Path(inputs["model"]), output)]) == 2
     shown = capsys.readouterr()
     assert "0.2500" in shown.out
@@ -226,8 +226,10 @@ def test_eval_computes_in_its_type_with_whole_parameters(inputs, tmp_path, monke
 
         return evaluate
 
-    monkeypatch.setattr("train.evaluate.evaluate_preferences", evaluate_preferences)
-    monkeypatch.setattr("train.evaluate._with_reference", lambda config, score, pairs: pairs)
+    monkeypatch.setattr("train.commands.evaluate.evaluate_preferences", evaluate_preferences)
+    monkeypatch.setattr(
+        "train.commands.evaluate._with_reference", lambda config, score, pairs: pairs
+    )
     arguments = eval_flags(inputs, Path(inputs["model"]), tmp_path / "results.json")
     assert main(["eval", *arguments, "--dtype", "bfloat16"]) == 0
     assert set(held) == {"float32"}

@@ -11,9 +11,9 @@ from transformers.generation.logits_process import (
 )
 
 from tests.train.tiny_models import decoder_logits, padded_batch, save_model
-from train.filters import Filters, filter_logits
+from train.generation.filters import Filters, filter_logits
+from train.generation.sampler import Sampler, make_greedy
 from train.models import from_hf, merge_model, split_model
-from train.sampling import Sampler, make_greedy
 
 PROMPTS = [(0, 9), (4, 9), (8, 9)]
 NEW = 12

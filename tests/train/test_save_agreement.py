@@ -13,7 +13,7 @@ SETUP = """
 import errno, os, sys
 from pathlib import Path
 from train.config import DistributedOptions, UserError
-from train.distributed import joined
+from train.distributed.join import joined
 
 directory, case = Path(sys.argv[1]), sys.argv[2]
 
@@ -28,8 +28,8 @@ def run(body):
         import jax, jax.numpy as jnp
         from jax.sharding import Mesh, NamedSharding, PartitionSpec
         import orbax.checkpoint._src.futures.future as futures
-        import train.checkpoint
-        from train.checkpoint import Checkpoints
+        import train.training.checkpoint
+        from train.training.checkpoint import Checkpoints
         rows = NamedSharding(Mesh(jax.devices(), "x"), PartitionSpec("x"))
         def state(step):
             return {"step": jax.jit(lambda: jnp.full(4, step), out_shardings=rows)()}
@@ -38,10 +38,10 @@ def run(body):
             saved.save(1, state(1), {})
             assert saved.wait()
             where, target, name = {
-                "checksums": (0, train.checkpoint, "write_manifest"),
+                "checksums": (0, train.training.checkpoint, "write_manifest"),
                 "first": (0, futures.ChainedFuture, "result"),
                 "second": (1, futures.ChainedFuture, "result"),
-                "begin": (1, train.checkpoint.ocp.CheckpointManager, "save"),
+                "begin": (1, train.training.checkpoint.ocp.CheckpointManager, "save"),
             }[case]
             real = getattr(target, name)
             if jax.process_index() == where:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.train.test_plan import needs_compiler, run_python
 from train.config import MeshOptions, UserError
-from train.sharding import arrange, count_slices, mesh_shape, row_devices
+from train.distributed.mesh import arrange, count_slices, mesh_shape, row_devices
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ from train.plan.environment import prepare
 prepare("2xv5e:4x4")
 from train.config import MeshOptions
 from train.plan.target import read_target
-from train.sharding import count_slices
+from train.distributed.mesh import count_slices
 
 for topology, options, shape in (
     ("2xv5e:4x4", MeshOptions(tensor=2), (2, 8, 2)),

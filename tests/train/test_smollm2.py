@@ -15,9 +15,9 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.train.tiny_models import decoder_logits, transformers_logits
+from train.generation.sampler import make_greedy
 from train.models import ModelConfig, check_hf_compatible, from_hf, read_hf_config, split_model
 from train.models.smollm2 import GGUF_BYTES, GGUF_NAME, check_gguf, fetch_smollm2, installed_gguf
-from train.sampling import make_greedy
 
 REFERENCE = Path(__file__).parents[1] / "data" / "smollm2_reference.json"
 QUESTIONS = ["What is the capital of France?", "Name a colour."]

@@ -12,17 +12,17 @@ from flax import nnx
 
 import omerge_jax as om
 from tests.virtual_devices import run_python
-from train import objectives
-from train.logps import completion_logps
 from train.models import Decoder, ModelConfig, merge_model, split_model
-from train.objectives import (
+from train.objectives import preference as objectives
+from train.objectives.logps import completion_logps
+from train.objectives.preference import (
     check_starts_at_reference,
     preference_loss,
     reference_logps_fn,
     resolve_vocab_chunk,
     sft_loss,
 )
-from train.step import init_state, make_train_step
+from train.training.step import init_state, make_train_step
 
 VOCAB, ROWS, PROMPT, COMPLETION = 61, 4, 7, 6
 CONFIG = {
@@ -226,8 +226,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tests.train.test_step import CONFIG, OPTIMIZERS, make_batch, make_model
 from train.models import ModelConfig, param_shardings
-from train.objectives import *
-from train.step import *
+from train.objectives.preference import *
+from train.training.step import *
 import omerge_jax as om
 from omerge_jax.state import merge_states
 

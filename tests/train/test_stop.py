@@ -11,11 +11,11 @@ import threading
 
 import pytest
 
-from train.stop import StopSignals
+from train.distributed.stop import StopSignals
 
 SECOND = """
 import os, signal
-from train.stop import StopSignals
+from train.distributed.stop import StopSignals
 with StopSignals():
     os.kill(os.getpid(), signal.SIGTERM)
     print("still here", flush=True)
@@ -26,7 +26,7 @@ with StopSignals():
 AGREE = """
 import os, signal, sys
 import jax
-from train.stop import StopSignals
+from train.distributed.stop import StopSignals
 address, process = sys.argv[1], int(sys.argv[2])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, process)

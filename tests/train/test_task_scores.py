@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.train.tiny_runs import flags, make_tokenizer, read_tensors, write_inputs, write_jsonl
 from train.cli import main
-from train.metrics_log import read_metrics
+from train.files.metrics_log import read_metrics
 
 TEXT = "Nothing of this is a sum: the quick brown fox jumps over the lazy dog. "
 PERPLEXITY = "eval_texts/prose/perplexity"

@@ -12,13 +12,13 @@ import pytest
 import omerge_jax as om
 from train.cli import configured
 from train.config import UserError
-from train.taxbench import demo, examples
-from train.taxbench.demo import DemoConfig, check, new_run_dir, run
-from train.taxbench.methods import METHODS, Checkpoint, add_delta, offline_linear
-from train.taxbench.report import command_line
-from train.taxbench.subjects import Subject
-from train.taxbench.training import Lab
-from train.taxbench.trajectories import grade
+from train.taxbench.miniature import demo, examples
+from train.taxbench.miniature.demo import DemoConfig, check, new_run_dir, run
+from train.taxbench.miniature.methods import METHODS, Checkpoint, add_delta, offline_linear
+from train.taxbench.miniature.report import command_line
+from train.taxbench.miniature.subjects import Subject
+from train.taxbench.miniature.training import Lab
+from train.taxbench.miniature.trajectories import grade
 
 TINY = {"base_steps": 3, "sft_steps": 3, "steps": 4, "eval_every": 2, "pairs": 64, "questions": 2}
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from train.taxbench import plot, report
-from train.taxbench.examples import Questions
-from train.taxbench.methods import METHODS
-from train.taxbench.scoring import is_right, style_score
-from train.taxbench.tasks import EOS, HOPE, PAD, SMILE, SURE
-from train.taxbench.trajectories import (
+from train.taxbench.miniature import plot, report
+from train.taxbench.miniature.examples import Questions
+from train.taxbench.miniature.methods import METHODS
+from train.taxbench.miniature.scoring import is_right, style_score
+from train.taxbench.miniature.tasks import EOS, HOPE, PAD, SMILE, SURE
+from train.taxbench.miniature.trajectories import (
     Point,
     Trajectory,
     capability_at_reward,

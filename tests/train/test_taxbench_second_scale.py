@@ -15,18 +15,18 @@ from rich.console import Console
 import omerge_jax as om
 from tests.train.tiny_runs import make_model_dir, make_tokenizer
 from train.cli import main
+from train.commands.merge import merge_settings
 from train.config import UserError, check
-from train.merge import merge_settings
-from train.stop import EXIT_STATUS, Stopped
-from train.taxbench import second_scale
-from train.taxbench.second_scale_data import (
+from train.distributed.stop import EXIT_STATUS, Stopped
+from train.taxbench.language_model import run as second_scale
+from train.taxbench.language_model.data import (
     ORIGINS,
     listed_options,
     prepare,
     spread,
     with_final_answer,
 )
-from train.taxbench.second_scale_report import (
+from train.taxbench.language_model.report import (
     SHARES,
     capability,
     capability_error,
@@ -34,8 +34,8 @@ from train.taxbench.second_scale_report import (
     matched_table,
     rows_of,
 )
-from train.taxbench.second_scale_sizes import SIZES
-from train.taxbench.second_scale_stages import METHODS, Point, Study
+from train.taxbench.language_model.sizes import SIZES
+from train.taxbench.language_model.stages import METHODS, Point, Study
 
 TINY = dataclasses.replace(
     SIZES["reduced"],
@@ -297,7 +297,7 @@ def test_a_study_from_sft_to_report_stopped_once(data_dir, tmp_path, capsys, mon
         raise Stopped("by a signal")
 
     with monkeypatch.context() as patched:
-        patched.setattr("train.dpo.run", stop)
+        patched.setattr("train.commands.dpo.run", stop)
         assert main(flags) == EXIT_STATUS
     done = [out / "base.json", out / "seed-0/sft.json", out / "seed-0/sft/metrics.jsonl"]
     before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in done]

@@ -9,15 +9,15 @@ import pytest
 from scipy import stats
 
 from train.config import UserError
-from train.taxbench import suite
-from train.taxbench.candidates import candidates, controls
-from train.taxbench.deltas import make_delta
-from train.taxbench.recipes import Merge, Recipe, optimizer
-from train.taxbench.selection import Entry, choose, entries, narrowed
-from train.taxbench.statistics import Results, mean_sd, paired
-from train.taxbench.studies import studies
-from train.taxbench.suite import Suite, TaxbenchConfig, run
-from train.taxbench.training import Lab
+from train.taxbench.miniature.training import Lab
+from train.taxbench.suite.candidates import candidates, controls
+from train.taxbench.suite.deltas import make_delta
+from train.taxbench.suite.recipes import Merge, Recipe, optimizer
+from train.taxbench.suite.run import Suite, TaxbenchConfig, run
+from train.taxbench.suite.run import run as suite
+from train.taxbench.suite.selection import Entry, choose, entries, narrowed
+from train.taxbench.suite.statistics import Results, mean_sd, paired
+from train.taxbench.suite.studies import studies
 
 
 def _record(run, seed, reward, capability, merge=None):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from train.taxbench import examples, tasks
-from train.taxbench.tasks import EOS, FAMILIES, HOPE, PAD, SMILE, SURE
+from train.taxbench.miniature import examples, tasks
+from train.taxbench.miniature.tasks import EOS, FAMILIES, HOPE, PAD, SMILE, SURE
 
 FACTS = {
     tasks.decode(key): tasks.decode(value)

@@ -20,7 +20,8 @@ HAS_COMPILER = (COMPILER / "libtpu").is_dir() or importlib.util.find_spec("libtp
 
 PROGRAM = """
 import json, sys
-from train.bench import cases, compiled
+from tests.bench import cases
+from tests.bench import compiled
 shapes = cases.large_shapes()
 wanted = json.loads(sys.argv[1])
 compared = [case for case in cases.cases() if case.name in wanted]
@@ -32,7 +33,7 @@ print(json.dumps([rows, compiled.leaf_bytes(shapes, 4)]))
 ATTENTION = """
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from train.bench.compiled import make_mesh
+from tests.bench.compiled import make_mesh
 from train.models.splash import splash_attention
 mesh = make_mesh("v5p:2x2x1")
 rows = P("fsdp", None, None, None)
@@ -75,7 +76,7 @@ needs_compiler = pytest.mark.skipif(
 
 @needs_compiler
 def test_random_masks_and_sampled_thresholds_ride_along():
-    from train.bench import cases
+    from tests.bench import cases
 
     rows, leaf = figures(cases.BASELINE, cases.DARE, cases.TIES_SAMPLED)
     assert rows[cases.DARE]["bytes_ratio"] <= 1.08
@@ -87,7 +88,7 @@ def test_random_masks_and_sampled_thresholds_ride_along():
 @needs_compiler
 @pytest.mark.slow
 def test_an_exact_threshold_stays_below_three_steps():
-    from train.bench import cases
+    from tests.bench import cases
 
     rows, leaf = figures(cases.BASELINE, cases.TIES_EXACT, cases.TIES_FUSED_EXACT)
     assert rows[cases.TIES_EXACT]["bytes_ratio"] <= 3

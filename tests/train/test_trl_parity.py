@@ -19,9 +19,9 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from train.data import make_loader, tokenize_preference, tokenize_unpaired
-from train.kl_pairs import with_kl_completions
+from train.data.kl_pairs import with_kl_completions
 from train.models import from_hf, split_model
-from train.objectives import (
+from train.objectives.preference import (
     check_starts_at_reference,
     check_unpaired_start,
     preference_loss,
@@ -29,7 +29,7 @@ from train.objectives import (
     unpaired_logps_fn,
     unpaired_loss,
 )
-from train.step import init_state, make_train_step
+from train.training.step import init_state, make_train_step
 
 STEPS, BATCH, BETA = 20, 4, 0.1
 # The epsilon keeps Adam from blowing gradients that are rounding noise, such as those of key biases,

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from train.config import EarlyStopOptions, TrainerOptions, UserError
-from train.watch import Watch, lower_is_better, step_to_export
+from train.training.watch import Watch, lower_is_better, step_to_export
 
 MARGIN, LOSS, SKILL = "eval_rewards/margins", "eval_loss", "eval_tasks/sums"
 

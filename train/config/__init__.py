@@ -3,7 +3,7 @@
 A settings file (YAML) and flags fill the same fields: ``--trainer.steps 10`` is ``trainer: {steps:
 10}``. Nothing heavy is imported here, so that ``--help`` and a misspelt field answer at once. The
 ranges are checked by `check`, which every command calls before it reads a weight; fields that
-belong to one optimizer are checked in `train.optimizers`.
+belong to one optimizer are checked in `train.optimizers.build`.
 """
 
 from train.config.base import DType, UserError, flatten, require

@@ -1,8 +1,9 @@
 """Several examples in one row, so that little padding is left.
 
-An example stays whole and sees nothing of the others in its row (`train.packed`). Which examples
-share a row is decided once, by best-fit decreasing as TRL's `packing_strategy="bfd"`: the longest
-first, each into the row with the least room that still has enough.
+An example stays whole and sees nothing of the others in its row (`train.objectives.packed_logps`).
+Which examples share a row is decided once, by best-fit decreasing as TRL's
+`packing_strategy="bfd"`: the longest first, each into the row with the least room that still has
+enough.
 """
 
 from __future__ import annotations

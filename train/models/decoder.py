@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from train.distributed.axes import constrain
 from train.models.attention import AttentionInputs
-from train.models.axes import constrain
 from train.models.config import ModelConfig
 from train.models.layers import (
     RESIDUAL,

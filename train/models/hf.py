@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
+from train.distributed.axes import partition_spec
 from train.models.attention import check_attention
-from train.models.axes import partition_spec
 from train.models.config import ModelConfig
 from train.models.decoder import Decoder, Params
 from train.models.hf_names import EMBEDDING, LM_HEAD, Leaf, decoder_leaves, is_derived

@@ -13,14 +13,14 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from train.distributed.processes import fetch, is_first
+from train.files.whole import check_writable, written_whole
 from train.models.config import FREE_FIELDS, ModelConfig
 from train.models.decoder import Decoder, split_model
 from train.models.hf import check_tensors
 from train.models.hf_names import EMBEDDING, LM_HEAD, decoder_leaves
 from train.models.model_dir import read_hf_config, resolve_model_dir
-from train.models.output_dir import check_writable, written_whole
 from train.models.safetensors_dir import INDEX_FILE, SINGLE_FILE, SafetensorsDir
-from train.processes import fetch, is_first
 
 # What belongs to a model besides weights and config.json; each is copied when `like` has it.
 _COPIED = (

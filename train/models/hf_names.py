@@ -27,7 +27,7 @@ class Leaf:
         stacked: the tensors lie along axis 0.
         transposed: Hugging Face stores the last two axes the other way round.
         shape: of the parameter, the stacking axis included.
-        axes: logical axis of each axis, see `train.models.axes`.
+        axes: logical axis of each axis, see `train.distributed.axes`.
     """
 
     names: tuple[str, ...]

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from train.distributed.axes import constrain
 from train.models.attention import AttentionInputs, attend
-from train.models.axes import constrain
 from train.models.config import ModelConfig
 from train.models.rope import rotate
 
@@ -25,7 +25,7 @@ class KVCache(NamedTuple):
 
 
 def make_param(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:
-    """A parameter that knows its logical axes (`train.models.axes`), not yet placed by them."""
+    """A parameter that knows its logical axes (`train.distributed.axes`), not yet placed by them."""
     return nnx.Param(value, logical_axes=axes)
 
 

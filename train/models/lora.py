@@ -15,11 +15,11 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from train.distributed.processes import fetch, is_first
+from train.files.whole import written_whole
 from train.models.config import ModelConfig
 from train.models.decoder import Decoder, Params, split_model
 from train.models.hf_names import decoder_leaves
-from train.models.output_dir import written_whole
-from train.processes import fetch, is_first
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

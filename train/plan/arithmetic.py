@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from train.config import DPOConfig
+from train.distributed.mesh import row_devices
 from train.models import ModelConfig
 from train.models.hf_names import decoder_leaves
-from train.objectives import resolve_vocab_chunk
+from train.objectives.preference import resolve_vocab_chunk
 from train.plan.figures import Memory, State, Work
 from train.plan.network import crossing
 from train.plan.program import shares_prompts
-from train.sharding import row_devices
 
 
 class Rows(NamedTuple):

@@ -10,15 +10,15 @@ from typing import Any
 import jax
 
 from train.config import DPOConfig, OptimizerOptions, UserError
+from train.distributed.mesh import on_mesh
 from train.models import ModelConfig
 from train.models.hf_names import decoder_leaves
-from train.optimizers import delta_on_host, inner_name, needs_delta
+from train.optimizers.build import delta_on_host, inner_name, needs_delta
 from train.plan.arithmetic import estimate, model_flops, temporaries
 from train.plan.cost import program_cost
 from train.plan.figures import Memory, Plan, State, Work
 from train.plan.program import Program, make_program
 from train.plan.target import Target
-from train.sharding import on_mesh
 
 _REFUSED = (
     re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM"),

@@ -11,23 +11,23 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 import omerge_jax as om
+from train.commands.dpo import settings_of
 from train.config import DPOConfig, UserError
 from train.data.buckets import LEAST_SHARED
-from train.dpo import settings_of
-from train.gate import alpha_gate
+from train.distributed.mesh import abstract_model, check_batch, compiler_options, rows
+from train.inputs.model import as_set
 from train.losses import beta_schedule, pair_loss
 from train.models import ModelConfig, layer_axes, read_hf_config
-from train.objectives import preference_loss
-from train.optimizers import (
+from train.objectives.preference import preference_loss
+from train.optimizers.build import (
     delta_on_host,
     holds_delta,
     make_optimizer,
     make_schedule,
     recomputes_delta,
 )
-from train.prepare import as_set
-from train.sharding import abstract_model, check_batch, compiler_options, rows
-from train.step import init_state, make_train_step, state_shardings
+from train.optimizers.gate import alpha_gate
+from train.training.step import init_state, make_train_step, state_shardings
 
 SHAPES = Path(__file__).parent / "shapes"
 
@@ -36,7 +36,7 @@ class Program(NamedTuple):
     """A step that can be lowered.
 
     Attributes:
-        step: The jitted ``step(state, batch)`` of `train.step.make_train_step`.
+        step: The jitted ``step(state, batch)`` of `train.training.step.make_train_step`.
         state: `jax.ShapeDtypeStruct` leaves with their places.
         batch: Likewise.
         models: The weights of reference and base, likewise, where a merge recomputes its delta.
@@ -48,7 +48,7 @@ class Program(NamedTuple):
     models: dict[str, Any]
 
     def lower(self) -> Any:
-        """The step as `train.dpo` calls it, lowered."""
+        """The step as `train.commands.dpo` calls it, lowered."""
         return self.step.lower(self.state, self.batch, {}, self.models)
 
 
@@ -81,7 +81,7 @@ def _read(file: Path) -> dict[str, Any]:
 def make_program(
     config: DPOConfig, model: ModelConfig, mesh: Mesh | AbstractMesh | None
 ) -> Program:
-    """Builds the step that `train.dpo` runs; nothing is allocated.
+    """Builds the step that `train.commands.dpo` runs; nothing is allocated.
 
     Args:
         config: Of the run.

@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
+from train.commands.dpo import check_loss
 from train.config import PlanConfig, UserError, check, flatten
-from train.dpo import check_loss
+from train.files.run_directory import check_place, write_atomically
 from train.models import ModelConfig
-from train.optimizers import check_optimizer
-from train.output_dir import check_place, write_atomically
+from train.optimizers.build import check_optimizer
 from train.plan.advice import advice
 from train.plan.figures import Plan
 from train.plan.measure import make_plan, without_merge

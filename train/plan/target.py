@@ -12,8 +12,8 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from train.config import MeshOptions, UserError
-from train.models.axes import MESH_AXES
-from train.sharding import arrange, mesh_shape
+from train.distributed.axes import MESH_AXES
+from train.distributed.mesh import arrange, mesh_shape
 
 
 @dataclass(frozen=True)

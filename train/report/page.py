@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from train.config import UserError
-from train.output_dir import check_place, write_atomically
+from train.files.run_directory import check_place, write_atomically
 from train.report.plots import COLORS, STYLES, draw, metric_order
 from train.report.runs import Run, differing_settings, read_runs
 

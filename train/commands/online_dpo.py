@@ -1,0 +1,128 @@
+r"""``python -m train online-dpo``: alignment on pairs of the policy's own answers, ranked by a reward.
+
+In every step the policy answers each prompt of a batch twice (`train.generation.sampler`), a
+reward scores the answers, and the train step of `dpo` learns from the better and the worse one,
+with any loss on pairs and any optimizer, online merging included (Guo et al., 2024, "Direct
+Language Model Alignment from Online AI Feedback", arXiv:2402.04792). Prompts come from any data
+set that `dpo`, `kto` or `sft` read, or from records that have nothing else.
+
+    python -m train online-dpo --config train/configs/online_dpo.yaml \
+        --model.path runs/sft/export --model.base models/smollm2 --data.path prompts.jsonl \
+        --reward.function my_rewards:brevity --output_dir runs/online
+
+with `my_rewards.py` in the current directory (a function written for TRL works as it is):
+
+    def brevity(prompts, completions, **kwargs):
+        return [-float(len(text)) for text in completions]
+
+Prompts that are messages give completions that are messages, `[{"role": "assistant", "content": …}]`.
+Other fields of the records come as keyword arguments. `--reward.model DIR` takes a reward model
+instead: a `…ForSequenceClassification` directory with one label, as TRL's `RewardTrainer` writes.
+
+The log has TRL's names: `objective/scores`, `objective/scores_margin`, `objective/kl`,
+`objective/rlhf_reward`, `val/contain_eos_token`, `rewards/margins`, … Held-out prompts are answered
+once at each evaluation, from the same draws, for `eval_objective/scores`, which `trainer.early_stop`
+and `trainer.export_best` can go by.
+
+Against TRL: the reference stays the model at `model.path`, held in memory next to the policy; `ipo`
+averages over tokens as in `dpo`; a reward that is not a finite number ends the run instead of being
+counted as nothing.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from train.commands.dpo import check_loss, settings_of
+from train.config import OnlineDPOConfig, check
+from train.data import tokenize_prompts
+from train.data.buckets import LEAST_SHARED
+from train.distributed.mesh import Params
+from train.losses import beta_schedule, pair_loss
+from train.objectives.preference import (
+    check_starts_at_reference,
+    preference_loss,
+    reference_logps_fn,
+)
+from train.on_policy.rollouts import ANSWERS, OnPolicy, pair_figures, with_objectives
+from train.on_policy.setup import check_rewards, input_hashes, make_on_policy, make_rewards
+from train.runs.alignment import Objective, align, check_merge
+from train.runs.run import Run, set_up
+from train.training.loop import Prepared
+from train.training.step import Batch
+
+
+def run(config: OnlineDPOConfig) -> None:
+    """Aligns from the start or from the last checkpoint, and exports the model.
+
+    Raises:
+        UserError: something given cannot be used, before training starts; or the reward gives
+            something other than finite numbers.
+    """
+    check(config)
+    check_merge(config)
+    check_loss(config.loss, config.trainer.gradient_accumulation_steps)
+    check_rewards(_functions(config), _models(config))
+    this = set_up("online-dpo", config, tokenize_prompts)
+    if this is not None:
+        align(config, this, _objective(config, this))
+
+
+def _functions(config: OnlineDPOConfig) -> list[str]:
+    return [] if config.reward.function is None else [config.reward.function]
+
+
+def _models(config: OnlineDPOConfig) -> list[str]:
+    return [] if config.reward.model is None else [config.reward.model]
+
+
+def _on_policy(config: OnlineDPOConfig, this: Run) -> OnPolicy:
+    options = config.reward
+    (reward,) = make_rewards(config, this, _functions(config), _models(config), options.dtype)
+    return make_on_policy(config, this, reward, options.missing_eos_penalty)
+
+
+def _objective(config: OnlineDPOConfig, this: Run) -> Objective:
+    loss, settings = config.loss, settings_of(config.loss)
+    has_reference = pair_loss(**settings).needs_reference
+    policy, share = _on_policy(config, this), _shares_prompts(config, this)
+    score = policy.replicated(
+        reference_logps_fn(this.graphdef, vocab_chunk=loss.vocab_chunk, ld_alpha=loss.ld_alpha)
+    )
+
+    def sample(params: Params, reference: Params | None, batch: Batch, done: int) -> Prepared:
+        pairs = policy.pairs(params, batch, done, share=share)
+        if reference is not None:
+            names = [f"reference_{name}_logps" for name in ("chosen", "rejected")]
+            pairs |= policy.columns(score, reference, pairs, names)
+        return pairs, {}
+
+    return Objective(
+        loss_fn=with_objectives(
+            preference_loss(
+                this.graphdef,
+                beta_at=beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, this.steps),
+                vocab_chunk=loss.vocab_chunk,
+                **settings,
+            ),
+            beta=loss.beta,
+            has_reference=has_reference,
+        ),
+        evaluate=partial(policy.evaluate, batch_size=this.eval_batch_size, figures=pair_figures),
+        score=score,
+        names=("chosen", "rejected") if has_reference else (),
+        depends_on=(),
+        check_first=partial(check_starts_at_reference, **settings),
+        sample=sample,
+        inputs=input_hashes(this, _models(config)),
+    )
+
+
+def _shares_prompts(config: OnlineDPOConfig, this: Run) -> bool:
+    """Whether a prompt is computed once for both answers; see `train.data.saves_by_sharing`."""
+    wanted = config.data.prefix_sharing
+    if wanted != "auto":
+        return wanted
+    prompts = int(this.data.arrays["prompt_mask"].sum())
+    answers = ANSWERS * config.sampling.max_new_tokens * len(this.data)
+    return prompts >= LEAST_SHARED * (ANSWERS * prompts + answers)

@@ -1,0 +1,87 @@
+"""SIGTERM and SIGINT end a run after the step that is under way, with everything saved.
+
+Cloud providers send SIGTERM some seconds before they take a machine away. All processes of a run
+must stop after the same step, so each tells the others at every step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+EXIT_STATUS = 75
+"""Of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h, "try again later"."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has saved its state; the message says how to go on."""
+
+
+class TryAgain(Exception):
+    """What another try may mend has ended a run: the status is `EXIT_STATUS`, as of one stopped."""
+
+
+class StopSignals:
+    """While this context is open, the first signal is noted and a second one ends the process.
+
+    A second signal ends it at once, with the status 128 + its number; what is on disk is whole then
+    too, as after SIGKILL. Outside the main thread, where Python handles no signals, nothing is
+    noted.
+
+    Example:
+        >>> with StopSignals() as signals:  # doctest: +SKIP
+        ...     for step in range(steps):
+        ...         state = train_step(state)
+        ...         if signals.agreed():
+        ...             break
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self._pending: Any = None
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not in the main thread
+                break
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again = self.received is not None
+        self.received = signal.Signals(number)
+        what = (
+            "exiting at once" if again else "saving after this step; a second signal exits at once"
+        )
+        # Not print, which may be in the middle of a line.
+        os.write(2, f"\n{self.received.name}: {what}.\n".encode())
+        if again:
+            os._exit(128 + number)
+
+    def agreed(self) -> bool:
+        """Whether any process has received a signal; the same answer on all of them.
+
+        All processes call this after every step. On several, the answer is the one of the step
+        before, whose exchange is over by now, so that nobody waits.
+        """
+        import jax  # not at the top, so that the command line knows `Stopped` without it
+
+        if jax.process_count() == 1:
+            return self.received is not None
+        from train.distributed.processes import any_says
+
+        previous, self._pending = self._pending, any_says(self.received is not None)
+        return previous is not None and bool(previous)

@@ -1,0 +1,1 @@
+"""Scores of a model: held-out data, multiple choice, written answers and perplexity."""

@@ -1,0 +1,213 @@
+"""Metrics of a whole data set: batches of one shape, exact means over the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from rich.progress import track
+
+from train.data import TokenDataset, Widths, answer_names, row_lengths, share_prompt, trim
+from train.distributed.mesh import put_whole
+from train.distributed.processes import fetch, is_first
+from train.losses import PairLogps, pair_loss, unpaired_loss
+from train.training.step import LossFn
+
+Evaluate = Callable[[Any], dict[str, float]]
+Score = Callable[[Any, Any], tuple[jax.Array, ...]]
+
+
+def bucketed_batches(
+    dataset: TokenDataset, batch_size: int
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """All rows once, those of similar length together, in batches of few shapes.
+
+    Padding that no row of a batch needs is cut off, to one of two widths an octave. The last batch
+    is filled up with copies of its first row whose answers are masked, so that they add no token.
+
+    Args:
+        dataset: Preferences, labelled answers or SFT rows.
+        batch_size: Rows in every batch.
+
+    Yields:
+        The numbers of the rows, int ``[n]`` with ``n <= batch_size``, and the batch, whose first
+        ``n`` rows they are.
+    """
+    lengths = row_lengths(dataset.arrays)
+    total = lengths.prompt + lengths.scored
+    order = np.argsort(total, kind="stable")
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        missing = batch_size - len(rows)
+        filled = np.concatenate([rows, np.repeat(rows[:1], missing)])
+        batch = {name: column[filled] for name, column in dataset.arrays.items()}
+        for name in answer_names(batch):
+            batch[f"{name}_mask"][len(rows) :] = False
+        counts = (lengths.prompt, lengths.answer, total, lengths.scored)
+        widths = Widths(*(padded_width(int(count[rows].max())) for count in counts))
+        batch = trim(batch, widths)
+        yield rows, share_prompt(batch, widths) if dataset.share_prompts else batch
+
+
+def padded_width(length: int) -> int:
+    """The next of 8, 12, 16, 24, 32, 48, 64, 96 … that is not below `length`."""
+    power = 8
+    while power < length:
+        if power * 3 // 2 >= length:
+            return power * 3 // 2
+        power *= 2
+    return power
+
+
+def answer_logps(
+    score: Score,
+    params: Any,
+    dataset: TokenDataset,
+    batch_size: int,
+    mesh: Mesh | None,
+    *,
+    shown_as: str | None = None,
+) -> tuple[np.ndarray, ...]:
+    """Summed log-probabilities of every kind of answer, each float32 ``[rows]``.
+
+    Args:
+        score: From `train.objectives.preference.reference_logps_fn` (the chosen and the rejected
+            answers) or `train.objectives.preference.unpaired_logps_fn`.
+        params: Of the model that scores.
+        dataset: Preferences or labelled answers.
+        batch_size: Rows scored at once.
+        mesh: Where batches go.
+        shown_as: Label of a progress bar; None for none.
+    """
+    found: list[np.ndarray] = []
+    batches = bucketed_batches(dataset, batch_size)
+    if shown_as is not None:
+        total = -(-len(dataset) // batch_size)
+        batches = track(batches, description=shown_as, total=total, disable=not is_first())
+    for rows, batch in batches:
+        scores = fetch(score(params, put_whole(batch, mesh)))
+        found = found or [np.zeros(len(dataset), np.float32) for _ in scores]
+        for whole, part in zip(found, scores, strict=True):
+            whole[rows] = part[: len(rows)]
+    return tuple(found)
+
+
+def evaluate_preferences(
+    score: Score,
+    dataset: TokenDataset,
+    *,
+    batch_size: int,
+    mesh: Mesh | None,
+    loss_type: str | Sequence[str] = "sigmoid",
+    beta: float = 0.1,
+    **settings: Any,
+) -> Evaluate:
+    """Makes ``f(params) -> {"eval_loss", "eval_rewards/accuracies", …}`` for preferences.
+
+    Args:
+        score: From `train.objectives.preference.reference_logps_fn`.
+        dataset: Preferences with `reference_chosen_logps` and `reference_rejected_logps`, unless
+            the loss is reference-free.
+        batch_size: Pairs scored at once.
+        mesh: Where batches go.
+        loss_type: See `train.losses.pair_loss`. A loss that compares the pairs of a batch (aot)
+            compares all pairs here.
+        beta: Factor of the rewards.
+        settings: Of the loss.
+    """
+    loss = pair_loss(loss_type, beta=beta, **settings)
+    arrays = dataset.arrays
+    nothing = np.zeros(len(dataset), np.float32)
+
+    def evaluate(params: Any) -> dict[str, float]:
+        chosen, rejected = answer_logps(score, params, dataset, batch_size, mesh)
+        pair = PairLogps(
+            *map(
+                jnp.asarray,
+                (
+                    chosen,
+                    rejected,
+                    arrays["reference_chosen_logps"] if loss.needs_reference else nothing,
+                    arrays["reference_rejected_logps"] if loss.needs_reference else nothing,
+                    arrays["chosen_mask"].sum(axis=1, dtype=np.float32),
+                    arrays["rejected_mask"].sum(axis=1, dtype=np.float32),
+                ),
+            )
+        )
+        metrics = {"loss": jnp.mean(loss(pair)), **loss.metrics(pair)}
+        return {f"eval_{name}": float(value) for name, value in metrics.items()}
+
+    return evaluate
+
+
+def evaluate_unpaired(
+    score: Score,
+    dataset: TokenDataset,
+    *,
+    batch_size: int,
+    mesh: Mesh | None,
+    loss_type: str = "kto",
+    beta: float = 0.1,
+    **settings: float,
+) -> Evaluate:
+    """Makes ``f(params) -> {"eval_loss", "eval_kl", "eval_rewards/margins", …}`` for KTO.
+
+    Every figure is of all rows together: the divergence is the mean over all of them, clamped at 0
+    after that, and a label's reward the mean over its rows. TRL averages over batches.
+
+    Args:
+        score: From `train.objectives.preference.unpaired_logps_fn`.
+        dataset: Labelled answers with `reference_completion_logps`, and for `"kto"` the mismatched
+            ones with `reference_kl_logps`.
+        batch_size: Rows scored at once.
+        mesh: Where batches go.
+        loss_type: See `train.losses.unpaired_loss`.
+        beta: Factor of the rewards.
+        settings: Of the loss.
+    """
+    loss = unpaired_loss(loss_type, beta=beta, **settings)
+    arrays = dataset.arrays
+
+    def evaluate(params: Any) -> dict[str, float]:
+        logps, *mismatched = answer_logps(score, params, dataset, batch_size, mesh)
+        kl = jnp.mean(mismatched[0] - arrays["reference_kl_logps"]) if loss.needs_kl else None
+        reference, label = arrays["reference_completion_logps"], arrays["label"]
+        per_row, metrics = loss(jnp.asarray(logps), jnp.asarray(reference), jnp.asarray(label), kl)
+        metrics = {"loss": jnp.mean(per_row), **metrics}
+        found = {f"eval_{name}": float(value) for name, value in metrics.items()}
+        # A label that no row has leaves no mean, as in the training loop's log.
+        means = ("eval_rewards/", "eval_logps/")
+        return {k: v for k, v in found.items() if not (np.isnan(v) and k.startswith(means))}
+
+    return evaluate
+
+
+def evaluate_sft(
+    loss_fn: LossFn, dataset: TokenDataset, *, batch_size: int, mesh: Mesh | None
+) -> Evaluate:
+    """Makes ``f(params) -> {"eval_loss", "eval_mean_token_accuracy"}``: means over all tokens.
+
+    Args:
+        loss_fn: From `train.objectives.preference.sft_loss`.
+        dataset: Held-out rows.
+        batch_size: Rows scored at once.
+        mesh: Where batches go.
+    """
+    measure = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
+
+    def evaluate(params: Any) -> dict[str, float]:
+        rows = [
+            fetch(measure(params, put_whole(batch, mesh)))
+            for _, batch in bucketed_batches(dataset, batch_size)
+        ]
+        tokens = np.array([row["num_tokens"] for row in rows], np.float64)
+        return {
+            f"eval_{name}": float(tokens @ [row[name] for row in rows] / tokens.sum())
+            for name in ("loss", "mean_token_accuracy")
+        }
+
+    return evaluate

@@ -1,0 +1,1 @@
+"""Files on disk: written whole, checked by hash, locked, and laid out in a run directory."""

@@ -1,0 +1,272 @@
+"""The directory of a run: what is in it, and whether it is this run.
+
+::
+
+    run.json        command, settings and content hashes of the inputs: the run's identity
+    config.yaml     the resolved settings, ready for --config
+    metrics.jsonl   one line per logged step; tensorboard/ holds the same
+    checkpoints/    STEP/ directories by Orbax
+    reference/      cached log-probabilities of the reference
+    export/         the trained model in Hugging Face format
+    adapter/        its low-rank adapters in the format of PEFT, where these were trained
+    summary.json    written last: the run is complete
+    before-1/       records of another run that ended here before its first checkpoint
+    .lock           held by the process that writes here
+
+Nothing is ever overwritten: a directory that holds another run, or files that no run wrote, is
+refused, and so is one that another process is writing to. A run that ended before its first
+checkpoint, for a wrong setting or for lack of memory, is no reason to refuse the next one: its
+records are put aside. On several hosts the first process writes all but the checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from train.config import FREE_FIELDS, UserError, flatten
+from train.distributed.processes import first_says, is_first, meet
+from train.files.lock import LOCK_FILE, hold, refuse_if_held
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputDir:
+    """Paths of one run. Made by `open_output`; nothing is written before `begin`.
+
+    Attributes:
+        path: The directory.
+        identity: Command and settings that tell this run from another.
+        started: The directory already holds this run.
+        summary: What the finished run reported, or None when it is not finished.
+        abandoned: It holds another run, which ended before its first checkpoint.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    started: bool
+    summary: dict[str, Any] | None
+    abandoned: bool = False
+
+    @property
+    def checkpoints(self) -> Path:
+        """Orbax's directory."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The trained model."""
+        return self.path / "export"
+
+    def begin(self, config: Any, inputs: dict[str, str]) -> Path | None:
+        """Creates the directory, or checks that the inputs of the run that it holds are unchanged.
+
+        From then on the directory is locked, until `train.files.lock.release` or the end
+        of the process.
+
+        Args:
+            config: The settings, written to config.yaml.
+            inputs: Content hash by name of what the run reads.
+
+        Returns:
+            Where the records of another run were put that ended here before its first checkpoint;
+            None where there was none.
+
+        Raises:
+            UserError: an input's content changed since the run began and saved something, another
+                process is writing here, or nothing can be written.
+        """
+        run_file, other = self.path / "run.json", self.abandoned
+        if self.started:
+            before = json.loads(run_file.read_text())["inputs"]
+            changed = [name for name in inputs if before.get(name) != inputs[name]]
+            other = bool(changed)
+            if changed and not _holds_records_alone(self.path):
+                raise UserError(
+                    f"output_dir {str(self.path)!r} holds a run whose {', '.join(changed)} had "
+                    "other content than now. Bring it back, or choose a new output_dir."
+                )
+        meet("everything given is checked")  # so that nothing is written where one of them refuses
+        try:
+            if is_first():
+                self.path.mkdir(parents=True, exist_ok=True)
+            hold(self.path)
+        except OSError as error:
+            raise _unusable("output_dir", self.path, error) from error
+        if not self.started and not other and first_says(run_file.exists()):
+            raise UserError(
+                f"output_dir {str(self.path)!r}: another process has begun a run there in the "
+                "meantime. Start again, or choose a new output_dir."
+            )
+        aside = None
+        if is_first():
+            try:
+                aside = _put_aside(self.path) if other else None
+                self._record(config, inputs)
+            except OSError as error:
+                raise _unusable("output_dir", self.path, error) from error
+        meet("output directory begun")
+        if not run_file.exists():
+            raise UserError(
+                f"output_dir {str(self.path)!r}: what the first process wrote there is not seen by "
+                f"process {jax.process_index()}. Choose a directory that all hosts share."
+            )
+        return aside
+
+    def _record(self, config: Any, inputs: dict[str, str]) -> None:
+        """Writes what is not there yet; a kill may have come between the two files."""
+        if not (self.path / "run.json").exists():
+            record = json.dumps({**self.identity, "inputs": inputs}, indent=2)
+            write_atomically(self.path / "run.json", record)
+        settings_file = self.path / "config.yaml"
+        if not settings_file.exists():
+            settings = dataclasses.asdict(config)
+            if "distributed" in settings:
+                settings["distributed"]["process_id"] = None  # each process has its own
+            write_atomically(settings_file, yaml.safe_dump(settings, sort_keys=False))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Marks the run as complete."""
+        if is_first():
+            write_atomically(self.path / "summary.json", json.dumps(summary, indent=2))
+
+
+def open_output(command: str, config: Any) -> OutputDir:
+    """Looks at ``config.output_dir`` without changing anything.
+
+    Args:
+        command: "sft" or "dpo".
+        config: The settings of the run.
+
+    Returns:
+        The directory, with `started` and `summary` telling what it holds.
+
+    Raises:
+        UserError: it holds another run (the differing fields are named) or files that no run wrote,
+            another process is writing to it, or it cannot be read or written.
+    """
+    path = Path(config.output_dir).expanduser().absolute()
+    settings = {key: value for key, value in flatten(config).items() if key not in FREE_FIELDS}
+    identity = {"command": command, "settings": settings}
+    if os.path.isfile(path):  # unlike Path's, it answers where a directory cannot be entered
+        raise UserError(f"output_dir {str(path)!r} is a file; choose a directory.")
+    run_file, summary_file = path / "run.json", path / "summary.json"
+    if not os.path.exists(summary_file):
+        check_place(path, "output_dir")
+        refuse_if_held(path)
+    if not run_file.exists():
+        found = sorted(item.name for item in path.iterdir()) if path.exists() else []
+        found = [name for name in found if not name.endswith(_PARTIAL) and name != LOCK_FILE]
+        if found and not (any(map(_is_aside, found)) and _holds_records_alone(path)):
+            raise UserError(
+                f"output_dir {str(path)!r} is not empty and holds no run (found {found[0]!r}); "
+                "nothing is overwritten, so choose a new output_dir."
+            )
+        return OutputDir(path, identity, started=False, summary=None)
+    try:
+        found = json.loads(run_file.read_text())
+        other = _difference({"command": found["command"], **found["settings"]}, identity)
+    except (json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{run_file} cannot be read as a run's record ({error}).") from error
+    if other is not None:
+        if not _holds_records_alone(path):
+            raise UserError(
+                f"output_dir {str(path)!r} holds another run: {other}. Nothing is overwritten, so "
+                "choose a new output_dir."
+            )
+        return OutputDir(path, identity, started=False, summary=None, abandoned=True)
+    summary = json.loads(summary_file.read_text()) if summary_file.exists() else None
+    return OutputDir(path, identity, started=True, summary=summary)
+
+
+def check_place(path: Path, name: str) -> None:
+    """Checks that `path` can be made or written, by a file without a name that vanishes again.
+
+    Args:
+        path: A file or directory that may not exist yet.
+        name: Field that gave it, for messages.
+
+    Raises:
+        UserError: its nearest existing directory cannot be written to.
+    """
+    place = path
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise _unusable(name, path, error) from error
+
+
+def _unusable(name: str, path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{name} {str(path)!r} cannot be written ({error.strerror}); choose a place that can be."
+    )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes `text` so that a kill leaves either the whole file or none."""
+    partial = path.with_name(path.name + _PARTIAL)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+_PARTIAL = ".partial"
+_SHOWN_DIFFERENCES = 3
+
+
+def _difference(before: dict[str, Any], identity: dict[str, Any]) -> str | None:
+    """What differs, in words; None where nothing does."""
+    # Through JSON, so that tuples and lists, or 1 and 1.0, do not count as differences.
+    now = json.loads(json.dumps({"command": identity["command"], **identity["settings"]}))
+    names = [*now, *(name for name in before if name not in now)]
+    differing = [name for name in names if before.get(name) != now.get(name)]
+    shown = "; ".join(
+        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in differing[:_SHOWN_DIFFERENCES]
+    )
+    more = len(differing) - _SHOWN_DIFFERENCES
+    return shown + (f"; and {more} more" if more > 0 else "") if differing else None
+
+
+_RECORDS = ("run.json", "config.yaml", "metrics.jsonl", "tensorboard")
+_ASIDE = "before-"
+
+
+def _holds_records_alone(path: Path) -> bool:
+    """Whether there is nothing but records of a run that saved nothing, and what any run may read."""
+    checkpoints = path / "checkpoints"
+    if checkpoints.is_dir() and any(checkpoints.iterdir()):
+        return False
+    expected = {*_RECORDS, "checkpoints", "reference", LOCK_FILE}
+    return all(
+        item.name in expected or item.name.endswith(_PARTIAL) or _is_aside(item.name)
+        for item in path.iterdir()
+    )
+
+
+def _is_aside(name: str) -> bool:
+    return name.startswith(_ASIDE) and name.removeprefix(_ASIDE).isdigit()
+
+
+def _put_aside(path: Path) -> Path:
+    """Moves the records of a run into a directory of their own, the one that identifies it last."""
+    number = 1
+    while (path / f"{_ASIDE}{number}").exists():
+        number += 1
+    aside = path / f"{_ASIDE}{number}"
+    aside.mkdir()
+    for name in reversed(_RECORDS):
+        if (path / name).exists():
+            (path / name).rename(aside / name)
+    return aside

@@ -1,0 +1,1 @@
+"""Records and models as a run reads them."""

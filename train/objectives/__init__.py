@@ -1,0 +1,1 @@
+"""What a training step minimises: a loss applied to a model and a batch."""

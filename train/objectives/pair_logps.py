@@ -1,0 +1,90 @@
+"""Log-probabilities of both answers to a prompt, which is computed once or once for each.
+
+The layout of a batch decides: rows made by `train.data.layout.share_prompt` hold the prompt once
+for both answers (arXiv:2410.20305), other batches repeat it. Both give the same numbers up to
+rounding, because no token sees another one in one way that it does not see in the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from train.objectives.logps import completion_logps, token_logps
+
+if TYPE_CHECKING:
+    from train.models import Decoder
+
+
+def pair_token_logps(
+    model: Decoder, batch: Mapping[str, Any], *, vocab_chunk: int | None = None
+) -> jax.Array:
+    """Per-token log-probabilities of both answers of every pair, from one forward pass.
+
+    Args:
+      model: Anything with `hidden(tokens, mask, positions, visible)` and `unembedding()`, as
+        `train.models.Decoder`.
+      batch: `prompt_…`, `chosen_…`, `rejected_…` tokens and masks `[B, P]` and `[B, C]`, with or
+        without the columns of `train.data.layout.share_prompt`.
+      vocab_chunk: See `train.objectives.logps.token_statistics`.
+
+    Returns:
+      float32 `[2 * B, C]`, 0 where masked: the chosen answers, then the rejected ones.
+    """
+    if "joined_ids" in batch:
+        return _shared(model, batch, vocab_chunk)
+    return completion_logps(
+        model,
+        jnp.concatenate([batch["prompt_tokens"]] * 2),
+        jnp.concatenate([batch["prompt_mask"]] * 2),
+        jnp.concatenate([batch["chosen_tokens"], batch["rejected_tokens"]]),
+        jnp.concatenate([batch["chosen_mask"], batch["rejected_mask"]]),
+        vocab_chunk=vocab_chunk,
+    )
+
+
+def _shared(model: Decoder, batch: Mapping[str, Any], vocab_chunk: int | None) -> jax.Array:
+    parts = jnp.asarray(batch["joined_parts"])
+    positions, visible = attention_of_parts(parts)
+    hidden = model.hidden(batch["joined_ids"], positions=positions, visible=visible)
+    hidden = jnp.take_along_axis(hidden, batch["scored_from"][..., None], axis=1)
+    logps = token_logps(hidden, model.unembedding(), batch["scored_ids"], vocab_chunk=vocab_chunk)
+    # Back to a row for each answer: the rejected one starts where the chosen one ends.
+    number = jnp.arange(batch["chosen_mask"].shape[1])
+    chosen = jnp.sum(batch["chosen_mask"], axis=1, keepdims=True, dtype=jnp.int32)
+    last = logps.shape[1] - 1
+    rows = [
+        jnp.where(mask, jnp.take_along_axis(logps, jnp.minimum(start + number, last), axis=1), 0.0)
+        for start, mask in (
+            (jnp.zeros_like(chosen), batch["chosen_mask"]),
+            (chosen, batch["rejected_mask"]),
+        )
+    ]
+    return jnp.concatenate(rows)
+
+
+def attention_of_parts(parts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Positions, and who sees whom, in rows that hold a prompt and both answers.
+
+    Args:
+      parts: int `[batch, length]` as `joined_parts` of `train.data.layout.share_prompt`.
+
+    Returns:
+      int32 positions `[batch, length]`: both answers count on from the end of the prompt; and bool
+      `[batch, length, length]`, true where the token of axis 1 sees that of axis 2: earlier ones of
+      its own part, and the prompt.
+
+    Example:
+      >>> positions, visible = attention_of_parts(jnp.array([[0, 0, 1, 1, 2]]))
+      >>> positions.tolist(), visible[0, 4].tolist()
+      ([[0, 1, 2, 3, 2]], [True, True, False, False, True])
+    """
+    length = parts.shape[1]
+    places = jnp.arange(length, dtype=jnp.int32)
+    chosen = jnp.sum(parts == 1, axis=1, keepdims=True, dtype=jnp.int32)
+    positions = places - jnp.where(parts == 2, chosen, 0)
+    same = parts[:, :, None] == parts[:, None, :]
+    return positions, (same | (parts == 0)[:, None, :]) & (places[:, None] >= places)

@@ -1,0 +1,157 @@
+"""From prompts to groups of scored answers: what a GRPO step learns from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from train.distributed.mesh import Params, own_rows, row_numbers
+from train.evaluation.held_out import Score, padded_width
+from train.on_policy.advantages import (
+    Scale,
+    advantages,
+    advantages_of_each,
+    nan_mean,
+    nan_std,
+    weighted_rewards,
+)
+from train.on_policy.rollouts import OnPolicy, Sampled
+from train.training.loop import Prepared
+from train.training.step import Batch
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Makes batches of groups of answers.
+
+    Attributes:
+        policy: Samples and scores; its reward gives ``[answers, rewards]``.
+        answers: To a prompt.
+        names: Of the rewards.
+        weights: Of the rewards.
+        scale: See `train.on_policy.advantages.advantages`; each: see `advantages_of_each`.
+        score: From `train.objectives.group.sampled_logps_fn`, and `OnPolicy.replicated`.
+        keeps_old: Whether batches are learned from more than once.
+        masks_truncated: Whether answers that have not ended are left out of the loss.
+    """
+
+    policy: OnPolicy
+    answers: int
+    names: Sequence[str]
+    weights: Sequence[float]
+    scale: Scale | Literal["each"]
+    score: Score
+    keeps_old: bool = False
+    masks_truncated: bool = False
+
+    def batch(
+        self, params: Params, reference: Params | None, prompts: Batch, step: int
+    ) -> Prepared:
+        """The batch of a step, and metrics of its answers.
+
+        Args:
+            params: Of the policy, all of them.
+            reference: Likewise; None where the loss asks none.
+            prompts: As the loader of `train.data.tokenize_prompts` gives them.
+            step: Number of steps done, on which the draws depend.
+
+        Returns:
+            The columns that `train.objectives.group.group_loss` reads, with the answers to prompt
+            ``i`` in the rows from ``answers * i`` on, no wider than the longest asks for (one of two
+            widths an octave); and what TRL logs of answers and rewards, of the prompts of all
+            processes.
+        """
+        count = len(prompts["index"])
+        given = {**prompts, "number": row_numbers(count, self.policy.mesh)}
+        found = self.policy.sample(params, given, step, copies=self.answers)
+        # From all first answers, all second ones, … to those of a prompt side by side.
+        order = np.arange(self.answers * count).reshape(self.answers, count).T
+        figures = np.column_stack([found.scores, found.mask.sum(axis=1), found.ended])[order]
+        of_all = self.policy.of_all_processes(figures).astype(np.float64)
+        scores, lengths, ended = of_all[..., :-2], of_all[..., -2], of_all[..., -1] > 0
+        gained, metrics = self._compared(scores)
+        width = padded_width(int(lengths.max()))
+        columns = self._columns(prompts, found, order.reshape(-1), width)
+        mine = own_rows(gained, self.policy.mesh).reshape(-1)
+        columns["advantages"] = mine.astype(np.float32)
+        return self._scored(params, reference, columns), metrics | of_lengths(lengths, ended)
+
+    def _compared(self, scores: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+        """The advantages ``[prompts, answers]``, and what is logged of the rewards."""
+        rewards = weighted_rewards(scores, self.weights)
+        _warn_without_reward(rewards)
+        if self.scale == "each":
+            gained, flat = advantages_of_each(scores, self.weights)
+        else:
+            gained, flat = advantages(rewards, self.scale)
+        metrics = {"reward": float(nan_mean(rewards)), "reward_std": float(nan_std(rewards))}
+        for number, name in enumerate(self.names):
+            metrics[f"rewards/{name}/mean"] = float(nan_mean(scores[..., number]))
+            metrics[f"rewards/{name}/std"] = float(nan_std(scores[..., number]))
+        return gained, metrics | {"frac_reward_zero_std": float(flat.mean())}
+
+    def _columns(
+        self, prompts: Batch, found: Sampled, rows: np.ndarray, width: int
+    ) -> dict[str, np.ndarray]:
+        """Prompts and answers, the latter in the order of `rows` and cut to a width."""
+        mask = found.mask[rows, :width]
+        if self.masks_truncated:
+            mask = mask & found.ended[rows][:, None]
+        names = ("prompt_tokens", "prompt_mask")
+        return {
+            **{name: np.repeat(prompts[name], self.answers, axis=0) for name in names},
+            "completion_tokens": found.tokens[rows, :width],
+            "completion_mask": mask,
+        }
+
+    def _scored(
+        self, params: Params, reference: Params | None, columns: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """The batch with the log-probabilities that stay what they are while it is learned from."""
+        models = {"old_logps": params if self.keeps_old else None, "reference_logps": reference}
+        known: dict[str, np.ndarray] = {}
+        for name, model in models.items():
+            if model is not None:
+                known |= self.policy.columns(self.score, model, columns, [name])
+        return columns | known
+
+    def figures(self, found: Sampled) -> dict[str, np.ndarray]:
+        """What is reported of held-out answers, ``[answers]`` by name."""
+        of_rewards = {
+            f"rewards/{name}/mean": found.scores[:, i] for i, name in enumerate(self.names)
+        }
+        return {
+            "reward": weighted_rewards(found.scores, self.weights),
+            **of_rewards,
+            "completions/mean_length": found.mask.sum(axis=1),
+            "completions/clipped_ratio": ~found.ended,
+        }
+
+
+def _warn_without_reward(rewards: np.ndarray) -> None:
+    """Python shows a warning once."""
+    if np.isnan(rewards).any():
+        warnings.warn(
+            "every reward function returned None for some answers; they have an advantage of 0.",
+            stacklevel=2,
+        )
+
+
+def of_lengths(lengths: np.ndarray, ended: np.ndarray) -> dict[str, float]:
+    """TRL's metrics of the lengths of answers in tokens, and of those that have ended, 0 of none.
+
+    Example:
+        >>> of_lengths(np.array([4.0, 8.0]), np.array([True, False]))["completions/clipped_ratio"]
+        0.5
+    """
+    whole = lengths[ended] if ended.any() else np.zeros(1)
+    found = {
+        f"completions/{name}_{kind}length": float(measure(values))
+        for kind, values in (("", lengths), ("terminated_", whole))
+        for name, measure in (("mean", np.mean), ("min", np.min), ("max", np.max))
+    }
+    return {**found, "completions/clipped_ratio": float(1 - ended.mean())}

@@ -1,0 +1,107 @@
+"""Log-probabilities of the reference: computed once, kept on disk, keyed by content.
+
+With them on disk the reference model is not in memory during training. The key covers the stored
+weights, every token and mask (so the data, the template, the tokenizer and the length limits), the
+types of the computation and whether prompts are shared; a change in any of them makes another file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from train.config import UserError
+from train.data import TokenDataset
+from train.distributed.processes import first_says, is_first
+
+Scores = Mapping[str, np.ndarray]
+"""Log-probabilities by the kind of answer, each float32 `[rows]`."""
+
+
+def cache_file(
+    directory: Path, model_hash: str, dataset: TokenDataset, computation: list[str | float]
+) -> Path:
+    """Where the log-probabilities of one model on one data set are kept.
+
+    Args:
+        directory: Of the cache.
+        model_hash: From `train.inputs.model.hash_model`.
+        dataset: Preferences, or labelled answers with their mismatched ones, which count too.
+        computation: Types of the computation and of the parameters, and what else it depends on.
+    """
+    # Shared prompts round differently, and rewards are to start at 0 in low precision too.
+    key = json.dumps([model_hash, dataset.fingerprint(), computation, dataset.share_prompts])
+    return directory / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+
+
+def read_cache(file: Path, rows: int, names: tuple[str, ...]) -> Scores | None:
+    """The log-probabilities in a file, each float32 ``[rows]``, or None when it does not exist.
+
+    Args:
+        file: From `cache_file`.
+        rows: Rows of the data set.
+        names: Kinds of answers.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not file.exists():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            scores = {name: stored[name] for name in names}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"cached log-probabilities {file} are damaged ({error}); delete it to compute them again."
+        ) from error
+    if any(part.shape != (rows,) for part in scores.values()):
+        raise UserError(f"cached log-probabilities {file} are not of {rows} rows; delete it.")
+    return scores
+
+
+def write_cache(file: Path, scores: Scores) -> None:
+    """Writes log-probabilities so that a kill leaves a whole file or none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Containers on one file system may have the same process number.
+    partial = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    with partial.open("wb") as out:
+        np.savez(out, allow_pickle=False, **scores)
+    partial.replace(file)
+
+
+def with_reference(
+    dataset: TokenDataset,
+    file: Path,
+    names: tuple[str, ...],
+    compute: Callable[[TokenDataset], Scores],
+) -> TokenDataset:
+    """The data set with its reference columns, from the cache or computed and cached.
+
+    Args:
+        dataset: Preferences or labelled answers.
+        file: From `cache_file`.
+        names: Kinds of answers: `chosen` and `rejected`, or `completion` and `kl`.
+        compute: Makes the log-probabilities when the file does not exist.
+
+    Returns:
+        `dataset` with `reference_NAME_logps` for every name, float32 ``[rows]``.
+    """
+    if first_says(file.exists()):
+        scores = read_cache(file, len(dataset), names)
+        if scores is None:
+            raise UserError(
+                f"cached log-probabilities {file} are there for the first process but not for this "
+                "one; reference_cache and output_dir must be on a file system that all hosts share."
+            )
+    else:
+        scores = compute(dataset)
+        if is_first():
+            write_cache(file, scores)
+    return dataset.with_columns(**{f"reference_{name}_logps": scores[name] for name in names})

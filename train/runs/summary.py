@@ -1,0 +1,90 @@
+"""The end of a run: its figures in a table, and summary.json."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from train.files.metrics_log import read_metrics
+from train.files.run_directory import OutputDir
+
+_HIDDEN = ("step", "tokens_per_second", "learning_rate")
+_BOLD = (
+    "loss",
+    "eval_loss",
+    "objective/scores",
+    "eval_objective/scores",
+    "reward",
+    "eval_reward",
+    "rewards/margins",
+    "eval_rewards/margins",
+    "eval_rewards/accuracies",
+)
+
+
+def summarise(output: OutputDir, *, exported: int) -> dict[str, Any]:
+    """First and last value of every logged metric, and the number of steps.
+
+    Args:
+        output: The run's directory.
+        exported: Step whose weights were exported.
+
+    Returns:
+        ``{"steps": …, "metrics": {name: {"first": …, "last": …}}, "tokens_per_second": median,
+        "export": path, "exported_step": …}``.
+    """
+    metrics: dict[str, dict[str, float]] = {}
+    rows = read_metrics(output.path / "metrics.jsonl")
+    for row in rows:
+        for name, value in row.items():
+            if name not in _HIDDEN:
+                metrics.setdefault(name, {"first": value})["last"] = value
+    rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    return {
+        "steps": rows[-1]["step"],
+        "metrics": metrics,
+        # The first one holds the compilation.
+        "tokens_per_second": statistics.median(rates[1:] or rates),
+        "export": str(output.export),
+        "exported_step": exported,
+    }
+
+
+def show_summary(summary: dict[str, Any], console: Console) -> None:
+    """Prints the figures of a finished run: held-out ones, those of training, those of merging."""
+    rate = f"{summary['tokens_per_second']:,.0f} tokens/s"
+    table = Table(title=f"{summary['steps']} steps, {rate}")
+    table.add_column("metric")
+    table.add_column("first", justify="right")
+    table.add_column("last", justify="right")
+    for prefix in ("eval_", "", "merge/"):
+        chosen = [name for name in summary["metrics"] if _group(name) == prefix]
+        for name in chosen:
+            value = summary["metrics"][name]
+            table.add_row(
+                name,
+                f"{value['first']:.5g}",
+                f"{value['last']:.5g}",
+                end_section=name == chosen[-1],
+                style=_style(name, value),
+            )
+    console.print(table)
+    console.print(
+        f"Model of step {summary['exported_step']}: {summary['export']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _group(name: str) -> str:
+    return next((prefix for prefix in ("eval_", "merge/") if name.startswith(prefix)), "")
+
+
+def _style(name: str, value: dict[str, float]) -> str | None:
+    """What a reader looks for first stands out, and so does what went wrong."""
+    if name == "skipped_steps" and value["last"]:
+        return "yellow"
+    return "bold" if name in _BOLD else None

@@ -1,0 +1,323 @@
+"""Report of the second scale: skills at the same held-out margin, as tables and a figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+
+from train.files.run_directory import write_atomically
+from train.taxbench.language_model.stages import ALPHA_TOTAL, METHODS, PLUS_DELTA, Point, Study
+from train.taxbench.miniature.plot import style
+from train.taxbench.miniature.trajectories import capability_at_reward
+from train.taxbench.suite.statistics import mean_sd
+
+Metrics = Mapping[str, float]
+
+SHARES = {
+    "SVAMP": "eval_tasks/svamp/accuracy",
+    "MAWPS": "eval_tasks/mawps/accuracy",
+    "GSM8K": "eval_tasks/gsm8k/accuracy",
+    "MMLU": "eval_tasks/mmlu/acc_norm",
+    "CommonsenseQA": "eval_tasks/commonsenseqa/acc_norm",
+    "XQuAD F1": "eval_generation/xquad/f1",
+}
+"""Shares of right answers whose mean is the capability."""
+_FILES = ("svamp", "mawps", "gsm8k_test", "mmlu_val", "commonsenseqa_validation", "squad_xquad_en")
+_GREEDY = "eval_generation/gsm8k/exact_match"
+_PERPLEXITY = "eval_texts/wikitext/perplexity"
+
+
+def capability(metrics: Metrics) -> float:
+    """Mean of `SHARES`."""
+    return float(np.mean([metrics[name] for name in SHARES.values()]))
+
+
+def capability_error(metrics: Metrics, questions: Sequence[int]) -> float:
+    """Standard error of `capability` over the choice of questions.
+
+    A share p of n questions has the variance p (1 − p) / n; F1, between 0 and 1, at most that.
+
+    Args:
+        metrics: Of a model.
+        questions: Number of them for each of `SHARES`.
+    """
+    shares = np.array([metrics[name] for name in SHARES.values()])
+    return float(np.sqrt((shares * (1 - shares) / np.array(questions)).sum()) / len(SHARES))
+
+
+def right_logp(metrics: Metrics) -> float:
+    """Mean log-probability of right answers over the multiple-choice tasks."""
+    return float(np.mean([value for name, value in metrics.items() if name.endswith("/logp")]))
+
+
+SCORES: dict[str, Callable[[Metrics], float]] = {
+    "capability, %": lambda metrics: 100 * capability(metrics),
+    "log p of right answers": right_logp,
+    "WikiText perplexity": lambda metrics: metrics[_PERPLEXITY],
+}
+"""What is compared at the same margin."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method, or a kind of merge, on all seeds.
+
+    Attributes:
+        name: Its key.
+        label: Its name in tables.
+        control: Whether it is there to judge the others by.
+        trained: Whether it is an alignment run rather than a merge.
+        curves: For every seed the points from the SFT model on, or with λ·τ from that model with
+            λ·τ on; none where it has not run yet.
+    """
+
+    name: str
+    label: str
+    control: bool
+    trained: bool
+    curves: Sequence[Sequence[Point]]
+
+    def matched(self, score: Callable[[Metrics], float], level: float) -> np.ndarray:
+        """The score where each curve first reaches a margin, float [seeds]; NaN where it does not."""
+        return np.array([_matched(curve, score, level) for curve in self.curves])
+
+    def reached_at(self, level: float) -> np.ndarray:
+        """The step or weight there, float [seeds]; NaN where it is not reached."""
+        return np.array([_read(c, [point.at for point in c], level) for c in self.curves])
+
+
+def _matched(curve: Sequence[Point], score: Callable[[Metrics], float], level: float) -> float:
+    return _read(curve, [score(point.metrics) for point in curve], level)
+
+
+def _read(curve: Sequence[Point], values: Sequence[float], level: float) -> float:
+    if not curve:
+        return float("nan")
+    margins = np.array([point.margin for point in curve], np.float64)
+    return float(capability_at_reward(margins, np.array(values), level))
+
+
+def rows_of(points: Sequence[Point]) -> list[Row]:
+    """One row for each method and kind of merge; an offline merge ends at AdamW's own model."""
+    starts = {point.seed: point for point in points if point.method == "sft"}
+    ends = {point.seed: point for point in points if point.method == "adamw"}  # the last of each
+    names = dict.fromkeys(point.method for point in points if point.method not in ("base", "sft"))
+    rows = []
+    for name in names:
+        own = [point for point in points if point.method == name]
+        curves = []
+        for seed, start in starts.items():
+            found = [point for point in own if point.seed == seed]
+            if found and name == "offline_linear":
+                found.append(dataclasses.replace(ends[seed], at=1.0))
+            # What has λ·τ begins at the SFT model with λ·τ, which was evaluated.
+            first = [] if name.startswith(PLUS_DELTA) else [start]
+            curves.append([*first, *found] if found else [])
+        rows.append(Row(name, own[0].label, own[0].control, name in METHODS, curves))
+    return rows
+
+
+def reached_by_all(rows: Sequence[Row]) -> float:
+    """The largest margin that every one of some rows reaches on every seed that it has run on."""
+    return min(
+        max(point.margin or 0.0 for point in curve) for row in rows for curve in row.curves if curve
+    )
+
+
+def levels_of(rows: Sequence[Row]) -> dict[float, str]:
+    """Margins to compare at, each with what it is; fewer where two are the same or none is positive."""
+    methods = [row for row in rows if row.trained and not row.control]
+    adamw = [row for row in rows if row.name == "adamw"]
+    found = {
+        reached_by_all(adamw): "the largest that AdamW reaches",
+        reached_by_all(methods): "the largest that all methods but the controls reach",
+    }
+    return {level: what for level, what in sorted(found.items()) if level > 0}
+
+
+def write_report(
+    study: Study,
+    size: str,
+    points: Sequence[Point],
+    counts: Mapping[str, int],
+    margin: float | None,
+) -> Path:
+    """Writes results.jsonl, plane.png and report.md.
+
+    Args:
+        study: What was run.
+        size: Name of its size.
+        points: All evaluated models.
+        counts: Records by file, from `train.taxbench.language_model.data.prepare`.
+        margin: Margin to compare at; None for those of `levels_of`.
+
+    Returns:
+        The report.
+    """
+    rows = rows_of(points)
+    levels = levels_of(rows) if margin is None else {margin: "given"}
+    lines = [json.dumps(dataclasses.asdict(point)) for point in points]
+    write_atomically(study.directory / "results.jsonl", "\n".join(lines))
+    draw(rows, [*levels], study.directory / "plane.png")
+    questions = [counts[name] for name in _FILES]
+    text = [
+        "# The alignment tax of a language model",
+        "",
+        _settings(study, size, counts),
+        "",
+        *_comparisons(rows, levels),
+        "![Skills against the held-out margin](plane.png)",
+        "",
+        "## Every model at its end",
+        "",
+        *last_table(points, rows, questions),
+        "",
+        _limits(study),
+    ]
+    path = study.directory / "report.md"
+    write_atomically(path, "\n".join(text))
+    return path
+
+
+def _comparisons(rows: Sequence[Row], levels: Mapping[float, str]) -> list[str]:
+    if not levels:
+        return ["AdamW never raised the margin above 0, so nothing is compared at one margin.", ""]
+    lines = []
+    for level, what in levels.items():
+        title = f"## At the same held-out margin, {level:.3g} ({what})"
+        lines += [title, "", *matched_table(rows, level), ""]
+    return lines
+
+
+def _settings(study: Study, size: str, counts: Mapping[str, int]) -> str:
+    one = study.size
+    return (
+        f"Size: {size}. {one.sft_steps} steps of SFT and {one.dpo_steps} of DPO in batches of "
+        f"{one.batch_size}, on rows of at most {' + '.join(map(str, one.sft_lengths))} and "
+        f"{' + '.join(map(str, one.pair_lengths))} tokens (prompt and answer; longer ones are left "
+        f"out), in {one.dtype}; {study.seeds} seed(s). AdamW's peak learning rate in DPO (lr) is "
+        f"{one.learning_rate:g}. Where τ is merged α·T = {ALPHA_TOTAL:g} (half of it at 3 × lr). One "
+        "setting for each method, none tuned here. Records: "
+        + ", ".join(f"{name} {number}" for name, number in counts.items())
+        + f"; of GSM8K {one.greedy_items or counts['gsm8k_test']} are also answered greedily."
+    )
+
+
+def _limits(study: Study) -> str:
+    spread = (
+        "With one seed nothing says how much another order of the data would change; "
+        if study.seeds == 1
+        else "± in the first table is the sample standard deviation over seeds; "
+    )
+    return (
+        f"{spread}± behind a capability at the end is its standard error over the choice of "
+        "questions. All models answer the same ones, so differences between models have a smaller "
+        "error than this, which is not known here. Between two evaluations everything is "
+        "interpolated linearly in the margin. The margin is that at β = 0.1 whatever β a method was "
+        "trained with. Numbers (SVAMP, MAWPS, GSM8K) are told from three others of the same file by "
+        "log-likelihood, without working; MMLU and CommonsenseQA from their own choices, per character."
+    )
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *body]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _spread(values: np.ndarray, form: str) -> str:
+    mean, sd, n = mean_sd(values)
+    if n == 0:
+        return "not reached"
+    missing = f" ({n} of {len(values)})" if n < len(values) else ""
+    return f"{mean:{form}}" + (f" ± {sd:{form.lstrip('+')}}" if n > 1 else "") + missing
+
+
+def matched_table(rows: Sequence[Row], level: float) -> list[str]:
+    """Every score at the margin, and its difference to AdamW with the same seed."""
+    adamw = next(row for row in rows if row.name == "adamw")
+    body = []
+    for row in rows:
+        cells = [row.label]
+        for score in SCORES.values():
+            values = row.matched(score, level)
+            gaps = values - adamw.matched(score, level)
+            cells += [_spread(values, ".2f"), "–" if row is adamw else _spread(gaps, "+.2f")]
+        unit = "step " if row.trained else "w = "
+        where = row.reached_at(level)
+        known = np.isfinite(where).any()
+        body.append([*cells, f"{unit}{np.nanmean(where):.3g}" if known else "–"])
+    head = ["method"]
+    for name in SCORES:
+        head += [name, "over AdamW"]
+    return _table([*head, "reached at"], body)
+
+
+def last_table(points: Sequence[Point], rows: Sequence[Row], questions: Sequence[int]) -> list[str]:
+    """Scores of the models themselves: means over seeds of every method's last step."""
+    groups = [[p for p in points if p.method == name] for name in ("base", "sft")]
+    groups += [[c[-1] for c in row.curves if c] for row in rows if row.trained]
+    merges = [(p.method, p.at) for row in rows if not row.trained for p in row.curves[0]]
+    for place in merges:
+        if place[0] not in ("sft", "adamw"):  # the ends of the line are in the table already
+            groups.append([point for point in points if (point.method, point.at) == place])
+    body = []
+    for group in groups:
+        first = group[0]
+        mean = {key: float(np.mean([p.metrics[key] for p in group])) for key in first.metrics}
+        merged = first.method not in ("base", "sft", *METHODS)
+        cells = [first.label + (f", w = {first.at:g}" if merged else "")]
+        cells += [_mean(group, "margin", 1, ".3f"), _mean(group, "accuracy", 100, ".1f")]
+        cells += [f"{100 * mean[key]:.1f}" for key in (*SHARES.values(), _GREEDY)]
+        error = 100 * capability_error(mean, questions)
+        cells.append(f"{100 * capability(mean):.1f} ± {error:.1f}")
+        body.append([*cells, f"{right_logp(mean):.2f}", f"{mean[_PERPLEXITY]:.2f}"])
+    head = ["model", "margin", "pairs right, %", *(f"{name}, %" for name in SHARES)]
+    head += ["GSM8K greedy, %", "capability, %", "log p of right answers", "WikiText perplexity"]
+    return _table(head, body)
+
+
+def _mean(group: Sequence[Point], field: str, scale: float, form: str) -> str:
+    values = [getattr(point, field) for point in group]
+    return "–" if None in values else f"{scale * np.mean(values):{form}}"
+
+
+def draw(rows: Sequence[Row], levels: Sequence[float], path: Path) -> None:
+    """Capability, and the log-probability of right answers, against the held-out margin.
+
+    Args:
+        rows: From `rows_of`; a line for every seed.
+        levels: Margins of the comparisons.
+        path: PNG file to write.
+    """
+    figure = matplotlib.figure.Figure(figsize=(12, 5.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, (name, score) in zip(panels, SCORES.items(), strict=False):
+        for level in levels:
+            axes.axvline(level, color="#B0B0B0", linestyle="--", linewidth=1, zorder=1)
+        for row in rows:
+            colour, marker = style(row.name.partition("-")[0])
+            for number, curve in enumerate(row.curves):
+                axes.plot(
+                    [point.margin for point in curve],
+                    [score(point.metrics) for point in curve],
+                    color=colour,
+                    marker=marker,
+                    markersize=4.5,
+                    linewidth=1.4,
+                    linestyle=":" if row.control else "-",
+                    label=row.label if number == 0 else None,
+                )
+        for curve in filter(None, rows[0].curves):
+            axes.plot(0, score(curve[0].metrics), marker="*", markersize=15, color="#D55E00")
+        axes.set_xlabel("held-out reward margin (β = 0.1); star: SFT model")
+        axes.set_title(name, loc="left", weight="bold")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,160 @@
+"""`python -m train taxbench-lm`: the alignment tax of a language model with real skills."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
+
+from train.config import ModelOptions, UserError, require
+from train.files.run_directory import check_place, write_atomically
+from train.inputs.model import check_model, load_tokenizer
+from train.taxbench.language_model.data import check_files, prepare
+from train.taxbench.language_model.report import write_report
+from train.taxbench.language_model.sizes import SIZES
+from train.taxbench.language_model.stages import Point, Study
+from train.taxbench.language_model.work import show_work
+
+MethodName = Literal["adamw", "on_ties", "on_dare", "kl", "on_ties_large", "largest", "sign_mask"]
+
+
+def _all_methods() -> list[MethodName]:
+    return list(get_args(MethodName))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SecondScaleConfig:
+    """The alignment tax of a language model with real skills, made for SmolLM2-135M.
+
+    SFT on arithmetic and instructions, DPO on harmlessness with every method, merges of AdamW's model
+    without training, and what all of them know: SVAMP, MAWPS, GSM8K, MMLU, CommonsenseQA, XQuAD and
+    WikiText. Methods are compared at the same held-out margin. Settings come from
+    train/configs/smollm2_*.yaml and from the miniature benchmark; nothing is tuned here.
+
+    The size "reduced" is made for two CPU cores, and its report says what it leaves out: 60 steps of
+    SFT and 40 of DPO at five times the learning rate of the files, in batches of 8, rows of at most
+    96 + 128 (SFT) and 96 + 48 tokens (HH-RLHF alone), 2 evaluations a run, 96 questions a task (48 of
+    XQuAD) of at most 160 tokens, 16 of GSM8K answered in full, 256 tokens of 16 articles. "full" takes
+    all questions, AlpacaEval's preferences too, and batches of 32 rows of up to 1024 tokens, on a GPU.
+
+    Attributes:
+        model: Directory of the model before SFT (from fetch-smollm2), or a hub name.
+        data_dir: Directory with the data as gzipped JSON Lines; files that are missing are named with
+            their public origin.
+        output_dir: Directory of data, runs, results and report. The same command goes on where it
+            was stopped; more seeds and methods may be added.
+        size: reduced or full.
+        seeds: Studies, each with an SFT model, an order of the data and masks of its own.
+        methods: Which methods to align with: adamw, to which the others are compared and which has to
+            be there; kl (AdamW with β = 0.3); on_ties; on_dare; on_ties_large (few, large steps, the
+            best of the miniature); largest (the same without τ); sign_mask (the control without α).
+        margin: Held-out margin at which methods are compared. Unset: the largest that all of them
+            but the controls reach, and the largest that AdamW reaches.
+        dry_run: Prepare the data, show the tokens of every stage, and stop.
+    """
+
+    model: str
+    data_dir: str
+    output_dir: str
+    size: Literal["reduced", "full"] = "reduced"
+    seeds: int = 1
+    methods: list[MethodName] = dataclasses.field(default_factory=_all_methods)
+    margin: float | None = None
+    dry_run: bool = False
+
+
+def check(config: SecondScaleConfig) -> None:
+    """Checks the settings, the model's files and the presence of the data.
+
+    Raises:
+        UserError: names the first field that cannot be used.
+    """
+    require(config.seeds >= 1, "seeds", config.seeds, "1 or larger")
+    require(config.margin is None or config.margin > 0, "margin", config.margin, "positive")
+    require("adamw" in config.methods, "methods", config.methods, "a list that has adamw in it")
+    check_files(config.data_dir)
+    check_model(ModelOptions(path=config.model), name="model")
+
+
+def open_directory(config: SecondScaleConfig) -> Path:
+    """Makes the output directory, or finds the one of a study of the same model, data and size.
+
+    Raises:
+        UserError: it holds another study or other files.
+    """
+    directory = Path(config.output_dir).expanduser().absolute()
+    check_place(directory, "output_dir")
+    # The size itself too: another version of the program may mean something else by its name.
+    given = {name: getattr(config, name) for name in ("model", "data_dir", "size")}
+    fields = given | dataclasses.asdict(SIZES[config.size])
+    file, settings = directory / "study.json", json.loads(json.dumps(fields))
+    if file.exists():
+        found = json.loads(file.read_text())
+        other = [name for name in settings if found.get(name) != settings[name]]
+        if other:
+            raise UserError(
+                f"output_dir {str(directory)!r} holds a study with another {', '.join(other)}; choose "
+                "another directory, or those settings."
+            )
+    elif directory.exists() and any(directory.iterdir()):
+        raise UserError(f"output_dir {str(directory)!r} holds other files; choose another.")
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(settings, indent=2))
+    return directory
+
+
+def run(config: SecondScaleConfig) -> Path:
+    """Every stage that is not done yet, and the report.
+
+    Returns:
+        The directory with results.jsonl, report.md and plane.png.
+
+    Raises:
+        UserError: something given cannot be used; before anything runs.
+        Stopped: by a signal; the same command goes on.
+    """
+    check(config)
+    directory, console, size = open_directory(config), Console(), SIZES[config.size]
+    tokenizer = load_tokenizer(config.model, "model")
+    with console.status("Preparing the data"):
+        counts = prepare(config.data_dir, directory / "data", size, tokenizer)
+    study = Study(config.model, size, directory, tuple(config.methods), config.seeds, console)
+    show_work(study, tokenizer)
+    if config.dry_run:
+        return directory
+    points: list[Point] = []
+    with _compiled_programs_kept(directory / "compiled"):
+        for found in study.run():
+            points += found
+            # After every stage, so that a study that is cut off has one.
+            if any(point.method == "adamw" for point in points):
+                report = write_report(study, config.size, points, counts, config.margin)
+                console.print(f"Report so far: {report}", soft_wrap=True, highlight=False)
+    return directory
+
+
+@contextlib.contextmanager
+def _compiled_programs_kept(directory: Path) -> Iterator[None]:
+    """Every run and evaluation compiles the same programs; they are taken from a directory."""
+    settings = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # something may have been compiled without it
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

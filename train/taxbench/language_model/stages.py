@@ -1,0 +1,307 @@
+"""Stages of the second scale: commands of this program, each skipped when it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from train.cli import configured
+from train.commands import dpo, evaluate, merge, sft
+from train.config import (
+    DPOConfig,
+    EvalConfig,
+    MergeConfig,
+    MergeModelOptions,
+    PreferenceEvalOptions,
+    SFTConfig,
+)
+from train.evaluation.tasks import as_metrics
+from train.files.metrics_log import read_metrics
+from train.taxbench.language_model.data import SFT_FILES, task_set
+from train.taxbench.language_model.sizes import Size
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ALPHA_TOTAL = 0.1
+"""α times the number of steps, which decides (docs/taxbench.md)."""
+PLUS_DELTA = "adamw_plus_delta"
+"""Key of the control that adds a share of τ after training, before the share."""
+BETA = 0.1
+"""β of the margins that are reported, whatever a method is trained with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to align.
+
+    Attributes:
+        label: Name in tables and plots.
+        optimizer: ``train/configs/smollm2_{optimizer}.yaml`` has its settings.
+        beta: β of the loss.
+        alpha_total: α times the number of steps, for those that merge.
+        rate: Peak learning rate, as a multiple of AdamW's.
+        control: Whether it is there to judge the others by.
+    """
+
+    label: str
+    optimizer: str
+    beta: float = BETA
+    alpha_total: float | None = None
+    rate: float = 1.0
+    control: bool = False
+
+
+# As the miniature chose them (docs/taxbench/report.md). With α = 0 no τ would be held, whose signs are
+# to have their vote in the control.
+METHODS = {
+    "adamw": Method("AdamW", "adamw"),
+    "kl": Method("AdamW, β = 0.3", "adamw", beta=0.3),
+    "on_ties": Method("OnTIES, p = 0.1", "on_ties", alpha_total=ALPHA_TOTAL),
+    "on_dare": Method("OnDARE, p = 0.5", "on_dare", alpha_total=ALPHA_TOTAL),
+    "on_ties_large": Method(
+        "OnTIES, p = 0.1, 3 × lr, β = 0.3",
+        "on_ties",
+        beta=0.3,
+        alpha_total=ALPHA_TOTAL / 2,
+        rate=3.0,
+    ),
+    "largest": Method(
+        "largest entries alone, p = 0.1, 3 × lr, β = 0.3", "keep_largest", beta=0.3, rate=3.0
+    ),
+    "sign_mask": Method("control: OnTIES, α = 0", "on_ties", alpha_total=1e-7, control=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One evaluated model.
+
+    Attributes:
+        method: Key of `METHODS`; or base, sft, or the name of a kind of merge.
+        label: Its name in tables.
+        seed: Of the study.
+        at: Steps of alignment, or the weight of AdamW's model in a merge.
+        margin: Held-out reward margin over the SFT model at β = `BETA`; 0 for that model itself, None
+            for the base.
+        accuracy: Share of held-out pairs with a positive margin; None for both.
+        metrics: Scores of the tasks, by their names in a run's log.
+        control: Whether it is there to judge the others by.
+    """
+
+    method: str
+    label: str
+    seed: int
+    at: float
+    margin: float | None
+    accuracy: float | None
+    metrics: Mapping[str, float]
+    control: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Where everything is, and how much of it.
+
+    Attributes:
+        model: Directory of the model before SFT.
+        size: How much.
+        directory: Of the results.
+        methods: Keys of `METHODS`.
+        seeds: Number of them.
+        console: Where stages are announced.
+    """
+
+    model: str
+    size: Size
+    directory: Path
+    methods: Sequence[str]
+    seeds: int
+    console: Console
+
+    @property
+    def data(self) -> Path:
+        """Directory of the prepared records."""
+        return self.directory / "data"
+
+    def run(self) -> Iterator[list[Point]]:
+        """Does every stage that is not done yet; yields the models evaluated in each."""
+        base = self._evaluated(self.model, self.directory / "base.json")
+        yield [Point("base", "before SFT", 0, 0, None, None, base)]
+        for seed in range(self.seeds):
+            self._announce(seed, "SFT")
+            sft.run(self.sft_config(seed))
+            start = self._evaluated(self._export(seed, "sft"), self._place(seed) / "sft.json")
+            yield [Point("sft", "SFT", seed, 0, 0.0, None, start)]
+            for name in self.methods:
+                self._announce(seed, METHODS[name].label)
+                dpo.run(self.dpo_config(seed, name))
+                yield self._points_of_run(seed, name)
+            for name, label, weight, config in self.merges(seed):
+                self._announce(seed, f"{label}, weight {weight:g}")
+                yield [self._merged(seed, name, label, weight, config)]
+
+    def sft_config(self, seed: int) -> SFTConfig:
+        """Settings of the fine-tuning, as of ``python -m train sft``."""
+        size, first = self.size, str(self.data / f"{SFT_FILES[0]}.jsonl")
+        values = {
+            "model.path": self.model,
+            "model.dtype": size.dtype,
+            "data.path": first,
+            "data.max_prompt_length": size.sft_lengths[0],
+            "data.max_completion_length": size.sft_lengths[1],
+            "output_dir": self._place(seed) / "sft",
+            "trainer.steps": size.sft_steps,
+            "trainer.eval_every": "null",
+            "trainer.save_every": max(size.sft_steps // 2, 1),
+        }
+        config = configured("sft", SFTConfig, self._flags(["sft"], values, seed))
+        mix = {str(self.data / f"{name}.jsonl"): 1.0 for name in SFT_FILES[1:]}
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, mix=mix))
+
+    def dpo_config(self, seed: int, name: str) -> DPOConfig:
+        """Settings of an alignment, as of ``python -m train dpo``."""
+        size, method = self.size, METHODS[name]
+        every = -(-size.dpo_steps // size.points)
+        values = {
+            "model.path": self._export(seed, "sft"),
+            "model.dtype": size.dtype,
+            "data.path": self.data / "pairs.jsonl",
+            "data.eval_path": self.data / "held_out.jsonl",
+            "data.max_prompt_length": size.pair_lengths[0],
+            "data.max_completion_length": size.pair_lengths[1],
+            "loss.beta": method.beta,
+            "optimizer.learning_rate": method.rate * size.learning_rate,
+            "output_dir": self._place(seed) / name,
+            "reference_cache": self._place(seed) / "reference",
+            "trainer.steps": size.dpo_steps,
+            "trainer.eval_every": every,
+            "trainer.save_every": every,
+        }
+        if method.alpha_total is not None:
+            alpha = method.alpha_total / size.dpo_steps
+            values |= {"optimizer.alpha": alpha, "optimizer.seed": seed, "model.base": self.model}
+        files = ["dpo", method.optimizer]
+        config = configured("dpo", DPOConfig, self._flags(files, values, seed))
+        return dataclasses.replace(config, evaluation=task_set(self.data, size))
+
+    def _flags(self, files: Sequence[str], values: Mapping[str, Any], seed: int) -> list[str]:
+        shared = {
+            "data.eval_fraction": "null",
+            "data.buckets": self.size.buckets or "null",
+            "trainer.batch_size": self.size.batch_size,
+            "trainer.eval_batch_size": 2 * self.size.batch_size,
+            "trainer.seed": seed,
+        }
+        configs = [f"--config={CONFIGS / f'smollm2_{file}.yaml'}" for file in files]
+        return [*configs, *(f"--{name}={value}" for name, value in {**shared, **values}.items())]
+
+    def merges(self, seed: int) -> list[tuple[str, str, float, MergeConfig]]:
+        """Name, label, weight of AdamW's model and settings of every merge without training."""
+        adamw, start = self._export(seed, "adamw"), self._export(seed, "sft")
+
+        def of(name: str, weight: float, rest: float, **settings: Any) -> MergeConfig:
+            models = [
+                MergeModelOptions(path=adamw, weight=weight),
+                MergeModelOptions(path=start, weight=rest),
+            ]
+            output = self._place(seed) / "merges" / f"{name}-{weight:g}"
+            return MergeConfig(models=models, output=str(output), dtype="float32", **settings)
+
+        found = [
+            ("offline_linear", "offline linear merge", w, of("linear", w, 1 - w, method="linear"))
+            for w in self.size.weights
+        ]
+        for share in self.size.lambdas:
+            name, label = f"{PLUS_DELTA}-{share:g}", f"control: AdamW, then + {share:g}·τ"
+            for w in self.size.lambda_weights:
+                # base + w·(adamw − base) + (1 − w + λ)·τ is sft + w·(adamw − sft) + λ·τ.
+                settings = {"method": "task_arithmetic", "base": self.model}
+                found.append((name, label, w, of(name, w, 1 - w + share, **settings)))
+        return found
+
+    def _merged(self, seed: int, name: str, label: str, at: float, config: MergeConfig) -> Point:
+        """The scores of a merge. The model itself, which is quickly made again, is not kept."""
+        place = Path(config.output)
+        result = place.with_name(f"{place.name}.json")
+        if not result.exists() and not place.exists():
+            merge.run(config)
+        metrics = self._evaluated(str(place), result, reference=self._export(seed, "sft"))
+        shutil.rmtree(place, ignore_errors=True)
+        return _point(name, label, seed, at, metrics, control=name != "offline_linear")
+
+    def _points_of_run(self, seed: int, name: str) -> list[Point]:
+        method = METHODS[name]
+        # The run's rewards have its own β.
+        return [
+            _point(name, method.label, seed, row["step"], row, method.control, BETA / method.beta)
+            for row in read_metrics(self._place(seed) / name / "metrics.jsonl")
+            if "eval_rewards/margins" in row
+        ]
+
+    def _evaluated(
+        self, model: str, output: Path, reference: str | None = None
+    ) -> dict[str, float]:
+        """Scores of a model under the names of a run's log; held-out pairs with a reference."""
+        if not output.exists():
+            pairs = None
+            if reference is not None:
+                pairs = PreferenceEvalOptions(
+                    path=str(self.data / "held_out.jsonl"),
+                    reference=reference,
+                    beta=BETA,
+                    max_prompt_length=self.size.pair_lengths[0],
+                    max_completion_length=self.size.pair_lengths[1],
+                )
+            tasks = task_set(self.data, self.size)
+            groups = {item.name: getattr(tasks, item.name) for item in dataclasses.fields(tasks)}
+            evaluate.run(
+                EvalConfig(
+                    model=model,
+                    output=str(output),
+                    preferences=pairs,
+                    batch_size=2 * self.size.batch_size,
+                    dtype=self.size.dtype,
+                    **groups,
+                )
+            )
+        results = json.loads(output.read_text())
+        kinds = {kind: results[kind] for kind in ("tasks", "texts", "generation")}
+        preferences = {f"eval_{k}": v for k, v in results.get("preferences", {}).items()}
+        return as_metrics(kinds) | preferences
+
+    def _place(self, seed: int) -> Path:
+        return self.directory / f"seed-{seed}"
+
+    def _export(self, seed: int, name: str) -> str:
+        return str(self._place(seed) / name / "export")
+
+    def _announce(self, seed: int, stage: str) -> None:
+        self.console.rule(f"seed {seed}: {stage}")
+
+
+def _point(
+    name: str,
+    label: str,
+    seed: int,
+    at: float,
+    metrics: Mapping[str, float],
+    control: bool,
+    scale: float = 1.0,
+) -> Point:
+    """A point from held-out metrics whose margins are to be multiplied by `scale`."""
+    tasks = ("eval_tasks/", "eval_texts/", "eval_generation/")
+    return Point(
+        method=name,
+        label=label,
+        seed=seed,
+        at=at,
+        margin=scale * metrics["eval_rewards/margins"],
+        accuracy=metrics["eval_rewards/accuracies"],
+        metrics={key: value for key, value in metrics.items() if key.startswith(tasks)},
+        control=control,
+    )

@@ -1,0 +1,1 @@
+"""The benchmark's miniature: tasks, a tiny model, its training and its demo."""

@@ -1,0 +1,292 @@
+"""The table for the terminal and the page for the browser, both from the same rows."""
+
+import base64
+import dataclasses
+import html
+import importlib.metadata
+import os
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from rich.table import Table
+
+from train.taxbench.miniature.trajectories import Row
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _cells(row: Row) -> list[str]:
+    """Method, settings, matched capability, gain, where reached, last reward, last capability."""
+    trajectory = row.trajectory
+    is_merge = trajectory.at == "weight"
+    if row.matched is None:
+        matched, where = f"not reached (best {row.best_reward:.2f})", "—"
+    else:
+        matched = _percent(row.matched)
+        where = f"w = {row.reached_at:.2f}" if is_merge else f"step {row.reached_at:.0f}"
+    gain = "—" if row.gain is None else f"{100 * row.gain:+.1f} ± {_percent(row.gain_error or 0)}"
+    # The last weight of a merge is the trained model itself, not another result.
+    last = ["—", "—"] if is_merge else [f"{row.final.reward:.2f}", _percent(row.final.capability)]
+    return [trajectory.label, trajectory.settings, matched, gain, where, *last]
+
+
+def _headings(level: float, steps: int) -> list[str]:
+    return [
+        "method",
+        "settings",
+        f"capability % at reward {level:g}",
+        "points over AdamW",
+        "reached at",
+        f"reward at step {steps}",
+        f"capability % at step {steps}",
+    ]
+
+
+def table(rows: Sequence[Row], level: float, steps: int) -> Table:
+    """The comparison for a terminal.
+
+    Args:
+        rows: from `trajectories.compare`.
+        level: reward at which capability is matched.
+        steps: the fixed last step.
+    """
+    start = rows[0].trajectory.points[0]
+    caption = (
+        f"SFT model: reward {start.reward:.2f}, capability {_percent(start.capability)} %. "
+        "± is one standard error over the questions, not over training runs."
+    )
+    if _whole(rows):
+        caption += " p = 1: no entry is dropped, so neither masks nor thresholds are at work."
+    out = Table(caption=caption, caption_justify="left")
+    # The settings are on the page; a terminal has no room for them.
+    for index, heading in enumerate(_without_settings(_headings(level, steps))):
+        out.add_column(heading, justify="right" if index else "left")
+    for row in rows:
+        out.add_row(
+            *_without_settings(_cells(row)), style="dim" if row.trajectory.control else None
+        )
+    return out
+
+
+def _whole(rows: Sequence[Row]) -> list[str]:
+    """Labels of the methods that merge at density 1."""
+    return [row.trajectory.label for row in rows if "(p = 1)" in row.trajectory.label]
+
+
+def _without_settings(cells: Sequence[str]) -> list[str]:
+    return [cells[0], *cells[2:]]
+
+
+def headline(rows: Sequence[Row], level: float, baseline: str = "adamw") -> str:
+    """The result in one sentence, whichever way it went."""
+    by_name = {row.trajectory.name: row for row in rows}
+    base = by_name[baseline]
+    if base.matched is None:
+        return (
+            f"{base.trajectory.label} did not reach a reward of {level:g} (its best was "
+            f"{base.best_reward:.2f}), so capabilities cannot be compared there."
+        )
+    others = [
+        f"{row.trajectory.label} {_percent(row.matched)} % ({100 * row.gain:+.1f} points)"
+        for row in rows
+        if row.matched is not None and row.gain is not None
+    ]
+    missing = [row.trajectory.label for row in rows if row.matched is None]
+    text = (
+        f"Where the reward first reaches {level:g}, AdamW still answers "
+        f"{_percent(base.matched)} % of the held-out questions right"
+    )
+    text += f"; {', '.join(others)}." if others else "."
+    return text + (f" Not reaching it: {', '.join(missing)}." if missing else "")
+
+
+def _above_or_below(difference: float) -> str:
+    return f"{abs(100 * difference):.1f} points {'above' if difference >= 0 else 'below'}"
+
+
+def notes(rows: Sequence[Row], level: float, seed: int) -> list[str]:
+    """What to keep in mind when reading the numbers."""
+    by_name = {row.trajectory.name: row for row in rows}
+    out = [
+        f"One seed ({seed}), one base model. The ± counts only the choice of questions, not the "
+        "spread over training runs; run other seeds before believing a difference.",
+        "Settings were chosen in two other training runs among four for each method (AdamW: four "
+        "learning rates; the control: four weights), by the capability in the third column. Every "
+        "method sees the same batches for the same number of steps.",
+        "α·T, the merging weight times the number of steps, is what matters for the pull towards "
+        "the reference; a constant α keeps adding τ as long as training goes on.",
+        "The last-step columns compare models of different reward. Training past the point where "
+        "the reward stops rising only adds to the tax, and with a constant α it adds drift along τ.",
+        "Preference pairs come from two of the eight families, with 15 % of the labels flipped and "
+        "30 % wrong answers on both sides, so the preference says nothing about correctness.",
+        "A model of 85 000 parameters on synthetic tasks shows the mechanism. It says nothing "
+        "about the size of the effect in a language model.",
+    ]
+    if _whole(rows):
+        out.insert(
+            2,
+            f"{' and '.join(_whole(rows))}: at density p = 1 every entry is kept, so the random "
+            "masks of OnDARE and the magnitude threshold of OnTIES are not tried here, only the "
+            "blend with τ and the sign vote of OnTIES.",
+        )
+    control = by_name.get("adamw_plus_delta")
+    online = [by_name[name] for name in ("on_dare", "on_ties") if name in by_name]
+    if control is not None and control.matched is not None:
+        parts = [
+            f"{row.trajectory.label} is {_above_or_below(row.matched - control.matched)} it"
+            for row in online
+            if row.matched is not None
+        ]
+        if parts:
+            out.insert(
+                0,
+                "The control AdamW + λτ adds the reference's delta once, after training, at no "
+                f"cost. At reward {level:g} {' and '.join(parts)}.",
+            )
+    return out
+
+
+def command_line(command: str, config: Any, left_out: Sequence[str] = ()) -> str:
+    """The command that repeats a run: every field that is not at its default, but for some.
+
+    Example:
+        >>> from train.taxbench.miniature.demo import DemoConfig
+        >>> command_line("demo", DemoConfig(seed=3))
+        'python -m train demo --seed 3'
+    """
+    flags = [
+        f"--{field.name} {shlex.quote(str(getattr(config, field.name)))}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default and field.name not in left_out
+    ]
+    return " ".join([f"python -m train {command}", *flags])
+
+
+def environment() -> str:
+    """Versions and machine, in one line."""
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("jax", "optax", "flax")
+    )
+    return f"{versions}; Python {platform.python_version()}, {os.cpu_count()} CPU cores"
+
+
+def html_table(headings: Sequence[str], body: Sequence[Sequence[str]], first: int) -> str:
+    """An HTML table whose first `first` columns hold text, the others numbers."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        inner = "".join(
+            f"<{tag}{'' if i < first else ' class=n'}>{html.escape(cell)}</{tag}>"
+            for i, cell in enumerate(cells)
+        )
+        return f"<tr>{inner}</tr>"
+
+    return (
+        f"<table><thead>{line(headings, 'th')}</thead>"
+        f"<tbody>{''.join(line(cells, 'td') for cells in body)}</tbody></table>"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What the HTML page shows besides the rows.
+
+    Attributes:
+        level: reward at which capability is matched.
+        steps: the fixed last step.
+        seed: the seed of the run.
+        settings: the demo's settings by name.
+        command: what reproduces the run.
+        cost: wall and CPU time, in words.
+        answers: heading and rows of the table of sample answers.
+    """
+
+    level: float
+    steps: int
+    seed: int
+    settings: Mapping[str, Any]
+    command: str
+    cost: str
+    answers: tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+def write_page(rows: Sequence[Row], page: Page, plot: Path, path: Path) -> None:
+    """Writes the report: one HTML file that needs nothing else.
+
+    Args:
+        rows: from `trajectories.compare`.
+        page: the rest of what it shows.
+        plot: PNG file to embed.
+        path: file to write.
+    """
+    items = "".join(f"<li>{html.escape(n)}</li>" for n in notes(rows, page.level, page.seed))
+    settings = [(name, str(value)) for name, value in page.settings.items()]
+    text = _PAGE.substitute(
+        headline=html.escape(headline(rows, page.level)),
+        plot=base64.b64encode(plot.read_bytes()).decode("ascii"),
+        table=html_table(_headings(page.level, page.steps), [_cells(row) for row in rows], first=2),
+        answers=html_table(*page.answers, first=len(page.answers[0])),
+        notes=items,
+        settings=html_table(["setting", "value"], settings, first=2),
+        command=html.escape(page.command),
+        cost=html.escape(page.cost),
+        environment=html.escape(environment()),
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>The alignment tax in miniature</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff;
+         max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+  h1 { font-size: 1.7rem; margin-bottom: .2rem; }
+  h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
+  .lead { font-size: 1.1rem; background: #f3f7f5; border-left: 4px solid #009e73;
+          padding: .7rem 1rem; }
+  img { width: 100%; height: auto; }
+  .scroll { overflow-x: auto; }
+  table { border-collapse: collapse; font-size: .88rem; }
+  th, td { padding: .3rem .6rem; border-bottom: 1px solid #e2e2e2; text-align: left;
+           vertical-align: top; }
+  th { border-bottom: 2px solid #888; }
+  .n { text-align: right; font-variant-numeric: tabular-nums; }
+  pre { background: #f5f5f5; padding: .7rem 1rem; overflow-x: auto; }
+  footer { margin-top: 2rem; color: #666; font-size: .85rem; }
+</style>
+<h1>The alignment tax in miniature</h1>
+<p>A small decoder was trained from scratch on eight tasks with checkable answers, taught to follow
+instructions, and then aligned with DPO on preferences that know only about <em>style</em>.
+<strong>Reward</strong> is the style of its greedy answers, <strong>capability</strong> the share
+that is still right once style tokens are taken out, both on held-out questions of all eight
+families. Online merging blends every optimizer update with τ, the difference between the
+fine-tuned model and its base.</p>
+<p class="lead">$headline</p>
+<img alt="Trajectories in the plane of reward and capability, and gains at matched reward"
+     src="data:image/png;base64,$plot">
+<h2>Comparison</h2>
+<div class="scroll">$table</div>
+<p>Capability is read where a trajectory first reaches the reward, by linear interpolation between
+two evaluations, never beyond what was measured.</p>
+<h2>Keep in mind</h2>
+<ul>$notes</ul>
+<h2>Sample answers after the last step</h2>
+<p>The first held-out question of every family; ✗ marks a wrong answer.</p>
+<div class="scroll">$answers</div>
+<h2>Settings</h2>
+<div class="scroll">$settings</div>
+<h2>Run it again</h2>
+<pre>$command</pre>
+<footer>$cost. $environment. Method: Lu et al., Online Merging Optimizers for Boosting Rewards and
+Mitigating Tax in Alignment, <a href="https://arxiv.org/abs/2405.17931">arXiv 2405.17931</a>.
+Every evaluated point is in results.jsonl.</footer>
+</html>
+""")

@@ -1,0 +1,1 @@
+"""Studies of many methods and seeds on the miniature, and their report."""

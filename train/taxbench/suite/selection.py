@@ -1,0 +1,63 @@
+"""Which settings of every method are reported: those that did best on the dev seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from train.taxbench.suite.recipes import Merge, Recipe
+from train.taxbench.suite.statistics import Key, Results
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row of a table: a trajectory with its names."""
+
+    group: str
+    label: str
+    settings: str
+    key: Key
+    control: bool = False
+
+
+def entries(recipes: Sequence[Recipe], steps: int) -> list[Entry]:
+    """One entry for every trajectory of the recipes, in their order."""
+    rows = []
+    for recipe in recipes:
+        run, words = recipe.fingerprint(), recipe.settings(steps)
+        rows.append(Entry(recipe.group, recipe.label, words, (run, None), recipe.control))
+        for merge in recipe.merges:
+            group = merge.label
+            control = merge.method == "add_delta"
+            settings = f"{merge.settings()}, of AdamW with {words}"
+            rows.append(Entry(group, merge.label, settings, (run, merge.name), control))
+    return rows
+
+
+def choose(
+    rows: Sequence[Entry], results: Results, seeds: Sequence[int], level: float
+) -> list[Entry]:
+    """The best settings of every group: most capability at the level, averaged over the dev seeds.
+
+    Settings that miss the level on a dev seed come after all that reach it on every one.
+    """
+    best: dict[str, tuple[float, Entry]] = {}
+    for row in rows:
+        values = results.matched(row.key, seeds, level)
+        score = float(np.where(np.isfinite(values), values, -1.0).mean())
+        if row.group not in best or score > best[row.group][0]:
+            best[row.group] = (score, row)
+    return [row for _, row in best.values()]
+
+
+def narrowed(recipes: Sequence[Recipe], chosen: Sequence[Entry]) -> list[Recipe]:
+    """Only the recipes and merges behind the chosen entries."""
+    keys, out = {row.key for row in chosen}, []
+    for recipe in recipes:
+        run = recipe.fingerprint()
+        merges: tuple[Merge, ...] = tuple(m for m in recipe.merges if (run, m.name) in keys)
+        if merges or (run, None) in keys:
+            out.append(dataclasses.replace(recipe, merges=merges))
+    return out

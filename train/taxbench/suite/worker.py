@@ -1,0 +1,202 @@
+"""One process of the suite: runs recipes on a seed and writes down every evaluated point."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+import omerge_jax as om
+from train.data.kl_pairs import rotation
+from train.models import Decoder, split_model
+from train.models.lora import TARGETS, fresh_adapters, merge_adapters
+from train.models.trainable import join
+from train.objectives.preference import preference_loss, unpaired_logps_fn, unpaired_loss
+from train.optimizers.build import needs_delta
+from train.optimizers.gate import alpha_gate
+from train.taxbench.miniature.examples import Batch
+from train.taxbench.miniature.methods import OFFLINE_WEIGHTS, WARMUP_STEPS
+from train.taxbench.miniature.report import environment
+from train.taxbench.miniature.sizes import Sizes, models_file
+from train.taxbench.miniature.subjects import Models, make_subject, on_host, train_models
+from train.taxbench.miniature.training import MODEL, Lab, Params, Trainer
+from train.taxbench.miniature.trajectories import Point, grade
+from train.taxbench.suite.deltas import make_delta
+from train.taxbench.suite.recipes import Merge, Recipe
+
+
+class Bench:
+    """The models of one seed, and the runs on them.
+
+    Args:
+        directory: where models are kept, see `models_file`.
+        seed: of the models, the data and their order.
+        sizes: of everything.
+    """
+
+    def __init__(self, directory: Path, seed: int, sizes: Sizes):
+        self.sizes, self.seed, self._lab = sizes, seed, Lab()
+        path = models_file(directory, seed, sizes)
+        if path.exists():
+            self._models = Models.load(path)
+        else:
+            silent = (lambda steps: None, lambda steps: None)
+            self._models = train_models(self._lab, seed, sizes.base_steps, sizes.sft_steps, silent)
+            self._models.save(path)
+        self.subject = make_subject(self._lab, self._models, seed, sizes.pairs, sizes.questions)
+
+    def run(self, recipe: Recipe) -> list[dict[str, Any]]:
+        """Trains by a recipe; returns its record and those of its merges."""
+        began = time.perf_counter()
+        points, models = self._train(recipe)
+        record = self._record(recipe, points) | {"seconds": time.perf_counter() - began}
+        return [record, *(self._merge(recipe, merge, models) for merge in recipe.merges)]
+
+    def _record(self, recipe: Recipe, points: Sequence[Point], merge: Merge | None = None) -> dict:
+        last = points[-1]
+        families = self.subject.questions.families
+        return {
+            "seed": self.seed,
+            "run": recipe.fingerprint(),
+            "merge": None if merge is None else merge.name,
+            "at": [point.at for point in points],
+            "reward": [round(point.reward, 5) for point in points],
+            "capability": [round(point.capability, 5) for point in points],
+            "last_by_family": {
+                name: round(float(last.right[families == i].mean()), 4)
+                for i, name in enumerate(self.subject.questions.names)
+            },
+            "last_metrics": {name: float(value) for name, value in last.metrics.items()},
+            "environment": environment(),
+        }
+
+    def _train(self, recipe: Recipe) -> tuple[list[Point], list[Params]]:
+        subject, sizes = self.subject, self.sizes
+        graphdef, start, frozen, whole = self._trained_part(recipe)
+        loss, data = self._objective(recipe, graphdef)
+        delta = self._delta(recipe)
+        trainer = Trainer(
+            loss,
+            self._optimizer(recipe, delta),
+            steps=sizes.steps,
+            batch_size=sizes.batch_size,
+            ema_decay=recipe.ema,
+            alpha_scale=alpha_gate(recipe.optimizer),
+        )
+        points, kept = [subject.start], [subject.sft]
+
+        def visit(step: int, params: Params, metrics: dict[str, float]) -> None:
+            model = whole(params)
+            points.append(self._score(model, step, metrics=metrics))
+            if recipe.merges:
+                kept.append(on_host(model))
+
+        trainer.run(
+            start,
+            data,
+            np.random.default_rng([subject.seed, 3]),
+            delta=delta if needs_delta(recipe.optimizer) else None,
+            frozen=frozen,
+            visit=visit,
+            visit_every=sizes.eval_every,
+        )
+        return points, kept
+
+    def _score(self, model: Params, at: float, **extra: Any) -> Point:
+        questions = self.subject.questions
+        return grade(self._lab.answers(model, questions), questions, at, **extra)
+
+    def _trained_part(self, recipe: Recipe) -> tuple[Any, Params, Params | None, Any]:
+        """Structure, what is trained, what is not, and how the whole model is put together."""
+        if recipe.lora_rank is None:
+            return self._lab.graphdef, self.subject.sft, None, lambda params: params
+        config = dataclasses.replace(
+            MODEL, lora_targets=TARGETS, lora_rank=recipe.lora_rank, lora_scale=2.0
+        )
+        graphdef, _ = split_model(Decoder(config, nnx.Rngs(0)))
+        adapters, sft = fresh_adapters(config, self.seed), self.subject.sft
+        return graphdef, adapters, sft, lambda params: merge_adapters(join(params, sft), 2.0)
+
+    def _delta(self, recipe: Recipe) -> Any:
+        models = self._models
+        return make_delta(recipe.delta, models.base, models.sft, models.earlier, self.seed)
+
+    def _optimizer(self, recipe: Recipe, delta: Any) -> optax.GradientTransformation:
+        warmup = min(WARMUP_STEPS, self.sizes.steps - 1)
+        tx = self._lab.optimizer(recipe.optimizer, warmup, self.sizes.steps)
+        if recipe.anchor is None:
+            return tx
+        rate, gate = recipe.anchor
+        of_gate: Any = {"gate": gate, "delta": delta if gate == "opposing" else None}
+        return optax.chain(tx, om.anchored(rate, **of_gate))
+
+    def _objective(self, recipe: Recipe, graphdef: Any) -> tuple[Any, Batch]:
+        if recipe.loss == "kto":
+            return unpaired_loss(graphdef, beta=recipe.beta), self._unpaired()
+        loss = preference_loss(graphdef, loss_type=recipe.loss, beta=recipe.beta)
+        return loss, self.subject.pairs
+
+    def _unpaired(self) -> Batch:
+        """Both answers of every pair, labelled, with mismatched ones for the divergence."""
+        pairs = self.subject.pairs
+        order = np.random.default_rng([self.seed, 4]).permutation(2 * len(pairs["index"]))
+
+        def both(chosen: str, rejected: str) -> np.ndarray:
+            return np.concatenate([pairs[chosen], pairs[rejected]])[order]
+
+        data = {name: both(name, name) for name in ("prompt_tokens", "prompt_mask")}
+        for part in ("tokens", "mask"):
+            data[f"completion_{part}"] = both(f"chosen_{part}", f"rejected_{part}")
+        data["label"] = order < len(pairs["index"])
+        other = rotation(len(order), self.sizes.batch_size)
+        data |= {f"kl_{part}": data[f"completion_{part}"][other] for part in ("tokens", "mask")}
+        names = ("completion", "kl")
+        logps = unpaired_logps_fn(self._lab.graphdef, names)(self.subject.sft, data)
+        for name, values in zip(names, logps, strict=True):
+            data[f"reference_{name}_logps"] = np.asarray(values)
+        return data | {"index": np.arange(len(order), dtype=np.int32)}
+
+    def _merge(self, recipe: Recipe, merge: Merge, models: Sequence[Params]) -> dict:
+        base, sft = self.subject.base, self.subject.sft
+        if merge.method == "add_delta":
+            assert merge.weight is not None
+            at: list[float] = [i * self.sizes.eval_every for i in range(len(models))]
+            merged = (
+                om.offline_merge(
+                    base, [model, sft], method="task_arithmetic", weights=[1.0, merge.weight]
+                )
+                for model in models
+            )
+        else:
+            at, merged = [0.0, *OFFLINE_WEIGHTS], self._along_weights(merge, models[-1])
+        points = [self._score(model, place) for place, model in zip(at, merged, strict=True)]
+        return self._record(recipe, points, merge)
+
+    def _along_weights(self, merge: Merge, trained: Params) -> Iterator[Params]:
+        base, sft = self.subject.base, self.subject.sft
+        yield sft
+        extra: dict[str, Any] = {} if merge.density is None else {"density": merge.density}
+        if merge.method == "slerp":
+            for weight in OFFLINE_WEIGHTS:
+                yield om.offline_merge(sft, [trained], method="slerp", t=weight)
+            return
+        for weight in OFFLINE_WEIGHTS:
+            yield om.offline_merge(
+                base, [sft, trained], method=merge.method, weights=[1 - weight, weight], **extra
+            )
+
+
+@functools.lru_cache(maxsize=1)
+def bench(directory: Path, seed: int, sizes: Sizes) -> Bench:
+    """The bench of a seed; a process keeps the one it used last."""
+    jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return Bench(directory, seed, sizes)

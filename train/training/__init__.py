@@ -1,0 +1,1 @@
+"""The train step, its loop, and what a loop saves and watches."""

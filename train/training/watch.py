@@ -1,0 +1,170 @@
+"""What held-out metrics decide: when to stop early, and which checkpoint is the best.
+
+All of it follows from the evaluations so far, so a resumed run finds its way by reading its log.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from train.config import TrainerOptions, UserError
+from train.files.metrics_log import read_metrics
+
+
+def lower_is_better(metric: str) -> bool:
+    """By the name of a metric, as in transformers: losses and perplexities are to fall."""
+    return metric.endswith(("loss", "perplexity", "nll", "bits_per_byte"))
+
+
+class Watch:
+    """Follows the evaluations of a run.
+
+    Args:
+        options: With `early_stop` and `export_best`.
+        rows: Logged metrics of the run so far; those of evaluations count.
+
+    Attributes:
+        best_step: Step of the best evaluation by `export_best`, of the last one where only floors
+            are given, that keeps to all floors; or None. Step 0, before training, does not count.
+        reason: Why the run is over before its last step, in words; None while it goes on.
+        evaluated: Steps of all evaluations.
+    """
+
+    def __init__(self, options: TrainerOptions, rows: Iterable[Mapping[str, float]] = ()) -> None:
+        self._stop, self._best_by = options.early_stop, options.export_best
+        self.best_step: int | None = None
+        self.reason: str | None = None
+        self.evaluated: set[int] = set()
+        self._floors = {} if self._stop is None else dict(self._stop.floors)
+        self._best = self._top = -math.inf
+        self._without = 0
+        for row in rows:
+            if any(name.startswith("eval_") for name in row):
+                self.see(int(row["step"]), row)
+
+    @property
+    def wants_start(self) -> bool:
+        """Whether the model is to be evaluated before the first step."""
+        return 0 not in self.evaluated and (self._stop or self._best_by) is not None
+
+    def see(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Takes note of an evaluation.
+
+        Args:
+            step: Updates done.
+            metrics: Held-out metrics by name.
+
+        Returns:
+            Whether the step is the best so far, see `best_step`.
+
+        Raises:
+            UserError: there is no metric of a name that the settings give, or the model is beyond
+                a floor before the first step.
+        """
+        self.evaluated.add(step)
+        self._count_from_start(step, metrics)
+        crossed = self._look_for_stop(step, metrics)
+        if self._best_by is not None:
+            score = _score(self._best_by, metrics, "trainer.export_best")
+        elif self._floors:
+            score = float(step)
+        else:
+            return False
+        if step == 0 or crossed or not score > self._best:
+            return False
+        self._best, self.best_step = score, step
+        return True
+
+    def _count_from_start(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Makes floors of the drops that are allowed, at the evaluation before the first step."""
+        drops = {} if self._stop is None else self._stop.max_drop
+        field = "trainer.early_stop.max_drop"
+        for name, drop in drops.items():
+            if name in self._floors:
+                continue
+            if step != 0:
+                raise UserError(
+                    f"{field}: the evaluation of {name} before the first step is missing from "
+                    "metrics.jsonl. Start again in a new output_dir."
+                )
+            start = _score(name, metrics, field) - drop
+            if math.isinf(start):
+                raise UserError(f"{field}: before the first step {name} is {metrics[name]}.")
+            self._floors[name] = -start if lower_is_better(name) else start
+
+    def _look_for_stop(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Sets `reason`; returns whether a floor is crossed."""
+        stop = self._stop
+        if stop is None:
+            return False
+        crossed = [
+            f"{name} is {metrics[name]:.4g}, and {floor:.4g} is the floor"
+            for name, floor in self._floors.items()
+            if _score(name, metrics, "trainer.early_stop.floors")
+            < (-floor if lower_is_better(name) else floor)
+        ]
+        if crossed and step == 0:
+            raise UserError(
+                f"trainer.early_stop.floors: before the first step {'; '.join(crossed)} already. "
+                "Give one that the model meets."
+            )
+        if crossed:
+            self.reason = f"at step {step} {'; '.join(crossed)}"
+        if stop.metric is not None:
+            score = _score(stop.metric, metrics, "trainer.early_stop.metric", stop.mode)
+            if score > self._top + stop.min_delta:
+                self._top, self._without = score, 0
+            else:
+                self._without += 1
+            if self._without >= stop.patience and self.reason is None:
+                self.reason = (
+                    f"{stop.metric} has not improved in the last {self._without} evaluations "
+                    f"(step {step})"
+                )
+        return bool(crossed)
+
+    def step_to_export(self, last: int) -> int:
+        """The step whose checkpoint is to be exported.
+
+        Args:
+            last: Step of the last one.
+
+        Raises:
+            UserError: no evaluated step keeps to the floors.
+        """
+        if self.best_step is not None:
+            return self.best_step
+        if self._floors:
+            raise UserError(
+                f"{self.reason or 'no step was evaluated'}, and no earlier step was evaluated, so "
+                "nothing is exported; the checkpoints stay. Lower optimizer.learning_rate or "
+                "trainer.eval_every, in a new output_dir; `python -m train export` writes the last "
+                f"one, of step {last}."
+            )
+        return last
+
+
+def _score(metric: str, metrics: Mapping[str, float], field: str, mode: str | None = None) -> float:
+    """The value, with its sign turned where lower is better; the worst one where it is NaN."""
+    if metric not in metrics:
+        names = ", ".join(sorted(name for name in metrics if name.startswith("eval_")))
+        raise UserError(f"{field}: there is no held-out metric {metric!r}; there are {names}.")
+    value = float(metrics[metric])
+    lower = lower_is_better(metric) if mode is None else mode == "min"
+    return -math.inf if math.isnan(value) else -value if lower else value
+
+
+def step_to_export(options: TrainerOptions, metrics_file: Path, last: int) -> int:
+    """The step that the evaluations in a log choose for the export.
+
+    Args:
+        options: With `export_best` and `early_stop`.
+        metrics_file: metrics.jsonl of the run.
+        last: Step of the last checkpoint, which is taken where nothing asks for another one.
+
+    Raises:
+        UserError: no evaluated step keeps to the floors.
+    """
+    return Watch(options, read_metrics(metrics_file)).step_to_export(last)
