@@ -121,8 +121,10 @@ def online_merge(
       as 0 while the reward is low.
 
     Raises:
-      ValueError: an argument out of range; and, when ``update`` is traced, a missing delta or
-        missing parameters.
+      ValueError: an argument out of range or of another kind; and, when ``update`` is traced, a
+        missing delta, missing parameters, complex leaves or shards of leaves (inside
+        ``jax.shard_map``). A schedule that leaves its range raises outside of ``jax.jit``; compiled it
+        is reported by ``jax.experimental.checkify.checkify(tx.update)``.
 
     Example:
       >>> import optax, omerge_jax as om
@@ -199,8 +201,8 @@ def _check(settings: MergeSettings, delta: Any) -> None:
     if not isinstance(every_k, (int, np.integer)) or every_k < 1:
         raise ValueError(
             "every_k is the number of optimizer steps from one merge to the next and must be an "
-            "integer of at least 1 (under optax.inject_hyperparams name it in static_args), got "
-            f"every_k = {every_k!r}"
+            f"integer of at least 1, got every_k = {every_k!r}; under optax.inject_hyperparams name it "
+            "in static_args"
         )
     if not isinstance(settings.diagnostics, bool):
         raise ValueError(

@@ -278,10 +278,11 @@ class MergeStep:
         Returns:
           What is emitted before it is rounded, in float32 or wider, and the scalars of the step.
         """
+        params = self.params or {}
         leaves = {
             path: self._leaf(path, entries_of(update), moved)
             for path, update in leaves_by_path(updates).items()
-            if self._is_float(path, update)
+            if is_float(path, update, params.get(path))
         }
         for leaf in leaves.values():
             leaf.look_ahead()
@@ -308,10 +309,6 @@ class MergeStep:
             return merged[path] if path in merged else entries_of(update).whole()
 
         return map_by_path(emit, updates), scalars
-
-    def _is_float(self, path: Path, update: Any) -> bool:
-        """Whether a leaf is merged; leaves of integers pass."""
-        return is_float(path, update, None if self.params is None else self.params[path])
 
     def _leaf(self, path: Path, update: Entries, moved: dict[Path, jax.Array] | None) -> LeafMerge:
         return LeafMerge(
@@ -356,9 +353,8 @@ class MergeStep:
         def merge(wide: Any) -> tuple[Any, dict[str, jax.Array]]:
             # Δc = θ − θ_m: what the steps since the last merge have moved.
             paths = leaves_by_path(wide)
-            moved = {
-                p: _minus(params[p], last[p]) for p, u in paths.items() if self._is_float(p, u)
-            }
+            floats = [p for p, u in paths.items() if is_float(p, u, params[p])]
+            moved = {p: _minus(params[p], last[p]) for p in floats}
             # Δθ ← Δθ + Δc
             span = map_by_path(lambda p, u: u + moved[p] if p in moved else u, wide)
             return self.merge(span, moved)

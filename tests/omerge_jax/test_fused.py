@@ -152,14 +152,14 @@ def test_step_k_samples_the_whole_span():
 )
 def test_only_operations_that_are_known_to_be_elementwise_are_allowed(mix, operation):
     inner = optax.stateless(lambda updates, params: jax.tree.map(mix, updates))
-    tx = om.fused_chain(inner, om.on_ties(0, 0.3, threshold="sampled"))
+    tx = om.fused_chain(inner, om.on_ties(0, density=0.3, threshold="sampled"))
     params = {"w": tree(0)["layers"][0]}
     with pytest.raises(ValueError, match=f"it uses .*'{operation}"):
         tx.update(params, tx.init(params), params)
 
 
 def test_what_computes_with_updates_goes_around_the_fused_chain():
-    inner, merge = optax.adam(RATE, eps=0.1), om.on_ties(0.1, 0.3, rounding="nearest")
+    inner, merge = optax.adam(RATE, eps=0.1), om.on_ties(0.1, density=0.3, rounding="nearest")
     plain, _, _ = walk(om.fused_chain(inner, merge))
     around, _, _ = walk(optax.apply_if_finite(om.fused_chain(inner, merge), 3))
     for name in plain:
@@ -172,14 +172,14 @@ def test_what_computes_with_updates_goes_around_the_fused_chain():
 @pytest.mark.parametrize("wrapper", ["partition", "inject_hyperparams"])
 def test_wrappers_that_hand_updates_on_may_stand_around_the_merge(wrapper):
     inner, options = optax.adam(RATE, eps=0.1), {"threshold": "sampled", "rounding": "nearest"}
-    plain, _, _ = walk(om.fused_chain(inner, om.on_ties(0.1, 0.3, **options)))
+    plain, _, _ = walk(om.fused_chain(inner, om.on_ties(0.1, density=0.3, **options)))
     merge = {
         "partition": optax.partition(
-            {name: om.on_ties(0.1, 0.3, **options) for name in "ab"},
+            {name: om.on_ties(0.1, density=0.3, **options) for name in "ab"},
             {"layers": "a", "bias": "b", "scale": "a"},
         ),
         "inject_hyperparams": optax.inject_hyperparams(om.on_ties, ("density", "seed"))(
-            0.1, 0.3, **options
+            0.1, density=0.3, **options
         ),
     }[wrapper]
     found, _, _ = walk(om.fused_chain(inner, merge))

@@ -360,7 +360,7 @@ def operations(tx, params, state):
 def test_a_fixed_delta_is_fitted_when_it_is_set(storage):
     """No step decides whether it is the first one."""
     params = make(0)
-    tx = om.on_ties(0.1, 0.05, storage=storage)
+    tx = om.on_ties(0.1, density=0.05, storage=storage)
     state = om.with_delta(tx.init(params), make(1))
     assert " cond[" not in operations(tx, params, state)
     fitted = state.delta_fit.values
@@ -378,7 +378,7 @@ def test_numbers_that_are_traced_fit_a_fixed_delta_at_every_merge():
     state = om.with_delta(tx.init(params), delta)
     assert state.inner_state.delta_fit is None
     found, _ = jax.jit(tx.update)(params, state, params)
-    plain = om.on_ties(0.1, 0.5)
+    plain = om.on_ties(0.1, density=0.5)
     expected, _ = jax.jit(plain.update)(params, om.with_delta(plain.init(params), delta), params)
     for name in params:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)

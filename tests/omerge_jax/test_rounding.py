@@ -164,9 +164,9 @@ def test_a_merge_is_rounded_by_the_transformation_that_rounds_others(dtype, roun
     rng = np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.normal(size=(40, 25)), dtype), "n": jnp.int32(3)}
     delta = {"w": jnp.asarray(1e-3 * rng.normal(size=(40, 25)), jnp.float32), "n": jnp.int32(0)}
-    together = om.on_dare(5e-3, 0.5, rounding=rounding, seed=3)
+    together = om.on_dare(5e-3, density=0.5, rounding=rounding, seed=3)
     apart = optax.chain(
-        om.on_dare(5e-3, 0.5, rounding="nearest", seed=3), om.rounded(rounding, seed=3)
+        om.on_dare(5e-3, density=0.5, rounding="nearest", seed=3), om.rounded(rounding, seed=3)
     )
     states = [om.with_delta(tx.init(params), delta) for tx in (together, apart)]
     update_together, update_apart = jax.jit(together.update), jax.jit(apart.update)
