@@ -70,10 +70,10 @@ def check_schedule(name: str, value: Any, wanted: str, meaning: str = "") -> Non
         check_number(name, value, wanted, meaning)
 
 
-def check_integer(name: str, value: Any, hint: str = "") -> None:
+def check_integer(name: str, value: Any) -> None:
     """Raises ValueError where ``value`` is not an integer scalar."""
     if not is_number(value, jnp.integer):
-        raise ValueError(f"{name} must be an integer{hint}, got {name} = {value!r}")
+        raise ValueError(f"{name} must be an integer, got {name} = {value!r}")
 
 
 def check_choice(name: str, value: Any, options: Sequence[str]) -> None:
@@ -141,13 +141,13 @@ def check_whole(path: Path, leaf: Any) -> None:
     axes = jax.sharding.get_abstract_mesh().manual_axes
     if not axes:
         return
-    index = jax.typeof(jax.lax.axis_index(axes))
-    tracked = index.manual_axis_type.varying
+    # An index varies over its axes; where JAX does not say so it does not keep track (check_vma=False).
+    tracked = jax.typeof(jax.lax.axis_index(axes)).manual_axis_type.varying
     if not tracked or jax.typeof(leaf).manual_axis_type.varying:
         reason = "is another one on every device" if tracked else "may be a shard (check_vma=False)"
         names = ", ".join(map(repr, axes))
         raise ValueError(
-            f"inside jax.shard_map or jax.pmap over {names} {show(path)} {reason}, so that "
+            f"inside jax.shard_map or jax.pmap over {names}, {show(path)} {reason}, so that "
             "every shard would repeat one mask and find a threshold of its own: merge outside, under "
             "jax.jit with sharded parameters, or give shard_map whole leaves, which no in_specs split"
         )

@@ -21,7 +21,9 @@ MERGES = {
 RANDOM = {
     "dare": lambda **kw: om.on_dare(0.1, density=0.2, **kw),
     "dare norm": lambda **kw: om.on_dare(0.1, density=0.2, rescale="norm", **kw),
-    "dare sparse": lambda **kw: om.on_dare(0.1, density=0.05, delta_mask="fixed", storage="sparse", **kw),
+    "dare sparse": lambda **kw: om.on_dare(
+        0.1, density=0.05, delta_mask="fixed", storage="sparse", **kw
+    ),
     "ranked": lambda **kw: om.online_merge(om.magnitude_ranked(0.4), om.linear(), alpha=0.1, **kw),
 }
 
@@ -79,7 +81,9 @@ def test_a_large_leaf_in_fused_chain(threshold):
     params, delta, grad = (normal(seed, (2048, 2, 192)) for seed in range(3))
     merge = {"rounding": "nearest", "threshold": threshold}
     inner = optax.adam(1e-2, eps=0.1)
-    middle = om.fused_chain(inner, om.on_ties(0.1, density=0.3, layer_axes=lambda path: (1,), **merge))
+    middle = om.fused_chain(
+        inner, om.on_ties(0.1, density=0.3, layer_axes=lambda path: (1,), **merge)
+    )
     ahead = om.fused_chain(inner, om.on_ties(0.1, density=0.3, layer_axes=1, **merge))
     found, _ = walk(middle, params, delta, [grad])
     expected, _ = walk(ahead, *front([params, delta, [grad]]))
