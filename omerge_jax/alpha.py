@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from omerge_jax.checks import check_choice, check_number, check_schedule
 from omerge_jax.paths import Path
 
+ALPHA = "the weight of the reference delta (the update gets 1 - alpha)"
+SHARE = "the part of a step's norm that the reference term gets"
 Scope = Literal["global", "tensor"]
 
 
@@ -46,7 +49,10 @@ Alpha = optax.ScalarOrSchedule | Relative
 def alpha_at(alpha: Alpha, scale: Any, step: jax.Array) -> jax.Array | Relative:
     """Returns the alpha of a step, or its share of the norm, times ``scale``."""
     number = alpha.share if isinstance(alpha, Relative) else alpha
-    number = jnp.asarray(number(step) if callable(number) else number, jnp.float32) * scale
+    number = number(step) if callable(number) else number
+    name, meaning = ("share", SHARE) if isinstance(alpha, Relative) else ("alpha", ALPHA)
+    check_number(name, number, "in [0, 1]", meaning)
+    number = jnp.asarray(number, jnp.float32) * jnp.asarray(scale, jnp.float32)
     return Relative(number, alpha.scope) if isinstance(alpha, Relative) else number
 
 
@@ -95,11 +101,6 @@ def relative(share: optax.ScalarOrSchedule, *, scope: Scope = "global") -> Relat
       >>> import optax, omerge_jax as om
       >>> tx = optax.chain(optax.adamw(1e-6), om.on_dare(alpha=om.relative(0.05), density=0.5))
     """
-    if isinstance(share, (int, float)) and not 0 <= share <= 1:
-        raise ValueError(
-            "share is the part of a step's norm that the reference term gets and must be in [0, 1], "
-            f"got share = {share}"
-        )
-    if scope not in ("global", "tensor"):
-        raise ValueError(f"scope must be 'global' or 'tensor', got scope = {scope!r}")
+    check_schedule("share", share, "in [0, 1]", SHARE)
+    check_choice("scope", scope, ("global", "tensor"))
     return Relative(share, scope)

@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from omerge_jax.checks import check_choice, check_delta, check_number, check_schedule, is_float
+from omerge_jax.numerics import copied, wide_dtype
+from omerge_jax.paths import path_names
 from omerge_jax.state import place_delta
+
+_RATE = "the share of the distance taken back in a step"
 
 
 class AnchoredState(NamedTuple):
@@ -33,14 +38,13 @@ def anchored(
 
     Chain it last. The decay is decoupled from the optimizer, as AdamW's is from the gradient, so that
     ``rate`` means the same for every parameter: with no other update the distance shrinks by
-    1 − ``rate`` a step. In alignment θ₀ is the fine-tuned model.
+    1 − ``rate`` a step. In alignment θ₀ is the fine-tuned model. Integer parameters are left alone.
 
     Args:
       rate: share of the distance that is taken back in a step, in [0, 1]; a float, a schedule of the
         step, or traced.
       gate: m. ``"all"``: 1, which is L2-SP with decoupled decay. ``"opposing"``: 1 where θ − θ₀ has
-        the sign opposite to τ_r, 0 elsewhere: what went against the fine-tuning is taken back, what
-        went along with it stays.
+        the sign opposite to τ_r, 0 elsewhere: only what went against the fine-tuning is taken back.
       delta: τ_r, for ``gate="opposing"``; copied into the state by ``init``.
 
     Returns:
@@ -48,8 +52,8 @@ def anchored(
       dtype.
 
     Raises:
-      ValueError: ``rate`` out of range, an unknown ``gate``, a missing or superfluous ``delta``; and,
-        when ``update`` is traced, missing parameters.
+      ValueError: ``rate`` out of range, an unknown ``gate``, a missing or superfluous ``delta``, or
+        one that is zero or not finite; and, when ``update`` is traced, missing or complex parameters.
 
     Example:
       >>> import optax
@@ -62,35 +66,46 @@ def anchored(
       Li et al., Explicit Inductive Bias for Transfer Learning, https://arxiv.org/abs/1802.01483;
       Loshchilov and Hutter, https://arxiv.org/abs/1711.05101. The gate is this project's own.
     """
-    if isinstance(rate, float | int) and not 0 <= rate <= 1:
-        raise ValueError(f"rate must be in [0, 1], got {rate}")
-    if gate not in ("all", "opposing"):
-        raise ValueError(f"gate must be 'all' or 'opposing', got {gate!r}")
-    if (delta is not None) != (gate == "opposing"):
-        raise ValueError(
-            f"gate={gate!r} {'needs' if delta is None else 'has no use for'} a delta; give delta= "
-            "with gate='opposing', and only there"
-        )
+    _check(rate, gate, delta)
 
     def init(params: Any) -> AnchoredState:
         held = None if delta is None else place_delta(params, delta)
-        return AnchoredState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.copy, params), held)
+        return AnchoredState(jnp.zeros([], jnp.int32), jax.tree.map(copied, params), held)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del extra
         if params is None:
             raise ValueError("anchored needs the parameters: tx.update(updates, state, params)")
         now = rate(state.step) if callable(rate) else rate
-
-        def pull(update: jax.Array, param: jax.Array, start: jax.Array, tau: Any = None) -> Any:
-            wide = jnp.promote_types(param.dtype, jnp.float32)
-            moved = param.astype(wide) - start.astype(wide)
-            if tau is not None:
-                moved = jnp.where(moved * tau < 0, moved, 0)
-            return (update.astype(wide) - now * moved).astype(update.dtype)
-
-        trees = (updates, params, state.start)
-        pulled = jax.tree.map(pull, *trees, *(() if delta is None else (state.delta,)))
-        return pulled, state._replace(step=optax.safe_increment(state.step))
+        check_number("rate", now, "in [0, 1]", _RATE)
+        trees = (updates, params, state.start, *(() if delta is None else (state.delta,)))
+        return _pull(now, *trees), state._replace(step=optax.safe_increment(state.step))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check(rate: optax.ScalarOrSchedule, gate: str, delta: Any) -> None:
+    check_schedule("rate", rate, "in [0, 1]", _RATE)
+    check_choice("gate", gate, ("all", "opposing"))
+    if (delta is not None) != (gate == "opposing"):
+        raise ValueError(
+            f"gate={gate!r} {'needs' if delta is None else 'has no use for'} a delta; give delta= "
+            "with gate='opposing', and only there"
+        )
+    check_delta(delta)
+
+
+def _pull(rate: jax.typing.ArrayLike, *trees: Any) -> Any:
+    """Returns the updates with the pull; ``trees`` are updates, θ, θ₀ and, with a gate, τ_r."""
+
+    def one(key_path: Any, update: Any, param: Any, start: Any, tau: Any = None) -> Any:
+        if update is None or not is_float(path_names(key_path), update, param):
+            return update
+        wide = wide_dtype(param.dtype)
+        moved = param.astype(wide) - start.astype(wide)
+        if tau is not None:
+            moved = jnp.where(moved * tau.astype(wide) < 0, moved, 0)
+        # Δθ − rate · m ⊙ (θ − θ₀)
+        return (update.astype(wide) - jnp.asarray(rate, wide) * moved).astype(update.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, *trees, is_leaf=lambda leaf: leaf is None)

@@ -5,6 +5,8 @@ from typing import Literal, Protocol
 import jax
 import jax.numpy as jnp
 
+from omerge_jax.checks import check_choice
+
 
 class Consensus(Protocol):
     """⊕: any elementwise callable that makes one update of two terms."""
@@ -47,10 +49,7 @@ def sign(election: Literal["unweighted", "weighted"] = "unweighted") -> Consensu
       >>> sign("weighted")(update, delta, alpha).tolist()
       [1.75, -0.75]
     """
-    if election not in ("unweighted", "weighted"):
-        raise ValueError(
-            f"election must be 'unweighted' or 'weighted', got election = {election!r}"
-        )
+    check_choice("election", election, ("unweighted", "weighted"))
 
     def elect(update: jax.Array, delta: jax.Array, alpha: jax.Array) -> jax.Array:
         # a = (1 − α)·F(Δθ), b = α·F(τ_r) (Eq. 5).

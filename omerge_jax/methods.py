@@ -7,7 +7,7 @@ import optax
 
 from omerge_jax import consensus
 from omerge_jax.alpha import Alpha
-from omerge_jax.online import DeltaMask, online_merge
+from omerge_jax.online import EVERY_STEP, DeltaMask, online_merge
 from omerge_jax.paths import LayerAxes
 from omerge_jax.rounding import Rounding
 from omerge_jax.sparsifiers.base import Draw
@@ -18,10 +18,10 @@ from omerge_jax.storage import Storage
 
 def on_dare(
     alpha: Alpha,
-    density: optax.ScalarOrSchedule,
     *,
+    density: optax.ScalarOrSchedule,
     delta: Any = None,
-    every_k: int = 1,
+    every_k: int = EVERY_STEP,
     rescale: Literal["inverse", "norm", "none"] = "inverse",
     delta_mask: DeltaMask = "fresh",
     clip: chex.Numeric | None = 1.0,
@@ -78,10 +78,10 @@ def on_dare(
 
 def on_ties(
     alpha: Alpha,
-    density: optax.ScalarOrSchedule,
     *,
+    density: optax.ScalarOrSchedule,
     delta: Any = None,
-    every_k: int = 1,
+    every_k: int = EVERY_STEP,
     rescale: Literal["none", "norm"] = "none",
     election: Literal["unweighted", "weighted"] = "unweighted",
     threshold: Literal["exact", "sampled"] = "exact",
@@ -137,7 +137,7 @@ def on_ties(
 def child_tuning(
     density: optax.ScalarOrSchedule,
     *,
-    every_k: int = 1,
+    every_k: int = EVERY_STEP,
     rescale: Literal["inverse", "norm", "none"] = "inverse",
     clip: chex.Numeric | None = 1.0,
     seed: chex.Numeric = 0,
@@ -167,7 +167,7 @@ def child_tuning(
     """
     return on_dare(
         0,
-        density,
+        density=density,
         every_k=every_k,
         rescale=rescale,
         clip=clip,
@@ -180,7 +180,7 @@ def child_tuning(
 def keep_largest(
     density: optax.ScalarOrSchedule,
     *,
-    every_k: int = 1,
+    every_k: int = EVERY_STEP,
     rescale: Literal["none", "norm"] = "none",
     threshold: Literal["exact", "sampled"] = "exact",
     seed: chex.Numeric = 0,
@@ -214,7 +214,7 @@ def keep_largest(
     """
     return on_ties(
         0,
-        density,
+        density=density,
         every_k=every_k,
         rescale=rescale,
         threshold=threshold,

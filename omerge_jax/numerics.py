@@ -1,5 +1,6 @@
 """Small numerical parts that several modules share."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -7,14 +8,16 @@ import jax
 import jax.numpy as jnp
 
 
-def wide_dtype(dtype: jax.typing.DTypeLike) -> Any:
-    """The dtype in which leaves of ``dtype`` are computed: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+def wide_dtype(*dtypes: jax.typing.DTypeLike) -> Any:
+    """The dtype in which leaves of these dtypes are computed together: at least float32."""
+    # The caller may have set strict promotion, under which bfloat16 and float32 have no common dtype.
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes, jnp.float32)
 
 
-def is_float(x: Any) -> bool:
-    """Whether a leaf is merged and rounded; leaves of integers pass through everywhere."""
-    return jnp.issubdtype(x.dtype, jnp.inexact)
+def copied(x: Any) -> Any:
+    """Returns a copy, so that ``x`` can be donated; of an abstract array there is nothing to copy."""
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.copy(x)
 
 
 def widened(x: jax.Array) -> jax.Array:

@@ -13,11 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
-from omerge_jax.alpha import Alpha
+from omerge_jax.alpha import ALPHA, Alpha, Relative
+from omerge_jax.checks import (
+    check_callable,
+    check_choice,
+    check_delta,
+    check_not_swapped,
+    check_schedule,
+    check_whole,
+)
 from omerge_jax.consensus import Consensus
 from omerge_jax.diagnostics import zero_scalars
+from omerge_jax.numerics import copied
 from omerge_jax.paths import (
     LayerAxes,
     layer_axes_rule,
@@ -40,6 +48,9 @@ from omerge_jax.storage import (
 )
 
 DeltaMask = Literal["fixed", "fresh"]
+# Of numpy, as optax.inject_hyperparams makes an array of every Python int, defaults included: nobody
+# would know when tracing that it is 1, and the parameters of the last merge would be kept for nothing.
+EVERY_STEP: Any = np.int64(1)
 
 
 def online_merge(
@@ -48,7 +59,7 @@ def online_merge(
     *,
     alpha: Alpha,
     delta: Any = None,
-    every_k: int = 1,
+    every_k: int = EVERY_STEP,
     delta_mask: DeltaMask = "fresh",
     storage: Storage = "dense",
     rounding: Rounding = "stochastic",
@@ -110,8 +121,10 @@ def online_merge(
       as 0 while the reward is low.
 
     Raises:
-      ValueError: an argument out of range; and, when ``update`` is traced, a missing delta or
-        missing parameters.
+      ValueError: an argument out of range or of another kind; and, when ``update`` is traced, a
+        missing delta, missing parameters, complex leaves or shards of leaves (inside
+        ``jax.shard_map``). A schedule that leaves its range raises outside of ``jax.jit``; compiled it
+        is reported by ``jax.experimental.checkify.checkify(tx.update)``.
 
     Example:
       >>> import optax, omerge_jax as om
@@ -162,8 +175,9 @@ def merge_then_round(
       seed: fixes stochastic rounding.
       settings: the other arguments of `online_merge`.
     """
-    if delta_mask not in get_args(DeltaMask):
-        raise ValueError(f"delta_mask must be 'fixed' or 'fresh', got delta_mask = {delta_mask!r}")
+    check_choice("delta_mask", delta_mask, get_args(DeltaMask))
+    check_callable("sparsifier", sparsifier, ("x", "ctx"), "omerge_jax.random(0.1)")
+    check_callable("consensus", consensus, ("update", "delta", "alpha"), "omerge_jax.linear()")
     rounds = rounded(rounding, seed=seed)
     merge = MergeSettings(
         as_sparsifier(sparsifier),
@@ -181,15 +195,14 @@ def merge_then_round(
 def _check(settings: MergeSettings, delta: Any) -> None:
     """Raises ValueError where the settings of a merge are out of range or do not go together."""
     alpha, every_k = settings.alpha, settings.every_k
-    if isinstance(alpha, (int, float)) and not 0 <= alpha <= 1:
-        raise ValueError(
-            "alpha is the weight of the reference delta (the update gets 1 - alpha) and must be in "
-            f"[0, 1], got alpha = {alpha}"
-        )
-    if isinstance(every_k, (int, float, np.number)) and (every_k < 1 or int(every_k) != every_k):
+    if not isinstance(alpha, Relative):
+        check_schedule("alpha", alpha, "in [0, 1]", ALPHA)
+        check_not_swapped(alpha, getattr(settings.sparsifier, "density", None))
+    if not isinstance(every_k, (int, np.integer)) or every_k < 1:
         raise ValueError(
             "every_k is the number of optimizer steps from one merge to the next and must be an "
-            f"integer of at least 1, got every_k = {every_k}"
+            f"integer of at least 1, got every_k = {every_k!r}; under optax.inject_hyperparams name it "
+            "in static_args"
         )
     if not isinstance(settings.diagnostics, bool):
         raise ValueError(
@@ -202,6 +215,7 @@ def _check(settings: MergeSettings, delta: Any) -> None:
             "base_params to update"
         )
     check_storage(settings.storage, settings.sparsifier, settings.fixed_delta)
+    check_delta(delta)
 
 
 def _transformation(
@@ -224,6 +238,8 @@ def _transformation(
         **extra_args: Any,
     ) -> tuple[optax.Updates, OnlineMergeState]:
         del extra_args
+        for path, leaf in leaves_by_path(updates if params is None else params).items():
+            check_whole(path, leaf)
         reference = (reference_params, base_params)
         _require(settings, state, params, reference)
         step = MergeStep(settings, state, params, reference, alpha_scale)
@@ -257,7 +273,8 @@ def _unset_state(
         axes = settings.axes(path, len(shape))
         return UnsetDelta(shape, Recipe("sparse", sparsifier, axes, path))
 
-    reference_delta = delta_fit = None
+    delta_fit = None
+    reference_delta = optax.EmptyState() if settings.uses_delta else None
     if settings.uses_delta and settings.storage != "recompute":
         reference_delta = jax.tree_util.tree_map_with_path(unset, params)
         rule = layer_axes_rule(settings.layer_axes)
@@ -269,13 +286,11 @@ def _unset_state(
         ):
             fit = DeltaFit(jnp.zeros([0], jnp.float32), sparsifier, rule)
             delta_fit = fit.unset(leaves_by_path(reference_delta, is_delta_leaf))
-    every_k = settings.every_k
-    merges_always = not isinstance(every_k, Tracer) and every_k == 1
     return OnlineMergeState(
         merge_count=jnp.zeros([], jnp.int32),
         reference_delta=reference_delta,
         delta_fit=delta_fit,
-        merged_params=None if merges_always else jax.tree.map(jnp.copy, params),
+        merged_params=None if settings.every_k == 1 else jax.tree.map(copied, params),
         rounding_state=after.init(params),
         merge_scalars=zero_scalars(settings.diagnostics),
     )

@@ -11,9 +11,9 @@ import optax
 
 from omerge_jax import consensus
 from omerge_jax.alpha import Alpha
+from omerge_jax.checks import is_float
 from omerge_jax.fused import fused_chain
-from omerge_jax.numerics import is_float
-from omerge_jax.online import DeltaMask, merge_then_round
+from omerge_jax.online import EVERY_STEP, DeltaMask, merge_then_round
 from omerge_jax.paths import LayerAxes, Path, map_by_path
 from omerge_jax.rounding import Rounding
 from omerge_jax.sparsifiers.base import Draw
@@ -43,7 +43,11 @@ def _adam(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        assert isinstance(state, optax.ScaleByAdamState)
+        # The caller may have set strict promotion, but moments and gradients may differ in dtype.
+        with jax.numpy_dtype_promotion("standard"):
+            return step(updates, state)
+
+    def step(updates: Any, state: Any) -> tuple[optax.Updates, optax.OptState]:
         count = jnp.asarray(optax.safe_increment(state.count))
         # m ← β1·m + (1 − β1)·g and v ← β2·v + (1 − β2)·g².
         mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
@@ -67,7 +71,7 @@ def _one_minus_power(base: chex.Numeric, exponent: jax.Array) -> jax.Array:
         log = math.log(base) if base > 0 else -math.inf
     else:
         log = jnp.log(base)
-    return -jnp.expm1(exponent * jnp.asarray(log, jnp.float32))
+    return -jnp.expm1(exponent.astype(jnp.float32) * jnp.asarray(log, jnp.float32))
 
 
 def _decay_merged(
@@ -90,8 +94,7 @@ def _decay_merged(
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
         def decay(path: Path, update: jax.Array, param: jax.Array) -> jax.Array:
-            del path
-            if not is_float(update):
+            if not is_float(path, update, param):
                 return update
             # u ← u − lr·wd·(θ + u)
             return update - rate * weight_decay * (param.astype(update.dtype) + update)
@@ -113,7 +116,7 @@ def on_dare_adamw(
     alpha: Alpha,
     density: optax.ScalarOrSchedule,
     delta: Any = None,
-    every_k: int = 1,
+    every_k: int = EVERY_STEP,
     rescale: Literal["inverse", "norm", "none"] = "inverse",
     delta_mask: DeltaMask = "fresh",
     clip: chex.Numeric | None = 1.0,
@@ -184,7 +187,7 @@ def on_ties_adamw(
     alpha: Alpha,
     density: optax.ScalarOrSchedule,
     delta: Any = None,
-    every_k: int = 1,
+    every_k: int = EVERY_STEP,
     rescale: Literal["none", "norm"] = "none",
     election: Literal["unweighted", "weighted"] = "unweighted",
     threshold: Literal["exact", "sampled"] = "exact",

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omerge_jax.numerics import is_float, wide_dtype, widened
+from omerge_jax.checks import check_choice, check_integer, check_whole, is_float
+from omerge_jax.numerics import wide_dtype, widened
 from omerge_jax.paths import Path, leaves_by_path, map_by_path
 from omerge_jax.random_mask import rounding_bits
 
@@ -72,7 +73,8 @@ def round_stochastically(update: jax.Array, param: jax.Array, bits: jax.Array) -
     whole = jnp.floor(steps)
     # Compared, not added: the sum would be rounded once more, and upwards near the next whole.
     rounded = step * jnp.where(uniform < steps - whole, whole + 1, whole)
-    return jnp.where(update < 0, -rounded, rounded)
+    # An infinite update has no grid; it must arrive as it is to be seen.
+    return jnp.where(jnp.isinf(update), update, jnp.where(update < 0, -rounded, rounded))
 
 
 def _round_by_dither(update: jax.Array, param: jax.Array, bits: jax.Array) -> jax.Array:
@@ -112,7 +114,7 @@ def round_compensated(
     # u + c is due; ulp·round((u + c)/ulp) is emitted, and the rest is the next c.
     due = update + residual
     step, inverse = _grid(param, due)
-    rounded = step * jnp.round(due * inverse)
+    rounded = jnp.where(jnp.isinf(due), due, step * jnp.round(due * inverse))
     return rounded, due - rounded
 
 
@@ -164,10 +166,8 @@ def rounded(how: Rounding, *, seed: Any = 0) -> optax.GradientTransformationExtr
     References:
       Zamirai et al., Revisiting BFloat16 Training, https://arxiv.org/abs/2010.06192.
     """
-    if how not in get_args(Rounding):
-        raise ValueError(
-            f"rounding must be 'stochastic', 'compensated' or 'nearest', got rounding = {how!r}"
-        )
+    check_choice("rounding", how, get_args(Rounding))
+    check_integer("seed", seed)
     if how == "nearest":
         return optax.with_extra_args_support(optax.identity())
 
@@ -190,8 +190,9 @@ def rounded(how: Rounding, *, seed: Any = 0) -> optax.GradientTransformationExtr
         residuals = leaves_by_path(state.rounding_residual)
 
         def emit(path: Path, update: jax.Array, param: jax.Array) -> jax.Array:
-            if not is_float(update):
+            if not is_float(path, update, param):
                 return update
+            check_whole(path, update)
             wide = widened(update)
             if how == "compensated":
                 emitted, residuals[path] = round_compensated(wide, residuals[path], param)

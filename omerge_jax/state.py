@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
+from omerge_jax.checks import check_delta
 from omerge_jax.paths import leaves_by_path, path_names, show
 from omerge_jax.storage import DeltaFit, Recipe, is_delta_leaf
 
@@ -16,8 +18,8 @@ class OnlineMergeState(NamedTuple):
     Attributes:
       merge_count: int32 scalar, optimizer steps taken.
       reference_delta: τ_r with the structure of the parameters; ``UnsetDelta`` leaves until a delta
-        is set, ``SparseDelta`` leaves with ``storage="sparse"``; None where alpha is 0 and with
-        ``storage="recompute"``.
+        is set, ``SparseDelta`` leaves with ``storage="sparse"``; None where alpha is 0, and
+        ``optax.EmptyState()`` with ``storage="recompute"``.
       delta_fit: ``DeltaFit`` with a float32 [m], what the sparsifier fitted to the fixed delta when
         that was set; None where it fits nothing, or anew at every merge.
       merged_params: the parameters as the last merge left them, in their dtype; None for
@@ -93,8 +95,9 @@ def with_delta(opt_state: chex.ArrayTree, delta: Any) -> Any:
 
     Finds the merge states anywhere: inside ``optax.chain``, ``masked``, ``partition``,
     ``MultiSteps``, ``inject_hyperparams``, ``apply_if_finite`` … A delta that was set before is
-    replaced. Pure: works under ``jax.jit`` (with ``out_shardings``) and ``jax.eval_shape``; under jit
-    pass the delta as an argument, or it becomes a constant of the program.
+    replaced. A merge whose alpha is the literal 0 goes on without one. Pure: works under ``jax.jit``
+    (with ``out_shardings``) and ``jax.eval_shape``; under jit pass the delta as an argument, or it
+    becomes a constant of the program.
 
     Args:
       opt_state: what ``tx.init(params)`` returned.
@@ -105,8 +108,9 @@ def with_delta(opt_state: chex.ArrayTree, delta: Any) -> Any:
       The new optimizer state.
 
     Raises:
-      ValueError: there is no online merge in ``opt_state`` that takes a delta, or the delta lacks a
-        parameter or has one of another shape.
+      ValueError: there is no online merge in ``opt_state`` that takes a delta, the delta lacks a
+        parameter or has one of another shape; and, outside of ``jax.jit``, the delta is zero
+        everywhere, has entries that are not finite, or is of integers.
 
     Example:
       >>> import optax, omerge_jax as om
@@ -114,16 +118,16 @@ def with_delta(opt_state: chex.ArrayTree, delta: Any) -> Any:
       >>> tx = optax.chain(optax.adamw(1e-3), om.on_dare(alpha=1e-3, density=0.5))
       >>> opt_state = om.with_delta(tx.init(params), {"w": jnp.full(3, 0.1)})
     """
-    states = [s for s in merge_states(opt_state) if s.reference_delta is not None]
-    if not states:
+    if all(isinstance(s.reference_delta, optax.EmptyState) for s in merge_states(opt_state)):
         raise ValueError(
             "opt_state holds no online merge that takes a delta; chain omerge_jax.on_dare or on_ties "
-            "(with alpha > 0, and another storage than 'recompute') after the optimizer and call "
-            "with_delta on its state"
+            "(with another storage than 'recompute') after the optimizer and call with_delta on its "
+            "state"
         )
+    check_delta(delta)
 
     def fill(node: Any) -> Any:
-        if not is_merge_state(node) or node.reference_delta is None:
+        if not is_merge_state(node) or not jax.tree.leaves(node.reference_delta, is_delta_leaf):
             return node
         return place_in_state(node, delta)
 

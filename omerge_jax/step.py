@@ -11,10 +11,11 @@ import numpy as np
 import optax
 
 from omerge_jax.alpha import Alpha, Relative, alpha_at, alpha_of_leaves
+from omerge_jax.checks import is_float
 from omerge_jax.consensus import Consensus
 from omerge_jax.diagnostics import SAMPLE_ENTRIES, leaf_sums, prefixed, scalars_from_sums
 from omerge_jax.entries import Entries, Sample, choose_sample, entries_of
-from omerge_jax.numerics import is_float, wide_dtype, widened
+from omerge_jax.numerics import wide_dtype, widened
 from omerge_jax.paths import (
     Axes,
     LayerAxes,
@@ -50,7 +51,7 @@ class MergeSettings:
     sparsifier: BaseSparsifier
     consensus: Consensus
     alpha: Alpha
-    every_k: Any
+    every_k: int
     fixed_delta: bool
     storage: Storage
     layer_axes: LayerAxes
@@ -61,7 +62,7 @@ class MergeSettings:
     def uses_delta(self) -> bool:
         """Whether there is a reference term: alpha is not the literal 0."""
         alpha = self.alpha
-        return not (isinstance(alpha, (int, float, np.integer)) and alpha == 0)
+        return not (isinstance(alpha, (int, float, np.number)) and alpha == 0)
 
     def axes(self, path: Path, ndim: int) -> Axes:
         """Returns which axes of a leaf index separate tensors."""
@@ -172,7 +173,7 @@ class LeafMerge:
             return None
         arrays = [to_front(x, self.axes) for x in self.delta.arrays]
         arrays = arrays if sample is None else [sample.take(x) for x in arrays]
-        wide = jnp.promote_types(wide_dtype(arrays[0].dtype), arrays[-1].dtype)
+        wide = wide_dtype(arrays[0].dtype, arrays[-1].dtype)
         first, *second = (x.astype(wide) for x in arrays)
         delta = first - second[0] if second else first
         return delta.astype(wide_dtype(self.update.dtype))
@@ -277,10 +278,11 @@ class MergeStep:
         Returns:
           What is emitted before it is rounded, in float32 or wider, and the scalars of the step.
         """
+        params = self.params or {}
         leaves = {
             path: self._leaf(path, entries_of(update), moved)
             for path, update in leaves_by_path(updates).items()
-            if is_float(update)
+            if is_float(path, update, params.get(path))
         }
         for leaf in leaves.values():
             leaf.look_ahead()
@@ -302,11 +304,11 @@ class MergeStep:
         if self.settings.diagnostics:
             known = self.params is not None
             scalars |= prefixed(scalars_from_sums(sums, knows_params=known))
-        # Leaves of integers pass.
-        passed = jax.tree.map(
-            lambda old: old if is_float(old) else entries_of(old).whole(), updates
-        )
-        return map_by_path(lambda path, old: merged.get(path, old), passed), scalars
+
+        def emit(path: Path, update: Any) -> jax.Array:
+            return merged[path] if path in merged else entries_of(update).whole()
+
+        return map_by_path(emit, updates), scalars
 
     def _leaf(self, path: Path, update: Entries, moved: dict[Path, jax.Array] | None) -> LeafMerge:
         return LeafMerge(
@@ -351,9 +353,10 @@ class MergeStep:
         def merge(wide: Any) -> tuple[Any, dict[str, jax.Array]]:
             # Δc = θ − θ_m: what the steps since the last merge have moved.
             paths = leaves_by_path(wide)
-            moved = {p: _minus(params[p], last[p]) for p, u in paths.items() if is_float(u)}
+            floats = [p for p, u in paths.items() if is_float(p, u, params[p])]
+            moved = {p: _minus(params[p], last[p]) for p in floats}
             # Δθ ← Δθ + Δc
-            span = map_by_path(lambda p, u: u + moved[p] if is_float(u) else u, wide)
+            span = map_by_path(lambda p, u: u + moved[p] if p in moved else u, wide)
             return self.merge(span, moved)
 
         wide = jax.tree.map(_widened_whole, updates)
@@ -369,7 +372,7 @@ def _minus(param: jax.Array, last: jax.Array) -> jax.Array:
 
 def _widened_whole(update: Any) -> jax.Array:
     whole = entries_of(update).whole()
-    return widened(whole) if is_float(whole) else whole
+    return widened(whole) if jnp.issubdtype(whole.dtype, jnp.floating) else whole
 
 
 def held_deltas(

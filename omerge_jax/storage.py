@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from omerge_jax.checks import check_choice
 from omerge_jax.numerics import wide_dtype
 from omerge_jax.paths import Axes, LayerAxes, Path, layer_axes_of, to_front
 from omerge_jax.sparsifiers.base import BaseSparsifier, FittedSparsifier, SparsifyContext
@@ -216,11 +217,7 @@ def check_storage(storage: Storage, sparsifier: BaseSparsifier, stands_still: bo
       sparsifier: F.
       stands_still: whether F(τ_r) is the same at every step.
     """
-    if storage not in get_args(Storage):
-        raise ValueError(
-            "storage must be 'dense', 'sparse', 'pinned_host' or 'recompute', got storage = "
-            f"{storage!r}"
-        )
+    check_choice("storage", storage, get_args(Storage))
     if storage != "sparse":
         return
     if not stands_still:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from omerge_jax.checks import check_choice, check_integer, check_number
 from omerge_jax.sparsifiers.base import (
     FittedSparsifier,
     SparsifyContext,
@@ -64,18 +65,9 @@ class _Band(FittedSparsifier):
 
     def _keep(self, x: jax.Array, fitted: jax.Array, ctx: SparsifyContext) -> jax.Array:
         order = tie_order(x, ctx, self.seed)
-        outlier = is_beyond(x, fitted[..., 3:6], order)
-        # Where no outlier is dropped, what is not finite is not hidden either.
-        outlier &= ~per_layer(jnp.isinf(fitted[..., 3]), x)
+        # What is not finite is no outlier to be dropped: it must be seen.
+        outlier = is_beyond(x, fitted[..., 3:6], order) & jnp.isfinite(x)
         return jnp.where(is_beyond(x, fitted[..., :3], order) & ~outlier, x, 0)
-
-
-def check_gamma(gamma: jax.typing.ArrayLike) -> None:
-    """Raises ValueError where a Python number is not a share of outliers: 0 <= gamma < 1."""
-    if isinstance(gamma, (int, float)) and not 0 <= gamma < 1:
-        raise ValueError(
-            f"gamma is the share of outliers dropped and must be in [0, 1), got gamma = {gamma}"
-        )
 
 
 def band(
@@ -107,7 +99,7 @@ def band(
       is float32 [*layers, 6], or [*layers, 7] with ``rescale="norm"``.
 
     Raises:
-      ValueError: a density outside (0, 1], a gamma outside [0, 1), or an unknown ``rescale``.
+      ValueError: a density outside (0, 1], a gamma outside [0, 1), or another bad argument.
 
     Example:
       >>> from omerge_jax import SparsifyContext
@@ -119,7 +111,7 @@ def band(
       Davari and Belilovsky, Model Breadcrumbs, https://arxiv.org/abs/2312.06795, Section 3.
     """
     check_density(density)
-    check_gamma(gamma)
-    if rescale not in ("none", "norm"):
-        raise ValueError(f"rescale must be 'none' or 'norm', got rescale = {rescale!r}")
+    check_number("gamma", gamma, "in [0, 1)", "the share of outliers dropped")
+    check_choice("rescale", rescale, ("none", "norm"))
+    check_integer("seed", seed)
     return _Band(density, gamma, rescale, seed)

@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import optax
 
 from omerge_jax import random_mask
+from omerge_jax.checks import check_number, check_schedule
 from omerge_jax.entries import Entries, Sample
 from omerge_jax.numerics import wide_dtype, widened
 from omerge_jax.paths import Path
 from omerge_jax.threshold.edge import TieOrder
 
+_DENSITY = "the share of entries kept"
 Shaped = jax.Array | jax.ShapeDtypeStruct
 
 
@@ -175,16 +177,15 @@ def identity() -> Sparsifier:
 
 
 def check_density(density: optax.ScalarOrSchedule) -> None:
-    """Raises ValueError where a Python number is not a density: 0 < density <= 1."""
-    if isinstance(density, (int, float)) and not 0 < density <= 1:
-        raise ValueError(
-            f"density is the share of entries kept and must be in (0, 1], got density = {density}"
-        )
+    """Raises ValueError where a number is not a density: 0 < density <= 1."""
+    check_schedule("density", density, "in (0, 1]", _DENSITY)
 
 
 def density_at(density: optax.ScalarOrSchedule, step: jax.Array) -> jax.typing.ArrayLike:
     """Returns the density at a step, where it is a schedule."""
-    return density(step) if callable(density) else density
+    share = density(step) if callable(density) else density
+    check_number("density", share, "in (0, 1]", _DENSITY)
+    return share
 
 
 def keeps_all(density: optax.ScalarOrSchedule) -> bool:
@@ -231,7 +232,8 @@ def norm_ratio(
         for x in (dense, kept)
     )
     after = after + eps
-    return jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0)
+    # A NaN is not equal to 0, so that what is kept becomes NaN and not silently 0.
+    return jnp.where(after == 0, 0, before / jnp.where(after == 0, 1, after))
 
 
 def tie_order(x: Shaped, ctx: SparsifyContext, seed: jax.typing.ArrayLike) -> TieOrder:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from omerge_jax.checks import check_choice, check_integer
 from omerge_jax.entries import Entries, Sample, choose_sample, entries_of
 from omerge_jax.sparsifiers.base import (
     FittedSparsifier,
@@ -188,8 +189,7 @@ def magnitude(
       https://arxiv.org/abs/2405.17931, Section 3.2.
     """
     check_density(density)
-    if rescale not in ("none", "norm"):
-        raise ValueError(f"rescale must be 'none' or 'norm', got rescale = {rescale!r}")
-    if threshold not in ("exact", "sampled"):
-        raise ValueError(f"threshold must be 'exact' or 'sampled', got threshold = {threshold!r}")
+    check_choice("rescale", rescale, ("none", "norm"))
+    check_choice("threshold", threshold, ("exact", "sampled"))
+    check_integer("seed", seed)
     return _Magnitude(density, rescale, threshold, seed)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from omerge_jax import random_mask
+from omerge_jax.checks import check_choice, check_integer, check_number
 from omerge_jax.sparsifiers.base import (
     BaseSparsifier,
     Draw,
@@ -99,7 +100,7 @@ def random(
       A sparsifier.
 
     Raises:
-      ValueError: a density outside (0, 1] or an unknown ``rescale``.
+      ValueError: an argument of another kind or out of range.
 
     Example:
       >>> from omerge_jax import SparsifyContext
@@ -112,6 +113,9 @@ def random(
       https://arxiv.org/abs/2405.17931, Eq. 3.
     """
     check_density(density)
-    if rescale not in ("inverse", "norm", "none"):
-        raise ValueError(f"rescale must be 'inverse', 'norm' or 'none', got rescale = {rescale!r}")
+    check_choice("rescale", rescale, ("inverse", "norm", "none"))
+    check_integer("seed", seed)
+    check_number("eps", eps, "at least 0")
+    if clip is not None:
+        check_number("clip", clip, "above 0", "the largest size of an entry of the delta")
     return _Random(density, rescale, clip, seed, draw, eps)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from omerge_jax import random_mask
+from omerge_jax.checks import check_choice, check_integer, check_number, known
 from omerge_jax.paths import Path, show
 from omerge_jax.sparsifiers.base import (
     BaseSparsifier,
@@ -93,14 +94,12 @@ def rank_axis_of(axis: RankAxis, shape: Sequence[int], layer_axes: int, path: Pa
 
 
 def check_epsilon(epsilon: jax.typing.ArrayLike, density: optax.ScalarOrSchedule) -> None:
-    """Raises ValueError where Python numbers put ``density ± epsilon`` outside (0, 1)."""
-    if not isinstance(epsilon, (int, float)):
+    """Raises ValueError where known numbers put ``density ± epsilon`` outside (0, 1)."""
+    check_number("epsilon", epsilon, "at least 0")
+    width, middle = known(epsilon), known(density)
+    if width is None or middle is None or middle == 1:
         return
-    if not epsilon >= 0:
-        raise ValueError(f"epsilon must not be negative, got epsilon = {epsilon}")
-    if not isinstance(density, (int, float)) or density == 1:
-        return
-    if not 0 < density - epsilon <= density + epsilon < 1:
+    if not 0 < middle - width <= middle + width < 1:
         raise ValueError(
             "density - epsilon and density + epsilon must lie in (0, 1), got density = "
             f"{density} and epsilon = {epsilon}; take a smaller epsilon"
@@ -157,6 +156,6 @@ def magnitude_ranked(
     """
     check_density(density)
     check_epsilon(epsilon, density)
-    if rescale not in ("inverse", "norm", "none"):
-        raise ValueError(f"rescale must be 'inverse', 'norm' or 'none', got rescale = {rescale!r}")
+    check_choice("rescale", rescale, ("inverse", "norm", "none"))
+    check_integer("seed", seed)
     return _Ranked(density, epsilon, rescale, axis, seed, draw)

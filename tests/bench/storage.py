@@ -45,8 +45,8 @@ WAYS = (
 
 def _merges(density: float, storage: Any) -> dict[str, Any]:
     common: dict[str, Any] = {"storage": storage, "rounding": "nearest"}
-    ties = om.on_ties(_ALPHA, density, layer_axes=layer_axes, **common)
-    dare = om.on_dare(_ALPHA, density, delta_mask="fixed", **common)
+    ties = om.on_ties(_ALPHA, density=density, layer_axes=layer_axes, **common)
+    dare = om.on_dare(_ALPHA, density=density, delta_mask="fixed", **common)
     return {"on_dare, fixed": dare, "on_ties": ties}
 
 
@@ -55,7 +55,8 @@ def state_bytes(merge: Any, shapes: Any, dtype: Any) -> int:
 
     def init(params: Any, delta: Any) -> Any:
         state = merge.init(params)
-        return om.with_delta(state, delta) if state.reference_delta is not None else state
+        holds_none = isinstance(state.reference_delta, optax.EmptyState)
+        return state if holds_none else om.with_delta(state, delta)
 
     delta = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), shapes)
     state = jax.eval_shape(init, shapes, delta)

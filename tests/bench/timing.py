@@ -149,7 +149,7 @@ def sampled_share(shapes: Any, steps: int = 4) -> dict[str, float]:
       at any of the later steps.
     """
     # Without a reference the merge emits F(Δθ), whose entries are then counted.
-    keep = om.on_ties(0, TIES_DENSITY, threshold="sampled", layer_axes=layer_axes)
+    keep = om.on_ties(0, density=TIES_DENSITY, threshold="sampled", layer_axes=layer_axes)
     tx: Any = om.fused_chain(optax.adamw(1e-6), keep)
     data = Data(shapes)
     state = tx.init(data.params)

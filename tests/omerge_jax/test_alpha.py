@@ -25,7 +25,8 @@ def step(alpha, updates, delta, **options):
     options = {"rounding": "nearest", "layer_axes": layer_axes} | options
     tx = om.online_merge(om.identity(), om.linear(), alpha=alpha, **options)
     params = tree(9)
-    state = om.with_delta(tx.init(params), delta)
+    # Compiled, as a delta of zeros is refused outside of jit.
+    state = jax.jit(om.with_delta)(tx.init(params), delta)
     return jax.jit(tx.update)(updates, state, params)
 
 
@@ -68,7 +69,7 @@ def test_globally_all_tensors_share_one_alpha(share):
 
 def test_the_norms_are_those_of_what_is_kept():
     updates, delta = tree(0, 1e-3), tree(1)
-    tx = om.on_dare(om.relative(0.2), 0.3, rounding="nearest", diagnostics=True)
+    tx = om.on_dare(om.relative(0.2), density=0.3, rounding="nearest", diagnostics=True)
     params = tree(9)
     state = om.with_delta(tx.init(params), delta)
     _, state = jax.jit(tx.update)(updates, state, params)
@@ -109,7 +110,9 @@ def test_it_follows_the_learning_rate():
     delta, grads = tree(1), tree(0)
     moved = {}
     for rate in (1e-2, 1e-6):
-        tx = optax.chain(optax.sgd(rate), om.on_dare(om.relative(0.1), 1.0, rounding="nearest"))
+        tx = optax.chain(
+            optax.sgd(rate), om.on_dare(om.relative(0.1), density=1.0, rounding="nearest")
+        )
         params = tree(9)
         state = om.with_delta(tx.init(params), delta)
         updates, _ = tx.update(grads, state, params)
@@ -132,7 +135,7 @@ def test_it_goes_wherever_an_alpha_goes(make, every_k):
 
 
 def test_a_schedule_of_alpha_that_ends_at_zero_leaves_the_update():
-    tx = om.on_dare(optax.linear_schedule(0.5, 0.0, 2), 1.0, rounding="nearest")
+    tx = om.on_dare(optax.linear_schedule(0.5, 0.0, 2), density=1.0, rounding="nearest")
     params, updates = tree(9), tree(0)
     state = om.with_delta(tx.init(params), tree(1))
     for _ in range(3):

@@ -59,8 +59,8 @@ def test_rate_follows_a_schedule_and_works_compiled_in_bfloat16():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rate": 1.5}, r"rate must be in \[0, 1\], got 1.5"),
-        ({"rate": 0.1, "gate": "both"}, "gate must be 'all' or 'opposing', got 'both'"),
+        ({"rate": 1.5}, r"rate is .* must be in \[0, 1\], got rate = 1.5"),
+        ({"rate": 0.1, "gate": "both"}, "gate must be 'all' or 'opposing', got gate = 'both'"),
         ({"rate": 0.1, "gate": "opposing"}, "needs a delta"),
         ({"rate": 0.1, "delta": {"w": jnp.ones(1)}}, "has no use for a delta"),
     ],

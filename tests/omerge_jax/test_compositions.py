@@ -80,7 +80,7 @@ class Kind(NamedTuple):
 
     def make(self, alpha=ALPHA, **options):
         options = {"seed": SEED, "rounding": "nearest"} | options
-        return self.factory(alpha, DENSITY, **options)
+        return self.factory(alpha, density=DENSITY, **options)
 
     def merge(self, updates, delta, step, alpha=ALPHA):
         """Merges the leaves of nested dicts."""
@@ -134,7 +134,8 @@ gradient = jax.jit(jax.grad(loss))
 
 def training_loop(tx, params=START, delta=DELTA, steps=STEPS, grad=gradient):
     """Returns the parameters and the state after some steps of the library."""
-    state = om.with_delta(tx.init(params), delta)
+    # Compiled, as a delta of zeros is refused outside of jit.
+    state = jax.jit(om.with_delta)(tx.init(params), delta)
     update = jax.jit(tx.update)
     for _ in range(steps):
         updates, state = update(grad(params), state, params)
@@ -274,7 +275,7 @@ def test_lion_whose_updates_all_tie(kind):
 
 
 def test_magnitude_keeps_its_count_of_lion_updates_and_others_at_every_step():
-    tx = optax.chain(optax.lion(RATE, weight_decay=0.0), om.on_ties(0, DENSITY))
+    tx = optax.chain(optax.lion(RATE, weight_decay=0.0), om.on_ties(0, density=DENSITY))
     state, kept = tx.init(START), []
     for _ in range(3):
         updates, state = tx.update(gradient(START), state, START)
@@ -357,7 +358,7 @@ def test_inject_hyperparams_follows_a_schedule_and_a_hand(kind, static_args):
     if static_args:
         # A callable that is no schedule.
         options["layer_axes"] = lambda path: int(path[0] == "stacked")
-    merge = optax.inject_hyperparams(kind.factory, static_args)(falling, DENSITY, **options)
+    merge = optax.inject_hyperparams(kind.factory, static_args)(falling, density=DENSITY, **options)
     tx = optax.chain(optax.inject_hyperparams(optax.sgd)(RATE), merge)
     params, state = START, om.with_delta(tx.init(START), DELTA)
     update = jax.jit(tx.update)

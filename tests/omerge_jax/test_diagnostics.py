@@ -13,7 +13,7 @@ def test_metrics_are_what_numpy_computes():
     rng = np.random.default_rng(0)
     update, delta = (rng.normal(size=(40, 30)).astype(np.float32) for _ in range(2))
     alpha, density = 0.3, 0.25
-    tx = om.on_ties(alpha, density, diagnostics=True)
+    tx = om.on_ties(alpha, density=density, diagnostics=True)
     params = {"w": jnp.ones((40, 30))}
     state = om.with_delta(tx.init(params), {"w": jnp.asarray(delta)})
     updates, state = tx.update({"w": jnp.asarray(update)}, state, params)
@@ -52,7 +52,7 @@ def test_rounding_lost_counts_updates_that_move_nothing():
 
 def test_several_merges_are_told_apart():
     labels = {"a": "x", "b": "y"}
-    by_label = {"x": om.on_dare(0.1, 0.5), "y": om.on_ties(0.2, 0.5)}
+    by_label = {"x": om.on_dare(0.1, density=0.5), "y": om.on_ties(0.2, density=0.5)}
     params = {"a": jnp.ones(3), "b": jnp.ones(3)}
     tx = optax.partition(by_label, labels)
     state = om.with_delta(tx.init(params), params)
@@ -69,7 +69,7 @@ def test_measuring_changes_no_update(factory, every_k):
     params, delta = {"w": jnp.arange(1.0, 50.0)}, {"w": jnp.sin(jnp.arange(49.0))}
     trajectories = []
     for diagnostics in (False, True):
-        tx = factory(0.3, 0.5, every_k=every_k, diagnostics=diagnostics)
+        tx = factory(0.3, density=0.5, every_k=every_k, diagnostics=diagnostics)
         state = om.with_delta(tx.init(params), delta)
         steps = []
         for step in range(6):
@@ -125,7 +125,7 @@ def test_diagnostics_is_a_bool():
     with pytest.raises(
         ValueError, match=r"diagnostics must be True or False .* got diagnostics = 10"
     ):
-        om.on_dare(0.1, 0.5, diagnostics=10)
+        om.on_dare(0.1, density=0.5, diagnostics=10)
 
 
 def test_counts_do_not_stop_at_the_last_exact_float():

@@ -8,7 +8,7 @@ import pytest
 
 import omerge_jax
 
-MODULES = [f"omerge_jax.{m.name}" for m in pkgutil.iter_modules(omerge_jax.__path__)]
+MODULES = [m.name for m in pkgutil.walk_packages(omerge_jax.__path__, "omerge_jax.")]
 
 
 @pytest.mark.parametrize("name", MODULES)

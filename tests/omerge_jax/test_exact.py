@@ -133,7 +133,7 @@ def updates_of(chain, inner, dtype, density=0.3, steps=2):
     def leaf(seed):
         return jnp.asarray(np.random.default_rng(seed).normal(size=(2, 512, 400)), dtype)
 
-    tx = chain(inner, om.on_ties(0, density, layer_axes=1, rounding="nearest"))
+    tx = chain(inner, om.on_ties(0, density=density, layer_axes=1, rounding="nearest"))
     state = tx.init({"w": leaf(0)})
     update = jax.jit(tx.update)
     for step in range(steps):
@@ -164,7 +164,7 @@ def test_the_update_of_a_large_leaf_is_not_written_out():
     shape = (2, 1024, 1024)
 
     def temporary(chain):
-        tx = chain(optax.adamw(1e-2), om.on_ties(0, 0.3, layer_axes=1, rounding="nearest"))
+        tx = chain(optax.adamw(1e-2), om.on_ties(0, density=0.3, layer_axes=1, rounding="nearest"))
         params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
         state = jax.eval_shape(tx.init, params)
         step = jax.jit(lambda g, s, p: optax.apply_updates(p, tx.update(g, s, p)[0]))
@@ -178,7 +178,7 @@ MESHES = """
 import jax, jax.numpy as jnp, numpy as np, optax, omerge_jax as om
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 draw = lambda seed: np.random.default_rng(seed).normal(size=(2, 512, 400)).astype(np.float32)
-merge = om.on_ties(0, lambda step: 0.3 - 0.1 * step, layer_axes=1, rounding="nearest")
+merge = om.on_ties(0, density=lambda step: 0.3 - 0.1 * step, layer_axes=1, rounding="nearest")
 tx = om.fused_chain(optax.lion(1e-2), merge)
 def run(place):
     state = tx.init({"w": place(draw(0))})

@@ -60,8 +60,8 @@ def walk(tx, steps=2):
 @pytest.mark.parametrize("threshold", ["exact", "sampled"])
 def test_it_emits_what_the_chain_emits(inner, threshold):
     options = {"threshold": threshold, "layer_axes": layer_axes, "rounding": "nearest"}
-    chained, _, before = walk(optax.chain(inner(), om.on_ties(0.1, 0.3, **options)))
-    fused, _, after = walk(om.fused_chain(inner(), om.on_ties(0.1, 0.3, **options)))
+    chained, _, before = walk(optax.chain(inner(), om.on_ties(0.1, density=0.3, **options)))
+    fused, _, after = walk(om.fused_chain(inner(), om.on_ties(0.1, density=0.3, **options)))
     for name in chained:
         # Computed twice, a threshold may come out an ulp apart and keep one entry more or less.
         same = np.isclose(fused[name], chained[name], rtol=1e-5, atol=1e-6)
@@ -73,7 +73,7 @@ def test_it_emits_what_the_chain_emits(inner, threshold):
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.5])
 def test_a_sampled_threshold_keeps_the_share(density, fused):
     """Within 2 % of the density over a few steps, on rows whose scales differ by orders."""
-    merge = om.on_ties(0, density, threshold="sampled", layer_axes=layer_axes)
+    merge = om.on_ties(0, density=density, threshold="sampled", layer_axes=layer_axes)
     tx = om.fused_chain(optax.adam(RATE), merge) if fused else optax.chain(optax.adam(RATE), merge)
     params = tree(0)
     state = tx.init(params)
@@ -88,7 +88,7 @@ def test_a_sampled_threshold_keeps_the_share(density, fused):
 
 def test_a_sampled_threshold_halves_ties_too():
     """After a sign optimizer all magnitudes are equal."""
-    tx = om.fused_chain(optax.lion(RATE), om.on_ties(0, 0.25, threshold="sampled"))
+    tx = om.fused_chain(optax.lion(RATE), om.on_ties(0, density=0.25, threshold="sampled"))
     params = tree(0)
     updates, _ = jax.jit(tx.update)(tree(1), tx.init(params), params)
     assert float((updates["layers"] != 0).mean()) == pytest.approx(0.25, rel=0.02)
@@ -104,7 +104,7 @@ def test_a_sampled_threshold_halves_ties_too():
     ids=["clip", "adafactor", "muon"],
 )
 def test_an_optimizer_that_mixes_entries_is_refused(inner, operation):
-    tx = om.fused_chain(inner, om.on_ties(0.1, 0.3, threshold="sampled"))
+    tx = om.fused_chain(inner, om.on_ties(0.1, density=0.3, threshold="sampled"))
     params, delta, grads = ({"w": tree(seed)["layers"][0]} for seed in range(3))
     state = om.with_delta(tx.init(params), delta)
     with pytest.raises(
@@ -114,7 +114,7 @@ def test_an_optimizer_that_mixes_entries_is_refused(inner, operation):
 
 
 def test_it_works_behind_clipping_inside_masked_and_with_nnx():
-    merge = om.on_ties(0.1, 0.3, threshold="sampled", diagnostics=True)
+    merge = om.on_ties(0.1, density=0.3, threshold="sampled", diagnostics=True)
     masked = optax.masked(merge, {"layers": True, "bias": False, "scale": False})
     tx = optax.chain(optax.clip_by_global_norm(1.0), om.fused_chain(optax.adamw(RATE), masked))
     _, updates, state = walk(tx)
@@ -123,7 +123,9 @@ def test_it_works_behind_clipping_inside_masked_and_with_nnx():
 
     model = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
     delta = jax.tree.map(jnp.sin, nnx.state(model, nnx.Param))
-    tx = om.fused_chain(optax.adam(RATE), om.on_dare(0.1, 0.5, delta=delta, diagnostics=True))
+    tx = om.fused_chain(
+        optax.adam(RATE), om.on_dare(0.1, density=0.5, delta=delta, diagnostics=True)
+    )
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     optimizer.update(model, jax.tree.map(jnp.cos, nnx.state(model, nnx.Param)))
@@ -133,8 +135,8 @@ def test_it_works_behind_clipping_inside_masked_and_with_nnx():
 
 def test_step_k_samples_the_whole_span():
     options = {"threshold": "sampled", "every_k": 2, "rounding": "nearest"}
-    chained, _, _ = walk(optax.chain(optax.adam(RATE), om.on_ties(0.1, 0.3, **options)), 4)
-    fused, _, _ = walk(om.fused_chain(optax.adam(RATE), om.on_ties(0.1, 0.3, **options)), 4)
+    chained, _, _ = walk(optax.chain(optax.adam(RATE), om.on_ties(0.1, density=0.3, **options)), 4)
+    fused, _, _ = walk(om.fused_chain(optax.adam(RATE), om.on_ties(0.1, density=0.3, **options)), 4)
     same = np.isclose(fused["layers"], chained["layers"], rtol=1e-5, atol=1e-6)
     assert same.mean() > 0.9999
 
@@ -150,14 +152,14 @@ def test_step_k_samples_the_whole_span():
 )
 def test_only_operations_that_are_known_to_be_elementwise_are_allowed(mix, operation):
     inner = optax.stateless(lambda updates, params: jax.tree.map(mix, updates))
-    tx = om.fused_chain(inner, om.on_ties(0, 0.3, threshold="sampled"))
+    tx = om.fused_chain(inner, om.on_ties(0, density=0.3, threshold="sampled"))
     params = {"w": tree(0)["layers"][0]}
     with pytest.raises(ValueError, match=f"it uses .*'{operation}"):
         tx.update(params, tx.init(params), params)
 
 
 def test_what_computes_with_updates_goes_around_the_fused_chain():
-    inner, merge = optax.adam(RATE, eps=0.1), om.on_ties(0.1, 0.3, rounding="nearest")
+    inner, merge = optax.adam(RATE, eps=0.1), om.on_ties(0.1, density=0.3, rounding="nearest")
     plain, _, _ = walk(om.fused_chain(inner, merge))
     around, _, _ = walk(optax.apply_if_finite(om.fused_chain(inner, merge), 3))
     for name in plain:
@@ -170,14 +172,14 @@ def test_what_computes_with_updates_goes_around_the_fused_chain():
 @pytest.mark.parametrize("wrapper", ["partition", "inject_hyperparams"])
 def test_wrappers_that_hand_updates_on_may_stand_around_the_merge(wrapper):
     inner, options = optax.adam(RATE, eps=0.1), {"threshold": "sampled", "rounding": "nearest"}
-    plain, _, _ = walk(om.fused_chain(inner, om.on_ties(0.1, 0.3, **options)))
+    plain, _, _ = walk(om.fused_chain(inner, om.on_ties(0.1, density=0.3, **options)))
     merge = {
         "partition": optax.partition(
-            {name: om.on_ties(0.1, 0.3, **options) for name in "ab"},
+            {name: om.on_ties(0.1, density=0.3, **options) for name in "ab"},
             {"layers": "a", "bias": "b", "scale": "a"},
         ),
         "inject_hyperparams": optax.inject_hyperparams(om.on_ties, ("density", "seed"))(
-            0.1, 0.3, **options
+            0.1, density=0.3, **options
         ),
     }[wrapper]
     found, _, _ = walk(om.fused_chain(inner, merge))

@@ -11,17 +11,19 @@ from omerge_jax.paths import layer_axes_of
 
 SHAPE, LAYERS = (40, 3, 25), 3
 MERGES = {
-    "ties": lambda **kw: om.on_ties(0.1, 0.2, **kw),
-    "ties norm": lambda **kw: om.on_ties(0.1, 0.2, rescale="norm", **kw),
-    "ties relative": lambda **kw: om.on_ties(om.relative(0.3, scope="tensor"), 0.2, **kw),
-    "ties sparse": lambda **kw: om.on_ties(0.1, 0.05, storage="sparse", **kw),
-    "ties k2": lambda **kw: om.on_ties(0.1, 0.2, every_k=2, **kw),
+    "ties": lambda **kw: om.on_ties(0.1, density=0.2, **kw),
+    "ties norm": lambda **kw: om.on_ties(0.1, density=0.2, rescale="norm", **kw),
+    "ties relative": lambda **kw: om.on_ties(om.relative(0.3, scope="tensor"), density=0.2, **kw),
+    "ties sparse": lambda **kw: om.on_ties(0.1, density=0.05, storage="sparse", **kw),
+    "ties k2": lambda **kw: om.on_ties(0.1, density=0.2, every_k=2, **kw),
     "band": lambda **kw: om.online_merge(om.band(0.2), om.sign(), alpha=0.1, **kw),
 }
 RANDOM = {
-    "dare": lambda **kw: om.on_dare(0.1, 0.2, **kw),
-    "dare norm": lambda **kw: om.on_dare(0.1, 0.2, rescale="norm", **kw),
-    "dare sparse": lambda **kw: om.on_dare(0.1, 0.05, delta_mask="fixed", storage="sparse", **kw),
+    "dare": lambda **kw: om.on_dare(0.1, density=0.2, **kw),
+    "dare norm": lambda **kw: om.on_dare(0.1, density=0.2, rescale="norm", **kw),
+    "dare sparse": lambda **kw: om.on_dare(
+        0.1, density=0.05, delta_mask="fixed", storage="sparse", **kw
+    ),
     "ranked": lambda **kw: om.online_merge(om.magnitude_ranked(0.4), om.linear(), alpha=0.1, **kw),
 }
 
@@ -79,8 +81,10 @@ def test_a_large_leaf_in_fused_chain(threshold):
     params, delta, grad = (normal(seed, (2048, 2, 192)) for seed in range(3))
     merge = {"rounding": "nearest", "threshold": threshold}
     inner = optax.adam(1e-2, eps=0.1)
-    middle = om.fused_chain(inner, om.on_ties(0.1, 0.3, layer_axes=lambda path: (1,), **merge))
-    ahead = om.fused_chain(inner, om.on_ties(0.1, 0.3, layer_axes=1, **merge))
+    middle = om.fused_chain(
+        inner, om.on_ties(0.1, density=0.3, layer_axes=lambda path: (1,), **merge)
+    )
+    ahead = om.fused_chain(inner, om.on_ties(0.1, density=0.3, layer_axes=1, **merge))
     found, _ = walk(middle, params, delta, [grad])
     expected, _ = walk(ahead, *front([params, delta, [grad]]))
     assert np.isclose(np.moveaxis(found, 1, 0), expected, rtol=1e-5, atol=1e-6).mean() > 0.9999

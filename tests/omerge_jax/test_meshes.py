@@ -15,7 +15,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
         with jax.set_mesh(mesh):
             place = NamedSharding(mesh, spec)
             params = {"w": jax.device_put(values, place)}
-            tx = optax.chain(om.on_dare(0.1, 0.5), om.on_ties(0.1, 0.5, every_k=2))
+            tx = optax.chain(om.on_dare(0.1, density=0.5), om.on_ties(0.1, density=0.5, every_k=2))
             state = om.with_delta(tx.init(params), params)
             assert state[1].merged_params["w"].sharding.is_equivalent_to(place, 2)
             update = jax.jit(tx.update)
@@ -44,7 +44,7 @@ mesh = jax.make_mesh((devices,), ("fsdp",), axis_types=(jax.sharding.AxisType.Au
 place = lambda x: NamedSharding(mesh, P("fsdp") if x.ndim == 2 else P())
 params = {"w": jnp.sin(jnp.arange(512.0)).reshape(64, 8), "b": jnp.ones(7)}
 delta = jax.tree.map(jnp.cos, params)
-tx = optax.chain(optax.sgd(1e-2), om.on_dare(0.1, 0.3), om.on_ties(0.1, 0.4, every_k=2))
+tx = optax.chain(optax.sgd(1e-2), om.on_dare(0.1, density=0.3), om.on_ties(0.1, density=0.4, every_k=2))
 make = lambda p, d: {"params": p, "opt": om.with_delta(tx.init(p), d)}
 abstract = jax.eval_shape(make, params, delta)
 shardings = jax.tree.map(place, abstract)

@@ -269,9 +269,9 @@ def test_the_last_of_k_steps_is_an_offline_merge(election):
         return jnp.asarray(np.random.default_rng(int(ours)).uniform(size=x.shape) < density)
 
     online = (
-        om.on_ties(ALPHA, DENSITY, every_k=STEPS, election=election)
+        om.on_ties(ALPHA, density=DENSITY, every_k=STEPS, election=election)
         if election
-        else om.on_dare(ALPHA, DENSITY, every_k=STEPS, clip=None, draw=pick)
+        else om.on_dare(ALPHA, density=DENSITY, every_k=STEPS, clip=None, draw=pick)
     )
     adamw = optax.adamw(1e-2)
     trained = run(optax.chain(adamw, online), reference, delta, gradients)
@@ -340,8 +340,11 @@ def test_sharded_leaves_are_not_gathered():
             "method must be one of linear, task_arithmetic, .* got method = 'tise'",
         ),
         ({"weights": None}, "'linear' needs weights"),
-        ({"weights": [1.0]}, "weights needs one entry a model, got 1 for 2"),
-        ({"weights": lambda path: [1.0]}, "got 1 for 2 models for the leaf b"),
+        ({"weights": [1.0]}, "weights must be one a model, got 1 for 2"),
+        (
+            {"weights": lambda path: [1.0]},
+            "weights for the leaf b must be one a model, got 1 for 2",
+        ),
         ({"weights": [1.0, -1.0]}, "must not sum to 0"),
         ({"weights": [1.0, float("nan")]}, "weights must be finite"),
         (
@@ -368,7 +371,10 @@ def test_sharded_leaves_are_not_gathered():
         ({"method": "ties", "scale": float("inf")}, "scale must be finite"),
         ({"method": "ties", "normalize": "yes"}, "normalize .* got 'yes'"),
         ({"method": "della", "density": 0.9}, "density = 0.9 and epsilon = 0.15"),
-        ({"method": "della", "epsilon": [0.1, -0.1]}, "epsilon must not be negative"),
+        (
+            {"method": "della", "epsilon": [0.1, -0.1]},
+            "epsilon must be at least 0, got epsilon = -0.1",
+        ),
         ({"method": "della", "rank_axis": 2}, r"got 2 for the leaf w of shape \(6, 9\)"),
         ({"method": "breadcrumbs", "gamma": 1.0}, r"gamma .* in \[0, 1\), got gamma = 1.0"),
         ({"method": "ties", "layer_axes": 3}, "layer_axes must be between 0"),
@@ -389,7 +395,7 @@ def test_slerp_merges_one_model_and_needs_t():
         slerp([a])
     with pytest.raises(ValueError, match="does not use weights"):
         slerp([a], t=0.5, weights=[1.0])
-    with pytest.raises(ValueError, match=r"t must be between 0 and 1, got t = 1\.5"):
+    with pytest.raises(ValueError, match=r"t must be in \[0, 1\], got t = 1\.5"):
         slerp([a], t=1.5)
 
 

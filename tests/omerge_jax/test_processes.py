@@ -48,11 +48,11 @@ def layer_axes(path):
 
 sparse = {"delta_mask": "fixed", "storage": "sparse", "rounding": "compensated"}
 MERGES = {
-    "on_dare": optax.chain(optax.adamw(1e-2), om.on_dare(0.1, 0.3)),
+    "on_dare": optax.chain(optax.adamw(1e-2), om.on_dare(0.1, density=0.3)),
     # After lion all magnitudes of an update tie.
     "on_ties": optax.chain(
-        optax.lion(1e-2, weight_decay=0), om.on_ties(0.1, 0.3, layer_axes=layer_axes)),
-    "step_k": optax.chain(optax.sgd(1e-2), om.on_dare(0.1, 0.1, every_k=2, **sparse)),
+        optax.lion(1e-2, weight_decay=0), om.on_ties(0.1, density=0.3, layer_axes=layer_axes)),
+    "step_k": optax.chain(optax.sgd(1e-2), om.on_dare(0.1, density=0.1, every_k=2, **sparse)),
     "norms": optax.chain(
         optax.sgd(1e-2), om.on_dare(om.relative(0.2), 0.3, rescale="norm", rounding="nearest")),
 }

@@ -194,8 +194,8 @@ CONTAINERS = {
     "permuted": permuted,
 }
 MERGES = {
-    "on_dare": lambda: om.on_dare(0.1, DENSITY, rounding="compensated", every_k=2),
-    "on_ties": lambda: om.on_ties(0.1, DENSITY, rescale="norm"),
+    "on_dare": lambda: om.on_dare(0.1, density=DENSITY, rounding="compensated", every_k=2),
+    "on_ties": lambda: om.on_ties(0.1, density=DENSITY, rescale="norm"),
     "ranked": lambda: om.online_merge(
         om.magnitude_ranked(DENSITY), om.sign("weighted"), alpha=0.1, delta_mask="fixed"
     ),

@@ -256,7 +256,7 @@ def test_bad_settings_are_named():
         band(0.5, gamma=1.0)
     with pytest.raises(ValueError, match=r"density = 0\.9 and epsilon = 0\.15"):
         magnitude_ranked(0.9)
-    with pytest.raises(ValueError, match=r"epsilon must not be negative, got epsilon = -0\.1"):
+    with pytest.raises(ValueError, match=r"epsilon must be at least 0, got epsilon = -0\.1"):
         magnitude_ranked(0.5, epsilon=-0.1)
     magnitude_ranked(1.0)
     with pytest.raises(ValueError, match=r"got -3 for the leaf layer/kernel of shape \(3, 7, 9\)"):

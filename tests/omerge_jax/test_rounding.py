@@ -20,7 +20,7 @@ def accumulate(rounding, dtype, entries, factory=om.on_dare):
     signs = rng.choice([-1.0, 1.0], (2, entries))
     params = {"w": jnp.asarray(WEIGHT * signs[0], dtype)}
     delta = {"w": jnp.asarray(DELTA * signs[1], jnp.float32)}
-    tx = factory(ALPHA, 1.0, rounding=rounding)
+    tx = factory(ALPHA, density=1.0, rounding=rounding)
     nothing = {"w": jnp.zeros(entries, dtype)}
 
     def step(carry, _):
@@ -116,7 +116,7 @@ def test_what_is_emitted_is_what_the_parameter_moves_by(dtype):
     rng = np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.normal(size=4000), dtype)}
     updates = {"w": jnp.asarray(1e-3 * rng.normal(size=4000), dtype)}
-    tx = om.on_dare(1e-3, 1.0)
+    tx = om.on_dare(1e-3, density=1.0)
     state = om.with_delta(tx.init(params), updates)
     emitted, _ = tx.update(updates, state, params)
     moved = optax.apply_updates(params, emitted)["w"].astype(jnp.float32)
@@ -136,11 +136,11 @@ def test_an_update_that_its_parameter_can_hold_is_left_alone():
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
 def test_rounding_needs_the_parameters(rounding):
     params = {"w": jnp.ones(3)}
-    tx = om.on_dare(0.1, 0.5, rounding=rounding)
+    tx = om.on_dare(0.1, density=0.5, rounding=rounding)
     state = om.with_delta(tx.init(params), params)
     with pytest.raises(ValueError, match=r"call update\(updates, state, params\)"):
         tx.update(params, state)
-    om.on_dare(0.1, 0.5, rounding="nearest").update(params, state)
+    om.on_dare(0.1, density=0.5, rounding="nearest").update(params, state)
     tuned = om.child_tuning(0.5)
     tuned.update(params, tuned.init(params))
 
@@ -149,7 +149,7 @@ def test_rounding_needs_the_parameters(rounding):
 def test_a_diagnostic_shows_what_rounding_loses(rounding):
     params = {"w": jnp.ones(2000, jnp.bfloat16)}
     updates = {"w": jnp.full(2000, 2e-3, jnp.bfloat16)}
-    tx = om.on_dare(1e-3, 1.0, rounding=rounding, diagnostics=True)
+    tx = om.on_dare(1e-3, density=1.0, rounding=rounding, diagnostics=True)
     state = om.with_delta(tx.init(params), updates)
     _, state = tx.update(updates, state, params)
     lost = float(om.merge_metrics(state)["rounding_lost"])
@@ -164,9 +164,9 @@ def test_a_merge_is_rounded_by_the_transformation_that_rounds_others(dtype, roun
     rng = np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.normal(size=(40, 25)), dtype), "n": jnp.int32(3)}
     delta = {"w": jnp.asarray(1e-3 * rng.normal(size=(40, 25)), jnp.float32), "n": jnp.int32(0)}
-    together = om.on_dare(5e-3, 0.5, rounding=rounding, seed=3)
+    together = om.on_dare(5e-3, density=0.5, rounding=rounding, seed=3)
     apart = optax.chain(
-        om.on_dare(5e-3, 0.5, rounding="nearest", seed=3), om.rounded(rounding, seed=3)
+        om.on_dare(5e-3, density=0.5, rounding="nearest", seed=3), om.rounded(rounding, seed=3)
     )
     states = [om.with_delta(tx.init(params), delta) for tx in (together, apart)]
     update_together, update_apart = jax.jit(together.update), jax.jit(apart.update)

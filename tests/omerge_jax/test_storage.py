@@ -11,9 +11,9 @@ from tests.virtual_devices import run_python
 
 STEPS = 4
 FACTORIES = {
-    "on_dare": lambda **kw: om.on_dare(0.1, 0.05, delta_mask="fixed", **kw),
-    "on_ties": lambda **kw: om.on_ties(0.1, 0.05, **kw),
-    "on_ties_norm": lambda **kw: om.on_ties(0.1, 0.05, rescale="norm", **kw),
+    "on_dare": lambda **kw: om.on_dare(0.1, density=0.05, delta_mask="fixed", **kw),
+    "on_ties": lambda **kw: om.on_ties(0.1, density=0.05, **kw),
+    "on_ties_norm": lambda **kw: om.on_ties(0.1, density=0.05, rescale="norm", **kw),
     "band": lambda **kw: om.online_merge(
         om.band(0.05), om.linear(), alpha=0.1, delta_mask="fixed", **kw
     ),
@@ -73,7 +73,7 @@ def om_bytes(state):
 def test_at_density_a_hundredth_a_delta_takes_a_fifth_of_a_byte_per_parameter(factory):
     """The budget, with bfloat16 values, over leaves like a decoder's."""
     fixed = {"delta_mask": "fixed"} if factory is om.on_dare else {}
-    tx = factory(1e-4, 0.01, storage="sparse", layer_axes=layer_axes, **fixed)
+    tx = factory(1e-4, density=0.01, storage="sparse", layer_axes=layer_axes, **fixed)
     params = {"layers": jnp.zeros((4, 128, 512)), "embed": jnp.zeros((1000, 128))}
     rng = np.random.default_rng(0)
     delta = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.bfloat16), params)
@@ -116,12 +116,12 @@ def test_a_bfloat16_delta_is_off_by_its_own_rounding(factory):
 
 def test_host_memory_is_dense():
     """Placed under jit, since the CPU's own memory is refused otherwise; nothing is donated."""
-    tx = om.on_dare(0.1, 0.5, delta_mask="fixed", storage="pinned_host", rounding="nearest")
+    tx = om.on_dare(0.1, density=0.5, delta_mask="fixed", storage="pinned_host", rounding="nearest")
     params, delta = tree(0), tree(1)
     state = jax.jit(om.with_delta)(tx.init(params), delta)
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.reference_delta)}
     assert kinds == {"pinned_host"}
-    plain = om.on_dare(0.1, 0.5, delta_mask="fixed", rounding="nearest")
+    plain = om.on_dare(0.1, density=0.5, delta_mask="fixed", rounding="nearest")
     expected, _ = plain.update(params, om.with_delta(plain.init(params), delta), params)
     update = jax.jit(tx.update)
     for _ in range(2):
@@ -132,7 +132,7 @@ def test_host_memory_is_dense():
 
 
 def test_host_memory_is_refused_where_it_is_the_only_one():
-    tx = om.on_dare(0.1, 0.5, storage="pinned_host")
+    tx = om.on_dare(0.1, density=0.5, storage="pinned_host")
     with pytest.raises(ValueError, match="is for accelerators"):
         om.with_delta(tx.init(tree(0)), tree(1))
 
@@ -154,9 +154,9 @@ def test_a_delta_can_be_replaced(storage):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: om.on_dare(0.1, 0.5, storage="sparse"), "give delta_mask='fixed'"),
+        (lambda: om.on_dare(0.1, density=0.5, storage="sparse"), "give delta_mask='fixed'"),
         (
-            lambda: om.on_ties(0.1, optax.constant_schedule(0.1), storage="sparse"),
+            lambda: om.on_ties(0.1, density=optax.constant_schedule(0.1), storage="sparse"),
             "needs a density that is a Python number",
         ),
         (
@@ -166,10 +166,12 @@ def test_a_delta_can_be_replaced(storage):
             "needs a sparsifier with a capacity",
         ),
         (
-            lambda: om.on_dare(0.1, 0.5, delta_mask="fixed", storage="sparse", seed=jnp.int32(1)),
+            lambda: om.on_dare(
+                0.1, density=0.5, delta_mask="fixed", storage="sparse", seed=jnp.int32(1)
+            ),
             "made of Python numbers",
         ),
-        (lambda: om.on_ties(0.1, 0.5, storage="recompute", delta={}), "holds no delta"),
+        (lambda: om.on_ties(0.1, density=0.5, storage="recompute", delta={}), "holds no delta"),
     ],
 )
 def test_what_cannot_be_held_is_refused(make, message):
@@ -178,7 +180,7 @@ def test_what_cannot_be_held_is_refused(make, message):
 
 
 def test_recompute_says_what_it_needs():
-    tx = om.on_ties(0.1, 0.5, storage="recompute")
+    tx = om.on_ties(0.1, density=0.5, storage="recompute")
     params = tree(0)
     state = tx.init(params)
     with pytest.raises(ValueError, match="reference_params=…, base_params=…"):
@@ -197,7 +199,7 @@ for spec in (P(), P(None, "x"), P(None, None, "x")):
     place = NamedSharding(mesh, spec)
     params = {"layers": jax.device_put(values, place)}
     delta = {"layers": jax.device_put(values[:, ::-1], place)}
-    tx = om.on_ties(0.1, 0.02, storage="sparse", layer_axes=1)
+    tx = om.on_ties(0.1, density=0.02, storage="sparse", layer_axes=1)
     state = om.with_delta(tx.init(params), delta)
     spread = lambda x: NamedSharding(mesh, P(None, "x") if x.ndim == 2 else P())
     state = jax.device_put(state, jax.tree.map(spread, state))

@@ -22,7 +22,7 @@ RATE, ALPHA, DENSITY = 1e-2, 0.1, 0.1
 
 
 def plain(factory):
-    return lambda **options: factory(ALPHA, DENSITY, **options)
+    return lambda **options: factory(ALPHA, density=DENSITY, **options)
 
 
 def whole(factory):

@@ -190,7 +190,7 @@ def test_bytes_of_the_delta(name):
 
 def test_a_storage_is_compared_with_dense_float32():
     dense, rounded = storage.WAYS[:2]
-    merge = om.on_dare(0.1, 0.1, delta_mask="fixed", rounding="nearest")
+    merge = om.on_dare(0.1, density=0.1, delta_mask="fixed", rounding="nearest")
     shapes = cases.parameter_shapes(0.01)
     expected = storage.trajectory(merge, dense, shapes)
     largest, mean = storage.distances(expected, storage.trajectory(merge, rounded, shapes))

@@ -15,7 +15,7 @@ from train.training.step import init_state, make_train_step
 
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-2),
-    "on_dare": lambda: optax.chain(optax.adamw(1e-2), om.on_dare(0.1, 0.5, every_k=2)),
+    "on_dare": lambda: optax.chain(optax.adamw(1e-2), om.on_dare(0.1, density=0.5, every_k=2)),
     "compensated": lambda: om.on_ties_adamw(1e-2, alpha=0.1, density=0.5, rounding="compensated"),
 }
 
