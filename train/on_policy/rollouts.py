@@ -18,13 +18,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from train.data import TokenDataset, Widths, normalise_prompt, share_prompt
-from train.distributed.mesh import Params, own_rows, put_batch, row_numbers, row_parts, same_for_all
+from train.distributed.mesh import own_rows, put_batch, row_numbers, row_parts, same_for_all
 from train.distributed.processes import fetch
-from train.evaluation.held_out import Evaluate, Score, bucketed_batches
+from train.evaluation.held_out import bucketed_batches
 from train.generation.sampler import Sampler
 from train.objectives.accumulate import Parted
 from train.on_policy.reward import Answers, Reward
-from train.training.step import Batch, Metrics
+from train.types import Batch, Evaluate, Metrics, Params, Score
 
 ANSWERS = 2
 
