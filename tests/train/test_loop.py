@@ -76,7 +76,7 @@ def run(path: Path, job: Job, **options: Any):
     shown = io.StringIO()
     trainer = TrainerOptions(batch_size=2, **options)
     try:
-        state = fit(job, trainer, output, Console(file=shown, width=100))
+        state, _ = fit(job, trainer, output, Console(file=shown, width=100))
     except UserError as error:
         error.add_note(shown.getvalue())
         raise

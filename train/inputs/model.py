@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def blamed_on(name: str) -> Iterator[None]:
-    """Turns errors about what a field points to into a `UserError` that names the field.
-
-    Example:
-        >>> with blamed_on("model.path"):  # doctest: +SKIP
-        ...     check_hf_compatible(path)
-    """
+    """Turns errors about what a field points to into a `UserError` that names the field."""
     try:
         yield
     except UserError:
@@ -35,17 +30,10 @@ def blamed_on(name: str) -> Iterator[None]:
 
 
 def check_model(options: ModelOptions, name: str = "model.path") -> ModelConfig:
-    """Checks a model directory from config.json and the headers of its files.
-
-    Args:
-        options: The model and its types.
-        name: Field that gave it, for messages.
-
-    Returns:
-        The model's configuration with the settings of `options`.
+    """The configuration of a model, after a look at config.json and the headers of its weights.
 
     Raises:
-        UserError: something is missing, damaged or not supported.
+        UserError: naming the field `name`, where something is missing, damaged or not supported.
     """
     with blamed_on(name):
         config = check_hf_compatible(options.path)
@@ -103,15 +91,10 @@ def with_adapters(config: ModelConfig, options: LoraOptions) -> ModelConfig:
 
 
 def check_related(path: str, model: str, name: str) -> None:
-    """Checks that another model has the parameters and the vocabulary of the model.
-
-    Args:
-        path: The other one: the base, or a reference.
-        model: The model.
-        name: Field that gave `path`, for messages.
+    """Checks that another model, such as the base, has the parameters and tokens of `model`.
 
     Raises:
-        UserError: it is missing or damaged, or names what differs.
+        UserError: naming the field `name` and what differs, or what is missing or damaged.
     """
     with blamed_on(name):
         check_hf_compatible(path, same_shapes_as=model)
@@ -126,15 +109,7 @@ def check_related(path: str, model: str, name: str) -> None:
 
 
 def load_tokenizer(path: str, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory.
-
-    Args:
-        path: Directory or hub name.
-        name: Field that gave it.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
+    """The tokenizer of a model directory or hub name. Raises `UserError`, naming the field `name`."""
     from transformers import AutoTokenizer
 
     with blamed_on(name):

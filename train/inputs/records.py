@@ -37,16 +37,7 @@ def load_data(
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
 ) -> tuple[TokenDataset, TokenDataset | None]:
-    """Reads, splits and tokenises the records of a run, and says what became of them.
-
-    Args:
-        options: Where they are and how long they may be.
-        tokenize: `train.data.tokenize_sft` or `tokenize_preference`.
-        tokenizer: The model's.
-        console: Where the counts are shown.
-
-    Returns:
-        The training rows, and the held-out ones if any.
+    """The training rows of a run, and the held-out ones if any; what became of records is said.
 
     Raises:
         UserError: a file is missing, a line is broken, a record cannot be used as it is, or the
@@ -105,11 +96,7 @@ def _share_rows(split: str, other: str) -> bool:
 
 
 def packed(options: SFTDataOptions, data: TokenDataset, console: Console) -> TokenDataset:
-    """The training examples, several to a row where `options` ask for it, which is said.
-
-    Raises:
-        UserError: an example is longer than a row.
-    """
+    """The examples, several to a row where `options` ask for it. Raises `UserError` for long ones."""
     if not options.packing:
         return data
     length = options.packed_length
@@ -133,11 +120,7 @@ def _together(
 
 
 def sharing_prompts(dataset: TokenDataset, options: RecordOptions) -> TokenDataset:
-    """The data set with prompts computed once for both answers where `options` ask for it.
-
-    Raises:
-        UserError: they ask for it where a record has one answer.
-    """
+    """The data set with prompts computed once for both answers where `options` ask for it."""
     wanted = options.prefix_sharing
     if wanted is True and answer_names(dataset.arrays) != ["chosen", "rejected"]:
         raise UserError(
@@ -150,23 +133,15 @@ def sharing_prompts(dataset: TokenDataset, options: RecordOptions) -> TokenDatas
 def split_records(
     options: RecordOptions, name: str
 ) -> tuple[Sequence[Record], Sequence[Record] | None]:
-    """Reads records and holds out a share of them.
-
-    Args:
-        options: Where they are.
-        name: Field that gave them, for messages.
-
-    Returns:
-        The records, and those held out, or None where nothing is to be held out.
+    """The records of a file, and those held out of it, if any.
 
     Raises:
-        UserError: the file is missing or broken, or one side would be empty.
+        UserError: naming the field `name`, where the file is missing or broken, or a side is empty.
     """
     with blamed_on(name):
         records = read_records(options.path, options.split)
-    if options.eval_fraction is None:
-        return records, None
-    with blamed_on(name):
+        if options.eval_fraction is None:
+            return records, None
         return split_by_prompt(records, options.eval_fraction, options.split_seed)
 
 

@@ -44,9 +44,7 @@ _READERS: dict[type, Callable[..., Any]] = {
     GRPOConfig: normalise_prompt,
 }
 
-EXAMPLES = 2
-"""Rows that are shown whole."""
-
+_EXAMPLES = 2  # rows that are shown whole
 _PERCENTILES = (50, 90, 99)
 
 
@@ -111,7 +109,7 @@ def _show_records(config: Config, console: Console) -> None:
         )
 
 
-def _is_usable(record: Record, normalise: Any) -> bool:
+def _is_usable(record: Record, normalise: Callable[..., Any]) -> bool:
     try:
         normalise(record)
     except UnusableRecord:
@@ -135,12 +133,7 @@ def show_run(run: Run, examples: TokenDataset) -> None:
 
 
 def show_data(data: TokenDataset, console: Console) -> None:
-    """Prints tables of lengths and of what was left out.
-
-    Args:
-        data: Training rows.
-        console: Where they are shown.
-    """
+    """Prints tables of the lengths of training rows, and of what was left out."""
     answers, arrays = answer_names(data.arrays), data.arrays
     counts = {name: arrays[f"{name}_mask"].sum(axis=1) for name in ("prompt", *answers)}
     counts["prompt and answers"] = np.sum(list(counts.values()), axis=0)
@@ -153,17 +146,12 @@ def show_data(data: TokenDataset, console: Console) -> None:
         table.add_row(name, *cells, f"{lengths.sum():,}")
     console.print(table)
     report = data.report
-    for title, rows in (
-        ("Left out, by reason", report.dropped),
-        (
-            "Changed",
-            {
-                "prompts truncated": report.prompts_truncated,
-                "answers truncated, without end token": report.completions_truncated,
-                "prompts whose last token merges with the answer": report.boundaries_moved,
-            },
-        ),
-    ):
+    changed = {
+        "prompts truncated": report.prompts_truncated,
+        "answers truncated, without end token": report.completions_truncated,
+        "prompts whose last token merges with the answer": report.boundaries_moved,
+    }
+    for title, rows in (("Left out, by reason", report.dropped), ("Changed", changed)):
         table = Table(title=title)
         table.add_column("")
         table.add_column("rows", justify="right")
@@ -176,7 +164,7 @@ def show_data(data: TokenDataset, console: Console) -> None:
 def show_examples(data: TokenDataset, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     """Prints the first rows as the model sees them; what the loss counts is green."""
     answers, arrays = answer_names(data.arrays), data.arrays
-    for row in range(min(EXAMPLES, len(data))):
+    for row in range(min(_EXAMPLES, len(data))):
         texts = []
         for name in ("prompt", *answers):
             tokens = arrays[f"{name}_tokens"][row][arrays[f"{name}_mask"][row]]

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from train.config import ModelOptions, TrainerOptions
+from train.config import ModelOptions
 from train.distributed.mesh import abstract_model
 from train.distributed.processes import first_says, is_first
 from train.files.model_card import run_card
@@ -16,11 +16,6 @@ from train.files.run_directory import OutputDir
 from train.inputs.model import blamed_on
 from train.models import ModelConfig, merge_model, to_hf
 from train.models.lora import merge_adapters, without_adapters, write_adapters
-
-
-def exported_weights(trainer: TrainerOptions) -> str:
-    """Name in the training state of the weights that are exported."""
-    return "ema" if trainer.ema is not None and trainer.ema.export else "params"
 
 
 def export_run(
@@ -33,10 +28,10 @@ def export_run(
 
     Args:
         output: The run's directory.
-        options: The model the run started from, whose tokenizer and configuration are copied.
+        options: The model that the run started from, whose tokenizer and configuration are copied.
         model: Its configuration, with adapters if it has some.
         params: All its parameters, trained or not.
-        step: Step that they are of, for the metrics of the model card.
+        step: The step of these parameters, for the metrics of the model card.
     """
     adapter = output.path / "adapter"
     for path in (output.export, adapter) if is_first() else ():
@@ -53,16 +48,7 @@ def export_run(
 def write_model(
     params: Any, model: ModelConfig, out: Path, options: ModelOptions, dtype: Any, card: str | None
 ) -> None:
-    """Writes a model directory, adapters merged in.
-
-    Args:
-        params: All parameters.
-        model: Their model's configuration, with adapters if it has some.
-        out: The directory to write.
-        options: The model whose tokenizer and configuration are copied.
-        dtype: Type of the weights written; None for that of the model in `options`.
-        card: The README, or None.
-    """
+    """Writes a model directory with its adapters merged in, and `card` as its README."""
     if model.lora_targets:
         params = merge_adapters(params, model.lora_scale)
     graphdef, shapes = abstract_model(without_adapters(model), None)

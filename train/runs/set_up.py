@@ -147,11 +147,7 @@ def _models(config: Config) -> tuple[ModelConfig, Any]:
 
 
 def _check_merge(config: Any) -> None:
-    """Checks that there is a base model, or an adapter, exactly where the optimizer merges with it.
-
-    Raises:
-        UserError: it is missing, or of no use.
-    """
+    """Raises `UserError` where a base model or an adapter to merge is missing, or of no use."""
     name, base, lora = config.optimizer.name, config.model.base, config.model.lora
     if lora is not None and needs_delta(config.optimizer) and lora.adapter is None:
         raise UserError(
@@ -176,7 +172,7 @@ def _check_merge(config: Any) -> None:
 
 
 def _check_length(config: Config, model: ModelConfig) -> None:
-    """Raises `UserError` when rows may be longer than the model's positions reach."""
+    """Raises `UserError` where rows may be longer than the model's positions reach."""
     records, sampled = config.records, isinstance(config, OnlineDPOConfig | GRPOConfig)
     length = records.max_prompt_length + records.max_completion_length
     if length > model.max_position_embeddings:
@@ -188,7 +184,7 @@ def _check_length(config: Config, model: ModelConfig) -> None:
 
 
 def _check_rows(config: Config, mesh: Mesh | None) -> None:
-    """Raises `UserError` when a batch cannot be split over the mesh, or into its parts."""
+    """Raises `UserError` where a batch cannot be split over the mesh, or into its parts."""
     trainer, parts = config.trainer, config.trainer.gradient_accumulation_steps
     if isinstance(config, GRPOConfig):
         check_batch("trainer.batch_size", trainer.batch_size, mesh)
@@ -201,12 +197,7 @@ def _check_rows(config: Config, mesh: Mesh | None) -> None:
 
 
 def count_steps(options: TrainerOptions, rows: int, per_batch: int = 1) -> int:
-    """Number of updates.
-
-    Args:
-        options: Steps or epochs, and the rows of a batch.
-        rows: Rows of an epoch.
-        per_batch: Updates on every batch.
+    """Number of updates, `per_batch` on every batch, where an epoch has so many `rows`.
 
     Raises:
         UserError: there are fewer rows than a batch has, or less than one step results.

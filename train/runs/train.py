@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from train.config import UserError
 from train.data import TokenDataset, make_buckets, make_loader
 from train.distributed.mesh import compiler_options, on_mesh, row_parts
-from train.distributed.processes import is_first, largest
+from train.distributed.processes import is_first
 from train.evaluation.held_out import answer_logps
 from train.evaluation.tasks import as_metrics, task_scorer
 from train.files.lock import release
@@ -21,15 +22,14 @@ from train.models.model_dir import end_tokens
 from train.models.trainable import join
 from train.optimizers.alpha_scale import make_alpha_scale
 from train.optimizers.build import delta_on_host, learning_rates
-from train.runs.export import export_run, exported_weights
+from train.runs.export import export_run
 from train.runs.reference import Scores, cache_file, with_reference
 from train.runs.run import Run
 from train.runs.start_weights import StartWeights, hash_weights
 from train.runs.summary import show_summary, summarise
 from train.training.checkpoint import Checkpoints, abstract, restore_params
-from train.training.loop import Job, Loader, fit
+from train.training.loop import Job, fit
 from train.training.step import make_train_step, state_shardings
-from train.training.watch import step_to_export
 from train.types import Batch, Evaluate, LossFn, Params, Prepared, Score, State
 
 
@@ -99,8 +99,13 @@ def train(run: Run, objective: Objective) -> None:
             if run.resumes:
                 weights.resume()
             job = _job(run, objective, weights, data, evaluate)
-            state = fit(job, run.config.trainer, run.output, run.console)
-            _export(run, state, job.like, weights.frozen)
+            state, step = fit(job, run.config.trainer, run.output, run.console)
+            params = join(_weights_of(run, step, state, job.like), weights.frozen)
+            export_run(run.output, run.config.model, run.model, params, step)
+            if is_first():
+                summary = summarise(run.output, exported=step)
+                run.output.finish(summary)
+                show_summary(summary, run.console)
     finally:
         release(run.output.path)
 
@@ -194,7 +199,7 @@ def _with_tasks(run: Run, evaluate: Evaluate | None) -> Evaluate | None:
     return evaluate_with_tasks
 
 
-def _loader(run: Run, data: TokenDataset, shuffle: bool) -> Loader:
+def _loader(run: Run, data: TokenDataset, shuffle: bool) -> Any:
     trainer, buckets = run.config.trainer, None
     if shuffle:
         count, batches = run.config.data.buckets, run.steps // run.config.steps_per_batch
@@ -210,25 +215,12 @@ def _loader(run: Run, data: TokenDataset, shuffle: bool) -> Loader:
     )
 
 
-def _export(run: Run, state: State, like: State, frozen: Params) -> None:
-    """Exports the model of the last step or of the best one, and writes the summary."""
-    step, params = _chosen(run, state, like)
-    export_run(run.output, run.config.model, run.model, join(params, frozen), step)
-    if is_first():
-        summary = summarise(run.output, exported=step)
-        run.output.finish(summary)
-        show_summary(summary, run.console)
-
-
-def _chosen(run: Run, state: State, like: State) -> tuple[int, Params]:
-    """The step and the trained weights that the settings choose: the last ones or the best."""
-    trainer, last = run.config.trainer, int(state["step"])
-    name = exported_weights(trainer)
-    by, log = trainer.export_best, run.output.path / "metrics.jsonl"
-    # Of the first process, which wrote the file; the others may not see the end of it yet.
-    step = largest(step_to_export(trainer, log, last) if is_first() else 0)
-    if step == last:
-        return last, state[name]
+def _weights_of(run: Run, step: int, state: State, like: State) -> Params:
+    """The trained weights of a step, or their average where the settings say so."""
+    ema, by = run.config.trainer.ema, run.config.trainer.export_best
+    name = "ema" if ema is not None and ema.export else "params"
+    if step == int(state["step"]):
+        return state[name]
     with Checkpoints(run.output.checkpoints, read_only=True) as saved:
         damage = saved.damage(step)
     if damage is not None:
@@ -238,4 +230,4 @@ def _chosen(run: Run, state: State, like: State) -> tuple[int, Params]:
         )
     chosen = f"Best by {by}" if by is not None else "Last evaluation within the floors"
     run.console.print(f"{chosen}: step {step}.", highlight=False)
-    return step, restore_params(run.output.checkpoints, step, like[name], name)
+    return restore_params(run.output.checkpoints, step, like[name], name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -29,20 +29,6 @@ from train.training.watch import Watch
 from train.types import Batch, Metrics, Prepared, State
 
 
-class Loader(Protocol):
-    """Batches without end, with a position that can be stored as JSON."""
-
-    def __next__(self) -> dict[str, np.ndarray]: ...
-
-    def get_state(self) -> Any:
-        """The position, of types that JSON has."""
-        ...
-
-    def set_state(self, state: Any) -> None:
-        """Goes back to a position."""
-        ...
-
-
 @dataclass(frozen=True)
 class Job:
     """What the loop calls.
@@ -51,23 +37,22 @@ class Job:
         start: Makes the state of a new run; not called when a checkpoint is resumed.
         like: The state's shapes, dtypes and shardings, to restore into.
         step: From `train.training.step.make_train_step`.
-        loader: Training batches.
+        loader: Training batches without end. Its `get_state` gives a position that JSON can hold, and
+            `set_state` goes back there.
         evaluate: Held-out metrics of a state, or None.
         check_first: Called with the metrics of step 1 of a new run; raises when they cannot be.
         learning_rates: Rate of every update; its length is the number of steps.
         mesh: Where batches go.
-        prepare: Makes the batch of a step of the loader's, given the state before it and the number
-            of steps done, and what is logged of it: what on-policy training samples. It waits for
-            the device.
-        steps_per_batch: Steps on a batch before the next one is taken. A run can be saved only
-            between batches: what is saved and evaluated when has to be a multiple, and a signal
-            counts at the next one.
+        prepare: Completes a batch of the loader's with what on-policy training samples, given the
+            state and the number of steps done. It waits for the device.
+        steps_per_batch: Steps on a batch before the next one is taken. A run is saved and evaluated
+            only between batches.
     """
 
     start: Callable[[], State]
     like: State
     step: Callable[[State, Batch], tuple[State, Metrics]]
-    loader: Loader
+    loader: Any
     evaluate: Callable[[State], dict[str, float]] | None
     check_first: CheckFirst | None
     learning_rates: np.ndarray
@@ -76,22 +61,19 @@ class Job:
     steps_per_batch: int = 1
 
 
-def fit(job: Job, options: TrainerOptions, output: OutputDir, console: Console) -> State:
+def fit(
+    job: Job, options: TrainerOptions, output: OutputDir, console: Console
+) -> tuple[State, int]:
     """Trains from the start or from the last intact checkpoint to the end.
 
-    Args:
-        job: What to train.
-        options: What to write when.
-        output: Directory of the run, begun.
-        console: Where progress is shown.
-
     Returns:
-        The final state, which is also the last checkpoint.
+        The final state, which is also the last checkpoint, and the step whose weights are to be
+        exported.
 
     Raises:
         Stopped: SIGTERM or SIGINT came; everything is saved.
-        UserError: too many steps in a row were not finite, or the disk has no room. Earlier
-            checkpoints stay.
+        UserError: too many steps in a row were not finite, the disk has no room, or no step keeps
+            to the floors. Earlier checkpoints stay.
     """
 
     def warn(message: str) -> None:
@@ -111,8 +93,8 @@ def fit(job: Job, options: TrainerOptions, output: OutputDir, console: Console) 
             check = None if done else job.check_first
             log = StepLog(options, rates, done, file, progress, check_first=check, warn=warn)
             watch = Watch(options, _rows_until(done, output.path / "metrics.jsonl"))
-            evaluations = _Evaluations(job, options.eval_every, watch, log)
-            state, done, stopped = _train(job, saved, signals, log, evaluations, state, done)
+            every = options.eval_every
+            state, done, stopped = _train(job, state, done, every, saved, signals, log, watch)
         saved.wait()
         if saved.latest() != done:
             raise UserError(
@@ -125,28 +107,39 @@ def fit(job: Job, options: TrainerOptions, output: OutputDir, console: Console) 
             )
     if watch.reason is not None and done < steps:
         console.print(f"Stopped early: {watch.reason}.", highlight=False, soft_wrap=True)
-    return state
+    return state, watch.step_to_export(done)
 
 
 def _train(
     job: Job,
+    state: State,
+    done: int,
+    eval_every: int | None,
     saved: Checkpoints,
     signals: StopSignals,
     log: StepLog,
-    evaluations: _Evaluations,
-    state: State,
-    done: int,
+    watch: Watch,
 ) -> tuple[State, int, bool]:
-    """Takes the steps after `done`, and evaluates and saves between them.
+    """Takes the steps after `done`; returns the last state, its step, and whether a signal came."""
+    steps, placed, counts, known, stopped = len(job.learning_rates), {}, {}, {}, False
 
-    Returns:
-        The final state, saved or being saved; its step; whether a signal ended it.
-    """
-    steps, watch, stopped = len(job.learning_rates), evaluations.watch, False
-    placed, counts, known = {}, {}, {}
+    def evaluation_is_due() -> bool:
+        due = done == steps or (done > 0 and eval_every is not None and done % eval_every == 0)
+        return due and job.evaluate is not None and done not in watch.evaluated
+
+    def is_best() -> bool:
+        """Evaluates the state, and says whether it is the best so far."""
+        assert job.evaluate is not None
+        log.flush()
+        found = {name: float(value) for name, value in job.evaluate(state).items()}
+        # Every process is to decide the same, and a reward may tell each of them something else.
+        metrics = first_tells(found)
+        log.evaluated(done, metrics)
+        return watch.see(done, metrics)
+
     # A run that was stopped may owe the evaluation of its last step.
-    if evaluations.due(done) or (watch.wants_start and done == 0):
-        evaluations.evaluate(done, state)
+    if evaluation_is_due() or (watch.wants_start and done == 0):
+        is_best()
     while done < steps and watch.reason is None and not stopped:
         if not placed or done % job.steps_per_batch == 0:
             batch, known = next(job.loader), {}
@@ -159,7 +152,7 @@ def _train(
         done += 1
         log.dispatched(done, {**metrics, **known}, counts)
         stopped = signals.agreed() and done % job.steps_per_batch == 0
-        best = not stopped and evaluations.due(done) and evaluations.evaluate(done, state)
+        best = not stopped and evaluation_is_due() and is_best()
         last = done == steps or stopped or watch.reason is not None
         if saved.due(done) or best or last:
             log.flush()  # the log is complete up to a checkpoint before that checkpoint exists
@@ -169,44 +162,11 @@ def _train(
     return state, done, stopped
 
 
-@dataclass(frozen=True)
-class _Evaluations:
-    """Held-out metrics: when they are due, and what they decide.
-
-    Attributes:
-        job: The job.
-        every: Steps from one evaluation to the next; None for one at the end alone.
-        watch: Follows the metrics.
-        log: Where they are written.
-    """
-
-    job: Job
-    every: int | None
-    watch: Watch
-    log: StepLog
-
-    def due(self, step: int) -> bool:
-        """Whether an evaluation after `step` is due and not made yet."""
-        at_interval = step > 0 and self.every is not None and step % self.every == 0
-        due = at_interval or step == len(self.job.learning_rates)
-        return due and self.job.evaluate is not None and step not in self.watch.evaluated
-
-    def evaluate(self, step: int, state: State) -> bool:
-        """Returns whether the step is the best so far."""
-        assert self.job.evaluate is not None
-        self.log.flush()
-        found = self.job.evaluate(state)
-        # Every process is to decide the same, and a reward may tell each of them something else.
-        metrics = first_tells({name: float(value) for name, value in found.items()})
-        self.log.evaluated(step, metrics)
-        return self.watch.see(step, metrics)
-
-
 def _rows_until(step: int, path: Path) -> list[dict[str, float]]:
-    """What a run that goes on after `step` has logged.
+    """What a run that goes on after `step` has logged; all processes must call this.
 
     The first process reads it, which has just mended the file: a kill may have cut off its last
-    line, and the others may see that for a while. All must call this.
+    line, and the others may see that for a while.
     """
     rows = read_metrics(path) if step and is_first() and path.exists() else []
     return first_tells([row for row in rows if row["step"] <= step])

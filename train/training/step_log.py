@@ -25,7 +25,7 @@ from train.files.metrics_log import MetricsLog
 CheckFirst = Callable[[Mapping[str, float]], None]
 
 _IN_A_ROW = "skipped_in_a_row"
-_SHOWN = {
+HEADLINES = {
     "loss": "loss",
     "eval_loss": "eval loss",
     "objective/scores": "score",
@@ -39,20 +39,14 @@ _SHOWN = {
     "eval_mean_token_accuracy": "eval token accuracy",
     "merge/reference_ratio": "merge share",
 }
-_SHOWN_OF_TASKS = ("/accuracy", "/perplexity", "/exact_match")
+"""Metrics that a reader looks for first, and how they are called in a line of the terminal."""
+_OF_TASKS = ("/accuracy", "/perplexity", "/exact_match")
 
 
 class StepLog:
     """Writes the metrics of step k once step k + 1 is dispatched, so that the device never waits.
 
-    Args:
-        options: Says what is logged when, and how many steps may be skipped.
-        learning_rates: Rate of every update.
-        done: Steps done before.
-        file: Where rows are written.
-        progress: From `progress_bar`.
-        check_first: Called with the metrics of the first step that is not skipped, or None.
-        warn: Told of skipped steps.
+    `check_first` is called with the metrics of the first step that is not skipped.
     """
 
     def __init__(
@@ -77,13 +71,7 @@ class StepLog:
         self.skip_time()
 
     def dispatched(self, step: int, metrics: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
-        """Takes the metrics of a step that is on its way, and reports the step before it.
-
-        Args:
-            step: Number of the step.
-            metrics: Its metrics, still on the device.
-            counts: Of its batch, from `count_batch`.
-        """
+        """Takes the metrics of a step, still on the device, and reports the step before it."""
         previous = self._pending
         self._pending = step, {**metrics, "padding_share": counts["padding_share"]}
         self._report(previous)
@@ -149,20 +137,15 @@ class StepLog:
 
 
 def count_batch(batch: Mapping[str, np.ndarray], placed: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The real tokens and the share of padding of a batch, over all processes.
+    """The real tokens and the share of padding of a batch, which is `placed` on the devices.
 
-    Args:
-        batch: This process's rows.
-        placed: All rows, on the devices, which count them where this process has not all of them.
+    Of several processes each knows its own rows alone, so the devices count there.
     """
     return _counts(batch) if jax.process_count() == 1 else _counts_jit(placed)
 
 
 def count_tokens(batch: Mapping[str, Any]) -> Any:
-    """Real tokens that a batch sends through the model; a prompt counts once for each answer.
-
-    Traceable.
-    """
+    """Real tokens that a batch sends through the model; a prompt counts once for each answer."""
     if is_packed(batch):
         return (batch["packed_parts"] >= 0).sum()
     answers = [name for name in batch if name.endswith("_mask") and name != "prompt_mask"]
@@ -189,9 +172,9 @@ def _figures(row: Mapping[str, float]) -> str:
     tasks = {
         name: name.removeprefix("eval_").rpartition("/")[0]
         for name in row
-        if name.startswith("eval_") and name.endswith(_SHOWN_OF_TASKS)
+        if name.startswith("eval_") and name.endswith(_OF_TASKS)
     }
-    shown = {**_SHOWN, **tasks}
+    shown = {**HEADLINES, **tasks}
     return "  ".join(f"{label} {row[name]:.4g}" for name, label in shown.items() if name in row)
 
 
