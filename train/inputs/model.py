@@ -46,13 +46,13 @@ def with_settings(config: ModelConfig, options: ModelOptions) -> ModelConfig:
     Raises:
         UserError: its attention cannot run on this machine, or the adapters do not fit.
     """
-    config = as_set(config, options)
+    config = with_types(config, options)
     with blamed_on("model"):
         check_attention(config)
     return config if options.lora is None else with_adapters(config, options.lora)
 
 
-def as_set(config: ModelConfig, options: ModelOptions) -> ModelConfig:
+def with_types(config: ModelConfig, options: ModelOptions) -> ModelConfig:
     """The configuration of a model with the types and programs that the settings choose."""
     return dataclasses.replace(
         config,

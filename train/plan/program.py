@@ -14,7 +14,7 @@ import omerge_jax as om
 from train.config import DPOConfig, UserError
 from train.data.buckets import LEAST_SHARED
 from train.distributed.mesh import abstract_model, check_batch, compiler_options, rows
-from train.inputs.model import as_set
+from train.inputs.model import with_types
 from train.losses import beta_schedule, pair_loss
 from train.models import ModelConfig, layer_axes, read_hf_config
 from train.objectives.preference import preference_loss, settings_of
@@ -95,7 +95,7 @@ def make_program(
     trainer = config.trainer
     parts = trainer.gradient_accumulation_steps
     check_batch("trainer.batch_size", trainer.batch_size, mesh, parts)
-    graphdef, params = abstract_model(as_set(model, config.model), mesh)
+    graphdef, params = abstract_model(with_types(model, config.model), mesh)
     steps = trainer.steps or 1000  # changes constants of the schedules alone
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, steps)
     tx = make_optimizer(config.optimizer, schedule, layer_axes=layer_axes, steps=steps)

@@ -6,6 +6,7 @@ the dry run goes as far as it can and ends with what is missing.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from rich.text import Text
 
 from train.config import DPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig, UserError
 from train.data import (
-    Record,
     TokenDataset,
     UnusableRecord,
     answer_names,
@@ -103,18 +103,14 @@ def _show_records(config: Config, console: Console) -> None:
     for path in (config.data.path, *config.data.mix):
         with blamed_on("data.path" if path == config.data.path else f"data.mix: {path}"):
             records = read_records(path, config.data.split)
-            unusable = sum(not _is_usable(record, normalise) for record in records)
+            unusable = len(records)
+            for record in records:
+                with contextlib.suppress(UnusableRecord):
+                    normalise(record)
+                    unusable -= 1
         console.print(
             f"{path}: {len(records)} records, {unusable} of which cannot be used", highlight=False
         )
-
-
-def _is_usable(record: Record, normalise: Callable[..., Any]) -> bool:
-    try:
-        normalise(record)
-    except UnusableRecord:
-        return False
-    return True
 
 
 def show_run(run: Run, examples: TokenDataset) -> None:

@@ -118,7 +118,8 @@ def _job(
     evaluate: Evaluate | None,
 ) -> Job:
     """Puts together what the loop calls: a step, batches, and held-out metrics."""
-    config, trainer, sample = run.config, run.config.trainer, objective.sample
+    config, trainer = run.config, run.config.trainer
+    sample, check_first = objective.sample, objective.check_first
     like, on_host = weights.abstract_state(), delta_on_host(config.optimizer)
     shardings = state_shardings(like, run.trained_shapes, delta_on_host=on_host)
     step = make_train_step(
@@ -133,30 +134,23 @@ def _job(
     )
     evaluated = "ema" if trainer.ema is not None and trainer.ema.evaluate else "params"
 
-    def evaluate_state(state: State) -> dict[str, float]:
-        assert evaluate is not None
-        return evaluate(join(state[evaluated], weights.frozen))
-
-    def prepare(state: State, batch: Batch, done: int) -> Prepared:
-        assert sample is not None
-        policy = join(state["params"], weights.frozen)
-        return sample(policy, weights.whole_reference, batch, done)
-
-    def check_first(metrics: Mapping[str, float]) -> None:
-        if objective.check_first is not None:
-            with blamed_on("reference"):
-                objective.check_first(metrics)
+    def all_params(state: State, name: str = "params") -> Params:
+        return join(state[name], weights.frozen)
 
     return Job(
         start=weights.start,
         like=abstract(like, shardings),
         step=lambda state, batch: step(state, batch, weights.frozen, weights.merged_models),
         loader=_loader(run, data, objective.shuffle),
-        evaluate=None if evaluate is None else evaluate_state,
-        check_first=None if objective.check_first is None else check_first,
+        evaluate=None if evaluate is None else lambda state: evaluate(all_params(state, evaluated)),
+        check_first=None if check_first is None else blamed_on("reference")(check_first),
         learning_rates=learning_rates(run.schedule, run.steps),
         mesh=run.mesh,
-        prepare=None if sample is None else prepare,
+        prepare=None
+        if sample is None
+        else lambda state, batch, done: sample(
+            all_params(state), weights.whole_reference, batch, done
+        ),
         steps_per_batch=config.steps_per_batch,
     )
 
