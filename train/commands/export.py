@@ -91,7 +91,7 @@ def _restored(settings: dict[str, Any], params: Any) -> tuple[Any, str]:
 
 
 def _frozen(options: ModelOptions, rest: Any, record: Path) -> Any:
-    """What was not trained, from the model that the run started from."""
+    """The parameters that were not trained, from the model that the run started from."""
     expected = json.loads(record.read_text())["inputs"]["model"]
     if hash_model(options.path) != expected:
         raise UserError(

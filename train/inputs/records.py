@@ -90,7 +90,7 @@ def _check_apart(options: DataOptions, eval_split: str) -> None:
 
 
 def _share_rows(split: str, other: str) -> bool:
-    """Whether a part of one is in the other for certain: "train" in "train[:5%]", "train+test"."""
+    """Whether two splits surely share rows, as "train" does with "train[:5%]" and "train+test"."""
     pairs = itertools.product(split.split("+"), other.split("+"))
     return any(a == b or a == b.split("[")[0] or b == a.split("[")[0] for a, b in pairs)
 

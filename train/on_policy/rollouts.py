@@ -1,4 +1,4 @@
-"""From prompts to scored answers, and to ranked pairs of a better one and a worse one.
+"""Samples answers to prompts, scores them, and makes pairs of a better and a worse one.
 
 This runs on the host between the loader and the train step. What is drawn depends on the seed, the
 number of steps done and the place in the batch alone, so a resumed run samples what it would have
@@ -235,7 +235,7 @@ class OnPolicy:
 
 
 def pair_figures(found: Sampled) -> dict[str, np.ndarray]:
-    """What online DPO reports of held-out answers."""
+    """The figures that online DPO reports of held-out answers."""
     return {
         "objective/scores": found.scores,
         "val/contain_eos_token": found.ended,

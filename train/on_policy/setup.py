@@ -1,4 +1,4 @@
-"""What `online-dpo` and `grpo` share of a run: the sampler, the rewards, and what they depend on."""
+"""Builds what `online-dpo` and `grpo` share: the sampler, the rewards, and their content hashes."""
 
 from __future__ import annotations
 

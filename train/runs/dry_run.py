@@ -98,7 +98,7 @@ def _fetched_config(hub_name: str) -> Path:
 
 
 def _show_records(config: Config, console: Console) -> None:
-    """What can be said about the records without a tokenizer."""
+    """Shows what can be said about the records without a tokenizer."""
     normalise = _READERS[type(config)]
     for path in (config.data.path, *config.data.mix):
         with blamed_on("data.path" if path == config.data.path else f"data.mix: {path}"):

@@ -68,6 +68,7 @@ class StartWeights:
         self._delta_dtype = getattr(run.config.optimizer, "delta_dtype", None)
         self._scores_answers = scores_answers
         self._recomputes = recomputes_delta(self._options)
+        self._keeps_reference = scores_answers or self._recomputes
         self.loaded: Params | None = None
         self.frozen: Params = {}
         self.reference: Params | None = None
@@ -83,7 +84,7 @@ class StartWeights:
 
     @property
     def merged_models(self) -> dict[str, Params]:
-        """What the delta is computed from at every merge; nothing where the state holds the delta."""
+        """The models whose delta is computed at every merge; none where the state holds the delta."""
         if not self._recomputes:
             return {}
         assert self.reference is not None
@@ -120,7 +121,7 @@ class StartWeights:
 
     def resume(self) -> None:
         """Loads what a run needs beside a state that is restored, often nothing."""
-        if self._scores_answers or self._recomputes or self._run.split(self._run.shapes)[1]:
+        if self._keeps_reference or self._run.split(self._run.shapes)[1]:
             params, frozen = self._run.split(self.load())
             self._keep(params, frozen, self._load_base(params) if self._recomputes else None)
         self.loaded = None
@@ -135,7 +136,7 @@ class StartWeights:
     def _keep(self, params: Params, frozen: Params, base: Params | None) -> None:
         """Keeps what stays in memory beside the state, and lets go of the rest."""
         self.loaded, self.frozen = None, frozen
-        self.reference = params if self._scores_answers or self._recomputes else None
+        self.reference = params if self._keeps_reference else None
         self.base = base if self._recomputes else None
 
     def _read(self, field: str, path: str) -> Params:
@@ -159,7 +160,7 @@ class StartWeights:
         return jax.device_put(adapters, jax.tree.map(lambda leaf: leaf.sharding, shapes))
 
     def _load_base(self, params: Params) -> Params:
-        """What the trained parameters were before fine-tuning; adapters were not there yet."""
+        """The trained parameters as they were before fine-tuning, when adapters added nothing."""
         if self._run.config.model.lora is not None:
             return jax.tree.map(jnp.zeros_like, params)
         self._run.console.print("Loading the base model ...")

@@ -65,7 +65,7 @@ def _kind(name: str) -> str:
 
 
 def _style(name: str, value: dict[str, float]) -> str | None:
-    """What a reader looks for first stands out, and so does what went wrong."""
+    """The style of a row: headlines are bold, and skipped steps are yellow."""
     if name == "skipped_steps" and value["last"]:
         return "yellow"
     return "bold" if name in HEADLINES else None

@@ -35,7 +35,7 @@ from train.types import Batch, Evaluate, LossFn, Params, Prepared, Score, State
 
 @dataclass(frozen=True)
 class Objective:
-    """What one kind of training gives to `train`.
+    """The parts of a run in which one kind of training differs from another.
 
     Attributes:
         loss_fn: From `train.objectives`.

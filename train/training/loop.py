@@ -31,7 +31,7 @@ from train.types import Batch, Metrics, Prepared, State
 
 @dataclass(frozen=True)
 class Job:
-    """What the loop calls.
+    """The functions and settings that the loop is given.
 
     Attributes:
         start: Makes the state of a new run; not called when a checkpoint is resumed.

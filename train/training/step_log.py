@@ -1,4 +1,4 @@
-"""What is shown and written of every step: read from the device once the next step is on its way."""
+"""Shows and writes the metrics of every step, which are read once the next step is on its way."""
 
 from __future__ import annotations
 
