@@ -31,37 +31,37 @@ from train.distributed.stop import EXIT_STATUS, Stopped, TryAgain
 
 def _run_sft(config: SFTConfig) -> None:
     with joined(config.distributed):
-        from train.commands.sft import run
+        from train.commands.sft import train_sft
 
-        run(config)
+        train_sft(config)
 
 
 def _run_dpo(config: DPOConfig) -> None:
     with joined(config.distributed):
-        from train.commands.dpo import run
+        from train.commands.dpo import train_dpo
 
-        run(config)
+        train_dpo(config)
 
 
 def _run_kto(config: KTOConfig) -> None:
     with joined(config.distributed):
-        from train.commands.kto import run
+        from train.commands.kto import train_kto
 
-        run(config)
+        train_kto(config)
 
 
 def _run_online_dpo(config: OnlineDPOConfig) -> None:
     with joined(config.distributed):
-        from train.commands.online_dpo import run
+        from train.commands.online_dpo import train_online_dpo
 
-        run(config)
+        train_online_dpo(config)
 
 
 def _run_grpo(config: GRPOConfig) -> None:
     with joined(config.distributed):
-        from train.commands.grpo import run
+        from train.commands.grpo import train_grpo
 
-        run(config)
+        train_grpo(config)
 
 
 def _run_eval(config: EvalConfig) -> None:
@@ -71,9 +71,9 @@ def _run_eval(config: EvalConfig) -> None:
 
 
 def _run_export(config: ExportConfig) -> None:
-    from train.runs.export import run
+    from train.commands.export import export_checkpoint
 
-    run(config)
+    export_checkpoint(config)
 
 
 def _run_merge(config: MergeConfig) -> None:

@@ -31,7 +31,7 @@ def omerge_epochs(settings: Settings) -> Epochs:
     from train.data import make_buckets, make_loader, read_records, tokenize_preference
     from train.distributed.mesh import put_batch
     from train.evaluation.held_out import answer_logps
-    from train.inputs.model import sharing_prompts
+    from train.inputs.records import sharing_prompts
     from train.models import from_hf, split_model
     from train.objectives.preference import preference_loss, reference_logps_fn
     from train.training.step import init_state, make_train_step

@@ -20,7 +20,7 @@ from tests.train.tiny_runs import make_records, make_tokenizer, run_flags
 from train.cli import main
 from train.config import DataOptions, UserError
 from train.data import tokenize_preference
-from train.inputs.model import load_data
+from train.inputs.records import load_data
 
 _EVERY_COMMAND = 40
 FIELDS = ("prompt", "chosen", "rejected")

@@ -19,15 +19,14 @@ from tests.train.tiny_runs import (
     write_jsonl,
 )
 from train.cli import configured, main
-from train.commands.dpo import run as run_dpo
-from train.commands.dpo import settings_of
-from train.commands.kto import arrange
-from train.commands.kto import run as run_kto
+from train.commands.dpo import train_dpo
+from train.commands.kto import arrange, train_kto
 from train.config import DPOConfig, KTOConfig, UserError
 from train.data import tokenize_unpaired
 from train.data.kl_pairs import in_random_order, rotation, with_kl_completions
 from train.files.metrics_log import read_metrics
 from train.losses import LOSSES, UNPAIRED_LOSSES, pair_loss
+from train.objectives.preference import settings_of
 from train.runs.reference import cache_file
 
 REQUIRED = flags(
@@ -91,7 +90,7 @@ def test_every_loss_on_labelled_answers_is_reached_by_its_name(name):
 )
 def test_losses_that_cannot_be_are_named_before_a_file_is_read(more, message):
     with pytest.raises(UserError, match=message):
-        run_dpo(dpo_config(*more))
+        train_dpo(dpo_config(*more))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +103,7 @@ def test_losses_that_cannot_be_are_named_before_a_file_is_read(more, message):
 )
 def test_kto_settings_that_cannot_be_are_named(more, message):
     with pytest.raises(UserError, match=message):
-        run_kto(configured("kto", KTOConfig, [*REQUIRED, *more]))
+        train_kto(configured("kto", KTOConfig, [*REQUIRED, *more]))
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +152,9 @@ def test_kto_starts_at_the_reference_and_separates_the_labels(kto):
 def test_kto_resumes_bit_by_bit_with_another_eval_batch(kto, inputs, tmp_path, monkeypatch):
     output = tmp_path / "run"
     arguments = kto_flags(inputs, output, **SHORT, trainer__save_every=1, trainer__eval_every=2)
-    from train.training.loop import _Reporter
+    from train.training.step_log import StepLog
 
-    evaluated = _Reporter.evaluated
+    evaluated = StepLog.evaluated
 
     def stop(self, step, metrics):
         if step == 2:
@@ -163,7 +162,7 @@ def test_kto_resumes_bit_by_bit_with_another_eval_batch(kto, inputs, tmp_path, m
         evaluated(self, step, metrics)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Reporter, "evaluated", stop)
+        patch.setattr(StepLog, "evaluated", stop)
         assert main(["kto", *arguments]) == 130
     assert main(["kto", *arguments, "--trainer.eval_batch_size", "5"]) == 0
     ours, whole = read_tensors(output / "export"), read_tensors(kto / "export")

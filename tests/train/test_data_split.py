@@ -5,7 +5,7 @@ from rich.console import Console
 from tests.train.tiny_runs import make_tokenizer, write_jsonl
 from train.config import DataOptions, UserError
 from train.data import DataError, split_by_prompt, tokenize_preference
-from train.inputs.model import load_data
+from train.inputs.records import load_data
 
 
 def pairs(count):

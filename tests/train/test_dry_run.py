@@ -155,3 +155,32 @@ def test_what_the_run_would_refuse_later_is_refused(inputs, tmp_path, capsys):
     arguments = run_flags({**inputs, "base": ""}, tmp_path / "run", **on_policy)
     assert main(["grpo", *arguments]) == 2
     assert "no_such_module" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh.fsdp": 64}, "mesh.data * mesh.fsdp * mesh.tensor must be at most"),
+        (
+            {"trainer.gradient_accumulation_steps": 3},
+            "batch_size must be a multiple of 3 (3 trainer.gradient_accumulation_steps), got 8.",
+        ),
+        (
+            {"model.freeze": "[no_layer]"},
+            "model.freeze: 'no_layer' is found in no parameter.",
+        ),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses_with_the_same_message(
+    inputs, tmp_path, capsys, changes, message
+):
+    make_model_dir(tmp_path / "model")  # with its weights, for the run
+    capsys.readouterr()
+    arguments = run_flags({**inputs, "base": ""}, tmp_path / "run", **PLAIN)
+    said = []
+    for dry_run in ("true", "false"):
+        command = ["dpo", *arguments, *flags({**changes, "dry_run": dry_run})]
+        assert main(command) == 2
+        said.append(capsys.readouterr().err)
+    assert message in said[0]
+    assert said[0] == said[1]

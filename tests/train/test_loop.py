@@ -20,8 +20,9 @@ from train.distributed.stop import Stopped
 from train.files.metrics_log import read_metrics
 from train.files.run_directory import OutputDir
 from train.training.checkpoint import Checkpoints, abstract
-from train.training.loop import Job, count_tokens, fit
+from train.training.loop import Job, fit
 from train.training.step import init_state, make_train_step
+from train.training.step_log import count_tokens
 
 STEPS = 7
 TX = optax.adam(0.1)
@@ -61,7 +62,7 @@ def make_job(**changes: Any) -> Job:
         "like": abstract(jax.eval_shape(start)),
         "step": make_train_step(loss_fn, TX),
         "loader": CountingLoader(),
-        "evaluate": lambda params: {"eval_loss": float(jnp.sum(params["w"]))},
+        "evaluate": lambda state: {"eval_loss": float(jnp.sum(state["params"]["w"]))},
         "check_first": None,
         "learning_rates": np.linspace(0.1, 0.7, STEPS),
         "mesh": None,
@@ -75,7 +76,7 @@ def run(path: Path, job: Job, **options: Any):
     shown = io.StringIO()
     trainer = TrainerOptions(batch_size=2, **options)
     try:
-        state = fit(job, trainer, output, Console(file=shown, width=100))
+        state, _ = fit(job, trainer, output, Console(file=shown, width=100))
     except UserError as error:
         error.add_note(shown.getvalue())
         raise
@@ -267,7 +268,7 @@ def test_signal_saves_at_the_end_of_the_step_and_the_run_goes_on(tmp_path):
 def make_evaluate(values: list[float]):
     """Held-out losses that come one after the other, the first before training."""
     following = iter(values)
-    return lambda params: {"eval_loss": next(following)}
+    return lambda state: {"eval_loss": next(following)}
 
 
 def test_early_stop_keeps_the_best_checkpoint(tmp_path):

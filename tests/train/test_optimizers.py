@@ -14,6 +14,7 @@ from transformers import get_scheduler
 
 import omerge_jax as om
 from train.config import AlphaOptions, OptimizerOptions, ScheduleOptions, UserError
+from train.optimizers.alpha_scale import make_alpha_scale
 from train.optimizers.build import (
     FIELDS,
     SPARSIFIERS,
@@ -23,7 +24,6 @@ from train.optimizers.build import (
     make_schedule,
     needs_delta,
 )
-from train.optimizers.gate import alpha_gate
 from train.training.step import init_state, make_train_step
 
 MERGE = {"alpha": 1e-3, "density": 0.5}
@@ -412,7 +412,7 @@ def test_the_gate_opens_with_the_reward_accuracy():
     def loss_fn(params, batch):
         return jnp.sum(params["w"] ** 2), {"rewards/accuracies": jnp.mean(batch["right"])}
 
-    step = make_train_step(loss_fn, tx, alpha_scale=alpha_gate(chosen))
+    step = make_train_step(loss_fn, tx, alpha_scale=make_alpha_scale(chosen))
     state = init_state({"w": jnp.ones(8)}, tx, {"w": jnp.ones(8)})
     found = []
     for right in ([1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]):

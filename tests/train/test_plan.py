@@ -31,10 +31,10 @@ needs_compiler = pytest.mark.skipif(
 RUN = """
 import json, sys
 import jax
-import train.runs.run
+import train.runs.train
 from train.cli import main
 
-notes, make = [], train.runs.run.make_train_step
+notes, make = [], train.runs.train.make_train_step
 
 def watched(*args, **kwargs):
     step = make(*args, **kwargs)
@@ -53,7 +53,7 @@ def watched(*args, **kwargs):
         return step(*given)
     return call
 
-train.runs.run.make_train_step = watched
+train.runs.train.make_train_step = watched
 assert main(["dpo", *json.loads(sys.argv[1])]) == 0
 print("NOTES", json.dumps(notes[-1]))
 """

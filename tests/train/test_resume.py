@@ -16,7 +16,7 @@ import pytest
 
 from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
 from train.cli import main
-from train.runs.run import Run
+from train.distributed.stop import EXIT_STATUS, Stopped
 from train.training.checkpoint import Checkpoints
 
 STEPS, EVERY = 48, 4
@@ -153,14 +153,17 @@ def test_resume_that_scores_the_reference_again_lets_go_of_its_weights(run, monk
     (output / "summary.json").unlink()
     shutil.rmtree(output / "reference")
     held = []
-    monkeypatch.setattr(
-        Run, "train", lambda self, loss, tx, start, **rest: held.append(start.__self__.loaded)
-    )
-    assert main(arguments) == 0
+
+    def stop(job, *rest):
+        held.append(job.start.__self__.loaded)
+        raise Stopped("before the first step")
+
+    monkeypatch.setattr("train.runs.train.fit", stop)
+    assert main(arguments) == EXIT_STATUS
     assert "Loading the model" in capsys.readouterr().out
     shutil.rmtree(output / "checkpoints")
     shutil.rmtree(output / "reference")
-    assert main(arguments) == 0
+    assert main(arguments) == EXIT_STATUS
     assert held[0] is None
     assert held[1] is not None  # a new start has a use for them
 

@@ -11,8 +11,7 @@ from tests.train.tiny_runs import make_model_dir
 from train.config import ModelOptions, TrainerOptions, UserError
 from train.data import tokenize_preference
 from train.inputs.model import blamed_on, check_model, hash_model
-from train.runs.counts import count_steps
-from train.runs.run import set_up
+from train.runs.set_up import count_steps, set_up
 
 
 def test_steps_or_epochs_of_whole_batches():

@@ -297,7 +297,7 @@ def test_a_study_from_sft_to_report_stopped_once(data_dir, tmp_path, capsys, mon
         raise Stopped("by a signal")
 
     with monkeypatch.context() as patched:
-        patched.setattr("train.commands.dpo.run", stop)
+        patched.setattr("train.commands.dpo.train_dpo", stop)
         assert main(flags) == EXIT_STATUS
     done = [out / "base.json", out / "seed-0/sft.json", out / "seed-0/sft/metrics.jsonl"]
     before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in done]

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from train.config import EarlyStopOptions, TrainerOptions, UserError
-from train.training.watch import Watch, lower_is_better, step_to_export
+from train.files.metrics_log import read_metrics
+from train.training.watch import Watch, lower_is_better
 
 MARGIN, LOSS, SKILL = "eval_rewards/margins", "eval_loss", "eval_tasks/sums"
 
@@ -110,7 +111,7 @@ def test_log_gives_the_same_answer(tmp_path):
     assert not watch.wants_start
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(str(row).replace("'", '"') + "\n" for row in rows))
-    assert step_to_export(options(LOSS), log, last=4) == 2
+    assert Watch(options(LOSS), read_metrics(log)).step_to_export(last=4) == 2
 
 
 def test_unknown_metric_is_named_with_those_there_are():

@@ -11,24 +11,18 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from train.commands.generate import end_tokens
 from train.config import EvalConfig, ModelOptions, UserError, check_records, require
 from train.data import TokenDataset, tokenize_preference
 from train.distributed.mesh import abstract_model
-from train.evaluation.held_out import Score, answer_logps, evaluate_preferences
+from train.evaluation.held_out import answer_logps, evaluate_preferences
 from train.evaluation.tasks import Tasks, read_tasks, task_scorer
 from train.files.run_directory import check_place, write_atomically
-from train.inputs.model import (
-    blamed_on,
-    check_model,
-    check_related,
-    load_tokenizer,
-    sharing_prompts,
-    split_records,
-    tokenized,
-)
+from train.inputs.model import blamed_on, check_model, check_related, load_tokenizer
+from train.inputs.records import sharing_prompts, split_records, tokenized
 from train.models import from_hf, split_model
+from train.models.model_dir import end_tokens
 from train.objectives.preference import reference_logps_fn
+from train.types import Score
 
 Results = dict[str, Any]
 

@@ -15,16 +15,17 @@ from rich.console import Console
 from rich.progress import track
 
 from train.config import GenerateConfig, ModelOptions, UserError, require
-from train.data import Record, UnusableRecord, read_records
-from train.data.records import prompt_of
-from train.data.templates import Encoder, Row
-from train.distributed.mesh import Params, abstract_model
+from train.data import Record, read_records
+from train.data.tokenizing import encode_prompts
+from train.distributed.mesh import abstract_model
 from train.files.continued_lines import continued_lines
 from train.files.run_directory import check_place
 from train.generation.filters import Filters
 from train.generation.sampler import Sampler
 from train.inputs.model import blamed_on, check_model, hash_model, load_tokenizer
-from train.models import ModelConfig, from_hf, resolve_model_dir, split_model
+from train.models import ModelConfig, from_hf, split_model
+from train.models.model_dir import end_tokens
+from train.types import Params
 
 _WIDTH_STEP = 32  # prompts are padded to multiples of it, so that few shapes are compiled
 
@@ -92,47 +93,6 @@ def _key(config: GenerateConfig, records: Any, prompts: Any, ends: list[int]) ->
 def _line(record: Mapping[str, Any]) -> bytes:
     # Parquet and the hub have fields that JSON has no type for, such as dates.
     return json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n"
-
-
-def encode_prompts(
-    records: Sequence[Record], tokenizer: Any, *, chat_template: bool
-) -> list[list[int]]:
-    """Token ids of every record's prompt, ready to be continued.
-
-    Args:
-        records: with a field ``prompt``: text, or messages.
-        tokenizer: from transformers.
-        chat_template: make a user turn of text.
-
-    Raises:
-        DataError: a record has no prompt, or one that cannot be used.
-    """
-    rows = [Row(*prompt_of(record)) for record in records]
-    encoded = Encoder(tokenizer, "chat" if chat_template else "auto").encode(rows)
-    prompts = []
-    for row, found in zip(rows, encoded, strict=True):
-        if isinstance(found, UnusableRecord):
-            raise ValueError(f"{row.where}: {found}.")
-        prompts.append(found.prompt)
-    return prompts
-
-
-def end_tokens(model: str, tokenizer: Any) -> list[int]:
-    """The tokenizer's EOS and those of the model's generation_config.json, sorted; [-1] without any.
-
-    Raises:
-        UserError: the file is no JSON object, or its ``eos_token_id`` no token ids.
-    """
-    ends = {tokenizer.eos_token_id} - {None}
-    file = resolve_model_dir(model) / "generation_config.json"
-    if not file.is_file():
-        return sorted(ends) or [-1]  # only the length ends a row
-    try:
-        more = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        more = [] if more is None else more if isinstance(more, list) else [more]
-        return sorted(ends | {int(one) for one in more}) or [-1]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"model: {file} has no usable eos_token_id ({error}).") from error
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -53,7 +53,7 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import partial
 
-from train.config import GRPOConfig, check
+from train.config import GRPOConfig
 from train.data import tokenize_prompts
 from train.inputs.model import blamed_on
 from train.losses import GroupLoss
@@ -61,26 +61,26 @@ from train.objectives.group import group_loss, sampled_logps_fn
 from train.objectives.preference import check_unpaired_start
 from train.on_policy.groups import Groups
 from train.on_policy.reward import several
-from train.on_policy.setup import check_rewards, input_hashes, make_on_policy, make_rewards
-from train.runs.alignment import Objective, align, check_merge
-from train.runs.run import Run, set_up
+from train.on_policy.setup import check_rewards, hash_rewards, make_on_policy, make_rewards
+from train.runs.run import Run
+from train.runs.set_up import check_settings, set_up
+from train.runs.train import Objective, train
 
 
-def run(config: GRPOConfig) -> None:
+def train_grpo(config: GRPOConfig) -> None:
     """Aligns from the start or from the last checkpoint, and exports the model.
 
     Raises:
         UserError: something given cannot be used, before training starts; or a reward gives
             something other than finite numbers.
     """
-    check(config)
-    check_merge(config)
+    check_settings(config)
     with blamed_on("loss"):
         loss_of = _loss_of(config)
-    check_rewards(config.reward.functions, config.reward.models)
-    this = set_up("grpo", config, tokenize_prompts)
-    if this is not None:
-        align(config, this, _objective(config, this, loss_of))
+    check_rewards(config)
+    run = set_up("grpo", config, tokenize_prompts)
+    if run is not None:
+        train(run, _objective(config, run, loss_of))
 
 
 def _loss_of(config: GRPOConfig) -> GroupLoss:
@@ -89,37 +89,33 @@ def _loss_of(config: GRPOConfig) -> GroupLoss:
     return GroupLoss(**settings, max_completion_length=config.sampling.max_new_tokens)
 
 
-def _objective(config: GRPOConfig, this: Run, loss_of: GroupLoss) -> Objective:
-    groups = _groups(config, this)
-    has_reference = loss_of.beta > 0
+def _objective(config: GRPOConfig, run: Run, loss_of: GroupLoss) -> Objective:
+    groups, has_reference = _groups(config, run), loss_of.beta > 0
+    loss_fn = group_loss(
+        run.graphdef,
+        loss_of,
+        temperature=config.sampling.temperature,
+        vocab_chunk=config.loss.vocab_chunk,
+    )
+    answer = groups.policy.evaluate
     return Objective(
-        loss_fn=group_loss(
-            this.graphdef,
-            loss_of,
-            temperature=config.sampling.temperature,
-            vocab_chunk=config.loss.vocab_chunk,
-        ),
-        evaluate=partial(
-            groups.policy.evaluate, batch_size=this.eval_batch_size, figures=groups.figures
-        ),
+        loss_fn=loss_fn,
+        evaluate=partial(answer, batch_size=run.eval_batch_size, figures=groups.figures),
         score=groups.score,
         names=("completion",) if has_reference else (),
-        depends_on=(),
-        check_first=partial(check_unpaired_start, beta=loss_of.beta)
-        if has_reference
-        else lambda _: None,
+        check_first=partial(check_unpaired_start, beta=loss_of.beta) if has_reference else None,
         sample=groups.batch,
-        inputs=input_hashes(this, config.reward.models),
+        inputs=hash_rewards(config, run),
     )
 
 
-def _groups(config: GRPOConfig, this: Run) -> Groups:
+def _groups(config: GRPOConfig, run: Run) -> Groups:
     options, sampling = config.reward, config.sampling
-    rewards = make_rewards(config, this, options.functions, options.models, options.dtype)
-    policy = make_on_policy(config, this, several(rewards))
+    rewards = make_rewards(config, run)
+    policy = make_on_policy(config, run, several(rewards))
     whole = options.multi_objective_aggregation == "sum_then_normalize"
     score = sampled_logps_fn(
-        this.graphdef,
+        run.graphdef,
         temperature=sampling.temperature,
         vocab_chunk=config.loss.vocab_chunk,
         parts=config.trainer.gradient_accumulation_steps,

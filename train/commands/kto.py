@@ -15,21 +15,21 @@ from train.inputs.model import blamed_on
 from train.losses import beta_schedule, label_balance_warning
 from train.losses import unpaired_loss as loss_of
 from train.objectives.preference import check_unpaired_start, unpaired_logps_fn, unpaired_loss
-from train.runs.alignment import Objective, align, check_merge
-from train.runs.run import Run, set_up
+from train.runs.set_up import check_settings, set_up
+from train.runs.train import Objective, train
 
 
-def run(config: KTOConfig) -> None:
+def train_kto(config: KTOConfig) -> None:
     """Aligns from the start or from the last checkpoint, and exports the model.
 
     Raises:
         UserError: something given cannot be used; before training starts.
     """
-    check_merge(config)
-    loss = config.loss
+    loss, settings = config.loss, _settings(config.loss)
     with blamed_on("loss"):
-        loss_of(**_settings(loss))
+        loss_of(**settings)
         beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, steps=1)
+    check_settings(config)
     if loss.type == "kto":
         # Its batches are made once, with other completions for the divergence.
         for name, value in (("mix", config.data.mix), ("buckets", config.data.buckets)):
@@ -38,9 +38,24 @@ def run(config: KTOConfig) -> None:
                     f"data.{name} is set to {value!r}, but loss.type kto has the same batches in every "
                     "epoch and no use for it; unset it."
                 )
-    this = set_up("kto", config, tokenize_unpaired, partial(arrange, config))
-    if this is not None:
-        align(config, this, _objective(config, this))
+    run = set_up("kto", config, tokenize_unpaired, partial(arrange, config))
+    if run is None:
+        return
+    names = ("completion", "kl") if loss.type == "kto" else ("completion",)
+    beta_at = beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, run.steps)
+    score = unpaired_logps_fn(run.graphdef, names, vocab_chunk=loss.vocab_chunk)
+    batches = {"batch_size": run.eval_batch_size, "mesh": run.mesh}
+    objective = Objective(
+        loss_fn=unpaired_loss(
+            run.graphdef, beta_at=beta_at, vocab_chunk=loss.vocab_chunk, **settings
+        ),
+        evaluate=partial(evaluate_unpaired, score, **batches, **settings),
+        score=score,
+        names=names,
+        check_first=partial(check_unpaired_start, beta=loss.beta),
+        shuffle=loss.type != "kto",
+    )
+    train(run, objective)
 
 
 def _settings(loss: UnpairedLossOptions) -> dict[str, Any]:
@@ -80,23 +95,3 @@ def arrange(
             # are scored at a time.
             held_out = with_kl_completions(in_random_order(held_out, 0), len(held_out))
     return data, held_out
-
-
-def _objective(config: KTOConfig, this: Run) -> Objective:
-    loss, settings = config.loss, _settings(config.loss)
-    names = ("completion", "kl") if loss.type == "kto" else ("completion",)
-    score = unpaired_logps_fn(this.graphdef, names, vocab_chunk=loss.vocab_chunk)
-    beta_at = beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, this.steps)
-    return Objective(
-        loss_fn=unpaired_loss(
-            this.graphdef, beta_at=beta_at, vocab_chunk=loss.vocab_chunk, **settings
-        ),
-        evaluate=partial(
-            evaluate_unpaired, score, batch_size=this.eval_batch_size, mesh=this.mesh, **settings
-        ),
-        score=score,
-        names=names,
-        depends_on=(),
-        check_first=partial(check_unpaired_start, beta=loss.beta),
-        shuffle=loss.type != "kto",
-    )

@@ -33,61 +33,48 @@ from __future__ import annotations
 
 from functools import partial
 
-from train.commands.dpo import check_loss, settings_of
-from train.config import OnlineDPOConfig, check
+from train.config import OnlineDPOConfig
 from train.data import tokenize_prompts
 from train.data.buckets import LEAST_SHARED
-from train.distributed.mesh import Params
-from train.losses import beta_schedule, pair_loss
+from train.losses import beta_schedule
 from train.objectives.preference import (
+    check_loss,
     check_starts_at_reference,
     preference_loss,
     reference_logps_fn,
+    settings_of,
 )
-from train.on_policy.rollouts import ANSWERS, OnPolicy, pair_figures, with_objectives
-from train.on_policy.setup import check_rewards, input_hashes, make_on_policy, make_rewards
-from train.runs.alignment import Objective, align, check_merge
-from train.runs.run import Run, set_up
-from train.training.loop import Prepared
-from train.training.step import Batch
+from train.on_policy.rollouts import ANSWERS, pair_figures, with_objectives
+from train.on_policy.setup import check_rewards, hash_rewards, make_on_policy, make_rewards
+from train.runs.run import Run
+from train.runs.set_up import check_settings, set_up
+from train.runs.train import Objective, train
+from train.types import Batch, Params, Prepared
 
 
-def run(config: OnlineDPOConfig) -> None:
+def train_online_dpo(config: OnlineDPOConfig) -> None:
     """Aligns from the start or from the last checkpoint, and exports the model.
 
     Raises:
         UserError: something given cannot be used, before training starts; or the reward gives
             something other than finite numbers.
     """
-    check(config)
-    check_merge(config)
-    check_loss(config.loss, config.trainer.gradient_accumulation_steps)
-    check_rewards(_functions(config), _models(config))
-    this = set_up("online-dpo", config, tokenize_prompts)
-    if this is not None:
-        align(config, this, _objective(config, this))
+    check_settings(config)
+    loss_of = check_loss(config.loss, config.trainer.gradient_accumulation_steps)
+    check_rewards(config)
+    run = set_up("online-dpo", config, tokenize_prompts)
+    if run is not None:
+        train(run, _objective(config, run, has_reference=loss_of.needs_reference))
 
 
-def _functions(config: OnlineDPOConfig) -> list[str]:
-    return [] if config.reward.function is None else [config.reward.function]
-
-
-def _models(config: OnlineDPOConfig) -> list[str]:
-    return [] if config.reward.model is None else [config.reward.model]
-
-
-def _on_policy(config: OnlineDPOConfig, this: Run) -> OnPolicy:
-    options = config.reward
-    (reward,) = make_rewards(config, this, _functions(config), _models(config), options.dtype)
-    return make_on_policy(config, this, reward, options.missing_eos_penalty)
-
-
-def _objective(config: OnlineDPOConfig, this: Run) -> Objective:
+def _objective(config: OnlineDPOConfig, run: Run, *, has_reference: bool) -> Objective:
     loss, settings = config.loss, settings_of(config.loss)
-    has_reference = pair_loss(**settings).needs_reference
-    policy, share = _on_policy(config, this), _shares_prompts(config, this)
+    (reward,) = make_rewards(config, run)
+    policy = make_on_policy(config, run, reward, config.reward.missing_eos_penalty)
+    share = _shares_prompts(config, run)
+    beta_at = beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, run.steps)
     score = policy.replicated(
-        reference_logps_fn(this.graphdef, vocab_chunk=loss.vocab_chunk, ld_alpha=loss.ld_alpha)
+        reference_logps_fn(run.graphdef, vocab_chunk=loss.vocab_chunk, ld_alpha=loss.ld_alpha)
     )
 
     def sample(params: Params, reference: Params | None, batch: Batch, done: int) -> Prepared:
@@ -97,32 +84,25 @@ def _objective(config: OnlineDPOConfig, this: Run) -> Objective:
             pairs |= policy.columns(score, reference, pairs, names)
         return pairs, {}
 
+    loss_fn = preference_loss(
+        run.graphdef, beta_at=beta_at, vocab_chunk=loss.vocab_chunk, **settings
+    )
     return Objective(
-        loss_fn=with_objectives(
-            preference_loss(
-                this.graphdef,
-                beta_at=beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, this.steps),
-                vocab_chunk=loss.vocab_chunk,
-                **settings,
-            ),
-            beta=loss.beta,
-            has_reference=has_reference,
-        ),
-        evaluate=partial(policy.evaluate, batch_size=this.eval_batch_size, figures=pair_figures),
+        loss_fn=with_objectives(loss_fn, beta=loss.beta, has_reference=has_reference),
+        evaluate=partial(policy.evaluate, batch_size=run.eval_batch_size, figures=pair_figures),
         score=score,
         names=("chosen", "rejected") if has_reference else (),
-        depends_on=(),
         check_first=partial(check_starts_at_reference, **settings),
         sample=sample,
-        inputs=input_hashes(this, _models(config)),
+        inputs=hash_rewards(config, run),
     )
 
 
-def _shares_prompts(config: OnlineDPOConfig, this: Run) -> bool:
+def _shares_prompts(config: OnlineDPOConfig, run: Run) -> bool:
     """Whether a prompt is computed once for both answers; see `train.data.saves_by_sharing`."""
     wanted = config.data.prefix_sharing
     if wanted != "auto":
         return wanted
-    prompts = int(this.data.arrays["prompt_mask"].sum())
-    answers = ANSWERS * config.sampling.max_new_tokens * len(this.data)
+    prompts = int(run.data.arrays["prompt_mask"].sum())
+    answers = ANSWERS * config.sampling.max_new_tokens * len(run.data)
     return prompts >= LEAST_SHARED * (ANSWERS * prompts + answers)

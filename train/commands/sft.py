@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import jax
+from functools import partial
+
 from rich.console import Console
 
 from train.config import SFTConfig
 from train.data import TokenDataset, tokenize_sft
-from train.distributed.mesh import Params, on_mesh
 from train.evaluation.held_out import evaluate_sft
-from train.inputs.model import hash_start, packed
+from train.inputs.records import packed
 from train.objectives.preference import sft_loss
-from train.optimizers.build import make_optimizer
-from train.runs.run import set_up
-from train.training.step import State, init_state
+from train.runs.set_up import check_settings, set_up
+from train.runs.train import Objective, train
 
 
-def run(config: SFTConfig) -> None:
+def train_sft(config: SFTConfig) -> None:
     """Trains from the start or from the last checkpoint, and exports the model.
 
     Raises:
@@ -28,43 +27,10 @@ def run(config: SFTConfig) -> None:
     ) -> tuple[TokenDataset, TokenDataset | None]:
         return packed(config.data, data, console), held_out
 
-    this = set_up("sft", config, tokenize_sft, arrange)
-    if this is None:
+    check_settings(config)
+    run = set_up("sft", config, tokenize_sft, arrange)
+    if run is None:
         return
-    tx = make_optimizer(config.optimizer, this.schedule)
-    this.begin(**hash_start(config.model))
-    loss_fn = sft_loss(this.graphdef, vocab_chunk=config.loss.vocab_chunk)
-    evaluate = None
-    if this.held_out is not None:
-        evaluate = evaluate_sft(
-            loss_fn, this.held_out, batch_size=this.eval_batch_size, mesh=this.mesh
-        )
-
-    rest: list[Params] = []  # what is not trained, once it is loaded
-
-    def load() -> Params:
-        trained, frozen = this.split(this.load_start())
-        rest.append(frozen)
-        return trained
-
-    def make_state(params: Params) -> State:
-        return init_state(params, tx, followers=this.followers)
-
-    def frozen() -> Params:
-        if not this.split(this.shapes)[1]:
-            return {}
-        if not rest:
-            load()
-        return rest[0]
-
-    like = jax.eval_shape(make_state, this.trained_shapes)
-    with on_mesh(this.mesh):
-        this.train(
-            loss_fn,
-            tx,
-            lambda: make_state(load()),
-            like=like,
-            data=this.data,
-            evaluate=evaluate,
-            frozen=frozen,
-        )
+    loss_fn = sft_loss(run.graphdef, vocab_chunk=config.loss.vocab_chunk)
+    evaluate = partial(evaluate_sft, loss_fn, batch_size=run.eval_batch_size, mesh=run.mesh)
+    train(run, Objective(loss_fn, evaluate))

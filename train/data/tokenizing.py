@@ -17,6 +17,7 @@ from train.data.records import (
     normalise_prompt,
     normalise_sft,
     normalise_unpaired,
+    prompt_of,
 )
 from train.data.templates import Encoded, Encoder, Row, Template
 
@@ -164,6 +165,29 @@ def tokenize_prompts(
         Encoder(tokenizer, template),
         _Limits(max_prompt_length, max_completion_length, truncation),
     )
+
+
+def encode_prompts(
+    records: Sequence[Mapping[str, Any]], tokenizer: Any, *, chat_template: bool
+) -> list[list[int]]:
+    """Token ids of every record's prompt, ready to be continued.
+
+    Args:
+        records: with a field ``prompt``: text, or messages.
+        tokenizer: from transformers.
+        chat_template: make a user turn of text.
+
+    Raises:
+        DataError: a record has no prompt, or one that cannot be used.
+    """
+    rows = [Row(*prompt_of(record)) for record in records]
+    encoded = Encoder(tokenizer, "chat" if chat_template else "auto").encode(rows)
+    prompts = []
+    for row, found in zip(rows, encoded, strict=True):
+        if isinstance(found, UnusableRecord):
+            raise DataError(f"{row.where}: {found}.")
+        prompts.append(found.prompt)
+    return prompts
 
 
 def _tokenize(

@@ -25,8 +25,8 @@ from train.config import MeshOptions, require
 from train.distributed.axes import MESH_AXES, RULES
 from train.distributed.processes import from_all
 from train.models import Decoder, ModelConfig, param_shardings, split_model
+from train.types import Params
 
-Params = dict[str, Any]
 _PRODUCT = "mesh.data * mesh.fsdp * mesh.tensor"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,7 @@ from train.data import TokenDataset, Widths, answer_names, row_lengths, share_pr
 from train.distributed.mesh import put_whole
 from train.distributed.processes import fetch, is_first
 from train.losses import PairLogps, pair_loss, unpaired_loss
-from train.training.step import LossFn
-
-Evaluate = Callable[[Any], dict[str, float]]
-Score = Callable[[Any, Any], tuple[jax.Array, ...]]
+from train.types import Evaluate, LossFn, Score
 
 
 def bucketed_batches(

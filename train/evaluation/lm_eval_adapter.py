@@ -18,11 +18,11 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     make_disjoint_window,
 )
 
-from train.commands.generate import end_tokens
 from train.evaluation.continuations import Continuation, continuation_scorer
 from train.generation.greedy_text import Write, greedy_writer
 from train.inputs.model import load_tokenizer
 from train.models import from_hf, split_model
+from train.models.model_dir import end_tokens
 
 _MAX_GEN_TOKS = 256  # where a task says nothing, as in the harness's own models
 

@@ -95,7 +95,7 @@ def task_scorer(
         graphdef: Of the model.
         tasks: From `read_tasks`.
         tokenizer: The model's.
-        ends: Tokens that end an answer, from `train.commands.generate.end_tokens`.
+        ends: Tokens that end an answer, from `train.models.model_dir.end_tokens`.
         batch_size: Questions, windows or problems at once; a multiple of the devices that rows are
             split over.
         mesh: Where the parameters lie. Every process scores every task.

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from train.commands.generate import encode_prompts
 from train.config import GenerationTaskOptions, UserError, require
 from train.data.formats import Record, read_records, where_of
+from train.data.tokenizing import encode_prompts
 from train.evaluation.multiple_choice import check_lengths, check_template, filled
 from train.evaluation.text_scores import LAST_NUMBER, extract, normalised, squad_f1
 from train.generation.greedy_text import Write

@@ -1,4 +1,4 @@
-"""Finds a model directory, locally or on the hub, and reads its ``config.json``."""
+"""Finds a model directory, locally or on the hub, and reads its small JSON files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+
+from train.config import UserError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
@@ -57,3 +59,21 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ValueError(f"{file} holds a {type(parsed).__name__}, not an object")
     return parsed
+
+
+def end_tokens(model: str, tokenizer: Any) -> list[int]:
+    """The tokenizer's EOS and those of the model's generation_config.json, sorted; [-1] without any.
+
+    Raises:
+        UserError: the file is no JSON object, or its ``eos_token_id`` no token ids.
+    """
+    ends = {tokenizer.eos_token_id} - {None}
+    file = resolve_model_dir(model) / "generation_config.json"
+    if not file.is_file():
+        return sorted(ends) or [-1]  # only the length ends a row
+    try:
+        more = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        more = [] if more is None else more if isinstance(more, list) else [more]
+        return sorted(ends | {int(one) for one in more}) or [-1]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"model: {file} has no usable eos_token_id ({error}).") from error

@@ -13,7 +13,7 @@ from train.losses.group import BATCH_TOKEN_MEANS, GroupLogps, GroupLoss, token_m
 from train.objectives.accumulate import Parted, columns_in_parts
 from train.objectives.logps import sampled_statistics
 from train.objectives.preference import VocabChunk, resolve_vocab_chunk
-from train.training.step import Batch, LossFn, Metrics
+from train.types import Batch, LossFn, Metrics
 
 _OF_TOKENS = ("kl", "entropy")
 _OF_RATIOS = (

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from train import losses
+from train.config import PreferenceLossOptions, UserError
 from train.data import is_packed
 from train.objectives.accumulate import NORMALIZERS, Parted
 from train.objectives.logps import completion_logps, completion_statistics
 from train.objectives.packed_logps import packed_statistics
 from train.objectives.pair_logps import pair_token_logps
-from train.training.step import Batch, LossFn, Metrics
+from train.types import Batch, LossFn, Metrics
 
 VocabChunk = int | None | Literal["auto"]
 
@@ -36,6 +37,39 @@ def resolve_vocab_chunk(vocab_chunk: VocabChunk, vocab_size: int) -> int | None:
     if vocab_chunk != "auto":
         return vocab_chunk
     return AUTO_VOCAB_CHUNK if vocab_size > 2 * AUTO_VOCAB_CHUNK else None
+
+
+def check_loss(loss: PreferenceLossOptions, parts: int) -> losses.PairLoss:
+    """Checks the settings of a loss on pairs whose batches are computed in `parts`.
+
+    Raises:
+        UserError: a field is out of range, or the loss cannot be computed in parts.
+    """
+    try:
+        loss_of = losses.pair_loss(**settings_of(loss))
+        losses.beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, steps=1)
+    except ValueError as error:
+        raise UserError(f"loss: {error}") from error
+    whole = set(loss_of.types) & set(losses.WHOLE_BATCH)
+    if whole and parts > 1:
+        raise UserError(
+            f"trainer.gradient_accumulation_steps is {parts}, but loss.type {min(whole)} compares all "
+            "pairs of a batch; set it to 1, or choose another loss."
+        )
+    return loss_of
+
+
+def settings_of(loss: PreferenceLossOptions) -> dict[str, Any]:
+    """Arguments of `train.losses.pair_loss`."""
+    return {
+        "loss_type": loss.type,
+        "weights": loss.weights,
+        "beta": loss.beta,
+        "label_smoothing": loss.label_smoothing,
+        "ld_alpha": loss.ld_alpha,
+        "simpo_gamma": loss.simpo_gamma,
+        "discopop_tau": loss.discopop_tau,
+    }
 
 
 def _pair_logps(

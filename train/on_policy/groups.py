@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from train.distributed.mesh import Params, own_rows, row_numbers
-from train.evaluation.held_out import Score, padded_width
+from train.distributed.mesh import own_rows, row_numbers
+from train.evaluation.held_out import padded_width
 from train.on_policy.advantages import (
     Scale,
     advantages,
@@ -20,8 +20,7 @@ from train.on_policy.advantages import (
     weighted_rewards,
 )
 from train.on_policy.rollouts import OnPolicy, Sampled
-from train.training.loop import Prepared
-from train.training.step import Batch
+from train.types import Batch, Params, Prepared, Score
 
 
 @dataclass(frozen=True)

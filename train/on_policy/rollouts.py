@@ -1,4 +1,4 @@
-"""From prompts to scored answers, and to ranked pairs of a better one and a worse one.
+"""Samples answers to prompts, scores them, and makes pairs of a better and a worse one.
 
 This runs on the host between the loader and the train step. What is drawn depends on the seed, the
 number of steps done and the place in the batch alone, so a resumed run samples what it would have
@@ -18,20 +18,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from train.data import TokenDataset, Widths, normalise_prompt, share_prompt
-from train.distributed.mesh import Params, own_rows, put_batch, row_numbers, row_parts, same_for_all
+from train.distributed.mesh import own_rows, put_batch, row_numbers, row_parts, same_for_all
 from train.distributed.processes import fetch
-from train.evaluation.held_out import Evaluate, Score, bucketed_batches
+from train.evaluation.held_out import bucketed_batches
 from train.generation.sampler import Sampler
 from train.objectives.accumulate import Parted
 from train.on_policy.reward import Answers, Reward
-from train.training.step import Batch, Metrics
+from train.types import Batch, Evaluate, Metrics, Params, Score
 
 ANSWERS = 2
 
-SHOWN = 2
-"""Held-out answers that are shown at an evaluation."""
-
+_SHOWN = 2  # held-out answers that are shown at an evaluation
 _TRAINING, _HELD_OUT = 0, 1  # streams of random numbers
+_NAMES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Sampled:
         tokens: int32 ``[answers, max_new_tokens]``.
         mask: bool, like ``tokens``.
         ended: bool ``[answers]``, whether the end token came.
-        scores: float64 ``[answers]``, what is taken off for a missing end included; or ``[answers,
-            rewards]`` of a reward that gives several.
+        scores: float64 ``[answers]``, less the penalty for a missing end; or ``[answers, rewards]``
+            where a reward gives several.
         texts: The answers as text.
     """
 
@@ -55,18 +54,18 @@ class Sampled:
 
 
 Figures = Callable[[Sampled], Mapping[str, np.ndarray]]
-"""What is reported of answers, ``[answers]`` by name, NaN where there is nothing; a score first."""
+"""What is reported of answers, ``[answers]`` by name, a score first. NaN where there is nothing."""
 
 
 class OnPolicy:
     """Samples and scores answers with the parameters of the moment.
 
     Args:
-        sampler: Of the policy, with a temperature above 0.
-        tokenizer: The policy's, to decode with.
+        sampler: Samples from the policy, with a temperature above 0.
+        tokenizer: Decodes the answers.
         reward: Scores answers.
-        missing_eos_penalty: Taken off the score of an answer that has not ended.
-        seed: Of the draws.
+        missing_eos_penalty: What an answer that has not ended loses of its score.
+        seed: Fixes the draws.
         mesh: Where batches go.
         console: Where a few held-out answers are shown at every evaluation.
     """
@@ -115,11 +114,11 @@ class OnPolicy:
         """Answers to every prompt of a batch, scored.
 
         Args:
-            params: Of the policy, all of them.
+            params: All parameters of the policy.
             batch: ``prompt_tokens``, ``prompt_mask`` ``[rows, width]``, ``record`` ``[rows]``, and
                 ``number`` int32 ``[rows]``, on which a row's draws depend.
-            step: On which all draws depend.
-            stream: Likewise.
+            step: Number of steps done, on which all draws depend.
+            stream: Stream of random numbers.
             copies: Answers to a prompt.
 
         Raises:
@@ -146,25 +145,21 @@ class OnPolicy:
     def pairs(
         self, params: Params, batch: Batch, step: int, *, share: bool
     ) -> dict[str, np.ndarray]:
-        """A preference batch of the policy's own answers.
+        """A preference batch of the policy's own answers to prompts, from `tokenize_prompts`.
 
-        Args:
-            params: Of the policy.
-            batch: Prompts, as the loader of `train.data.tokenize_prompts` gives them.
-            step: Number of steps done.
-            share: Compute a prompt once for both answers, see `train.data.share_prompt`.
+        With `share` a prompt is computed once for both answers, see `train.data.share_prompt`. Of
+        two answers with the same score the first one is chosen, as in TRL.
 
         Returns:
             The columns that `train.objectives.preference.preference_loss` reads, but for the
             reference's, and ``chosen_scores``, ``rejected_scores``, ``chosen_ended``,
-            ``rejected_ended`` float32 ``[rows]``, which `with_objectives` reads. Of two answers
-            with the same score the first one is chosen, as in TRL.
+            ``rejected_ended`` float32 ``[rows]``, which `with_objectives` reads.
         """
         number = row_numbers(len(batch["index"]), self.mesh)
         found = self.sample(params, {**batch, "number": number}, step)
         order = rank(found.scores)
         pairs = {name: batch[name] for name in ("prompt_tokens", "prompt_mask", "index")}
-        for name, which in zip(("chosen", "rejected"), order, strict=True):
+        for name, which in zip(_NAMES, order, strict=True):
             pairs[f"{name}_tokens"], pairs[f"{name}_mask"] = found.tokens[which], found.mask[which]
             pairs[f"{name}_scores"] = found.scores[which].astype(np.float32)
             pairs[f"{name}_ended"] = found.ended[which].astype(np.float32)
@@ -187,7 +182,7 @@ class OnPolicy:
                 of_all = figures(sampled)
                 found.append({name: values[: len(rows)] for name, values in of_all.items()})
                 if number == 0:
-                    scores = next(iter(found[0].values()))[:SHOWN]
+                    scores = next(iter(found[0].values()))[:_SHOWN]
                     self._show(batch["record"], sampled.texts, scores)
             together = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
             return {
@@ -210,13 +205,9 @@ class OnPolicy:
     def columns(
         self, score: Score, params: Params, batch: Batch, names: Sequence[str]
     ) -> dict[str, np.ndarray]:
-        """What a model says of a batch, by name, float32 arrays with this process's rows.
+        """What a model, such as the reference, says of this process's rows, float32 by name.
 
-        Args:
-            score: From `replicated`.
-            params: All of the model, such as the reference.
-            batch: This process's rows.
-            names: Of what the score gives.
+        `score` is from `replicated`, and `names` are those of its results.
         """
         scores = score(params, put_batch(batch, self.mesh))
         return {
@@ -244,7 +235,7 @@ class OnPolicy:
 
 
 def pair_figures(found: Sampled) -> dict[str, np.ndarray]:
-    """What online DPO reports of held-out answers."""
+    """The figures that online DPO reports of held-out answers."""
     return {
         "objective/scores": found.scores,
         "val/contain_eos_token": found.ended,
@@ -255,8 +246,7 @@ def pair_figures(found: Sampled) -> dict[str, np.ndarray]:
 def rank(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the chosen and of the rejected answers, each int ``[prompts]``.
 
-    Args:
-        scores: ``[2 * prompts]``, the two answers to prompt ``i`` at ``i`` and ``i + prompts``.
+    The two answers to prompt ``i`` have their scores at ``i`` and ``i + prompts``.
 
     Example:
         >>> chosen, rejected = rank(np.array([1.0, 0.0, 0.5, 2.0]))
@@ -273,16 +263,16 @@ def with_objectives(loss: Parted, *, beta: float, has_reference: bool) -> Parted
 
     Args:
         loss: From `train.objectives.preference.preference_loss`.
-        beta: Of the loss, where its metrics have none.
+        beta: Beta of the loss, where its metrics have none.
         has_reference: Whether the batch has the reference's log-probabilities.
 
     Returns:
         The loss with `objective/scores` (mean over all answers), `objective/scores_margin`,
         `objective/ties` (share of pairs with equal scores, which teach nothing about the reward),
-        `val/contain_eos_token`, `completions/mean_length`, `objective/entropy` (minus the mean
-        log-probability of an answer), and with a reference `objective/kl` (in nats, the mean over
-        answers of the log-ratio of policy and reference), `objective/non_score_reward` (−β times
-        that) and `objective/rlhf_reward` (scores plus that).
+        `val/contain_eos_token` and `completions/mean_length`. With a reference it also reports
+        `objective/entropy` (minus the mean log-probability of an answer), `objective/kl` (in nats,
+        the mean over answers of the log-ratio of policy and reference),
+        `objective/non_score_reward` (−β times that) and `objective/rlhf_reward` (scores plus that).
     """
 
     def loss_with_objectives(params: Any, batch: Batch) -> tuple[Any, Metrics]:
@@ -302,9 +292,6 @@ def with_objectives(loss: Parted, *, beta: float, has_reference: bool) -> Parted
         return terms, metrics
 
     return replace(loss, loss_fn=loss_with_objectives)
-
-
-_NAMES = ("chosen", "rejected")
 
 
 def _mean(columns: Sequence[jax.Array]) -> jax.Array:

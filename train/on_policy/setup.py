@@ -1,18 +1,17 @@
-"""What `online-dpo` and `grpo` share of a run: the sampler, the rewards, and what they depend on."""
+"""Builds what `online-dpo` and `grpo` share: the sampler, the rewards, and their content hashes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
 
-from train.commands.generate import end_tokens
-from train.config import DType, GRPOConfig, OnlineDPOConfig
+from train.config import GRPOConfig, OnlineDPOConfig
 from train.data import normalise_prompt
 from train.generation.filters import Filters
 from train.generation.sampler import Sampler
-from train.inputs.model import blamed_on, hash_model, load_tokenizer
+from train.inputs.model import blamed_on, hash_model
+from train.models.model_dir import end_tokens
 from train.models.reward import check_reward_model
 from train.on_policy.reward import Reward, function_reward, import_function, model_reward, tried
 from train.on_policy.rollouts import OnPolicy
@@ -21,12 +20,13 @@ from train.runs.run import Run
 Config = OnlineDPOConfig | GRPOConfig
 
 
-def check_rewards(functions: Sequence[str], models: Sequence[str]) -> None:
+def check_rewards(config: Config) -> None:
     """Imports reward functions, and checks directories of reward models without reading weights.
 
     Raises:
         UserError: one of them cannot be used.
     """
+    functions, models = _functions_and_models(config)
     for name in functions:
         import_function(name)
     for path in models:
@@ -34,41 +34,43 @@ def check_rewards(functions: Sequence[str], models: Sequence[str]) -> None:
             check_reward_model(path)
 
 
-def make_rewards(
-    config: Config, this: Run, functions: Sequence[str], models: Sequence[str], dtype: DType
-) -> list[Reward]:
-    """Rewards, tried on the first training prompts.
+def _functions_and_models(config: Config) -> tuple[Sequence[str], Sequence[str]]:
+    """The reward functions, each as ``module:function``, and the directories or hub names of models."""
+    if isinstance(config, GRPOConfig):
+        return config.reward.functions, config.reward.models
+    function, model = config.reward.function, config.reward.model
+    return [] if function is None else [function], [] if model is None else [model]
 
-    Args:
-        config: The settings.
-        this: The run, whose records the functions are told about.
-        functions: Each as ``module:function``. With several rewards they may give None.
-        models: Directories or hub names.
-        dtype: Of the models.
+
+def make_rewards(config: Config, run: Run) -> list[Reward]:
+    """Rewards, tried on the first training prompts. With several, functions may give None.
 
     Raises:
         UserError: one of them cannot be used.
     """
-    sets = [this.data, *([] if this.held_out is None else [this.held_out])]
+    functions, models = _functions_and_models(config)
+    sets = [run.data, *([] if run.held_out is None else [run.held_out])]
     records = [record for one in sets for record in one.arrays["record"]]
     optional = len(functions) + len(models) > 1
     rewards = [function_reward(name, records, optional=optional) for name in functions]
     if models:
-        this.console.print("Loading the reward model ...")
-    settings: dict[str, Any] = {"dtype": dtype, "template": config.data.template}
-    rewards += [model_reward(path, **settings, mesh=this.mesh) for path in models]
+        run.console.print("Loading the reward model ...")
+    dtype, template = config.reward.dtype, config.data.template
+    rewards += [
+        model_reward(path, dtype=dtype, template=template, mesh=run.mesh) for path in models
+    ]
     prompts = [normalise_prompt(record) for record in records]
     return [tried(reward, prompts, records) for reward in rewards]
 
 
 def make_on_policy(
-    config: Config, this: Run, reward: Reward, missing_eos_penalty: float | None = None
+    config: Config, run: Run, reward: Reward, missing_eos_penalty: float | None = None
 ) -> OnPolicy:
-    """What samples the policy's answers and scores them."""
-    tokenizer: Any = load_tokenizer(config.model.path, "model.path")
-    sampling, pad_id = config.sampling, tokenizer.pad_token_id
+    """Makes what samples the policy's answers and scores them."""
+    sampling, tokenizer = config.sampling, run.tokenizer
+    pad_id = tokenizer.pad_token_id
     sampler = Sampler(
-        this.graphdef,
+        run.graphdef,
         sampling.max_new_tokens,
         end_tokens(config.model.path, tokenizer),
         tokenizer.eos_token_id if pad_id is None else pad_id,
@@ -80,15 +82,15 @@ def make_on_policy(
         reward,
         missing_eos_penalty=missing_eos_penalty,
         seed=config.trainer.seed,
-        mesh=this.mesh,
-        console=this.console,
+        mesh=run.mesh,
+        console=run.console,
     )
 
 
-def input_hashes(this: Run, models: Sequence[str]) -> dict[str, str]:
+def hash_rewards(config: Config, run: Run) -> dict[str, str]:
     """Content hashes of what scores depend on besides the tokens of the prompts."""
-    digest = hashlib.sha256()
-    for record in this.data.arrays["record"]:
+    digest, models = hashlib.sha256(), _functions_and_models(config)[1]
+    for record in run.data.arrays["record"]:
         digest.update(json.dumps(record, sort_keys=True, default=str).encode())
     names = ["reward model"] if len(models) == 1 else [f"reward model {path}" for path in models]
     hashes = {name: hash_model(path) for name, path in zip(names, models, strict=True)}

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 import omerge_jax as om
-from train.commands.dpo import settings_of
 from train.config import DPOConfig, UserError
 from train.data.buckets import LEAST_SHARED
 from train.distributed.mesh import abstract_model, check_batch, compiler_options, rows
-from train.inputs.model import as_set
+from train.inputs.model import with_types
 from train.losses import beta_schedule, pair_loss
 from train.models import ModelConfig, layer_axes, read_hf_config
-from train.objectives.preference import preference_loss
+from train.objectives.preference import preference_loss, settings_of
+from train.optimizers.alpha_scale import make_alpha_scale
 from train.optimizers.build import (
     delta_on_host,
     holds_delta,
@@ -26,7 +26,6 @@ from train.optimizers.build import (
     make_schedule,
     recomputes_delta,
 )
-from train.optimizers.gate import alpha_gate
 from train.training.step import init_state, make_train_step, state_shardings
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -96,7 +95,7 @@ def make_program(
     trainer = config.trainer
     parts = trainer.gradient_accumulation_steps
     check_batch("trainer.batch_size", trainer.batch_size, mesh, parts)
-    graphdef, params = abstract_model(as_set(model, config.model), mesh)
+    graphdef, params = abstract_model(with_types(model, config.model), mesh)
     steps = trainer.steps or 1000  # changes constants of the schedules alone
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, steps)
     tx = make_optimizer(config.optimizer, schedule, layer_axes=layer_axes, steps=steps)
@@ -124,7 +123,7 @@ def make_program(
         tx,
         shardings=shardings,
         accumulate=parts,
-        alpha_scale=alpha_gate(config.optimizer),
+        alpha_scale=make_alpha_scale(config.optimizer),
         compiler_options=compiler_options(mesh),
     )
     given = ("reference_params", "base_params") if recomputes_delta(config.optimizer) else ()

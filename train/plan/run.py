@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from train.commands.dpo import check_loss
 from train.config import PlanConfig, UserError, check, flatten
 from train.files.run_directory import check_place, write_atomically
 from train.models import ModelConfig
+from train.objectives.preference import check_loss
 from train.optimizers.build import check_optimizer
 from train.plan.advice import advice
 from train.plan.figures import Plan

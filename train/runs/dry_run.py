@@ -6,6 +6,7 @@ the dry run goes as far as it can and ends with what is missing.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from rich.text import Text
 
 from train.config import DPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig, UserError
 from train.data import (
-    Record,
     TokenDataset,
     UnusableRecord,
     answer_names,
@@ -29,16 +29,12 @@ from train.data import (
     normalise_unpaired,
     read_records,
 )
-from train.evaluation.tasks import read_tasks
-from train.inputs.model import Tokenize, blamed_on, check_related, load_data, packed
+from train.inputs.model import blamed_on, check_related, with_settings
 from train.models import ModelConfig, read_hf_config
-from train.optimizers.build import make_optimizer, make_schedule
-from train.runs.counts import count_steps
+from train.runs.run import Config, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Config = SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig | GRPOConfig
 
 _READERS: dict[type, Callable[..., Any]] = {
     SFTConfig: normalise_sft,
@@ -48,134 +44,92 @@ _READERS: dict[type, Callable[..., Any]] = {
     GRPOConfig: normalise_prompt,
 }
 
-EXAMPLES = 2
-"""Rows that are shown whole."""
-
+_EXAMPLES = 2  # rows that are shown whole
 _PERCENTILES = (50, 90, 99)
-_HUB_FILES = "its tokenizer and config.json"
 
 
-def dry_run(config: Config, tokenize: Tokenize, console: Console) -> None:
-    """Shows token statistics, batches and the first rows with their loss masks.
-
-    Args:
-        config: The settings, their ranges checked.
-        tokenize: Makes rows of records.
-        console: Where everything is shown.
+def describe_models(config: Config, console: Console) -> tuple[ModelConfig, Any]:
+    """The model's configuration and its tokenizer, without a look at its weights.
 
     Raises:
-        UserError: something given cannot be used, or the hub is needed and cannot be reached.
+        UserError: a model cannot be used, or the hub is needed and cannot be reached. What can be said
+            about the records without it is shown before that.
     """
-    tokenizer, model = _described(config, "model.path", config.model.path, console)
-    check_length(config, model)
-    _check_base(config, console)
-    data, held_out = load_data(config.records, tokenize, tokenizer, console)
-    read_tasks(config.evaluation, tokenizer, model.max_position_embeddings, console, "evaluation.")
-    show_data(data, console)
-    batched = packed(config.data, data, console) if isinstance(config, SFTConfig) else data
-    rows, batch = batched.rows_per_epoch, config.trainer.batch_size
-    steps = count_steps(config.trainer, rows, config.steps_per_batch)
-    batches = steps // config.steps_per_batch
-    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, steps)
-    make_optimizer(config.optimizer, schedule, steps=steps)  # refuses what does not fit the run
-    chosen = make_buckets(batched, batch, config.data.buckets, steps=batches)
-    console.print(f"Batches: {chosen.describe(batched.arrays)}", highlight=False)
-    show_examples(data, tokenizer, console)
-    console.print(
-        f"{steps} steps of {batch} rows, {batches * batch / rows:.2g} epochs; "
-        f"{0 if held_out is None else len(held_out)} rows held out. Dry run: no weight was read, "
-        "nothing was written.",
-        highlight=False,
-    )
-
-
-def check_length(config: Config, model: ModelConfig) -> None:
-    """Raises `UserError` when rows may be longer than the model's positions reach."""
-    records, sampled = config.records, isinstance(config, OnlineDPOConfig | GRPOConfig)
-    length = records.max_prompt_length + records.max_completion_length
-    if length > model.max_position_embeddings:
-        answers = "sampling.max_new_tokens" if sampled else "data.max_completion_length"
-        raise UserError(
-            f"data.max_prompt_length + {answers} is {length}, but the model has "
-            f"{model.max_position_embeddings} positions."
-        )
+    model, tokenizer = _described(config, "model.path", config.model.path, console)
+    base = getattr(config.model, "base", None)
+    if base is not None and Path(base).is_dir() and Path(config.model.path).is_dir():
+        check_related(base, config.model.path, "model.base")
+    elif base is not None:
+        _described(config, "model.base", base, console)
+    return with_settings(model, config.model), tokenizer
 
 
 def _described(
     config: Config, name: str, path: str, console: Console
-) -> tuple[PreTrainedTokenizerBase, ModelConfig]:
-    """Tokenizer and configuration of a model; where the hub is missing, what can be said without."""
+) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of a directory or a hub name, of which nothing else is fetched."""
+    from transformers import AutoTokenizer
+
     try:
-        return _tokenizer_and_config(name, path)
+        directory = Path(path) if Path(path).is_dir() else _fetched_config(path)
+        with blamed_on(name):
+            model = ModelConfig.from_hf(read_hf_config(directory))
+        return model, AutoTokenizer.from_pretrained(path)
     except OSError as error:
         if Path(path).exists() or path.startswith((".", "/")):
             raise UserError(f"{name}: {error}") from error
         _show_records(config, console)
-        raise _hub_is_needed(name, path, _HUB_FILES, error) from error
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name}: the dry run ends here, because {path!r} is no directory here and the hub, which "
+            f"has its tokenizer and config.json, cannot be reached ({reason}). What is above was "
+            "checked without it."
+        ) from error
 
 
-def _check_base(config: Config, console: Console) -> None:
-    base = getattr(config.model, "base", None)
-    if base is None:
-        return
-    if Path(base).is_dir() and Path(config.model.path).is_dir():
-        check_related(base, config.model.path, "model.base")
-    else:
-        _described(config, "model.base", base, console)
+def _fetched_config(hub_name: str) -> Path:
+    """The directory of a ``config.json`` from the hub. Raises `OSError` where it cannot be fetched."""
+    from huggingface_hub import hf_hub_download
 
-
-def _tokenizer_and_config(name: str, path: str) -> tuple[PreTrainedTokenizerBase, ModelConfig]:
-    """Of a directory or a hub name. Raises `OSError` where there are none."""
-    from transformers import AutoTokenizer
-
-    directory = Path(path)
-    if not directory.is_dir():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            directory = Path(hf_hub_download(path, "config.json")).parent
-        except Exception as error:  # hub, HTTP and socket errors have no common ancestor
-            raise OSError(f"{type(error).__name__}: {error}") from error
-    with blamed_on(name):
-        model = ModelConfig.from_hf(read_hf_config(directory))
-    return AutoTokenizer.from_pretrained(path), model
-
-
-def _hub_is_needed(name: str, value: str, what: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0]
-    return UserError(
-        f"{name}: the dry run ends here, because {value!r} is no directory here and the hub, which "
-        f"has {what}, cannot be reached ({reason}). What is above was checked without it."
-    )
+    try:
+        return Path(hf_hub_download(hub_name, "config.json")).parent
+    except Exception as error:  # hub, HTTP and socket errors have no common ancestor
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def _show_records(config: Config, console: Console) -> None:
-    """What can be said about the records without a tokenizer."""
-    normalise = next(read for kind, read in _READERS.items() if isinstance(config, kind))
+    """Shows what can be said about the records without a tokenizer."""
+    normalise = _READERS[type(config)]
     for path in (config.data.path, *config.data.mix):
         with blamed_on("data.path" if path == config.data.path else f"data.mix: {path}"):
             records = read_records(path, config.data.split)
-            unusable = sum(not _is_usable(record, normalise) for record in records)
+            unusable = len(records)
+            for record in records:
+                with contextlib.suppress(UnusableRecord):
+                    normalise(record)
+                    unusable -= 1
         console.print(
             f"{path}: {len(records)} records, {unusable} of which cannot be used", highlight=False
         )
 
 
-def _is_usable(record: Record, normalise: Any) -> bool:
-    try:
-        normalise(record)
-    except UnusableRecord:
-        return False
-    return True
+def show_run(run: Run, examples: TokenDataset) -> None:
+    """Prints the batches of a run, its first examples with their loss masks, and its length."""
+    trainer, rows = run.config.trainer, run.data.rows_per_epoch
+    batches = run.steps // run.config.steps_per_batch
+    buckets = make_buckets(run.data, trainer.batch_size, run.config.data.buckets, steps=batches)
+    run.console.print(f"Batches: {buckets.describe(run.data.arrays)}", highlight=False)
+    show_examples(examples, run.tokenizer, run.console)
+    run.console.print(
+        f"{run.steps} steps of {trainer.batch_size} rows, {batches * trainer.batch_size / rows:.2g} "
+        f"epochs; {0 if run.held_out is None else len(run.held_out)} rows held out. Dry run: no weight "
+        "was read, nothing was written.",
+        highlight=False,
+    )
 
 
 def show_data(data: TokenDataset, console: Console) -> None:
-    """Prints tables of lengths and of what was left out.
-
-    Args:
-        data: Training rows.
-        console: Where they are shown.
-    """
+    """Prints tables of the lengths of training rows, and of what was left out."""
     answers, arrays = answer_names(data.arrays), data.arrays
     counts = {name: arrays[f"{name}_mask"].sum(axis=1) for name in ("prompt", *answers)}
     counts["prompt and answers"] = np.sum(list(counts.values()), axis=0)
@@ -188,17 +142,12 @@ def show_data(data: TokenDataset, console: Console) -> None:
         table.add_row(name, *cells, f"{lengths.sum():,}")
     console.print(table)
     report = data.report
-    for title, rows in (
-        ("Left out, by reason", report.dropped),
-        (
-            "Changed",
-            {
-                "prompts truncated": report.prompts_truncated,
-                "answers truncated, without end token": report.completions_truncated,
-                "prompts whose last token merges with the answer": report.boundaries_moved,
-            },
-        ),
-    ):
+    changed = {
+        "prompts truncated": report.prompts_truncated,
+        "answers truncated, without end token": report.completions_truncated,
+        "prompts whose last token merges with the answer": report.boundaries_moved,
+    }
+    for title, rows in (("Left out, by reason", report.dropped), ("Changed", changed)):
         table = Table(title=title)
         table.add_column("")
         table.add_column("rows", justify="right")
@@ -211,7 +160,7 @@ def show_data(data: TokenDataset, console: Console) -> None:
 def show_examples(data: TokenDataset, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     """Prints the first rows as the model sees them; what the loss counts is green."""
     answers, arrays = answer_names(data.arrays), data.arrays
-    for row in range(min(EXAMPLES, len(data))):
+    for row in range(min(_EXAMPLES, len(data))):
         texts = []
         for name in ("prompt", *answers):
             tokens = arrays[f"{name}_tokens"][row][arrays[f"{name}_mask"][row]]

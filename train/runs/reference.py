@@ -31,8 +31,8 @@ def cache_file(
     """Where the log-probabilities of one model on one data set are kept.
 
     Args:
-        directory: Of the cache.
-        model_hash: From `train.inputs.model.hash_model`.
+        directory: Directory of the cache.
+        model_hash: Content hash of the weights.
         dataset: Preferences, or labelled answers with their mismatched ones, which count too.
         computation: Types of the computation and of the parameters, and what else it depends on.
     """
@@ -42,15 +42,10 @@ def cache_file(
 
 
 def read_cache(file: Path, rows: int, names: tuple[str, ...]) -> Scores | None:
-    """The log-probabilities in a file, each float32 ``[rows]``, or None when it does not exist.
-
-    Args:
-        file: From `cache_file`.
-        rows: Rows of the data set.
-        names: Kinds of answers.
+    """The log-probabilities in a file by the names of answers, or None when it does not exist.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or not of so many rows.
     """
     if not file.exists():
         return None
@@ -82,16 +77,9 @@ def with_reference(
     names: tuple[str, ...],
     compute: Callable[[TokenDataset], Scores],
 ) -> TokenDataset:
-    """The data set with its reference columns, from the cache or computed and cached.
+    """The data set with `reference_NAME_logps`, float32 ``[rows]``, for every kind of answer.
 
-    Args:
-        dataset: Preferences or labelled answers.
-        file: From `cache_file`.
-        names: Kinds of answers: `chosen` and `rejected`, or `completion` and `kl`.
-        compute: Makes the log-probabilities when the file does not exist.
-
-    Returns:
-        `dataset` with `reference_NAME_logps` for every name, float32 ``[rows]``.
+    They come from the cache, or are computed and cached where `file` does not exist.
     """
     if first_says(file.exists()):
         scores = read_cache(file, len(dataset), names)

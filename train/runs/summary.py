@@ -10,32 +10,13 @@ from rich.table import Table
 
 from train.files.metrics_log import read_metrics
 from train.files.run_directory import OutputDir
+from train.training.step_log import HEADLINES
 
 _HIDDEN = ("step", "tokens_per_second", "learning_rate")
-_BOLD = (
-    "loss",
-    "eval_loss",
-    "objective/scores",
-    "eval_objective/scores",
-    "reward",
-    "eval_reward",
-    "rewards/margins",
-    "eval_rewards/margins",
-    "eval_rewards/accuracies",
-)
 
 
 def summarise(output: OutputDir, *, exported: int) -> dict[str, Any]:
-    """First and last value of every logged metric, and the number of steps.
-
-    Args:
-        output: The run's directory.
-        exported: Step whose weights were exported.
-
-    Returns:
-        ``{"steps": …, "metrics": {name: {"first": …, "last": …}}, "tokens_per_second": median,
-        "export": path, "exported_step": …}``.
-    """
+    """What summary.json holds: the length of a run, and the first and last value of every metric."""
     metrics: dict[str, dict[str, float]] = {}
     rows = read_metrics(output.path / "metrics.jsonl")
     for row in rows:
@@ -60,8 +41,8 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
     table.add_column("metric")
     table.add_column("first", justify="right")
     table.add_column("last", justify="right")
-    for prefix in ("eval_", "", "merge/"):
-        chosen = [name for name in summary["metrics"] if _group(name) == prefix]
+    for kind in ("eval_", "", "merge/"):
+        chosen = [name for name in summary["metrics"] if _kind(name) == kind]
         for name in chosen:
             value = summary["metrics"][name]
             table.add_row(
@@ -79,12 +60,12 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
     )
 
 
-def _group(name: str) -> str:
+def _kind(name: str) -> str:
     return next((prefix for prefix in ("eval_", "merge/") if name.startswith(prefix)), "")
 
 
 def _style(name: str, value: dict[str, float]) -> str | None:
-    """What a reader looks for first stands out, and so does what went wrong."""
+    """The style of a row: headlines are bold, and skipped steps are yellow."""
     if name == "skipped_steps" and value["last"]:
         return "yellow"
-    return "bold" if name in _BOLD else None
+    return "bold" if name in HEADLINES else None

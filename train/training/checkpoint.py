@@ -21,7 +21,7 @@ from train.distributed.processes import first_says, is_first, meet
 from train.distributed.stop import Stopped, TryAgain
 from train.files.checksums import find_damage, write_manifest
 from train.training.save_agreement import SaveAgreement, brief
-from train.training.step import State
+from train.types import State
 
 # Orbax writes into it once more after `_seal`; a restore does not need it.
 _TIMES = "_CHECKPOINT_METADATA"

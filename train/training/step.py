@@ -19,11 +19,7 @@ from train.models.trainable import join, with_frozen
 from train.objectives.accumulate import columns_in_parts, loss_and_gradient
 from train.training.averages import Followers
 from train.training.finite import keep_if_not_finite, no_skips
-
-Batch = Mapping[str, Any]
-Metrics = dict[str, jax.Array]
-State = dict[str, Any]
-LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
+from train.types import Batch, LossFn, Metrics, State
 
 
 def state_shardings(state: Any, params: Any, *, delta_on_host: bool = False) -> Any:
@@ -162,7 +158,7 @@ def make_train_step(
       reference_columns: `f(params, batch)`: columns of a batch that come from the reference. Needed
         where the state holds a reference, whose parameters it is then given at every step.
       alpha_scale: What the weight of the reference is multiplied by in a step, from the metrics of
-        `loss_fn`, see `train.optimizers.gate.alpha_gate`; None for nothing.
+        `loss_fn`, see `train.optimizers.alpha_scale.make_alpha_scale`; None for nothing.
       compiler_options: Of `jax.jit`, see `train.distributed.mesh.compiler_options`.
 
     Returns:

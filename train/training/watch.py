@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from train.config import TrainerOptions, UserError
-from train.files.metrics_log import read_metrics
 
 
 def lower_is_better(metric: str) -> bool:
@@ -154,17 +152,3 @@ def _score(metric: str, metrics: Mapping[str, float], field: str, mode: str | No
     value = float(metrics[metric])
     lower = lower_is_better(metric) if mode is None else mode == "min"
     return -math.inf if math.isnan(value) else -value if lower else value
-
-
-def step_to_export(options: TrainerOptions, metrics_file: Path, last: int) -> int:
-    """The step that the evaluations in a log choose for the export.
-
-    Args:
-        options: With `export_best` and `early_stop`.
-        metrics_file: metrics.jsonl of the run.
-        last: Step of the last checkpoint, which is taken where nothing asks for another one.
-
-    Raises:
-        UserError: no evaluated step keeps to the floors.
-    """
-    return Watch(options, read_metrics(metrics_file)).step_to_export(last)

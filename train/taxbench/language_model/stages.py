@@ -134,12 +134,12 @@ class Study:
         yield [Point("base", "before SFT", 0, 0, None, None, base)]
         for seed in range(self.seeds):
             self._announce(seed, "SFT")
-            sft.run(self.sft_config(seed))
+            sft.train_sft(self.sft_config(seed))
             start = self._evaluated(self._export(seed, "sft"), self._place(seed) / "sft.json")
             yield [Point("sft", "SFT", seed, 0, 0.0, None, start)]
             for name in self.methods:
                 self._announce(seed, METHODS[name].label)
-                dpo.run(self.dpo_config(seed, name))
+                dpo.train_dpo(self.dpo_config(seed, name))
                 yield self._points_of_run(seed, name)
             for name, label, weight, config in self.merges(seed):
                 self._announce(seed, f"{label}, weight {weight:g}")

@@ -10,7 +10,8 @@ from rich.table import Table
 from train.config import DataOptions, ModelOptions
 from train.data import read_records, tokenize_preference, tokenize_sft
 from train.evaluation.tasks import Tasks, read_tasks
-from train.inputs.model import check_model, tokenized
+from train.inputs.model import check_model
+from train.inputs.records import tokenized
 from train.taxbench.language_model.data import SFT_FILES, task_set
 from train.taxbench.language_model.stages import METHODS, Study
 

@@ -17,12 +17,13 @@ from train.config import AdamWOptions, ScheduleOptions
 from train.generation.sampler import make_greedy
 from train.models import Decoder, ModelConfig, layer_axes, split_model
 from train.objectives.preference import preference_loss, reference_logps_fn, sft_loss
+from train.optimizers.alpha_scale import AlphaScale
 from train.optimizers.build import make_optimizer, make_schedule
-from train.optimizers.gate import AlphaScale
 from train.taxbench.miniature import examples, tasks
 from train.taxbench.miniature.examples import Batch, Questions
 from train.training.averages import Followers
-from train.training.step import LossFn, init_state, make_train_step
+from train.training.step import init_state, make_train_step
+from train.types import LossFn
 
 Params = dict[str, Any]
 Tick = Callable[[int], None]

@@ -20,8 +20,8 @@ from train.models import Decoder, split_model
 from train.models.lora import TARGETS, fresh_adapters, merge_adapters
 from train.models.trainable import join
 from train.objectives.preference import preference_loss, unpaired_logps_fn, unpaired_loss
+from train.optimizers.alpha_scale import make_alpha_scale
 from train.optimizers.build import needs_delta
-from train.optimizers.gate import alpha_gate
 from train.taxbench.miniature.examples import Batch
 from train.taxbench.miniature.methods import OFFLINE_WEIGHTS, WARMUP_STEPS
 from train.taxbench.miniature.report import environment
@@ -89,7 +89,7 @@ class Bench:
             steps=sizes.steps,
             batch_size=sizes.batch_size,
             ema_decay=recipe.ema,
-            alpha_scale=alpha_gate(recipe.optimizer),
+            alpha_scale=make_alpha_scale(recipe.optimizer),
         )
         points, kept = [subject.start], [subject.sft]
 

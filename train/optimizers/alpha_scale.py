@@ -1,4 +1,4 @@
-"""Whether a step adds anything of the reference, by the rewards of its batch."""
+"""Turns the merge off in steps whose batch is ranked badly: alpha times 0 or 1."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from train.config import AdamWOptions, AlphaOptions, OptimizerOptions
 AlphaScale = Callable[[Mapping[str, jax.Array]], jax.Array]
 
 
-def alpha_gate(options: AdamWOptions) -> AlphaScale | None:
-    """What alpha is multiplied by in a step, from the metrics of its loss.
+def make_alpha_scale(options: AdamWOptions) -> AlphaScale | None:
+    """Makes ``f(metrics)``, the factor of alpha in a step, from the metrics of the step's loss.
 
     Args:
         options: The optimizer; its ``alpha.gate`` is read.
 
     Returns:
-        ``f(metrics)``: 1 where the batch ranks at least so many of its pairs right, else 0, float32;
-        or None where every step adds the reference.
+        A function whose value is float32: 1 where ``rewards/accuracies`` is at least the gate, else 0.
+        None where every step adds the reference.
     """
     alpha = options.alpha if isinstance(options, OptimizerOptions) else None
     if not isinstance(alpha, AlphaOptions) or alpha.gate is None:
