@@ -14,7 +14,6 @@ from rich.table import Table
 from train.commands.generate import end_tokens
 from train.config import EvalConfig, ModelOptions, UserError, check_records, require
 from train.data import TokenDataset, tokenize_preference
-from train.distributed.mesh import abstract_model
 from train.evaluation.held_out import Score, answer_logps, evaluate_preferences
 from train.evaluation.tasks import Tasks, read_tasks, task_scorer
 from train.files.run_directory import check_place, write_atomically
@@ -27,7 +26,9 @@ from train.inputs.model import (
     split_records,
     tokenized,
 )
+from train.losses import PreferenceLoss
 from train.models import from_hf, split_model
+from train.models.abstract import abstract_model
 from train.objectives.preference import reference_logps_fn
 
 Results = dict[str, Any]
@@ -109,7 +110,7 @@ def _evaluate(
         evaluate = evaluate_preferences(
             pair_score,
             pairs,
-            beta=config.preferences.beta,
+            loss=PreferenceLoss(beta=config.preferences.beta),
             batch_size=config.batch_size,
             mesh=None,
         )

@@ -18,13 +18,14 @@ from train.config import GenerateConfig, ModelOptions, UserError, require
 from train.data import Record, UnusableRecord, read_records
 from train.data.records import prompt_of
 from train.data.templates import Encoder, Row
-from train.distributed.mesh import Params, abstract_model
 from train.files.continued_lines import continued_lines
 from train.files.run_directory import check_place
 from train.generation.filters import Filters
 from train.generation.sampler import Sampler
 from train.inputs.model import blamed_on, check_model, hash_model, load_tokenizer
 from train.models import ModelConfig, from_hf, resolve_model_dir, split_model
+from train.models.abstract import abstract_model
+from train.types import Params
 
 _WIDTH_STEP = 32  # prompts are padded to multiples of it, so that few shapes are compiled
 

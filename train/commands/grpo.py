@@ -50,17 +50,15 @@ Settings have TRL's names and defaults, in groups: `loss.type` is its loss_type,
 
 from __future__ import annotations
 
-from dataclasses import fields
 from functools import partial
 
 from train.config import GRPOConfig, check
 from train.data import tokenize_prompts
-from train.inputs.model import blamed_on
-from train.losses import GroupLoss
+from train.losses import GroupLoss, check_unpaired_start
+from train.losses.options import loss_from
 from train.objectives.group import group_loss, sampled_logps_fn
-from train.objectives.preference import check_unpaired_start
-from train.on_policy.groups import Groups
-from train.on_policy.reward import several
+from train.on_policy.groups import GroupBatches
+from train.on_policy.reward import stack_rewards
 from train.on_policy.setup import check_rewards, input_hashes, make_on_policy, make_rewards
 from train.runs.alignment import Objective, align, check_merge
 from train.runs.run import Run, set_up
@@ -75,27 +73,21 @@ def run(config: GRPOConfig) -> None:
     """
     check(config)
     check_merge(config)
-    with blamed_on("loss"):
-        loss_of = _loss_of(config)
+    length = config.sampling.max_new_tokens
+    loss = loss_from(GroupLoss, config.loss, max_completion_length=length)
     check_rewards(config.reward.functions, config.reward.models)
     this = set_up("grpo", config, tokenize_prompts)
     if this is not None:
-        align(config, this, _objective(config, this, loss_of))
+        align(config, this, _objective(config, this, loss))
 
 
-def _loss_of(config: GRPOConfig) -> GroupLoss:
-    named = {one.name for one in fields(GroupLoss)} & {one.name for one in fields(config.loss)}
-    settings = {name: getattr(config.loss, name) for name in named}
-    return GroupLoss(**settings, max_completion_length=config.sampling.max_new_tokens)
-
-
-def _objective(config: GRPOConfig, this: Run, loss_of: GroupLoss) -> Objective:
+def _objective(config: GRPOConfig, this: Run, loss: GroupLoss) -> Objective:
     groups = _groups(config, this)
-    has_reference = loss_of.beta > 0
+    has_reference = loss.beta > 0
     return Objective(
         loss_fn=group_loss(
             this.graphdef,
-            loss_of,
+            loss,
             temperature=config.sampling.temperature,
             vocab_chunk=config.loss.vocab_chunk,
         ),
@@ -105,7 +97,7 @@ def _objective(config: GRPOConfig, this: Run, loss_of: GroupLoss) -> Objective:
         score=groups.score,
         names=("completion",) if has_reference else (),
         depends_on=(),
-        check_first=partial(check_unpaired_start, beta=loss_of.beta)
+        check_first=partial(check_unpaired_start, beta=loss.beta)
         if has_reference
         else lambda _: None,
         sample=groups.batch,
@@ -113,18 +105,18 @@ def _objective(config: GRPOConfig, this: Run, loss_of: GroupLoss) -> Objective:
     )
 
 
-def _groups(config: GRPOConfig, this: Run) -> Groups:
+def _groups(config: GRPOConfig, this: Run) -> GroupBatches:
     options, sampling = config.reward, config.sampling
     rewards = make_rewards(config, this, options.functions, options.models, options.dtype)
-    policy = make_on_policy(config, this, several(rewards))
+    policy = make_on_policy(config, this, stack_rewards(rewards))
     whole = options.multi_objective_aggregation == "sum_then_normalize"
     score = sampled_logps_fn(
         this.graphdef,
         temperature=sampling.temperature,
         vocab_chunk=config.loss.vocab_chunk,
-        parts=config.trainer.gradient_accumulation_steps,
+        microbatches=config.trainer.gradient_accumulation_steps,
     )
-    return Groups(
+    return GroupBatches(
         policy,
         sampling.num_generations,
         options.names,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from rich.console import Console
 
-from train.config import KTOConfig, UnpairedLossOptions, UserError
+from train.config import KTOConfig, UserError
 from train.data import TokenDataset, tokenize_unpaired
 from train.data.kl_pairs import in_random_order, with_kl_completions
 from train.evaluation.held_out import evaluate_unpaired
 from train.inputs.model import blamed_on
-from train.losses import beta_schedule, label_balance_warning
-from train.losses import unpaired_loss as loss_of
-from train.objectives.preference import check_unpaired_start, unpaired_logps_fn, unpaired_loss
+from train.losses import UnpairedLoss, check_unpaired_start, label_balance_warning
+from train.losses.options import beta_from, loss_from
+from train.objectives.unpaired import unpaired_logps_fn, unpaired_loss
 from train.runs.alignment import Objective, align, check_merge
 from train.runs.run import Run, set_up
 
@@ -26,11 +25,9 @@ def run(config: KTOConfig) -> None:
         UserError: something given cannot be used; before training starts.
     """
     check_merge(config)
-    loss = config.loss
-    with blamed_on("loss"):
-        loss_of(**_settings(loss))
-        beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, steps=1)
-    if loss.type == "kto":
+    loss = loss_from(UnpairedLoss, config.loss)
+    beta_from(config.loss, steps=1)
+    if loss.needs_kl:
         # Its batches are made once, with other completions for the divergence.
         for name, value in (("mix", config.data.mix), ("buckets", config.data.buckets)):
             if value:
@@ -40,16 +37,7 @@ def run(config: KTOConfig) -> None:
                 )
     this = set_up("kto", config, tokenize_unpaired, partial(arrange, config))
     if this is not None:
-        align(config, this, _objective(config, this))
-
-
-def _settings(loss: UnpairedLossOptions) -> dict[str, Any]:
-    return {
-        "loss_type": loss.type,
-        "beta": loss.beta,
-        "desirable_weight": loss.desirable_weight,
-        "undesirable_weight": loss.undesirable_weight,
-    }
+        align(config, this, _objective(config, this, loss))
 
 
 def arrange(
@@ -82,21 +70,19 @@ def arrange(
     return data, held_out
 
 
-def _objective(config: KTOConfig, this: Run) -> Objective:
-    loss, settings = config.loss, _settings(config.loss)
-    names = ("completion", "kl") if loss.type == "kto" else ("completion",)
-    score = unpaired_logps_fn(this.graphdef, names, vocab_chunk=loss.vocab_chunk)
-    beta_at = beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, this.steps)
+def _objective(config: KTOConfig, this: Run, loss: UnpairedLoss) -> Objective:
+    chunk = config.loss.vocab_chunk
+    names = ("completion", "kl") if loss.needs_kl else ("completion",)
+    score = unpaired_logps_fn(this.graphdef, names, vocab_chunk=chunk)
+    beta_at = beta_from(config.loss, this.steps)
     return Objective(
-        loss_fn=unpaired_loss(
-            this.graphdef, beta_at=beta_at, vocab_chunk=loss.vocab_chunk, **settings
-        ),
+        loss_fn=unpaired_loss(this.graphdef, loss, beta_at=beta_at, vocab_chunk=chunk),
         evaluate=partial(
-            evaluate_unpaired, score, batch_size=this.eval_batch_size, mesh=this.mesh, **settings
+            evaluate_unpaired, score, batch_size=this.eval_batch_size, mesh=this.mesh, loss=loss
         ),
         score=score,
         names=names,
         depends_on=(),
         check_first=partial(check_unpaired_start, beta=loss.beta),
-        shuffle=loss.type != "kto",
+        shuffle=not loss.needs_kl,
     )

@@ -33,23 +33,18 @@ from __future__ import annotations
 
 from functools import partial
 
-from train.commands.dpo import check_loss, settings_of
 from train.config import OnlineDPOConfig, check
 from train.data import tokenize_prompts
 from train.data.buckets import LEAST_SHARED
-from train.distributed.mesh import Params
-from train.losses import beta_schedule, pair_loss
-from train.objectives.preference import (
-    check_starts_at_reference,
-    preference_loss,
-    reference_logps_fn,
-)
+from train.losses import PreferenceLoss, check_starts_at_reference
+from train.losses.options import beta_from, check_preference_loss
+from train.objectives.preference import preference_loss, reference_logps_fn
 from train.on_policy.rollouts import ANSWERS, OnPolicy, pair_figures, with_objectives
 from train.on_policy.setup import check_rewards, input_hashes, make_on_policy, make_rewards
 from train.runs.alignment import Objective, align, check_merge
 from train.runs.run import Run, set_up
 from train.training.loop import Prepared
-from train.training.step import Batch
+from train.types import Batch, Params
 
 
 def run(config: OnlineDPOConfig) -> None:
@@ -61,11 +56,11 @@ def run(config: OnlineDPOConfig) -> None:
     """
     check(config)
     check_merge(config)
-    check_loss(config.loss, config.trainer.gradient_accumulation_steps)
+    loss = check_preference_loss(config.loss, config.trainer.gradient_accumulation_steps)
     check_rewards(_functions(config), _models(config))
     this = set_up("online-dpo", config, tokenize_prompts)
     if this is not None:
-        align(config, this, _objective(config, this))
+        align(config, this, _objective(config, this, loss))
 
 
 def _functions(config: OnlineDPOConfig) -> list[str]:
@@ -82,12 +77,11 @@ def _on_policy(config: OnlineDPOConfig, this: Run) -> OnPolicy:
     return make_on_policy(config, this, reward, options.missing_eos_penalty)
 
 
-def _objective(config: OnlineDPOConfig, this: Run) -> Objective:
-    loss, settings = config.loss, settings_of(config.loss)
-    has_reference = pair_loss(**settings).needs_reference
+def _objective(config: OnlineDPOConfig, this: Run, loss: PreferenceLoss) -> Objective:
+    has_reference, chunk = loss.needs_reference, config.loss.vocab_chunk
     policy, share = _on_policy(config, this), _shares_prompts(config, this)
     score = policy.replicated(
-        reference_logps_fn(this.graphdef, vocab_chunk=loss.vocab_chunk, ld_alpha=loss.ld_alpha)
+        reference_logps_fn(this.graphdef, vocab_chunk=chunk, ld_alpha=loss.ld_alpha)
     )
 
     def sample(params: Params, reference: Params | None, batch: Batch, done: int) -> Prepared:
@@ -101,9 +95,9 @@ def _objective(config: OnlineDPOConfig, this: Run) -> Objective:
         loss_fn=with_objectives(
             preference_loss(
                 this.graphdef,
-                beta_at=beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, this.steps),
-                vocab_chunk=loss.vocab_chunk,
-                **settings,
+                loss,
+                beta_at=beta_from(config.loss, this.steps),
+                vocab_chunk=chunk,
             ),
             beta=loss.beta,
             has_reference=has_reference,
@@ -112,7 +106,7 @@ def _objective(config: OnlineDPOConfig, this: Run) -> Objective:
         score=score,
         names=("chosen", "rejected") if has_reference else (),
         depends_on=(),
-        check_first=partial(check_starts_at_reference, **settings),
+        check_first=partial(check_starts_at_reference, loss=loss),
         sample=sample,
         inputs=input_hashes(this, _models(config)),
     )

@@ -7,13 +7,14 @@ from rich.console import Console
 
 from train.config import SFTConfig
 from train.data import TokenDataset, tokenize_sft
-from train.distributed.mesh import Params, on_mesh
+from train.distributed.mesh import on_mesh
 from train.evaluation.held_out import evaluate_sft
 from train.inputs.model import hash_start, packed
-from train.objectives.preference import sft_loss
+from train.objectives.sft import sft_loss
 from train.optimizers.build import make_optimizer
 from train.runs.run import set_up
-from train.training.step import State, init_state
+from train.training.step import init_state
+from train.types import Params, State
 
 
 def run(config: SFTConfig) -> None:
@@ -48,7 +49,7 @@ def run(config: SFTConfig) -> None:
         return trained
 
     def make_state(params: Params) -> State:
-        return init_state(params, tx, followers=this.followers)
+        return init_state(params, tx, averages=this.averages)
 
     def frozen() -> Params:
         if not this.split(this.shapes)[1]:

@@ -60,9 +60,6 @@ class Group:
 def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
     """The cluster that the environment variables tell of, or None.
 
-    Args:
-        environment: Such as `os.environ`.
-
     Example:
         >>> find_cluster({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}).name
         'Open MPI'
@@ -104,10 +101,6 @@ def _may_use_tpu(environment: Mapping[str, str]) -> bool:
 
 def find_group(options: DistributedOptions, environment: Mapping[str, str]) -> Group | None:
     """The processes to join, or None for a single one.
-
-    Args:
-        options: As set.
-        environment: Such as `os.environ`.
 
     Raises:
         UserError: what is set is not enough or contradicts itself or the cluster.

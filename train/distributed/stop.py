@@ -81,7 +81,7 @@ class StopSignals:
 
         if jax.process_count() == 1:
             return self.received is not None
-        from train.distributed.processes import any_says
+        from train.distributed.processes import true_anywhere
 
-        previous, self._pending = self._pending, any_says(self.received is not None)
+        previous, self._pending = self._pending, true_anywhere(self.received is not None)
         return previous is not None and bool(previous)

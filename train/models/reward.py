@@ -13,11 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.models.config import ModelConfig
-from train.models.decoder import Params, merge_model
+from train.models.decoder import merge_model
 from train.models.hf import check_tensors, read_params
-from train.models.hf_names import LM_HEAD, abstract_decoder, decoder_leaves
+from train.models.hf_names import LM_HEAD, abstract_decoder
 from train.models.model_dir import read_hf_config, resolve_model_dir
 from train.models.safetensors_dir import SafetensorsDir
+from train.types import Params
 
 SCORE = "score.weight"
 _SUFFIX = "ForSequenceClassification"
@@ -59,7 +60,7 @@ def check_reward_model(path_or_hub_name: str | Path) -> ModelConfig:
     # Its head is the score, so the embedding may count as the output matrix that nobody asks for.
     config = ModelConfig.from_hf({**hf, "tie_word_embeddings": True})
     weights = SafetensorsDir(directory)
-    check_tensors(weights, config, decoder_leaves(config), others=(SCORE, LM_HEAD))
+    check_tensors(weights, config, others=(SCORE, LM_HEAD))
     shape = weights.entries[SCORE].shape if SCORE in weights.entries else None
     if shape != (1, config.hidden_size):
         found = "missing" if shape is None else list(shape)

@@ -21,8 +21,8 @@ from train.config import UserError
 from train.data.dataset import pad_left
 from train.data.records import Text
 from train.data.templates import Encoder, Row
-from train.distributed.mesh import own_rows, put_batch, row_devices
-from train.distributed.processes import largest
+from train.distributed.batches import own_rows, put_batch, row_devices
+from train.distributed.processes import largest_of_all
 from train.evaluation.held_out import padded_width
 from train.inputs.model import blamed_on, load_tokenizer
 from train.models.reward import RewardModel, last_token_scores, load_reward_model
@@ -68,11 +68,6 @@ def function_reward(
 ) -> Reward:
     """A reward function, imported and tried.
 
-    Args:
-        name: ``module:function``.
-        records: All that it may be asked about; the names of their fields are what it can take.
-        optional: Whether it may return None for an answer, which becomes NaN.
-
     Raises:
         UserError: it cannot be imported, takes something that no record has, or gives something
             other than a finite number for each answer.
@@ -99,7 +94,7 @@ def function_reward(
     return reward
 
 
-def several(rewards: Sequence[Reward]) -> Reward:
+def stack_rewards(rewards: Sequence[Reward]) -> Reward:
     """Rewards side by side: a reward that gives float64 ``[answers, rewards]``."""
     return lambda answers: np.stack([reward(answers) for reward in rewards], axis=1)
 
@@ -171,7 +166,9 @@ def _numbers(scores: Any, expected: int, what: str, optional: bool = False) -> n
     return found
 
 
-def tried(reward: Reward, prompts: Sequence[Text], records: Sequence[Mapping[str, Any]]) -> Reward:
+def try_reward(
+    reward: Reward, prompts: Sequence[Text], records: Sequence[Mapping[str, Any]]
+) -> Reward:
     """The reward, after it has scored empty answers to the first prompts. Raises what it raises."""
     count = min(TRIED, len(prompts))
     reward(Answers(list(prompts[:count]), [""] * count, [[]] * count, list(records[:count])))
@@ -213,7 +210,7 @@ def model_reward(path: str, *, dtype: str, template: Any, mesh: Mesh | None) -> 
                 for prompt, answer in zip(answers.prompts, answers.messages(), strict=True)
             ]
         rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        width, count = padded_width(largest(max(map(len, rows)))), len(rows)
+        width, count = padded_width(largest_of_all(max(map(len, rows)))), len(rows)
         # The first prompts alone may be fewer than the devices.
         filled = rows + rows[:1] * (-count % devices)
         tokens, mask = pad_left(filled, width, encoder.pad_id)

@@ -14,7 +14,13 @@ from train.generation.filters import Filters
 from train.generation.sampler import Sampler
 from train.inputs.model import blamed_on, hash_model, load_tokenizer
 from train.models.reward import check_reward_model
-from train.on_policy.reward import Reward, function_reward, import_function, model_reward, tried
+from train.on_policy.reward import (
+    Reward,
+    function_reward,
+    import_function,
+    model_reward,
+    try_reward,
+)
 from train.on_policy.rollouts import OnPolicy
 from train.runs.run import Run
 
@@ -58,7 +64,7 @@ def make_rewards(
     settings: dict[str, Any] = {"dtype": dtype, "template": config.data.template}
     rewards += [model_reward(path, **settings, mesh=this.mesh) for path in models]
     prompts = [normalise_prompt(record) for record in records]
-    return [tried(reward, prompts, records) for reward in rewards]
+    return [try_reward(reward, prompts, records) for reward in rewards]
 
 
 def make_on_policy(

@@ -61,12 +61,12 @@ class Target:
     """What a plan is made for.
 
     Attributes:
-        topology: As given.
-        chips: How many, in all slices.
-        hbm: Bytes of memory of one; None where it is not known.
-        peaks: Of one; None where they are not known.
-        devices: To compile for; empty where there is no compiler.
-        slices: Of TPUs, joined by a network.
+        topology: The name, as given.
+        chips: Number of chips in all slices.
+        hbm: Bytes of memory of a chip; None where they are not known.
+        peaks: Peaks of a chip; None where they are not known.
+        devices: Devices to compile for; empty where there is no compiler.
+        slices: Number of slices of TPUs, which a network joins.
     """
 
     topology: str

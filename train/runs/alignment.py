@@ -20,7 +20,7 @@ import optax
 import omerge_jax as om
 from train.config import DPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig, UserError
 from train.data import TokenDataset
-from train.distributed.mesh import Params, on_mesh
+from train.distributed.mesh import on_mesh
 from train.evaluation.held_out import Evaluate, Score, answer_logps
 from train.inputs.model import blamed_on, hash_model, hash_start
 from train.models import layer_axes
@@ -37,7 +37,8 @@ from train.optimizers.build import (
 from train.runs.reference import Scores, cache_file, with_reference
 from train.runs.run import Run
 from train.training.loop import Prepared
-from train.training.step import Batch, LossFn, State, init_state
+from train.training.step import init_state
+from train.types import Batch, LossFn, Params, State
 
 Config = DPOConfig | KTOConfig | OnlineDPOConfig | GRPOConfig
 
@@ -251,7 +252,7 @@ class _Alignment:
 
     def _make_state(self, params: Params, delta: Params | None) -> State:
         on_host = delta_on_host(self.config.optimizer)
-        return init_state(params, self.tx, delta, self.run.followers, delta_on_host=on_host)
+        return init_state(params, self.tx, delta, self.run.averages, delta_on_host=on_host)
 
     def _delta_of(self, params: Params, base: Params) -> Params:
         return om.task_vector(params, base, dtype=self.config.optimizer.delta_dtype)

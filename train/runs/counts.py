@@ -13,7 +13,7 @@ from train.config import (
     TrainerOptions,
     UserError,
 )
-from train.distributed.mesh import check_batch
+from train.distributed.batches import check_batch
 
 
 def check_rows(

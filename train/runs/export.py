@@ -14,13 +14,13 @@ import yaml
 from rich.console import Console
 
 from train.config import ExportConfig, LoraOptions, ModelOptions, TrainerOptions, UserError
-from train.distributed.mesh import abstract_model
-from train.distributed.processes import first_says, is_first
+from train.distributed.processes import from_first, is_first
 from train.files.model_card import run_card
 from train.files.run_directory import OutputDir
 from train.files.whole import check_writable
 from train.inputs.model import blamed_on, check_model, hash_model
 from train.models import ModelConfig, from_hf, merge_model, split_model, to_hf
+from train.models.abstract import abstract_model
 from train.models.lora import merge_adapters, without_adapters, write_adapters
 from train.models.trainable import choose, join, leaf_paths, split
 from train.training.checkpoint import Checkpoints, restore_params
@@ -51,9 +51,9 @@ def export_run(
         for partial in output.path.glob(f".{path.name}.partial-*"):
             shutil.rmtree(partial)  # left by a kill in the middle of an earlier export
     with blamed_on("export (the checkpoint is complete; the same command tries again)"):
-        if model.lora_targets and first_says(not adapter.exists()):
+        if model.lora_targets and from_first(not adapter.exists()):
             write_adapters(params, model, adapter, options.path)
-        if first_says(not output.export.exists()):  # it appears whole or not at all
+        if from_first(not output.export.exists()):  # it appears whole or not at all
             card = run_card(output.path, output.path.name, step) if is_first() else None
             _write(params, model, output.export, options, options.export_dtype, card)
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from train.config import UserError
 from train.data import TokenDataset
-from train.distributed.processes import first_says, is_first
+from train.distributed.processes import from_first, is_first
 
 Scores = Mapping[str, np.ndarray]
 """Log-probabilities by the kind of answer, each float32 `[rows]`."""
@@ -93,7 +93,7 @@ def with_reference(
     Returns:
         `dataset` with `reference_NAME_logps` for every name, float32 ``[rows]``.
     """
-    if first_says(file.exists()):
+    if from_first(file.exists()):
         scores = read_cache(file, len(dataset), names)
         if scores is None:
             raise UserError(

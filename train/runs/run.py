@@ -24,15 +24,9 @@ from train.config import (
     check,
 )
 from train.data import TokenDataset, make_buckets, make_loader
-from train.distributed.mesh import (
-    Params,
-    abstract_model,
-    check_batch,
-    compiler_options,
-    make_mesh,
-    row_parts,
-)
-from train.distributed.processes import is_first, largest
+from train.distributed.batches import check_batch, row_parts
+from train.distributed.mesh import compiler_options, make_mesh
+from train.distributed.processes import is_first, largest_of_all
 from train.evaluation.held_out import Evaluate
 from train.evaluation.tasks import Tasks, as_metrics, read_tasks, task_scorer
 from train.files.lock import release
@@ -46,6 +40,7 @@ from train.inputs.model import (
     load_tokenizer,
 )
 from train.models import ModelConfig, from_hf, split_model
+from train.models.abstract import abstract_model
 from train.models.lora import fresh_adapters, is_adapter, read_adapters
 from train.models.trainable import Trained, choose, join, leaf_paths, split
 from train.optimizers.build import (
@@ -60,11 +55,12 @@ from train.runs.counts import check_rows, count_steps
 from train.runs.dry_run import check_length, dry_run
 from train.runs.export import export_run, exported_weights
 from train.runs.summary import show_summary, summarise
-from train.training.averages import Followers
+from train.training.averages import ParameterAverages
 from train.training.checkpoint import Checkpoints, abstract, restore_params
+from train.training.eval_monitor import step_to_export
 from train.training.loop import Job, Loader, Prepared, fit
-from train.training.step import Batch, LossFn, State, make_train_step, state_shardings
-from train.training.watch import step_to_export
+from train.training.step import make_train_step, state_shardings
+from train.types import Batch, LossFn, Params, State
 
 Config = SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig | GRPOConfig
 Arrange = Callable[
@@ -118,13 +114,13 @@ class Run:
         return split(params, self.trained)
 
     @property
-    def followers(self) -> Followers:
-        """Copies of the parameters that the state holds."""
+    def averages(self) -> ParameterAverages:
+        """Averages of the parameters that the state holds."""
         config, ema = self.config, self.config.trainer.ema
         mixup = None
         if isinstance(config, DPOConfig) and config.sync_ref_model:
             mixup = config.ref_model_mixup_alpha or 0.6
-        return Followers(
+        return ParameterAverages(
             ema_decay=None if ema is None else ema.decay,
             mixup_alpha=mixup,
             sync_steps=getattr(config, "ref_model_sync_steps", None) or 512,
@@ -198,7 +194,7 @@ class Run:
         """Trains, exports the model and reports.
 
         Args:
-            loss_fn: From `train.objectives.preference`.
+            loss_fn: From `train.objectives`.
             tx: The optimizer.
             start: Makes the state of a new run.
             like: What `start` makes, from `jax.eval_shape`.
@@ -225,8 +221,8 @@ class Run:
             loss_fn,
             tx,
             shardings=shardings,
-            accumulate=trainer.gradient_accumulation_steps,
-            followers=self.followers,
+            microbatches=trainer.gradient_accumulation_steps,
+            averages=self.averages,
             reference_columns=reference_columns,
             alpha_scale=alpha_gate(self.config.optimizer),
             compiler_options=compiler_options(self.mesh),
@@ -306,7 +302,7 @@ class Run:
         name = exported_weights(trainer)
         by, log = trainer.export_best, self.output.path / "metrics.jsonl"
         # Of the first process, which wrote the file; the others may not see the end of it yet.
-        step = largest(step_to_export(trainer, log, last) if is_first() else 0)
+        step = largest_of_all(step_to_export(trainer, log, last) if is_first() else 0)
         if step == last:
             return last, state[name]
         with Checkpoints(self.output.checkpoints, read_only=True) as saved:

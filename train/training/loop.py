@@ -29,14 +29,14 @@ from rich.progress import (
 
 from train.config import TrainerOptions, UserError
 from train.data import is_packed, padding_share
-from train.distributed.mesh import put_batch
-from train.distributed.processes import first_tells, is_first
+from train.distributed.batches import put_batch
+from train.distributed.processes import from_first, is_first
 from train.distributed.stop import Stopped, StopSignals
 from train.files.metrics_log import MetricsLog, read_metrics
 from train.files.run_directory import OutputDir
 from train.training.checkpoint import Checkpoints
-from train.training.step import Batch, Metrics, State
-from train.training.watch import Watch
+from train.training.eval_monitor import EvalMonitor
+from train.types import Batch, Metrics, State
 
 
 class Loader(Protocol):
@@ -124,7 +124,7 @@ def fit(job: Job, options: TrainerOptions, output: OutputDir, console: Console) 
             state = job.start()
         with MetricsLog(output.path, done) as log, _progress(console) as progress:
             reporter = _Reporter(job, options, log, progress, done, warn)
-            watch = Watch(options, _rows_until(done, output.path / "metrics.jsonl"))
+            watch = EvalMonitor(options, _rows_until(done, output.path / "metrics.jsonl"))
             training = _Training(job, options, saved, signals, reporter, watch)
             state, done, stopped = training.run(state, done)
         saved.wait()
@@ -150,7 +150,7 @@ def _rows_until(step: int, path: Path) -> list[dict[str, float]]:
     line, and the others may see that for a while. All must call this.
     """
     rows = read_metrics(path) if step and is_first() and path.exists() else []
-    return first_tells([row for row in rows if row["step"] <= step])
+    return from_first([row for row in rows if row["step"] <= step])
 
 
 @dataclass
@@ -162,7 +162,7 @@ class _Training:
     saved: Checkpoints
     signals: StopSignals
     reporter: _Reporter
-    watch: Watch
+    watch: EvalMonitor
 
     def run(self, state: State, done: int) -> tuple[State, int, bool]:
         """Trains on after `done` steps.
@@ -217,9 +217,9 @@ class _Training:
         self.reporter.flush()
         found = self.job.evaluate(state[self.job.evaluated])
         # Every process is to decide the same, and a reward may tell each of them something else.
-        metrics = first_tells({name: float(value) for name, value in found.items()})
+        metrics = from_first({name: float(value) for name, value in found.items()})
         self.reporter.evaluated(step, metrics)
-        return self.watch.see(step, metrics)
+        return self.watch.record(step, metrics)
 
     def _save(self, step: int, state: State) -> None:
         # The log is complete up to a checkpoint before that checkpoint exists.
