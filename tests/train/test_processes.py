@@ -14,7 +14,7 @@ from tests.train.tiny_runs import flags, run_flags
 from train.config import MeshOptions
 from train.distributed.batches import agree_on_shared_rows
 from train.distributed.mesh import make_mesh
-from train.distributed.processes import from_first
+from train.distributed.processes import from_each, from_first
 from train.files.metrics_log import read_metrics
 
 TOLD = """
@@ -23,10 +23,11 @@ from train.distributed.join import joined
 with joined(DistributedOptions()):
     import jax
     import numpy as np
-    from train.distributed.processes import from_first
+    from train.distributed.processes import from_each, from_first
     from train.distributed.mesh import make_mesh
     from train.distributed.batches import row_numbers, agree_on_shared_rows
     mine = jax.process_index()
+    assert from_each({"mine": "é" * mine}) == [{"mine": "é" * n} for n in range(4)]
     given = [{"a": 0.1, "long": "é" * 500}, {"a": 2.0}, None, []][mine]
     assert from_first(given) == {"a": 0.1, "long": "é" * 500}
     mesh = make_mesh(MeshOptions(fsdp=2, tensor=2))  # 0 and 1 share rows, and 2 and 3
@@ -81,6 +82,7 @@ def test_a_line_that_a_kill_cut_off_is_read_by_no_process(tmp_path):
 def test_a_single_process_keeps_what_it_has():
     rows = np.arange(8.0)
     assert from_first({"a": 1}) == {"a": 1}
+    assert from_each({"a": 1}) == [{"a": 1}]
     for options in (MeshOptions(fsdp=1), MeshOptions(fsdp=1, tensor=min(2, jax.device_count()))):
         np.testing.assert_array_equal(agree_on_shared_rows(rows, make_mesh(options)), rows)
 

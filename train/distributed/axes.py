@@ -34,8 +34,8 @@ def partition_spec(
 
     Args:
         axes: A logical name, or None, for every axis.
-        shape: Of the array.
-        mesh: With any of `MESH_AXES`. An axis that it lacks, or whose devices do not divide the
+        shape: Shape of the array.
+        mesh: A mesh with any of `MESH_AXES`. An axis that it lacks, or whose devices do not divide the
             size, stays whole.
 
     Example:

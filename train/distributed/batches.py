@@ -130,10 +130,7 @@ def row_numbers(count: int, mesh: Mesh | None) -> np.ndarray:
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
     """Moves a batch onto the devices, its rows split over the mesh.
 
-    Args:
-        batch: Arrays with the rows on axis 0; on several processes the rows of this one, which are
-            those of its `row_parts`, in order.
-        mesh: From `train.distributed.mesh.make_mesh`.
+    On several processes each gives the rows of its `row_parts`, in order.
     """
     return _put(batch, mesh, row_parts(mesh)[0])
 

@@ -37,7 +37,7 @@ def make_mesh(options: MeshOptions) -> Mesh | None:
 
 
 def count_slices(devices: Sequence[Any]) -> int:
-    """Over how many slices of TPUs, which only a network joins, devices are spread.
+    """The number of slices of TPUs, which only a network joins, that the devices belong to.
 
     What JAX calls a slice of GPUs is a host, unless it was told otherwise. Parameters are commonly
     split over the network between hosts, so nothing is asked of a mesh there.
@@ -64,7 +64,7 @@ def arrange(devices: Sequence[Any], shape: tuple[int, int, int]) -> Mesh:
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def compiler_options(mesh: Mesh | AbstractMesh | None) -> dict[str, bool] | None:
+def compiler_options(mesh: Mesh | AbstractMesh | None) -> dict[str, Any] | None:
     """Options of the compiler for a step on a mesh.
 
     Without them the TPU compiler makes a gather over the three axes of a torus an all-reduce, which
@@ -116,5 +116,5 @@ def mesh_shape(options: MeshOptions, devices: int, slices: int = 1) -> tuple[int
 
 
 def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
-    """Within it, activations find the mesh (`train.distributed.axes.constrain`)."""
+    """A context in which activations find the mesh (`train.distributed.axes.constrain`)."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)

@@ -22,12 +22,6 @@ class RendezvousTimeout(UserError):
 def rendezvous(address: str, processes: int, process: int, timeout: float) -> None:
     """Returns when all processes have come.
 
-    Args:
-        address: HOST:PORT of process 0.
-        processes: How many this process expects.
-        process: Its number.
-        timeout: Seconds to wait for the others.
-
     Raises:
         RendezvousTimeout: some processes have not come, which every one that has come is told, or
             this one does not reach process 0.

@@ -12,7 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_STATUS = 75
-"""Of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h, "try again later"."""
+"""Exit status of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h."""
 
 
 class Stopped(Exception):

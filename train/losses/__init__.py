@@ -12,7 +12,6 @@ from train.losses.preference import (
     WHOLE_BATCH,
     PreferenceLoss,
     pair_metrics,
-    reference_free_metrics,
     sum_logps,
 )
 from train.losses.schedule import BETA_SCHEDULES, BetaAt, beta_schedule
@@ -39,7 +38,6 @@ __all__ = [
     "kto",
     "label_balance_warning",
     "pair_metrics",
-    "reference_free_metrics",
     "sft",
     "sum_logps",
 ]

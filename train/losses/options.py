@@ -35,10 +35,6 @@ def loss_from(kind: type[Loss], options: BetaOptions | GroupLossOptions, **other
 def beta_from(options: BetaOptions, steps: int) -> BetaAt | None:
     """β of every step; None for a constant one.
 
-    Args:
-        options: The settings of a run.
-        steps: Number of updates.
-
     Raises:
         UserError: the settings of the schedule do not go together.
     """
@@ -50,10 +46,6 @@ def beta_from(options: BetaOptions, steps: int) -> BetaAt | None:
 
 def check_preference_loss(options: PreferenceLossOptions, microbatches: int) -> PreferenceLoss:
     """The loss on pairs, once its settings are found to go together.
-
-    Args:
-        options: The settings of a run.
-        microbatches: How many are accumulated in a step.
 
     Raises:
         UserError: a field is out of range, or the loss cannot be computed in microbatches.

@@ -198,11 +198,17 @@ class PreferenceLoss:
         return reference_free.chosen_nll(_as_float32(pair))
 
     def metrics(self, pair: PairLogps, beta: Beta | None = None) -> Metrics:
-        """TRL's metrics of a batch: `pair_metrics`, or `reference_free_metrics`."""
+        """TRL's metrics of a batch, float32 scalars: `pair_metrics`, or those of its `CPOTrainer`.
+
+        Without a reference, log-probabilities are those per token, rewards are β times them, and
+        `nll_loss` is the cross-entropy of the chosen answers; ORPO's log odds ratios come with it.
+        """
         pair, beta = _as_float32(pair), self.beta if beta is None else beta
         if self.needs_reference:
             return pair_metrics(pair, beta)
-        metrics = reference_free_metrics(pair, beta)
+        chosen, rejected = logps = reference_free.mean_logps(pair)
+        metrics = _means((beta * chosen, beta * rejected), logps)
+        metrics["nll_loss"] = jax.lax.stop_gradient(reference_free.chosen_nll(pair))
         if "orpo" in self.types:
             odds = jax.lax.stop_gradient(reference_free.log_odds_ratio(pair))
             metrics["log_odds_chosen"] = jnp.mean(odds)
@@ -255,18 +261,6 @@ def pair_metrics(pair: PairLogps, beta: Beta) -> Metrics:
     """
     rewards = beta * pair.chosen_logratio, beta * pair.rejected_logratio
     return _means(rewards, (pair.chosen, pair.rejected))
-
-
-def reference_free_metrics(pair: PairLogps, beta: Beta) -> Metrics:
-    """Metrics of TRL's `CPOTrainer` for SimPO and of its `ORPOTrainer`.
-
-    Returns:
-      The names of `pair_metrics` with log-probabilities per token and β times those as rewards, and
-      `nll_loss`, the cross-entropy of the chosen answers.
-    """
-    logps = reference_free.mean_logps(pair)
-    metrics = _means((beta * logps[0], beta * logps[1]), logps)
-    return {**metrics, "nll_loss": jax.lax.stop_gradient(reference_free.chosen_nll(pair))}
 
 
 def _means(rewards: tuple[jax.Array, jax.Array], logps: tuple[jax.Array, jax.Array]) -> Metrics:

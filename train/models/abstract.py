@@ -18,10 +18,6 @@ def abstract_model(
 ) -> tuple[nnx.GraphDef, Params]:
     """The structure of a model, and its parameters as shapes with their places.
 
-    Args:
-        config: With the dtypes of the run.
-        mesh: From `train.distributed.mesh.make_mesh`.
-
     Returns:
         The graph definition and a tree of `jax.ShapeDtypeStruct` as `train.models.split_model`
         makes them.
@@ -45,10 +41,6 @@ def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     Input sides of matrices are split over ``"fsdp"`` and output sides over ``"tensor"``, reversed
     in the projections back to the residual stream; norms are replicated. An axis that the mesh
     lacks or whose size does not divide stays whole.
-
-    Args:
-        config: the decoder.
-        mesh: with any of the axes ``"fsdp"`` and ``"tensor"``.
 
     Returns:
         Nested dict of `NamedSharding`.

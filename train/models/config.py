@@ -102,15 +102,15 @@ class ModelConfig:
         qk_norm: RMS norm on every query and key head.
         max_position_embeddings: longest sequence the checkpoint was made for, in tokens.
         initializer_range: standard deviation of freshly drawn matrices.
-        dtype: of activations and matrix products; norms, softmax and rotations are float32. How
+        dtype: dtype of activations and matrix products; norms, softmax and rotations are float32. How
             exact float32 products are on GPU and TPU is up to ``jax_default_matmul_precision``.
-        param_dtype: of the stored parameters.
+        param_dtype: dtype of the stored parameters.
         remat: what each block computes again in the backward pass: a name in
             `train.models.decoder.REMAT_POLICIES`.
         attention: ``"xla"``; ``"cudnn"`` for cuDNN's flash attention (half-precision ``dtype``,
             NVIDIA GPU); ``"splash"`` for Pallas' on a TPU (no prompt shared within a row).
         lora_targets: names of the linear layers that have low-rank adapters.
-        lora_rank: of the adapters.
+        lora_rank: rank of the adapters.
         lora_scale: factor of their product.
     """
 

@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
             positions = token_positions(tokens, mask)
         cos, sin = rotation_angles(self.config, positions)
         inputs = AttentionInputs(cos, sin, keys, causal, segments=apart)
-        return self._run(tokens, inputs, None, 0)[0]
+        return self._forward(tokens, inputs, None, 0)[0]
 
     def extend(
         self,
@@ -160,7 +160,7 @@ class Decoder(nnx.Module):
         """
         cos, sin = rotation_angles(self.config, positions)
         inputs = AttentionInputs(cos, sin, jnp.asarray(visible)[:, None], causal=False)
-        hidden, cache_out = self._run(tokens, inputs, cache, start)
+        hidden, cache_out = self._forward(tokens, inputs, cache, start)
         assert cache_out is not None
         return hidden, cache_out
 
@@ -180,7 +180,7 @@ class Decoder(nnx.Module):
         """float32 ``[..., vocab]`` of hidden states ``[..., hidden_size]``."""
         return jnp.matmul(hidden, self.unembedding(), preferred_element_type=jnp.float32)
 
-    def _run(
+    def _forward(
         self,
         tokens: Array,
         inputs: AttentionInputs,
@@ -225,9 +225,6 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     """Separates a model into its static structure and a plain tree of arrays.
 
     Do this once, outside of the training step; inside, `merge_model` costs only tracing time.
-
-    Args:
-        model: a `Decoder`.
 
     Returns:
         ``(graphdef, params)``; ``params`` is a nested dict of arrays without NNX types, the layers

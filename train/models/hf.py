@@ -67,10 +67,10 @@ def from_hf(
 
     Args:
         path_or_hub_name: a directory, or a name like ``"Qwen/Qwen2.5-0.5B"`` to download.
-        dtype: of activations and, unless ``param_dtype`` says otherwise, of the parameters. None
+        dtype: dtype of activations and, unless ``param_dtype`` says otherwise, of the parameters. None
             keeps the stored dtypes: each parameter takes the narrowest dtype that holds all of its
             layers' tensors, and activations the widest of all.
-        param_dtype: of the parameters.
+        param_dtype: dtype of the parameters.
         mesh: where to put the parameters, by the axes ``"fsdp"`` and ``"tensor"`` that they carry
             (see `param_shardings`). On the default device when None.
         remat: what blocks compute again in the backward pass, see `ModelConfig`.

@@ -115,10 +115,6 @@ def read_adapter_config(directory: str | Path) -> tuple[int, float, tuple[str, .
 def read_adapters(directory: str | Path, config: ModelConfig) -> Params:
     """The adapters of a directory in PEFT's format.
 
-    Args:
-        directory: with adapter_config.json and adapter_model.safetensors.
-        config: of a model with adapters of that rank on those modules.
-
     Returns:
         A tree like that of `fresh_adapters`, on the host, in ``config.param_dtype``.
 
@@ -155,12 +151,6 @@ def write_adapters(params: Params, config: ModelConfig, directory: Path, base: s
     """Writes adapters so that ``peft.PeftModel.from_pretrained`` loads them; all or nothing.
 
     On several processes all must call this, and the first one writes.
-
-    Args:
-        params: a tree that holds the adapters, in float32 or bfloat16.
-        config: of the model with adapters.
-        directory: to make.
-        base: the model they belong to, for ``base_model_name_or_path``.
     """
     tensors, flat = {}, flatten_dict(params)
     for path, names, _ in _tensors(config):

@@ -28,8 +28,8 @@ class RewardModel(NamedTuple):
     """A decoder whose last hidden state is multiplied with one vector.
 
     Attributes:
-        graphdef: of the `Decoder`.
-        params: of the decoder.
+        graphdef: structure of the `Decoder`.
+        params: parameters of the decoder.
         score: ``[hidden_size]``, the weights of the label.
     """
 
@@ -74,13 +74,7 @@ def check_reward_model(path_or_hub_name: str | Path) -> ModelConfig:
 def load_reward_model(
     path_or_hub_name: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
 ) -> RewardModel:
-    """Loads a reward model; see `check_reward_model` for what is refused.
-
-    Args:
-        path_or_hub_name: directory or hub name.
-        dtype: of weights and computations.
-        mesh: where to put the parameters, see `train.models.from_hf`.
-    """
+    """Loads a reward model; see `check_reward_model` for what is refused."""
     config = dataclasses.replace(
         check_reward_model(path_or_hub_name), dtype=np.dtype(dtype), param_dtype=np.dtype(dtype)
     )

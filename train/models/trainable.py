@@ -18,10 +18,6 @@ Trained = Callable[[Path], bool]
 def choose(options: ModelOptions, paths: Sequence[Path]) -> Trained:
     """A test of a parameter's path: whether the settings say that the parameter is trained.
 
-    Args:
-        options: `lora`, `freeze` and `trainable` are read.
-        paths: Paths of all parameters.
-
     Raises:
         UserError: a pattern is broken or finds nothing, nothing is left to train, or the fields
             exclude each other.

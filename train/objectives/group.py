@@ -80,14 +80,7 @@ def sampled_logps_fn(
     vocab_chunk: VocabChunk = "auto",
     microbatches: int = 1,
 ) -> Callable[[Any, Batch], tuple[jax.Array]]:
-    """`f(params, batch) -> (logps,)`, float32 `[B, C]`: what `group_loss` makes of the same rows.
-
-    Args:
-      graphdef: The model's structure.
-      temperature: See `group_loss`.
-      vocab_chunk: See there.
-      microbatches: How many the batch is looked at in.
-    """
+    """`f(params, batch) -> (logps,)`, float32 `[B, C]`: what `group_loss` makes of the same rows."""
 
     def columns(params: Any, part: Batch) -> Batch:
         return {"logps": _statistics(graphdef, params, part, temperature, vocab_chunk).logps}

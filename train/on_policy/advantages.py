@@ -70,7 +70,7 @@ def advantages_per_reward(
 
     Returns:
         The advantages, float64 ``[prompts, answers]``, 0 where an answer has no reward; and whether
-        all sums are the same, bool, likewise.
+        all sums are the same, bool of the same shape.
     """
     # A_k = (r_k − mean) / (std + 1e-4) in each group, then (Σ w_k A_k − mean) / (std + 1e-4)
     each = (scores - nan_mean(scores, axis=1)) / (nan_std(scores, axis=1) + _SMALL)

@@ -41,7 +41,7 @@ class Answers:
     Attributes:
         prompts: As the records have them: text, or messages.
         completions: Decoded without special tokens.
-        completion_ids: Their tokens, the end token included.
+        completion_ids: Tokens of the completions, the end token included.
         records: What the prompts were read from.
     """
 
@@ -183,7 +183,7 @@ def model_reward(path: str, *, dtype: str, template: Any, mesh: Mesh | None) -> 
 
     Args:
         path: Directory or hub name, checked by `train.models.reward.check_reward_model`.
-        dtype: Of its weights and computations.
+        dtype: Type of its weights and computations.
         template: ``"auto"`` or ``"chat"``, see `train.data.templates.Encoder`.
         mesh: Where weights and batches go.
 

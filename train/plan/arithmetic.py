@@ -71,12 +71,7 @@ def estimate(
 ) -> tuple[Memory, Work]:
     """Temporaries and work of a chip from formulas; bytes moved in memory are not estimated.
 
-    Args:
-        config: Settings of the run.
-        model: Shapes of its model.
-        mesh: Mesh of the run.
-        state: Bytes that a chip holds.
-        node: Chips of a host, where hosts are joined by a slower network.
+    `node` is the number of chips of a host, where a slower network joins hosts, and 0 elsewhere.
     """
     needed = temporaries(config, model, mesh, state)
     return Memory(state, 0.0, needed), _work(config, model, mesh, node)

@@ -51,7 +51,7 @@ CHIPS = {
     "h100": Chip(989e12, 80e9, 3350e9, 450e9, 400e9 / 8, node=8),
     "h200": Chip(989e12, 141e9, 4800e9, 450e9, 400e9 / 8, node=8),
 }
-"""By the name in `topology`."""
+"""Chips by their name in `topology`."""
 
 TPUS = ("v5e", "v5p", "v6e")
 

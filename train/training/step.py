@@ -142,55 +142,43 @@ def make_train_step(
     averages: ParameterAverages | None = None,
     reference_columns: Callable[[Any, Batch], Batch] | None = None,
     alpha_scale: Callable[[Metrics], jax.Array] | None = None,
-    compiler_options: Mapping[str, bool] | None = None,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[..., tuple[State, Metrics]]:
     """The jitted `step(state, batch, frozen={}, models={}) -> (state, metrics)`.
 
-    It consumes the state. Its arguments are a state, a batch, the parameters that are not trained (a
-    nested dict that belongs beside `state["params"]`), and what the optimizer's update is given
-    besides: `reference_params` and `base_params` for a merge that recomputes its delta. A step whose
-    loss or gradient is not finite changes neither parameters nor optimizer nor averages.
+    It consumes the state. `frozen` holds the parameters that are not trained, `models` what the
+    optimizer's update is given besides (`reference_params`, `base_params`). A step whose loss or
+    gradient is not finite changes nothing but counters.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> (loss, metrics)`, or a
-        `train.objectives.accumulate.BatchLoss`; its batch also holds `step`, the number of updates
-        done, int32 `[]`.
+        `train.objectives.accumulate.BatchLoss`; its batch also holds `step`, the updates done.
       tx: The optimizer `state` was made with.
-      shardings: Where the new state belongs, from `state_shardings`, so that a state keeps its
-        layout from step to step.
-      microbatches: How many a batch is looked at in, one after the other, see
-        `train.objectives.accumulate.loss_and_gradient`.
-      averages: As given to `init_state`.
-      reference_columns: `f(params, batch)`: columns of a batch that come from the reference. Needed
-        where the state holds a reference, whose parameters it is then given at every step.
-      alpha_scale: What the weight of the reference is multiplied by in a step, from the metrics of
-        `loss_fn`, see `train.optimizers.gate.alpha_gate`; None for nothing.
+      shardings: The places of the new state, from `state_shardings`, so that it keeps its layout.
+      microbatches: How many a batch is looked at in, one after the other.
+      averages: The averages that `init_state` was given.
+      reference_columns: `f(params, batch)`: columns that come from the reference of the state.
+      alpha_scale: What the weight of the reference is multiplied by, from the metrics of `loss_fn`.
       compiler_options: Options of `jax.jit`, see `train.distributed.mesh.compiler_options`.
 
     Returns:
-      The step. Its metrics are float32 scalars on the device: `loss`, `grad_norm` (global norm before
-      any clipping), those of `loss_fn`, `merge/<name>` for every scalar of `omerge_jax.merge_metrics`
-      when the optimizer merges, and `skipped_steps` and `skipped_in_a_row`, see
-      `train.training.finite`.
+      The step. Its metrics are float32 scalars: `loss`, `grad_norm` (before any clipping), those of
+      `loss_fn`, `merge/<name>` of `omerge_jax.merge_metrics`, and those of `train.training.finite`.
     """
     tx = optax.with_extra_args_support(tx)
-
-    def gradient(state: State, batch: Batch, frozen: Params) -> tuple[jax.Array, Metrics, Any]:
-        batch = {**batch, "step": state["step"]}  # for losses whose settings change with it
-        if "reference" in state:
-            assert reference_columns is not None
-            reference = join(state["reference"], frozen)
-            known = columns_in_microbatches(reference_columns, reference, batch, microbatches)
-            batch = {**batch, **jax.lax.stop_gradient(known)}
-        of_trained = with_frozen(loss_fn, frozen) if frozen else loss_fn
-        (loss, metrics), grads = loss_and_gradient(of_trained, microbatches)(state["params"], batch)
-        return loss, metrics, grads
 
     def step(
         state: State, batch: Batch, frozen: Any = None, models: Mapping[str, Any] | None = None
     ) -> tuple[State, Metrics]:
-        loss, metrics, grads = gradient(state, batch, frozen or {})
-        extra = {} if models is None else dict(models)
+        frozen = frozen or {}
+        batch = {**batch, "step": state["step"]}  # for losses whose settings change with it
+        if "reference" in state and reference_columns is not None:
+            reference = join(state["reference"], frozen)
+            known = columns_in_microbatches(reference_columns, reference, batch, microbatches)
+            batch |= jax.lax.stop_gradient(known)
+        of_trained = with_frozen(loss_fn, frozen) if frozen else loss_fn
+        (loss, metrics), grads = loss_and_gradient(of_trained, microbatches)(state["params"], batch)
+        extra = dict(models or {})
         if alpha_scale is not None:
             extra["alpha_scale"] = alpha_scale(metrics)
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"], **extra)
@@ -203,9 +191,8 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": grad_norm, **metrics, **merge, **skips}
         return new_state, jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), metrics)
 
-    out_shardings = None if shardings is None else (shardings, None)
-    options: Any = None if compiler_options is None else dict(compiler_options)
-    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings, compiler_options=options)
+    places = None if shardings is None else (shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=compiler_options)
 
 
 def _global_norm(tree: Any) -> jax.Array:
