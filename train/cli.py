@@ -89,12 +89,12 @@ def _run_generate(config: GenerateConfig) -> None:
 
 
 def _run_plan(config: PlanConfig) -> None:
-    from train.plan.environment import prepare
+    from train.plan.environment import prepare_environment
 
-    prepare(config.topology)  # before anything imports jax
-    from train.plan.run import run
+    prepare_environment(config.topology)  # before anything imports jax
+    from train.commands.plan import plan
 
-    run(config)
+    plan(config)
 
 
 def _fetch_smollm2(arguments: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ def omerge_epochs(settings: Settings) -> Epochs:
 
     from train.config import DataOptions
     from train.data import make_buckets, make_loader, read_records, tokenize_preference
-    from train.distributed.mesh import put_batch
+    from train.distributed.batches import put_batch
     from train.evaluation.held_out import answer_logps
     from train.inputs.records import sharing_prompts
     from train.models import from_hf, split_model

@@ -11,9 +11,10 @@ import pytest
 from tests.train.test_step import make_batch, make_model
 from tests.train.tiny_runs import run_flags, write_inputs
 from train.cli import main
-from train.losses import kto
-from train.objectives.accumulate import NORMALIZERS, Parted, loss_and_gradient
-from train.objectives.preference import preference_loss, sft_loss
+from train.losses import PreferenceLoss, kto
+from train.objectives.accumulate import BATCH_MEANS, BatchLoss, loss_and_gradient
+from train.objectives.preference import preference_loss
+from train.objectives.sft import sft_loss
 from train.training.step import init_state, make_train_step
 
 NUMBERS = {
@@ -44,7 +45,7 @@ def test_gradients_and_metrics_are_those_of_the_large_batch(loss_type):
         rng = np.random.default_rng(5)
         for name in names:
             batch[f"reference_{name}_logps"] = rng.normal(-20, 3, 4).astype(np.float32)
-        loss_fn = preference_loss(graphdef, loss_type=loss_type)
+        loss_fn = preference_loss(graphdef, PreferenceLoss(loss_type))
     (loss, metrics), gradient = jax.jit(loss_and_gradient(loss_fn, 1))(params, batch)
     for parts in (2, 4):
         (ours, our_metrics), ours_gradient = jax.jit(loss_and_gradient(loss_fn, parts))(
@@ -70,17 +71,17 @@ def test_a_mean_of_the_parts_means_would_be_wrong_for_sft():
 def kto_like():
     """KTO of a model with one weight: a log-ratio is the weight times a number."""
 
-    def normalizers(weight, batch):
+    def batch_means(weight, batch):
         return {"kl": jnp.mean(weight * batch["kl_x"])}
 
     def loss_fn(weight, batch):
         logps = weight * batch["x"]
-        kl = batch[NORMALIZERS]["kl"]
+        kl = batch[BATCH_MEANS]["kl"]
         reference = jnp.zeros_like(logps)
         loss, metrics = kto(logps, reference, batch["desirable"], kl, beta=0.7)
         return jnp.mean(loss), metrics
 
-    def masses(batch):
+    def weights(batch):
         desirable = jnp.sum(batch["desirable"], dtype=jnp.float32)
         other = len(batch["x"]) - desirable
         sides = {"chosen": desirable, "rejected": other}
@@ -89,7 +90,7 @@ def kto_like():
     def derived(metrics):
         return {"rewards/margins": metrics["rewards/chosen"] - metrics["rewards/rejected"]}
 
-    return Parted(loss_fn, masses=masses, normalizers=normalizers, derived=derived)
+    return BatchLoss(loss_fn, weights=weights, batch_means=batch_means, derived=derived)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
@@ -122,10 +123,10 @@ def test_terms_of_a_loss_have_weights_of_their_own():
         nothing = jnp.mean(batch["x"], where=batch["desirable"] & False)
         return {"rows": jnp.mean(weight * batch["x"]), "marked": of_marked}, {"none": nothing}
 
-    def masses(batch):
+    def weights(batch):
         return {"marked": jnp.sum(batch["desirable"]), "none": jnp.zeros([])}
 
-    (loss, metrics), gradient = loss_and_gradient(Parted(loss_fn, masses=masses), 2)(
+    (loss, metrics), gradient = loss_and_gradient(BatchLoss(loss_fn, weights=weights), 2)(
         jnp.float32(3.0), NUMBERS
     )
     rows, marked = NUMBERS["x"].mean(), NUMBERS["x"][NUMBERS["desirable"]].mean()
@@ -141,8 +142,8 @@ def test_bfloat16_gradients_are_summed_in_float32():
     def loss_fn(weight, batch):
         return jnp.sum(weight.astype(jnp.float32) * batch["x"]), {}
 
-    parted = Parted(loss_fn, masses=lambda _: {"loss": jnp.ones([])})
-    gradient = loss_and_gradient(parted, 512)(jnp.bfloat16(1.0), ones)[1]
+    batch_loss = BatchLoss(loss_fn, weights=lambda _: {"loss": jnp.ones([])})
+    gradient = loss_and_gradient(batch_loss, 512)(jnp.bfloat16(1.0), ones)[1]
     assert gradient.dtype == jnp.bfloat16
     assert float(gradient) * 512 == pytest.approx(256 + 511, rel=2**-8)
 
@@ -152,11 +153,11 @@ def test_a_step_takes_it_and_a_batch_has_to_be_divisible():
     batch = make_batch(("completion",))
     tx, loss_fn = optax.sgd(0.1), sft_loss(graphdef)
     whole = make_train_step(loss_fn, tx)(init_state(params, tx), batch)
-    parts = make_train_step(loss_fn, tx, accumulate=2)(init_state(params, tx), batch)
+    parts = make_train_step(loss_fn, tx, microbatches=2)(init_state(params, tx), batch)
     assert_same(parts[0]["params"], whole[0]["params"], rtol=1e-6)
     np.testing.assert_allclose(parts[1]["grad_norm"], whole[1]["grad_norm"], rtol=1e-5)
     with pytest.raises(ValueError, match="4 rows cannot be split into 3 equal parts"):
-        make_train_step(loss_fn, tx, accumulate=3)(init_state(params, tx), batch)
+        make_train_step(loss_fn, tx, microbatches=3)(init_state(params, tx), batch)
 
 
 def test_a_command_refuses_a_batch_that_it_cannot_split(tmp_path, capsys):

@@ -25,8 +25,8 @@ from train.config import DPOConfig, KTOConfig, UserError
 from train.data import tokenize_unpaired
 from train.data.kl_pairs import in_random_order, rotation, with_kl_completions
 from train.files.metrics_log import read_metrics
-from train.losses import LOSSES, UNPAIRED_LOSSES, pair_loss
-from train.objectives.preference import settings_of
+from train.losses import LOSSES, UNPAIRED_LOSSES, PreferenceLoss
+from train.losses.options import loss_from
 from train.runs.reference import cache_file
 
 REQUIRED = flags(
@@ -56,7 +56,7 @@ def dpo_config(*more: str) -> DPOConfig:
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_every_loss_on_pairs_is_reached_by_its_name(name):
     smoothing = ["--loss.label_smoothing", "0.001"] if name == "exo_pair" else []
-    loss = pair_loss(**settings_of(dpo_config("--loss.type", name, *smoothing).loss))
+    loss = loss_from(PreferenceLoss, dpo_config("--loss.type", name, *smoothing).loss)
     assert loss.types == (name,)
 
 
@@ -69,8 +69,8 @@ def test_mixes_are_lists():
         "--loss.ld_alpha",
         "null",
     ]
-    loss = pair_loss(**settings_of(dpo_config(*more).loss))
-    assert (loss.types, loss.weights) == (("sigmoid", "sft"), (1.0, 0.1))
+    loss = loss_from(PreferenceLoss, dpo_config(*more).loss)
+    assert loss.terms == [("sigmoid", 1.0), ("sft", 0.1)]
 
 
 @pytest.mark.parametrize("name", UNPAIRED_LOSSES)

@@ -16,7 +16,7 @@ from tests.train.test_step import make_batch, make_model
 from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
 from train.cli import main
 from train.objectives.preference import preference_loss, reference_logps_fn
-from train.training.averages import Followers
+from train.training.averages import ParameterAverages
 from train.training.checkpoint import restore_params
 from train.training.step import init_state, make_train_step
 
@@ -27,13 +27,13 @@ def quadratic(params, batch):
     return jnp.sum(jnp.square(params["w"] - batch["x"][0])), {}
 
 
-def walk(followers, steps, dtype=jnp.float32):
+def walk(averages, steps, dtype=jnp.float32):
     """States of gradient descent on a quadratic, on the host."""
     tx = optax.sgd(RATE)
     step = make_train_step(
-        quadratic, tx, followers=followers, reference_columns=lambda params, batch: {}
+        quadratic, tx, averages=averages, reference_columns=lambda params, batch: {}
     )
-    state = init_state({"w": jnp.array([1.0, -2.0], dtype)}, tx, followers=followers)
+    state = init_state({"w": jnp.array([1.0, -2.0], dtype)}, tx, averages=averages)
     states = [jax.device_get(state)]
     for number in range(steps):
         state, _ = step(state, {"x": np.full((1, 2), number, np.float32)})
@@ -42,7 +42,7 @@ def walk(followers, steps, dtype=jnp.float32):
 
 
 def test_average_is_the_exponential_one():
-    states = walk(Followers(ema_decay=0.75), 5)
+    states = walk(ParameterAverages(ema_decay=0.75), 5)
     mean = states[0]["params"]["w"].astype(np.float64)
     for state in states[1:]:
         mean = 0.75 * mean + 0.25 * state["params"]["w"]
@@ -50,14 +50,14 @@ def test_average_is_the_exponential_one():
 
 
 def test_average_of_bfloat16_is_float32_and_moves():
-    states = walk(Followers(ema_decay=0.999), 3, jnp.bfloat16)
+    states = walk(ParameterAverages(ema_decay=0.999), 3, jnp.bfloat16)
     assert states[-1]["ema"]["w"].dtype == np.float32
     assert (states[1]["ema"]["w"] != states[0]["ema"]["w"]).all()
 
 
 @pytest.mark.parametrize("alpha", [0.6, 1.0])
 def test_reference_follows_every_few_steps(alpha):
-    states = walk(Followers(mixup_alpha=alpha, sync_steps=2), 5)
+    states = walk(ParameterAverages(mixup_alpha=alpha, sync_steps=2), 5)
     reference = states[0]["params"]["w"].astype(np.float64)
     for number, state in enumerate(states[1:], start=1):
         if number % 2 == 0:
@@ -66,11 +66,11 @@ def test_reference_follows_every_few_steps(alpha):
 
 
 def test_a_skipped_step_moves_no_copy():
-    followers, tx = Followers(ema_decay=0.5, mixup_alpha=1.0, sync_steps=1), optax.sgd(RATE)
+    averages, tx = ParameterAverages(ema_decay=0.5, mixup_alpha=1.0, sync_steps=1), optax.sgd(RATE)
     step = make_train_step(
-        quadratic, tx, followers=followers, reference_columns=lambda params, batch: {}
+        quadratic, tx, averages=averages, reference_columns=lambda params, batch: {}
     )
-    state = init_state({"w": jnp.array([1.0, -2.0])}, tx, followers=followers)
+    state = init_state({"w": jnp.array([1.0, -2.0])}, tx, averages=averages)
     state, _ = step(state, {"x": np.ones((1, 2), np.float32)})
     before = jax.device_get(state)
     state, metrics = step(state, {"x": np.full((1, 2), np.nan, np.float32)})
@@ -92,15 +92,15 @@ def test_loss_is_relative_to_the_reference_of_the_state(accumulate):
         chosen, rejected = score(params, batch)
         return {"reference_chosen_logps": chosen, "reference_rejected_logps": rejected}
 
-    tx, followers = optax.sgd(0.5), Followers(mixup_alpha=1.0, sync_steps=2)
+    tx, averages = optax.sgd(0.5), ParameterAverages(mixup_alpha=1.0, sync_steps=2)
     step = make_train_step(
         preference_loss(graphdef),
         tx,
-        accumulate=accumulate,
-        followers=followers,
+        microbatches=accumulate,
+        averages=averages,
         reference_columns=columns,
     )
-    state = init_state(params, tx, followers=followers)
+    state = init_state(params, tx, averages=averages)
     rewards = []
     for _ in range(4):
         state, metrics = step(state, batch)

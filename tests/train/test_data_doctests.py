@@ -12,7 +12,7 @@ import pytest
         "train.data.records",
         "train.data.kl_pairs",
         "train.objectives.logps",
-        "train.losses.mix",
+        "train.losses.preference",
         "train.losses.schedule",
         "train.losses.unpaired",
         "train.models.decoder",

@@ -20,7 +20,7 @@ from train.models import from_hf, split_model
 from train.objectives.accumulate import loss_and_gradient
 from train.objectives.group import group_loss, sampled_logps_fn
 from train.on_policy.advantages import advantages, weighted_rewards
-from train.on_policy.groups import Groups
+from train.on_policy.groups import GroupBatches
 from train.on_policy.rollouts import Sampled
 
 PROMPTS, ANSWERS, NEW, EOS = 3, 4, 9, 1
@@ -101,7 +101,7 @@ def prompt_batch(answers):
 
 def groups(answers, scale="group", score=None, **settings):
     names = ("length", "parity")
-    return Groups(Policy(answers), ANSWERS, names, WEIGHTS, scale, score, **settings)  # type: ignore
+    return GroupBatches(Policy(answers), ANSWERS, names, WEIGHTS, scale, score, **settings)  # type: ignore
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from train.evaluation.held_out import (
     evaluate_sft,
 )
 from train.models import from_hf, merge_model, split_model
-from train.objectives.preference import reference_logps_fn, sft_loss
+from train.objectives.preference import reference_logps_fn
+from train.objectives.sft import sft_loss
 
 LENGTH = 80
 tokenize = partial(tokenize_preference, max_prompt_length=64, max_completion_length=16)

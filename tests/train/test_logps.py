@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +10,12 @@ from scipy.special import log_softmax
 from train.data.dataset import pad_left, pad_right
 from train.models import Decoder, ModelConfig
 from train.objectives.logps import (
-    completion_logps,
+    AUTO_VOCAB_CHUNK,
     completion_statistics,
-    sampled_statistics,
-    token_logps,
     token_statistics,
 )
-from train.objectives.preference import AUTO_VOCAB_CHUNK
+
+COLUMNS = ("prompt_tokens", "prompt_mask", "completion_tokens", "completion_mask")
 
 
 def draw(vocabulary, *, scale=1.0, dtype=jnp.float32):
@@ -40,7 +41,7 @@ def exact(hidden, unembedding, targets):
 def test_matches_float64(vocab_chunk):
     hidden, unembedding, targets = draw(1000)
     targets = targets.at[1].set(jnp.argmax(hidden[1] @ unembedding, axis=-1))
-    logps, top1 = token_statistics(hidden, unembedding, targets, vocab_chunk=vocab_chunk)
+    logps, top1, _ = token_statistics(hidden, unembedding, targets, vocab_chunk=vocab_chunk)
     expected, expected_top1 = exact(hidden, unembedding, targets)
     assert logps.dtype == jnp.float32
     np.testing.assert_allclose(logps, expected, rtol=1e-6, atol=1e-6)
@@ -56,7 +57,7 @@ def test_chunked_gradients_are_the_plain_ones(vocab_chunk, dtype):
 
     def gradients(chunk):
         def total(hidden, unembedding):
-            logps = token_logps(hidden, unembedding, targets, vocab_chunk=chunk)
+            logps = token_statistics(hidden, unembedding, targets, vocab_chunk=chunk).logps
             return jnp.sum(weights * logps)
 
         return jax.grad(total, argnums=(0, 1))(hidden, unembedding)
@@ -73,7 +74,9 @@ def test_large_logits_stay_finite(vocab_chunk):
     hidden, unembedding, targets = draw(200, scale=1e4)
 
     def total(hidden):
-        return jnp.sum(token_logps(hidden, unembedding, targets, vocab_chunk=vocab_chunk))
+        return jnp.sum(
+            token_statistics(hidden, unembedding, targets, vocab_chunk=vocab_chunk).logps
+        )
 
     value, gradient = jax.value_and_grad(total)(hidden)
     np.testing.assert_allclose(value, exact(hidden, unembedding, targets)[0].sum(), rtol=1e-5)
@@ -84,7 +87,9 @@ def temp_bytes(vocabulary, length, vocab_chunk):
     """What the compiler sets aside for the gradient, beside arguments and results."""
 
     def total(hidden, unembedding, targets):
-        return jnp.sum(token_logps(hidden, unembedding, targets, vocab_chunk=vocab_chunk))
+        return jnp.sum(
+            token_statistics(hidden, unembedding, targets, vocab_chunk=vocab_chunk).logps
+        )
 
     shapes = (
         jax.ShapeDtypeStruct((8, length, 32), jnp.float32),
@@ -143,8 +148,8 @@ def rows(model):
 @pytest.mark.parametrize("vocab_chunk", [None, 40])
 def test_completions_are_scored_as_without_padding(model, rows, vocab_chunk):
     columns, expected = rows
-    logps, top1 = completion_statistics(model, *columns, vocab_chunk=vocab_chunk)
-    np.testing.assert_array_equal(logps, completion_logps(model, *columns, vocab_chunk=vocab_chunk))
+    batch = dict(zip(COLUMNS, columns, strict=True))
+    logps, top1, _ = completion_statistics(model, batch, vocab_chunk=vocab_chunk)
     assert logps.shape == top1.shape == (2, 8)
     for row, values in enumerate(expected):
         np.testing.assert_allclose(logps[row, : len(values)], values, atol=2e-6)
@@ -155,19 +160,22 @@ def test_completions_are_scored_as_without_padding(model, rows, vocab_chunk):
 def test_bad_arguments_are_named():
     hidden, unembedding, targets = draw(50)
     with pytest.raises(ValueError, match=r"do not fit together: \(3, 5, 16\), \(50, 16\)"):
-        token_logps(hidden, unembedding.T, targets)
+        token_statistics(hidden, unembedding.T, targets)
     with pytest.raises(ValueError, match="vocab_chunk must be a positive number or None, got 0"):
-        token_logps(hidden, unembedding, targets, vocab_chunk=0)
+        token_statistics(hidden, unembedding, targets, vocab_chunk=0)
     empty = jnp.zeros((1, 0), jnp.int32)
+    batch = dict(zip(COLUMNS, [empty, empty > 0] * 2, strict=True))
     with pytest.raises(ValueError, match="at least one position"):
-        completion_logps(None, empty, empty.astype(bool), empty, empty.astype(bool))  # type: ignore
+        completion_statistics(None, batch)  # type: ignore
 
 
 def _temporary_bytes(vocabulary, length, vocab_chunk):
     """What the compiler sets aside for the log-probabilities and their gradients."""
 
     def total(hidden, unembedding, targets):
-        return jnp.sum(token_logps(hidden, unembedding, targets, vocab_chunk=vocab_chunk))
+        return jnp.sum(
+            token_statistics(hidden, unembedding, targets, vocab_chunk=vocab_chunk).logps
+        )
 
     shapes = [
         jax.ShapeDtypeStruct((1, length, 256), jnp.float32),
@@ -202,7 +210,11 @@ def test_entropy_is_that_of_the_tempered_distribution(vocab_chunk):
     prompt, completion = jnp.ones((3, 2), jnp.int32), jnp.full((3, 4), 11)
     mask = jnp.arange(4) < jnp.array([[4], [2], [0]])
     columns = (prompt, prompt > 0, completion, mask)
-    logps, entropy = sampled_statistics(Fixed(), *columns, temperature=0.7, vocab_chunk=vocab_chunk)
+    batch = dict(zip(COLUMNS, columns, strict=True))
+    model: Any = Fixed()
+    logps, _, entropy = completion_statistics(
+        model, batch, temperature=0.7, vocab_chunk=vocab_chunk
+    )
     every = log_softmax(np.asarray(hidden, np.float64) @ unembedding / 0.7, axis=-1)[:, :4]
     np.testing.assert_allclose(logps, np.where(mask, every[..., 11], 0), rtol=2e-6, atol=1e-6)
     expected = np.where(mask, -(np.exp(every) * every).sum(axis=-1), 0)

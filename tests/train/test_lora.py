@@ -34,7 +34,7 @@ from train.models.lora import (
     write_adapters,
 )
 from train.models.trainable import choose, join, leaf_paths, split
-from train.objectives.preference import sft_loss
+from train.objectives.sft import sft_loss
 from train.training.checkpoint import Checkpoints
 from train.training.step import init_state, make_train_step
 

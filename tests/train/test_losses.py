@@ -23,8 +23,15 @@ from tests.train.trl_losses import (
     run_trl,
     run_trl_reference_free,
 )
-from train import losses
-from train.losses import LOSSES, REFERENCE_FREE, PairLogps, pair_loss, pair_metrics, sft, weigh_tail
+from train.losses import (
+    LOSSES,
+    REFERENCE_FREE,
+    PairLogps,
+    PreferenceLoss,
+    pair_metrics,
+    sft,
+    sum_logps,
+)
 
 WITH_REFERENCE = [name for name in LOSSES if name not in REFERENCE_FREE]
 SETTINGS = {
@@ -58,7 +65,7 @@ def formula(loss_type, pair, epsilon):
 )
 def test_losses_are_the_papers(loss_type, epsilon):
     pair = as_pair(*draw_pairs())
-    loss = pair_loss(loss_type, beta=BETA, label_smoothing=epsilon)(pair)
+    loss = PreferenceLoss(loss_type, beta=BETA, label_smoothing=epsilon)(pair)
     assert loss.shape == (BATCH,)
     np.testing.assert_allclose(loss, formula(loss_type, pair, epsilon), rtol=2e-6, atol=1e-6)
 
@@ -82,7 +89,7 @@ def ours(loss, logps, mask, reference):
 
     def mean_loss(logps):
         other = np.roll(mask, BATCH, axis=0)
-        sums = weigh_tail(logps, mask, other, loss.ld_alpha)
+        sums = sum_logps(logps, mask, other, loss.ld_alpha)
         pair = as_pair(logps, mask, reference)._replace(chosen=sums[:BATCH], rejected=sums[BATCH:])
         if not loss.needs_reference:
             zero = jnp.zeros(BATCH)
@@ -119,14 +126,14 @@ def trl_dpo(loss_types, logps, mask, reference, **settings):
 def test_pair_losses_metrics_and_gradients_are_trl_s(loss_type, seed):
     drawn = draw_pairs(seed)
     settings = SETTINGS.get(loss_type, {})
-    loss = pair_loss(loss_type, beta=BETA, **settings)
+    loss = PreferenceLoss(loss_type, beta=BETA, **settings)
     assert_same(ours(loss, *drawn), trl_dpo([loss_type], *drawn, **settings), drawn[1])
 
 
 def test_mixes_are_trl_s():
     drawn, weights = draw_pairs(5), [0.8, 0.2, 1.0]
     types = ["sigmoid", "bco_pair", "sft"]
-    loss = pair_loss(types, weights=weights, beta=BETA)
+    loss = PreferenceLoss(types, weights=weights, beta=BETA)
     assert_same(ours(loss, *drawn), trl_dpo(types, *drawn, loss_weights=weights), drawn[1])
     assert loss.at_reference() is None
 
@@ -135,7 +142,7 @@ def test_mixes_are_trl_s():
 @pytest.mark.parametrize("ld_alpha", [0.0, 0.3])
 def test_tails_weigh_as_in_trl(loss_type, ld_alpha):
     drawn = draw_pairs(6)
-    loss = pair_loss(loss_type, beta=BETA, ld_alpha=ld_alpha)
+    loss = PreferenceLoss(loss_type, beta=BETA, ld_alpha=ld_alpha)
     assert_same(ours(loss, *drawn), trl_dpo([loss_type], *drawn, ld_alpha=ld_alpha), drawn[1])
 
 
@@ -154,7 +161,9 @@ def test_simpo_is_trl_s(cpo_alpha, epsilon):
         alpha=0.0,
     )
     types, weights = (["simpo", "sft"], [1.0, cpo_alpha]) if cpo_alpha else (["simpo"], [1.0])
-    loss = pair_loss(types, weights=weights, beta=BETA, simpo_gamma=0.4, label_smoothing=epsilon)
+    loss = PreferenceLoss(
+        types, weights=weights, beta=BETA, simpo_gamma=0.4, label_smoothing=epsilon
+    )
     assert not loss.needs_reference
     assert_same(ours(loss, logps, mask, np.zeros(2 * BATCH, np.float32)), expected, mask)
 
@@ -162,7 +171,7 @@ def test_simpo_is_trl_s(cpo_alpha, epsilon):
 def test_orpo_is_trl_s():
     logps, mask, reference = draw_pairs(8)
     expected = run_trl_reference_free(ORPOTrainer, logps, mask)
-    found = ours(pair_loss("orpo", beta=BETA), logps, mask, reference)
+    found = ours(PreferenceLoss("orpo", beta=BETA), logps, mask, reference)
     assert {"log_odds_chosen", "log_odds_ratio", "nll_loss"} <= set(found[0][1])
     assert_same(found, expected, mask)
 
@@ -171,7 +180,7 @@ def test_ipo_divides_by_the_length_and_logs_whole_answers():
     """Twice the tokens at the same mean: the loss of a sum would change, and must not."""
     short = PairLogps(*(jnp.array([x]) for x in (-4.0, -6.0, -5.0, -5.0, 2.0, 2.0)))
     long = PairLogps(*(2 * field for field in short))
-    loss = pair_loss("ipo", beta=BETA)
+    loss = PreferenceLoss("ipo", beta=BETA)
     np.testing.assert_allclose(loss(short), loss(long), rtol=1e-6)
     np.testing.assert_allclose(loss.metrics(short)["rewards/margins"], BETA * 2.0, rtol=1e-6)
     np.testing.assert_allclose(loss.metrics(long)["rewards/margins"], BETA * 4.0, rtol=1e-6)
@@ -182,7 +191,7 @@ def test_float16_sums_give_the_float32_loss(loss_type):
     """β = 0.001 makes IPO's target 500, and its square leaves float16's range."""
     pair = as_pair(*draw_pairs(9))
     halves = PairLogps(*(field.astype(jnp.float16) for field in pair))
-    loss = pair_loss(loss_type, beta=1e-3, **SETTINGS.get(loss_type, {}))
+    loss = PreferenceLoss(loss_type, beta=1e-3, **SETTINGS.get(loss_type, {}))
     wanted = loss(PairLogps(*(field.astype(jnp.float32) for field in halves)))
     found = loss(halves)
     assert found.dtype == jnp.float32
@@ -195,7 +204,7 @@ def test_order_of_the_pairs_does_not_matter(loss_type):
     pair = as_pair(*draw_pairs(3))
     order = np.random.default_rng(0).permutation(BATCH)
     shuffled = PairLogps(*(field[order] for field in pair))
-    loss = pair_loss(loss_type, beta=BETA, **SETTINGS.get(loss_type, {}))
+    loss = PreferenceLoss(loss_type, beta=BETA, **SETTINGS.get(loss_type, {}))
 
     def mean(chosen, pair):
         return jnp.mean(loss(pair._replace(chosen=chosen)))
@@ -223,7 +232,7 @@ def test_swapping_the_answers_turns_the_rewards_around():
 @pytest.mark.parametrize("loss_type", list(LOSSES))
 @pytest.mark.parametrize("logp", [(-1e5, 0.0), (0.0, -1e5), (0.0, 0.0), (-1e5, -1e5)])
 def test_extreme_logps_stay_finite(loss_type, logp):
-    loss = pair_loss(loss_type, beta=BETA, **SETTINGS.get(loss_type, {}))
+    loss = PreferenceLoss(loss_type, beta=BETA, **SETTINGS.get(loss_type, {}))
     length = jnp.full(1, 4.0)
 
     def total(policy, reference):
@@ -241,8 +250,8 @@ def test_extreme_logps_stay_finite(loss_type, logp):
 def test_values_where_policy_and_reference_agree(loss_type, start):
     logps, mask, _ = draw_pairs()
     pair = as_pair(logps, mask, logps.sum(1))
-    np.testing.assert_allclose(pair_loss(loss_type, beta=BETA)(pair), start, rtol=1e-6)
-    ipo = pair_loss("ipo", beta=BETA)(pair)
+    np.testing.assert_allclose(PreferenceLoss(loss_type, beta=BETA)(pair), start, rtol=1e-6)
+    ipo = PreferenceLoss("ipo", beta=BETA)(pair)
     np.testing.assert_allclose(ipo, 1 / (4 * BETA**2), rtol=1e-5)
 
 
@@ -270,27 +279,27 @@ def test_sft_is_torch_s_cross_entropy():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": "dpo"}, "Unknown loss_type 'dpo'.*Available: sigmoid, ipo, hinge"),
-        ({"loss_type": []}, "names no loss"),
-        ({"loss_type": ["sigmoid", "sigmoid"]}, "names a loss twice"),
-        ({"loss_type": ["sigmoid", "sft"], "weights": [1.0]}, r"each of the 2 losses.*got \[1.0\]"),
+        ({"type": "dpo"}, "Unknown loss_type 'dpo'.*Available: sigmoid, ipo, hinge"),
+        ({"type": []}, "names no loss"),
+        ({"type": ["sigmoid", "sigmoid"]}, "names a loss twice"),
+        ({"type": ["sigmoid", "sft"], "weights": [1.0]}, r"each of the 2 losses.*got \[1.0\]"),
         ({"weights": [0.0]}, "finite and not all 0"),
         ({"weights": [math.inf]}, "finite and not all 0"),
-        ({"loss_type": "exo_pair"}, "must be positive for loss_type 'exo_pair'"),
+        ({"type": "exo_pair"}, "must be positive for loss_type 'exo_pair'"),
         ({"simpo_gamma": 0.4}, "only defined for loss_type 'simpo', got 0.4 with 'sigmoid'"),
-        ({"loss_type": "discopop", "discopop_tau": 0.0}, r"discopop_tau must be in \(0, 1\]"),
+        ({"type": "discopop", "discopop_tau": 0.0}, r"discopop_tau must be in \(0, 1\]"),
         ({"ld_alpha": 1.5}, r"ld_alpha must be in \[0, 1\], got 1.5"),
-        ({"loss_type": "orpo", "ld_alpha": 0.5}, "orpo needs the log-probabilities of whole"),
-        ({"loss_type": "kto"}, "Unknown loss_type 'kto' for preference pairs"),
+        ({"type": "orpo", "ld_alpha": 0.5}, "orpo needs the log-probabilities of whole"),
+        ({"type": "kto"}, "Unknown loss_type 'kto' for preference pairs"),
         ({"beta": 0.0}, "beta must be positive, got 0.0"),
         ({"beta": math.nan}, "beta must be positive, got nan"),
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         (
-            {"loss_type": "ipo", "label_smoothing": 0.1},
+            {"type": "ipo", "label_smoothing": 0.1},
             "only defined for loss_type 'sigmoid', 'robust'",
         ),
     ],
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        losses.pair_loss(**{"loss_type": "sigmoid", "beta": 0.1, **settings})
+        PreferenceLoss(**{"beta": 0.1, **settings})

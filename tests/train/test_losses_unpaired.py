@@ -12,7 +12,7 @@ import torch
 from trl.trainer.kto_trainer import KTOTrainer
 
 from tests.train.trl_losses import BATCH, BETA, ScoredModel, draw_pairs, run_trl
-from train.losses import kto, label_balance_warning, unpaired_loss
+from train.losses import UnpairedLoss, kto, label_balance_warning
 
 
 @pytest.mark.parametrize("desirable", [[1, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 0], [0] * 6])
@@ -81,7 +81,7 @@ def test_apo_zero_unpaired_is_trl_s(desirable):
         _compute_kl_logps=lambda model, batch: None,
         **weights,
     )
-    loss_of = unpaired_loss("apo_zero_unpaired", beta=BETA, **weights)
+    loss_of = UnpairedLoss("apo_zero_unpaired", beta=BETA, **weights)
     assert not loss_of.needs_kl
 
     def mean_loss(logps):
@@ -104,7 +104,7 @@ def test_apo_zero_unpaired_is_trl_s(desirable):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 def test_extreme_logps_stay_finite(loss_type, logp, dtype):
     label = jnp.array([True, False])
-    loss_of = unpaired_loss(loss_type, beta=BETA)
+    loss_of = UnpairedLoss(loss_type, beta=BETA)
     logp = max(logp, float(jnp.finfo(dtype).min))
 
     def total(policy):
@@ -123,9 +123,7 @@ def test_order_of_the_answers_does_not_matter():
 
     def found(rows):
         columns = logps.sum(1)[rows], reference[rows], label[rows]
-        loss, metrics = unpaired_loss("kto", beta=BETA)(
-            *map(jnp.asarray, columns), jnp.float32(0.4)
-        )
+        loss, metrics = UnpairedLoss("kto", beta=BETA)(*map(jnp.asarray, columns), jnp.float32(0.4))
         return {"loss": jnp.mean(loss), **metrics}
 
     for name, value in found(order).items():
@@ -164,7 +162,7 @@ def test_the_weights_a_warning_names_are_fine():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": "bco"}, "Unknown type 'bco'.*kto, apo_zero_unpaired"),
+        ({"type": "bco"}, "Unknown type 'bco'.*kto, apo_zero_unpaired"),
         ({"beta": 0.0}, "beta must be positive"),
         ({"desirable_weight": -1.0}, "desirable_weight must be 0 or larger, got -1.0"),
         ({"desirable_weight": 0.0, "undesirable_weight": 0.0}, "nothing is learned"),
@@ -172,4 +170,4 @@ def test_the_weights_a_warning_names_are_fine():
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        unpaired_loss(**settings)
+        UnpairedLoss(**settings)

@@ -9,16 +9,16 @@ import optax
 import pytest
 
 from tests.train.test_step import COMPLETION, ROWS, make_batch, make_model
-from train.losses import beta_schedule
-from train.losses.schedule import BETA_SCHEDULES
-from train.objectives.preference import (
+from train.losses import (
+    PreferenceLoss,
+    UnpairedLoss,
+    beta_schedule,
     check_starts_at_reference,
     check_unpaired_start,
-    preference_loss,
-    reference_logps_fn,
-    unpaired_logps_fn,
-    unpaired_loss,
 )
+from train.losses.schedule import BETA_SCHEDULES
+from train.objectives.preference import preference_loss, reference_logps_fn
+from train.objectives.unpaired import unpaired_logps_fn, unpaired_loss
 from train.training.step import init_state, make_train_step
 
 
@@ -42,7 +42,7 @@ def shifted(batch, name, by):
 
 def test_kto_starts_with_rewards_and_divergence_of_zero(answers):
     graphdef, params, batch = answers
-    loss_fn = jax.jit(unpaired_loss(graphdef, beta=0.5))
+    loss_fn = jax.jit(unpaired_loss(graphdef, UnpairedLoss(beta=0.5)))
     loss, metrics = loss_fn(params, batch)
     np.testing.assert_allclose(loss, 0.5, rtol=1e-6)
     check_unpaired_start(metrics, beta=0.5, tolerance=1e-5)
@@ -73,7 +73,7 @@ def test_the_divergence_is_clamped_after_the_mean_over_the_batch(answers, by, kl
 def test_no_gradient_passes_through_the_mismatched_answers(answers):
     graphdef, params, batch = answers
     apart = shifted(batch, "reference_kl_logps", 3.0)
-    loss_fn = unpaired_loss(graphdef, beta=0.5)
+    loss_fn = unpaired_loss(graphdef, UnpairedLoss(beta=0.5))
 
     def by_hand(params):
         logps = unpaired_logps_fn(graphdef, ("completion",))(params, apart)[0]
@@ -93,9 +93,9 @@ def test_reference_free_losses_read_no_reference(loss_type):
     graphdef, params = make_model()
     batch = make_batch(("chosen", "rejected"))
     tx = optax.adam(1e-2)
-    step = make_train_step(preference_loss(graphdef, loss_type=loss_type), tx)
+    step = make_train_step(preference_loss(graphdef, PreferenceLoss(loss_type)), tx)
     state, first = step(init_state(params, tx), batch)
-    check_starts_at_reference(first, loss_type=loss_type)
+    check_starts_at_reference(first, PreferenceLoss(loss_type))
     metrics = first
     for _ in range(5):
         state, metrics = step(state, batch)
@@ -108,16 +108,16 @@ def test_tails_of_the_reference_are_weighed_like_the_policy_s():
     batch["chosen_mask"][:] = True
     batch["rejected_mask"] = np.arange(COMPLETION) < np.array([[1], [2], [3], [6]])
 
-    loss_fn = jax.jit(preference_loss(graphdef, ld_alpha=0.2))
+    loss_fn = jax.jit(preference_loss(graphdef, PreferenceLoss(ld_alpha=0.2)))
 
     def rewards(ld_alpha):
         chosen, rejected = reference_logps_fn(graphdef, ld_alpha=ld_alpha)(params, batch)
         columns = {"reference_chosen_logps": chosen, "reference_rejected_logps": rejected}
         return loss_fn(params, {**batch, **columns})[1]
 
-    check_starts_at_reference(rewards(0.2), ld_alpha=0.2, tolerance=1e-5)
+    check_starts_at_reference(rewards(0.2), PreferenceLoss(ld_alpha=0.2), tolerance=1e-5)
     with pytest.raises(ValueError, match="rewards/chosen"):
-        check_starts_at_reference(rewards(None), ld_alpha=0.2)
+        check_starts_at_reference(rewards(None), PreferenceLoss(ld_alpha=0.2))
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])

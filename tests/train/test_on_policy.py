@@ -14,6 +14,7 @@ from tests.train.tiny_runs import make_records, make_tokenizer
 from train.data import tokenize_prompts
 from train.generation.filters import Filters
 from train.generation.sampler import Sampler
+from train.losses import PreferenceLoss
 from train.models import from_hf, split_model
 from train.objectives.preference import preference_loss, reference_logps_fn
 from train.on_policy.rollouts import OnPolicy, rank, with_objectives
@@ -127,7 +128,9 @@ def test_rank_matches_scores_and_takes_the_first_of_equals():
 def step_of(policy, batch):
     """Loss, metrics and gradient norm of one step."""
     _, graphdef, params = policy
-    loss_fn = with_objectives(preference_loss(graphdef, beta=BETA), beta=BETA, has_reference=True)
+    loss_fn = with_objectives(
+        preference_loss(graphdef, PreferenceLoss(beta=BETA)), beta=BETA, has_reference=True
+    )
     gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     (loss, metrics), grads = gradient(params, batch)
     norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(grads)))

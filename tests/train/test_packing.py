@@ -28,8 +28,7 @@ from train.data.packing import best_fit_decreasing
 from train.files.metrics_log import read_metrics
 from train.models import from_hf, merge_model, split_model
 from train.objectives.accumulate import loss_and_gradient
-from train.objectives.packed_logps import packed_statistics
-from train.objectives.preference import sft_loss
+from train.objectives.sft import packed_statistics, sft_loss
 
 LENGTH = 64
 
@@ -129,7 +128,8 @@ def batches():
 def test_every_token_is_scored_as_by_transformers_alone(model, batches):
     graphdef, params, theirs = model
     columns = batches[1]
-    logps, _ = jax.jit(lambda p, b: packed_statistics(merge_model(graphdef, p), b))(params, columns)
+    score = jax.jit(lambda p, b: packed_statistics(merge_model(graphdef, p), b).logps)
+    logps = score(params, columns)
     logps, compared = np.asarray(logps), 0
     for ids, parts, places, found in zip(
         *(columns[f"packed_{name}"] for name in ("ids", "parts", "from")), logps, strict=True

@@ -14,10 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.train.tiny_runs import flags, make_model_dir, make_tokenizer, write_jsonl
 from train.cli import main
+from train.commands.plan import check_output
 from train.config import MeshOptions, UserError
 from train.plan.figures import State
 from train.plan.measure import refused_temporaries
-from train.plan.run import check_output
 from train.plan.target import read_target
 
 ROOT = Path(__file__).parents[2]

@@ -16,8 +16,8 @@ SLICES, CHIPS_EACH, ROWS, WIDTH = 4, 4, 64, 512
 PART = 4.0 * ROWS * WIDTH
 KINDS = """
 import json
-from train.plan.environment import prepare
-prepare("4xv5e:2x2")
+from train.plan.environment import prepare_environment
+prepare_environment("4xv5e:2x2")
 import jax, jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P

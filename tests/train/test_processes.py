@@ -12,8 +12,9 @@ from tests.train.groups import run_group, statuses
 from tests.train.tiny_rewards import write_reward_inputs
 from tests.train.tiny_runs import flags, run_flags
 from train.config import MeshOptions
-from train.distributed.mesh import make_mesh, same_for_all
-from train.distributed.processes import first_tells
+from train.distributed.batches import agree_on_shared_rows
+from train.distributed.mesh import make_mesh
+from train.distributed.processes import from_each, from_first
 from train.files.metrics_log import read_metrics
 
 TOLD = """
@@ -22,16 +23,18 @@ from train.distributed.join import joined
 with joined(DistributedOptions()):
     import jax
     import numpy as np
-    from train.distributed.processes import first_tells
-    from train.distributed.mesh import make_mesh, row_numbers, same_for_all
+    from train.distributed.processes import from_each, from_first
+    from train.distributed.mesh import make_mesh
+    from train.distributed.batches import row_numbers, agree_on_shared_rows
     mine = jax.process_index()
+    assert from_each({"mine": "é" * mine}) == [{"mine": "é" * n} for n in range(4)]
     given = [{"a": 0.1, "long": "é" * 500}, {"a": 2.0}, None, []][mine]
-    assert first_tells(given) == {"a": 0.1, "long": "é" * 500}
+    assert from_first(given) == {"a": 0.1, "long": "é" * 500}
     mesh = make_mesh(MeshOptions(fsdp=2, tensor=2))  # 0 and 1 share rows, and 2 and 3
     rows = np.arange(3.0)[:, None] * [1, np.nan] + mine + 1e-12
     expected = np.arange(3.0)[:, None] * [1, np.nan] + (mine // 2 * 2) + 1e-12
-    np.testing.assert_array_equal(same_for_all(rows, mesh), expected)
-    np.testing.assert_array_equal(same_for_all(rows, make_mesh(MeshOptions(fsdp=4))), rows)
+    np.testing.assert_array_equal(agree_on_shared_rows(rows, mesh), expected)
+    np.testing.assert_array_equal(agree_on_shared_rows(rows, make_mesh(MeshOptions(fsdp=4))), rows)
 """
 
 CUT_OFF = """
@@ -78,9 +81,10 @@ def test_a_line_that_a_kill_cut_off_is_read_by_no_process(tmp_path):
 
 def test_a_single_process_keeps_what_it_has():
     rows = np.arange(8.0)
-    assert first_tells({"a": 1}) == {"a": 1}
+    assert from_first({"a": 1}) == {"a": 1}
+    assert from_each({"a": 1}) == [{"a": 1}]
     for options in (MeshOptions(fsdp=1), MeshOptions(fsdp=1, tensor=min(2, jax.device_count()))):
-        np.testing.assert_array_equal(same_for_all(rows, make_mesh(options)), rows)
+        np.testing.assert_array_equal(agree_on_shared_rows(rows, make_mesh(options)), rows)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from tests.train.tiny_models import SMALL
 from tests.train.tiny_runs import make_tokenizer
 from train.config import UserError
 from train.models.reward import check_reward_model, last_token_scores, load_reward_model
-from train.on_policy.reward import Answers, function_reward, model_reward, tried
+from train.on_policy.reward import Answers, function_reward, model_reward, try_reward
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForSequenceClassification, {}),
@@ -198,6 +198,6 @@ def test_function_gets_the_arguments_that_it_names(module):
 )
 def test_functions_that_cannot_be_used(name, message, module):
     with pytest.raises(UserError) as error:
-        tried(function_reward(name, RECORDS), [one["prompt"] for one in RECORDS], RECORDS)
+        try_reward(function_reward(name, RECORDS), [one["prompt"] for one in RECORDS], RECORDS)
     assert "reward.function" in str(error.value)
     assert message in str(error.value)

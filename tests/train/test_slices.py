@@ -8,7 +8,8 @@ import pytest
 
 from tests.train.test_plan import needs_compiler, run_python
 from train.config import MeshOptions, UserError
-from train.distributed.mesh import arrange, count_slices, mesh_shape, row_devices
+from train.distributed.batches import row_devices
+from train.distributed.mesh import arrange, count_slices, mesh_shape
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ def test_tensor_stays_on_a_host_of_gpus_and_fsdp_may_leave_it(shape):
 
 
 REAL = """
-from train.plan.environment import prepare
-prepare("2xv5e:4x4")
+from train.plan.environment import prepare_environment
+prepare_environment("2xv5e:4x4")
 from train.config import MeshOptions
 from train.plan.target import read_target
 from train.distributed.mesh import count_slices

@@ -12,16 +12,11 @@ from flax import nnx
 
 import omerge_jax as om
 from tests.virtual_devices import run_python
+from train.losses import PreferenceLoss, check_starts_at_reference
 from train.models import Decoder, ModelConfig, merge_model, split_model
-from train.objectives import preference as objectives
-from train.objectives.logps import completion_logps
-from train.objectives.preference import (
-    check_starts_at_reference,
-    preference_loss,
-    reference_logps_fn,
-    resolve_vocab_chunk,
-    sft_loss,
-)
+from train.objectives.logps import AUTO_VOCAB_CHUNK, completion_statistics, resolve_vocab_chunk
+from train.objectives.preference import preference_loss, reference_logps_fn
+from train.objectives.sft import sft_loss
 from train.training.step import init_state, make_train_step
 
 VOCAB, ROWS, PROMPT, COMPLETION = 61, 4, 7, 6
@@ -129,11 +124,9 @@ def test_one_forward_of_both_answers_scores_them_as_two_would(pairs):
         loss, metrics = jax.jit(preference_loss(graphdef))(params, shifted)
     assert calls == [(2 * ROWS, PROMPT + COMPLETION)]
     model = merge_model(graphdef, params)
-    prompt = jnp.asarray(batch["prompt_tokens"]), jnp.asarray(batch["prompt_mask"])
+    columns = jax.tree.map(jnp.asarray, batch)
     sums = {
-        name: completion_logps(
-            model, *prompt, jnp.asarray(batch[f"{name}_tokens"]), jnp.asarray(batch[f"{name}_mask"])
-        ).sum(axis=1)
+        name: completion_statistics(model, columns, name).logps.sum(axis=1)
         for name in ("chosen", "rejected")
     }
     margin = 0.1 * (
@@ -179,8 +172,8 @@ def test_sft_learns_the_completions_alone():
 
 
 def test_vocabulary_is_chunked_when_large(pairs):
-    assert resolve_vocab_chunk("auto", 2 * objectives.AUTO_VOCAB_CHUNK) is None
-    assert resolve_vocab_chunk("auto", 152_000) == objectives.AUTO_VOCAB_CHUNK
+    assert resolve_vocab_chunk("auto", 2 * AUTO_VOCAB_CHUNK) is None
+    assert resolve_vocab_chunk("auto", 152_000) == AUTO_VOCAB_CHUNK
     assert resolve_vocab_chunk(100, 152_000) == 100
     assert resolve_vocab_chunk(None, 152_000) is None
     graphdef, params, batch = pairs
@@ -203,20 +196,20 @@ def test_step_is_abstractly_evaluable(pairs):
 
 def test_unknown_loss_is_refused_before_tracing(pairs):
     with pytest.raises(ValueError, match=r"Unknown loss_type 'kto'.*sigmoid, ipo, hinge"):
-        preference_loss(pairs[0], loss_type="kto")
+        PreferenceLoss("kto")
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
 def test_a_policy_that_is_not_the_reference_is_refused(loss_type, pairs):
     graphdef, params, batch = pairs
-    loss_fn = jax.jit(preference_loss(graphdef, loss_type=loss_type, beta=0.5))
-    check_starts_at_reference(loss_fn(params, batch)[1], loss_type=loss_type, beta=0.5)
+    loss_fn = jax.jit(preference_loss(graphdef, PreferenceLoss(loss_type, beta=0.5)))
+    check_starts_at_reference(loss_fn(params, batch)[1], PreferenceLoss(loss_type, beta=0.5))
     other = {**batch, "reference_rejected_logps": batch["reference_rejected_logps"] - 1.0}
     with pytest.raises(ValueError, match=r"does not start at.*loss = .* rewards/rejected = 0\.5"):
-        check_starts_at_reference(loss_fn(params, other)[1], loss_type=loss_type, beta=0.5)
+        check_starts_at_reference(loss_fn(params, other)[1], PreferenceLoss(loss_type, beta=0.5))
     broken = {**batch, "reference_chosen_logps": batch["reference_chosen_logps"] * math.nan}
     with pytest.raises(ValueError, match="rewards/chosen = nan"):
-        check_starts_at_reference(loss_fn(params, broken)[1], loss_type=loss_type, beta=0.5)
+        check_starts_at_reference(loss_fn(params, broken)[1], PreferenceLoss(loss_type, beta=0.5))
 
 
 # Virtual devices have to be asked for before jax starts, so this runs in its own process.

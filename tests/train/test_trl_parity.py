@@ -20,22 +20,22 @@ from trl.trainer.kto_trainer import KTOTrainer
 
 from train.data import make_loader, tokenize_preference, tokenize_unpaired
 from train.data.kl_pairs import with_kl_completions
-from train.models import from_hf, split_model
-from train.objectives.preference import (
+from train.losses import (
+    PreferenceLoss,
+    UnpairedLoss,
     check_starts_at_reference,
     check_unpaired_start,
-    preference_loss,
-    reference_logps_fn,
-    unpaired_logps_fn,
-    unpaired_loss,
 )
+from train.models import from_hf, split_model
+from train.objectives.preference import preference_loss, reference_logps_fn
+from train.objectives.unpaired import unpaired_logps_fn, unpaired_loss
 from train.training.step import init_state, make_train_step
 
 STEPS, BATCH, BETA = 20, 4, 0.1
-# Adam divides by sqrt(v) + eps, so a gradient's rounding moves a parameter by up to lr * rounding / eps
-# a step. Some gradients are rounding noise (those of key biases) or nearly so, and the rounding depends
-# on the processor and the versions. This eps is far above it, and still small next to the gradients that
-# train the model, so that the final parameters can be held to a tighter limit on any machine.
+# Adam divides by sqrt(v) + eps, so a gradient's rounding moves a parameter by up to
+# lr * rounding / eps a step. Some gradients are rounding noise (those of key biases) or nearly so, and
+# the rounding depends on the processor and the versions. This eps is far above it and still small next
+# to the gradients that train the model, so the final parameters have a tight limit on any machine.
 B1, B2, EPS = 0.9, 0.999, 1e-4
 FINAL_LIMIT = 2e-6
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-3, 0.1, 1.0
@@ -278,8 +278,9 @@ def test_twenty_steps_agree_with_trl(kind, loss_type, plain_tokenizer, tmp_path)
         reference_chosen_logps=np.asarray(chosen), reference_rejected_logps=np.asarray(rejected)
     )
 
-    loss_fn = preference_loss(graphdef, loss_type=loss_type, beta=BETA)
-    check = partial(check_starts_at_reference, loss_type=loss_type, beta=BETA, tolerance=1e-6)
+    loss = PreferenceLoss(loss_type, beta=BETA)
+    loss_fn = preference_loss(graphdef, loss)
+    check = partial(check_starts_at_reference, loss=loss, tolerance=1e-6)
     assert_same_steps(trainer, model, tmp_path, loss_fn, params, dataset, check)
 
 
@@ -303,7 +304,7 @@ def test_twenty_steps_of_kto_agree_with_trl(plain_tokenizer, tmp_path):
     dataset = dataset.with_columns(
         **{f"reference_{n}_logps": np.asarray(x) for n, x in zip(names, logps, strict=True)}
     )
-    loss_fn = unpaired_loss(graphdef, beta=BETA)
+    loss_fn = unpaired_loss(graphdef, UnpairedLoss(beta=BETA))
     check = partial(check_unpaired_start, beta=BETA, tolerance=1e-5)
     assert_same_steps(trainer, model, tmp_path, loss_fn, params, dataset, check)
     assert max(row.get("kl", 0) for row in trainer.state.log_history) > 0.1

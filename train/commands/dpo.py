@@ -7,14 +7,9 @@ from functools import partial
 from train.config import DPOConfig, UserError
 from train.data import tokenize_preference
 from train.evaluation.held_out import evaluate_preferences
-from train.losses import beta_schedule
-from train.objectives.preference import (
-    check_loss,
-    check_starts_at_reference,
-    preference_loss,
-    reference_logps_fn,
-    settings_of,
-)
+from train.losses import check_starts_at_reference
+from train.losses.options import beta_from, check_preference_loss
+from train.objectives.preference import preference_loss, reference_logps_fn
 from train.runs.set_up import check_settings, set_up
 from train.runs.train import Objective, train
 
@@ -25,29 +20,26 @@ def train_dpo(config: DPOConfig) -> None:
     Raises:
         UserError: something given cannot be used; before training starts.
     """
-    loss, settings = config.loss, settings_of(config.loss)
-    loss_of = check_loss(loss, config.trainer.gradient_accumulation_steps)
+    loss = check_preference_loss(config.loss, config.trainer.gradient_accumulation_steps)
     check_settings(config)
-    if config.sync_ref_model and not loss_of.needs_reference:
+    if config.sync_ref_model and not loss.needs_reference:
         raise UserError(
-            f"sync_ref_model is set, but loss.type {' and '.join(loss_of.types)} has no reference; "
+            f"sync_ref_model is set, but loss.type {' and '.join(loss.types)} has no reference; "
             "unset it, or choose another loss."
         )
     run = set_up("dpo", config, tokenize_preference)
     if run is None:
         return
-    beta_at = beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, run.steps)
-    score = reference_logps_fn(run.graphdef, vocab_chunk=loss.vocab_chunk, ld_alpha=loss.ld_alpha)
+    chunk, beta_at = config.loss.vocab_chunk, beta_from(config.loss, run.steps)
+    score = reference_logps_fn(run.graphdef, vocab_chunk=chunk, ld_alpha=loss.ld_alpha)
     batches = {"batch_size": run.eval_batch_size, "mesh": run.mesh}
     objective = Objective(
-        loss_fn=preference_loss(
-            run.graphdef, beta_at=beta_at, vocab_chunk=loss.vocab_chunk, **settings
-        ),
-        evaluate=partial(evaluate_preferences, score, **batches, **settings),
+        loss_fn=preference_loss(run.graphdef, loss, beta_at=beta_at, vocab_chunk=chunk),
+        evaluate=partial(evaluate_preferences, score, **batches, loss=loss),
         score=score,
-        names=("chosen", "rejected") if loss_of.needs_reference else (),
+        names=("chosen", "rejected") if loss.needs_reference else (),
         depends_on=() if loss.ld_alpha is None else ("ld_alpha", loss.ld_alpha),
-        check_first=partial(check_starts_at_reference, **settings),
+        check_first=partial(check_starts_at_reference, loss=loss),
         synced=config.sync_ref_model,
     )
     train(run, objective)

@@ -13,13 +13,14 @@ from rich.table import Table
 
 from train.config import EvalConfig, ModelOptions, UserError, check_records, require
 from train.data import TokenDataset, tokenize_preference
-from train.distributed.mesh import abstract_model
 from train.evaluation.held_out import answer_logps, evaluate_preferences
 from train.evaluation.tasks import Tasks, read_tasks, task_scorer
 from train.files.run_directory import check_place, write_atomically
 from train.inputs.model import blamed_on, check_model, check_related, load_tokenizer
 from train.inputs.records import sharing_prompts, split_records, tokenized
+from train.losses import PreferenceLoss
 from train.models import from_hf, split_model
+from train.models.abstract import abstract_model
 from train.models.model_dir import end_tokens
 from train.objectives.preference import reference_logps_fn
 from train.types import Score
@@ -103,7 +104,7 @@ def _evaluate(
         evaluate = evaluate_preferences(
             pair_score,
             pairs,
-            beta=config.preferences.beta,
+            loss=PreferenceLoss(beta=config.preferences.beta),
             batch_size=config.batch_size,
             mesh=None,
         )

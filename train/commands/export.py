@@ -13,11 +13,11 @@ import yaml
 from rich.console import Console
 
 from train.config import ExportConfig, LoraOptions, ModelOptions, UserError
-from train.distributed.mesh import abstract_model
 from train.files.model_card import run_card
 from train.files.whole import check_writable
 from train.inputs.model import blamed_on, check_model, hash_model
 from train.models import from_hf, split_model
+from train.models.abstract import abstract_model
 from train.models.trainable import choose, join, leaf_paths, split
 from train.runs.export import write_model
 from train.training.checkpoint import Checkpoints, restore_params

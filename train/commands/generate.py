@@ -17,13 +17,13 @@ from rich.progress import track
 from train.config import GenerateConfig, ModelOptions, UserError, require
 from train.data import Record, read_records
 from train.data.tokenizing import encode_prompts
-from train.distributed.mesh import abstract_model
 from train.files.continued_lines import continued_lines
 from train.files.run_directory import check_place
 from train.generation.filters import Filters
 from train.generation.sampler import Sampler
 from train.inputs.model import blamed_on, check_model, hash_model, load_tokenizer
 from train.models import ModelConfig, from_hf, split_model
+from train.models.abstract import abstract_model
 from train.models.model_dir import end_tokens
 from train.types import Params
 

@@ -50,17 +50,15 @@ Settings have TRL's names and defaults, in groups: `loss.type` is its loss_type,
 
 from __future__ import annotations
 
-from dataclasses import fields
 from functools import partial
 
 from train.config import GRPOConfig
 from train.data import tokenize_prompts
-from train.inputs.model import blamed_on
-from train.losses import GroupLoss
+from train.losses import GroupLoss, check_unpaired_start
+from train.losses.options import loss_from
 from train.objectives.group import group_loss, sampled_logps_fn
-from train.objectives.preference import check_unpaired_start
-from train.on_policy.groups import Groups
-from train.on_policy.reward import several
+from train.on_policy.groups import GroupBatches
+from train.on_policy.reward import stack_rewards
 from train.on_policy.setup import check_rewards, hash_rewards, make_on_policy, make_rewards
 from train.runs.run import Run
 from train.runs.set_up import check_settings, set_up
@@ -75,25 +73,19 @@ def train_grpo(config: GRPOConfig) -> None:
             something other than finite numbers.
     """
     check_settings(config)
-    with blamed_on("loss"):
-        loss_of = _loss_of(config)
+    length = config.sampling.max_new_tokens
+    loss = loss_from(GroupLoss, config.loss, max_completion_length=length)
     check_rewards(config)
     run = set_up("grpo", config, tokenize_prompts)
     if run is not None:
-        train(run, _objective(config, run, loss_of))
+        train(run, _objective(config, run, loss))
 
 
-def _loss_of(config: GRPOConfig) -> GroupLoss:
-    named = {one.name for one in fields(GroupLoss)} & {one.name for one in fields(config.loss)}
-    settings = {name: getattr(config.loss, name) for name in named}
-    return GroupLoss(**settings, max_completion_length=config.sampling.max_new_tokens)
-
-
-def _objective(config: GRPOConfig, run: Run, loss_of: GroupLoss) -> Objective:
-    groups, has_reference = _groups(config, run), loss_of.beta > 0
+def _objective(config: GRPOConfig, run: Run, loss: GroupLoss) -> Objective:
+    groups, has_reference = _groups(config, run), loss.beta > 0
     loss_fn = group_loss(
         run.graphdef,
-        loss_of,
+        loss,
         temperature=config.sampling.temperature,
         vocab_chunk=config.loss.vocab_chunk,
     )
@@ -103,24 +95,24 @@ def _objective(config: GRPOConfig, run: Run, loss_of: GroupLoss) -> Objective:
         evaluate=partial(answer, batch_size=run.eval_batch_size, figures=groups.figures),
         score=groups.score,
         names=("completion",) if has_reference else (),
-        check_first=partial(check_unpaired_start, beta=loss_of.beta) if has_reference else None,
+        check_first=partial(check_unpaired_start, beta=loss.beta) if has_reference else None,
         sample=groups.batch,
         inputs=hash_rewards(config, run),
     )
 
 
-def _groups(config: GRPOConfig, run: Run) -> Groups:
+def _groups(config: GRPOConfig, run: Run) -> GroupBatches:
     options, sampling = config.reward, config.sampling
     rewards = make_rewards(config, run)
-    policy = make_on_policy(config, run, several(rewards))
+    policy = make_on_policy(config, run, stack_rewards(rewards))
     whole = options.multi_objective_aggregation == "sum_then_normalize"
     score = sampled_logps_fn(
         run.graphdef,
         temperature=sampling.temperature,
         vocab_chunk=config.loss.vocab_chunk,
-        parts=config.trainer.gradient_accumulation_steps,
+        microbatches=config.trainer.gradient_accumulation_steps,
     )
-    return Groups(
+    return GroupBatches(
         policy,
         sampling.num_generations,
         options.names,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from rich.console import Console
 
-from train.config import KTOConfig, UnpairedLossOptions, UserError
+from train.config import KTOConfig, UserError
 from train.data import TokenDataset, tokenize_unpaired
 from train.data.kl_pairs import in_random_order, with_kl_completions
 from train.evaluation.held_out import evaluate_unpaired
 from train.inputs.model import blamed_on
-from train.losses import beta_schedule, label_balance_warning
-from train.losses import unpaired_loss as loss_of
-from train.objectives.preference import check_unpaired_start, unpaired_logps_fn, unpaired_loss
+from train.losses import UnpairedLoss, check_unpaired_start, label_balance_warning
+from train.losses.options import beta_from, loss_from
+from train.objectives.unpaired import unpaired_logps_fn, unpaired_loss
 from train.runs.set_up import check_settings, set_up
 from train.runs.train import Objective, train
 
@@ -25,12 +24,10 @@ def train_kto(config: KTOConfig) -> None:
     Raises:
         UserError: something given cannot be used; before training starts.
     """
-    loss, settings = config.loss, _settings(config.loss)
-    with blamed_on("loss"):
-        loss_of(**settings)
-        beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, steps=1)
+    loss = loss_from(UnpairedLoss, config.loss)
+    beta_from(config.loss, steps=1)
     check_settings(config)
-    if loss.type == "kto":
+    if loss.needs_kl:
         # Its batches are made once, with other completions for the divergence.
         for name, value in (("mix", config.data.mix), ("buckets", config.data.buckets)):
             if value:
@@ -41,30 +38,19 @@ def train_kto(config: KTOConfig) -> None:
     run = set_up("kto", config, tokenize_unpaired, partial(arrange, config))
     if run is None:
         return
-    names = ("completion", "kl") if loss.type == "kto" else ("completion",)
-    beta_at = beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, run.steps)
-    score = unpaired_logps_fn(run.graphdef, names, vocab_chunk=loss.vocab_chunk)
+    names = ("completion", "kl") if loss.needs_kl else ("completion",)
+    chunk, beta_at = config.loss.vocab_chunk, beta_from(config.loss, run.steps)
+    score = unpaired_logps_fn(run.graphdef, names, vocab_chunk=chunk)
     batches = {"batch_size": run.eval_batch_size, "mesh": run.mesh}
     objective = Objective(
-        loss_fn=unpaired_loss(
-            run.graphdef, beta_at=beta_at, vocab_chunk=loss.vocab_chunk, **settings
-        ),
-        evaluate=partial(evaluate_unpaired, score, **batches, **settings),
+        loss_fn=unpaired_loss(run.graphdef, loss, beta_at=beta_at, vocab_chunk=chunk),
+        evaluate=partial(evaluate_unpaired, score, **batches, loss=loss),
         score=score,
         names=names,
         check_first=partial(check_unpaired_start, beta=loss.beta),
-        shuffle=loss.type != "kto",
+        shuffle=not loss.needs_kl,
     )
     train(run, objective)
-
-
-def _settings(loss: UnpairedLossOptions) -> dict[str, Any]:
-    return {
-        "loss_type": loss.type,
-        "beta": loss.beta,
-        "desirable_weight": loss.desirable_weight,
-        "undesirable_weight": loss.undesirable_weight,
-    }
 
 
 def arrange(

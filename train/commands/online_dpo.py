@@ -36,14 +36,9 @@ from functools import partial
 from train.config import OnlineDPOConfig
 from train.data import tokenize_prompts
 from train.data.buckets import LEAST_SHARED
-from train.losses import beta_schedule
-from train.objectives.preference import (
-    check_loss,
-    check_starts_at_reference,
-    preference_loss,
-    reference_logps_fn,
-    settings_of,
-)
+from train.losses import PreferenceLoss, check_starts_at_reference
+from train.losses.options import beta_from, check_preference_loss
+from train.objectives.preference import preference_loss, reference_logps_fn
 from train.on_policy.rollouts import ANSWERS, pair_figures, with_objectives
 from train.on_policy.setup import check_rewards, hash_rewards, make_on_policy, make_rewards
 from train.runs.run import Run
@@ -60,21 +55,20 @@ def train_online_dpo(config: OnlineDPOConfig) -> None:
             something other than finite numbers.
     """
     check_settings(config)
-    loss_of = check_loss(config.loss, config.trainer.gradient_accumulation_steps)
+    loss = check_preference_loss(config.loss, config.trainer.gradient_accumulation_steps)
     check_rewards(config)
     run = set_up("online-dpo", config, tokenize_prompts)
     if run is not None:
-        train(run, _objective(config, run, has_reference=loss_of.needs_reference))
+        train(run, _objective(config, run, loss))
 
 
-def _objective(config: OnlineDPOConfig, run: Run, *, has_reference: bool) -> Objective:
-    loss, settings = config.loss, settings_of(config.loss)
+def _objective(config: OnlineDPOConfig, run: Run, loss: PreferenceLoss) -> Objective:
+    has_reference, chunk = loss.needs_reference, config.loss.vocab_chunk
     (reward,) = make_rewards(config, run)
     policy = make_on_policy(config, run, reward, config.reward.missing_eos_penalty)
     share = _shares_prompts(config, run)
-    beta_at = beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, run.steps)
     score = policy.replicated(
-        reference_logps_fn(run.graphdef, vocab_chunk=loss.vocab_chunk, ld_alpha=loss.ld_alpha)
+        reference_logps_fn(run.graphdef, vocab_chunk=chunk, ld_alpha=loss.ld_alpha)
     )
 
     def sample(params: Params, reference: Params | None, batch: Batch, done: int) -> Prepared:
@@ -85,14 +79,14 @@ def _objective(config: OnlineDPOConfig, run: Run, *, has_reference: bool) -> Obj
         return pairs, {}
 
     loss_fn = preference_loss(
-        run.graphdef, beta_at=beta_at, vocab_chunk=loss.vocab_chunk, **settings
+        run.graphdef, loss, beta_at=beta_from(config.loss, run.steps), vocab_chunk=chunk
     )
     return Objective(
         loss_fn=with_objectives(loss_fn, beta=loss.beta, has_reference=has_reference),
         evaluate=partial(policy.evaluate, batch_size=run.eval_batch_size, figures=pair_figures),
         score=score,
         names=("chosen", "rejected") if has_reference else (),
-        check_first=partial(check_starts_at_reference, **settings),
+        check_first=partial(check_starts_at_reference, loss=loss),
         sample=sample,
         inputs=hash_rewards(config, run),
     )

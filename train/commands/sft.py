@@ -10,7 +10,7 @@ from train.config import SFTConfig
 from train.data import TokenDataset, tokenize_sft
 from train.evaluation.held_out import evaluate_sft
 from train.inputs.records import packed
-from train.objectives.preference import sft_loss
+from train.objectives.sft import sft_loss
 from train.runs.set_up import check_settings, set_up
 from train.runs.train import Objective, train
 

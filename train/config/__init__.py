@@ -34,6 +34,7 @@ from train.config.evaluation import (
 )
 from train.config.generation import GenerateConfig
 from train.config.loss import (
+    BetaOptions,
     GroupLossOptions,
     PreferenceLossOptions,
     SFTLossOptions,
@@ -63,6 +64,7 @@ __all__ = [
     "FREE_FIELDS",
     "AdamWOptions",
     "AlphaOptions",
+    "BetaOptions",
     "DPOConfig",
     "DType",
     "DataOptions",

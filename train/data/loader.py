@@ -39,7 +39,7 @@ def make_loader(
       drop_remainder: Leave out the rows at the end of an epoch that do not fill a batch (with
         `shuffle`, other rows each time). `False` gives a last batch of fewer rows.
       shard: `(parts, count)`: a batch is cut into `count` equal parts, of which this process takes
-        those numbered in `parts`, see `train.distributed.mesh.row_parts`.
+        those numbered in `parts`, see `train.distributed.batches.row_parts`.
       buckets: From `make_buckets`, for the same batch size: rows of similar length are batched
         together and cut to their bucket's shape; which rows meet, and in which order batches come,
         is drawn anew in every epoch. `None` makes batches of any rows, as wide as the data set.

@@ -1,6 +1,6 @@
 """Several examples in one row, so that little padding is left.
 
-An example stays whole and sees nothing of the others in its row (`train.objectives.packed_logps`).
+An example stays whole and sees nothing of the others in its row (`train.objectives.sft`).
 Which examples share a row is decided once, by best-fit decreasing as TRL's
 `packing_strategy="bfd"`: the longest first, each into the row with the least room that still has
 enough.

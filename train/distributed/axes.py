@@ -34,8 +34,8 @@ def partition_spec(
 
     Args:
         axes: A logical name, or None, for every axis.
-        shape: Of the array.
-        mesh: With any of `MESH_AXES`. An axis that it lacks, or whose devices do not divide the
+        shape: Shape of the array.
+        mesh: A mesh with any of `MESH_AXES`. An axis that it lacks, or whose devices do not divide the
             size, stays whole.
 
     Example:
@@ -57,12 +57,7 @@ def partition_spec(
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Asks for an activation's place on the mesh of `jax.set_mesh`; without one, gives it back.
-
-    Args:
-        x: An activation inside of `jax.jit`.
-        axes: A logical name, or None, for every axis.
-    """
+    """Asks for an activation's place on the mesh of `jax.set_mesh`; without one, gives it back."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from train.config import DistributedOptions, UserError
 
@@ -19,10 +20,10 @@ class Cluster:
     """What started this process, among others.
 
     Attributes:
-        name: For messages.
-        processes: How many there are; None where only a server knows.
-        process: Number of this one, or None.
-        local: Its number on its host, which is also that of its GPU, or None.
+        name: What messages call it.
+        processes: Number of processes; None where only a server knows.
+        process: Number of this process, or None.
+        local: Number of this process, and of its GPU, on its host; or None.
         finds_coordinator: Whether JAX finds the coordinator's address.
     """
 
@@ -39,9 +40,9 @@ class Group:
 
     Attributes:
         address: HOST:PORT of process 0.
-        processes: How many there are.
-        process: Number of this one.
-        local: Number of its GPU on its host; None: all GPUs.
+        processes: Number of processes.
+        process: Number of this process.
+        local: Number of its GPU on its host; None for all GPUs.
         cluster: Name of what started them.
     """
 
@@ -59,9 +60,6 @@ class Group:
 
 def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
     """The cluster that the environment variables tell of, or None.
-
-    Args:
-        environment: Such as `os.environ`.
 
     Example:
         >>> find_cluster({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}).name
@@ -105,16 +103,10 @@ def _may_use_tpu(environment: Mapping[str, str]) -> bool:
 def find_group(options: DistributedOptions, environment: Mapping[str, str]) -> Group | None:
     """The processes to join, or None for a single one.
 
-    Args:
-        options: As set.
-        environment: Such as `os.environ`.
-
     Raises:
         UserError: what is set is not enough or contradicts itself or the cluster.
     """
-    address = _given(options, environment, "coordinator_address")
-    processes = _number(options, environment, "num_processes")
-    process = _number(options, environment, "process_id")
+    address, processes, process = (_setting(options, environment, name) for name in _VARIABLES)
     if options.mode == "off":
         return None
     cluster = find_cluster(environment)
@@ -123,7 +115,7 @@ def find_group(options: DistributedOptions, environment: Mapping[str, str]) -> G
         process = _agreed("process_id", process, cluster.process, cluster.name)
     if processes == 1:
         return None
-    found = {"coordinator_address": address, "num_processes": processes, "process_id": process}
+    found = dict(zip(_VARIABLES, (address, processes, process), strict=True))
     if cluster is None or not cluster.finds_coordinator:
         if cluster is None and all(value is None for value in found.values()):
             return None
@@ -140,6 +132,7 @@ def find_group(options: DistributedOptions, environment: Mapping[str, str]) -> G
 
 
 def _agreed(name: str, given: int | None, cluster: int | None, title: str) -> int | None:
+    """The number that settings and cluster agree on."""
     if given is not None and cluster is not None and given != cluster:
         raise UserError(
             f"distributed.{name} is {given}, but {title} says {cluster}. Unset it, or start the "
@@ -149,6 +142,7 @@ def _agreed(name: str, given: int | None, cluster: int | None, title: str) -> in
 
 
 def _require_all(found: Mapping[str, object], cluster: Cluster | None) -> None:
+    """Refuses settings of which some are missing where JAX cannot find them out."""
     missing = [name for name, value in found.items() if value is None]
     if not missing:
         return
@@ -174,23 +168,19 @@ _VARIABLES = {
 }
 
 
-def _given(options: DistributedOptions, environment: Mapping[str, str], name: str) -> str | None:
+def _setting(options: DistributedOptions, environment: Mapping[str, str], name: str) -> Any:
+    """A setting, or else its environment variable; numbers as int."""
     value = getattr(options, name)
     if value is not None and options.mode == "off":
         raise UserError(f"distributed.{name} is {value!r}, but distributed.mode is off; unset one.")
-    return environment.get(_VARIABLES[name]) if value is None else str(value)
-
-
-def _number(options: DistributedOptions, environment: Mapping[str, str], name: str) -> int | None:
-    text = _given(options, environment, name)
-    if text is None:
-        return None
-    if not text.isdecimal():
-        raise UserError(f"{_VARIABLES[name]} must be a number, got {text!r}.")
-    value = int(text)
-    if name == "num_processes" and value == 0:
+    value = environment.get(_VARIABLES[name]) if value is None else value
+    if value is None or name == "coordinator_address":
+        return value
+    if not str(value).isdecimal():
+        raise UserError(f"{_VARIABLES[name]} must be a number, got {value!r}.")
+    if name == "num_processes" and int(value) == 0:
         raise UserError("distributed.num_processes must be positive, got 0.")
-    return value
+    return int(value)
 
 
 def _check_address(address: str) -> None:

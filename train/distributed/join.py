@@ -18,15 +18,15 @@ from collections.abc import Iterator
 
 from train.config import DistributedOptions, UserError, require
 from train.distributed.clusters import Group, find_group
-from train.distributed.peers import Door, Peers
-from train.distributed.roll_call import NotAllCame, call_roll
+from train.distributed.failure_detector import FailureDetector, Listener
+from train.distributed.rendezvous import RendezvousTimeout, rendezvous
 from train.distributed.stop import EXIT_STATUS, Stopped, TryAgain
 
-_NAME_BYTES = 512
+# Seconds for the connections of the failure detector.
 _CONNECT_S = 10.0
-# An error here may be the first sign that another process is gone; its name follows at once.
+# An error here may be the first sign that another process is gone; its name follows within seconds.
 _BLAME_S = 5.0
-# JAX's words where hosts, their names or a cluster's server are not there yet.
+# What JAX says where hosts, their names or a cluster's server are not there yet.
 _LATE = (
     "DEADLINE_EXCEEDED",
     "Failed to recognize coordinator address",
@@ -37,7 +37,7 @@ _LATE = (
 
 @contextlib.contextmanager
 def joined(options: DistributedOptions) -> Iterator[None]:
-    """Within it, `jax.devices()` are those of all processes of the run.
+    """Joins the processes of a run; within it, `jax.devices()` are those of all of them.
 
     When this process ends with an error, the others are told, and when another one ends, this one
     stops with a message that names it.
@@ -46,7 +46,7 @@ def joined(options: DistributedOptions) -> Iterator[None]:
         options: Which processes there are.
 
     Raises:
-        UserError: they cannot be joined.
+        UserError: the processes cannot be joined.
         TryAgain: a cluster started them, and they did not find each other in time.
     """
     require(options.timeout > 0, "distributed.timeout", options.timeout, "positive")
@@ -57,19 +57,20 @@ def joined(options: DistributedOptions) -> Iterator[None]:
         yield
         return
     _initialise(group, options)
-    peers = _meet_peers(group, silence)
-    from train.distributed.processes import meet
+    detector = _detect_failures(group, silence)
+    from train.distributed.processes import barrier
 
     try:
         yield
     except Stopped:
-        peers.close()
+        detector.close()
         raise
     except BaseException as error:
-        _fail(peers, error)
+        _fail(detector, error)
         raise
-    meet("end of the run")  # under watch; at the end of a process JAX waits for five minutes
-    peers.close()
+    # While failures are still detected: at the end of a process JAX waits for five minutes.
+    barrier("end of the run")
+    detector.close()
 
 
 def _initialise(group: Group, options: DistributedOptions) -> None:
@@ -86,8 +87,8 @@ def _initialise(group: Group, options: DistributedOptions) -> None:
             file=sys.stderr,
         )
         try:
-            call_roll(group.address, group.processes, group.process, options.timeout)
-        except NotAllCame as error:
+            rendezvous(group.address, group.processes, group.process, options.timeout)
+        except RendezvousTimeout as error:
             if group.cluster is None:
                 raise
             raise TryAgain(str(error)) from error
@@ -117,9 +118,11 @@ def _initialise(group: Group, options: DistributedOptions) -> None:
         ) from error
 
 
-def _meet_peers(group: Group, silence: float) -> Peers:
-    """Every process connects to the first one."""
+def _detect_failures(group: Group, silence: float) -> FailureDetector:
+    """Connects every process to the first one."""
     import jax
+
+    from train.distributed.processes import from_each
 
     mine, count = jax.process_index(), jax.process_count()
     if group.processes is not None and group.processes != count:
@@ -127,33 +130,21 @@ def _meet_peers(group: Group, silence: float) -> Peers:
             f"distributed.num_processes is {group.processes}, but jax sees {count} processes; with "
             "JAX_PLATFORMS cpu, set jax_cpu_collectives_implementation to gloo."
         )
-    names = _everyone(f"host {socket.gethostname()}, pid {os.getpid()}")
-    peers = Peers(names, mine, silence)
+    names = from_each(f"host {socket.gethostname()}, pid {os.getpid()}")
+    detector = FailureDetector(names, mine, silence)
     if count == 1:
-        return peers
-    door = Door(_own_names(group)) if mine == 0 else None
-    address = _everyone("" if door is None else door.address)[0]
-    if door is not None:
-        missing = peers.accept(door, _CONNECT_S)
-        if missing:
-            print(
-                f"Warning: no connection from process {', '.join(map(str, missing))}; their end will "
-                f"be noticed after {silence:.0f} s by JAX's heartbeats alone.",
-                file=sys.stderr,
-            )
-    else:
-        peers.connect(address, _CONNECT_S)
-    return peers
-
-
-def _everyone(text: str) -> list[str]:
-    """What each process gives, on all of them."""
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    data = text.encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")
-    rows = multihost_utils.process_allgather(np.frombuffer(data, np.uint8))
-    return [row.tobytes().rstrip(b"\0").decode() for row in np.atleast_2d(rows)]
+        return detector
+    listener = Listener(_own_names(group)) if mine == 0 else None
+    address = from_each(None if listener is None else listener.address)[0]
+    if listener is None:
+        detector.connect(address, _CONNECT_S)
+    elif missing := detector.accept(listener, _CONNECT_S):
+        print(
+            f"Warning: no connection from process {', '.join(map(str, missing))}; their end will "
+            f"be noticed after {silence:.0f} s by JAX's heartbeats alone.",
+            file=sys.stderr,
+        )
+    return detector
 
 
 def _own_names(group: Group) -> list[str]:
@@ -165,7 +156,7 @@ def _own_names(group: Group) -> list[str]:
     return [*names, socket.gethostname()]
 
 
-def _fail(peers: Peers, error: BaseException) -> None:
+def _fail(detector: FailureDetector, error: BaseException) -> None:
     """Tells the others, and makes sure that this process does not wait for them at its end."""
     status = 1
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -177,7 +168,7 @@ def _fail(peers: Peers, error: BaseException) -> None:
         status = 130
     else:
         time.sleep(_BLAME_S)
-    peers.fail(" ".join(str(error).split())[:400] or type(error).__name__, status)
+    detector.fail(" ".join(str(error).split())[:400] or type(error).__name__, status)
     # Registered last, it runs before JAX's own, which meets the others. Before that Python waits for
     # threads, and one of Orbax may wait for the others.
     atexit.register(_leave, status)

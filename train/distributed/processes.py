@@ -1,4 +1,7 @@
-"""What the processes of one run tell each other, apart from arrays of the training step."""
+"""What the processes of one run tell each other, apart from arrays of the training step.
+
+All processes must call these functions together, except `is_first`.
+"""
 
 from __future__ import annotations
 
@@ -19,51 +22,42 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def first_says(value: bool) -> bool:
-    """The value that the first process gives, on every process; all of them must call this.
-
-    Args:
-        value: Counts on the first process alone.
-    """
+def from_first(value: Any) -> Any:
+    """What the first process gives, on every process."""
     if jax.process_count() == 1:
         return value
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+    mine = json.dumps(value).encode() if is_first() else b""
+    text = np.frombuffer(mine.ljust(largest_of_all(len(mine)), b" "), np.uint8)
+    return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
 
 
-def largest(value: int) -> int:
-    """The largest of the values that the processes give, on every process; all must call this."""
+def from_each(value: Any) -> list[Any]:
+    """What every process gives, in their order, of types that JSON has; on every process."""
+    rows = bytes_of_all(np.frombuffer(json.dumps(value).encode(), np.uint8))
+    return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows]
+
+
+def largest_of_all(value: int) -> int:
+    """The largest of the numbers that the processes give, on every process."""
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.asarray(value))))
 
 
-def first_tells(value: Any) -> Any:
-    """What the first process gives, on every process; all of them must call this.
-
-    Args:
-        value: Of types that JSON has; counts on the first process alone.
-    """
-    if jax.process_count() == 1:
-        return value
-    mine = json.dumps(value).encode() if is_first() else b""
-    text = np.frombuffer(mine.ljust(largest(len(mine)), b" "), np.uint8)
-    return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
-
-
-def from_all(array: np.ndarray) -> list[np.ndarray]:
-    """The bytes of an array of every process, in order; all of them must call this.
+def bytes_of_all(array: np.ndarray) -> list[np.ndarray]:
+    """The bytes of an array of every process, in order, on every process.
 
     Returns:
         For each process uint8 ``[bytes]`` of its array, as long as the longest one, so that arrays
         of 64 bits keep them all.
     """
     data = array.tobytes()
-    padded = np.frombuffer(data.ljust(largest(len(data)), b"\0"), np.uint8)
+    padded = np.frombuffer(data.ljust(largest_of_all(len(data)), b"\0"), np.uint8)
     return list(np.atleast_2d(multihost_utils.process_allgather(padded)))
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays of all processes as NumPy's, whole, on every process; all of them must call this."""
+    """Arrays that are spread over all processes as whole NumPy arrays, on every process."""
 
     def one(array: jax.Array) -> np.ndarray:
         if array.is_fully_addressable or array.is_fully_replicated:
@@ -73,18 +67,14 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(one, tree) if jax.process_count() > 1 else jax.device_get(tree)
 
 
-def meet(name: str) -> None:
-    """Returns when all processes have come here.
-
-    Args:
-        name: The same on all of them.
-    """
+def barrier(name: str) -> None:
+    """Returns when all processes have come here, with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def any_says(flag: bool) -> jax.Array:
-    """Whether the flag is up on any process; all of them must call this.
+def true_anywhere(flag: bool) -> jax.Array:
+    """Whether the flag is up on any process.
 
     Returns:
         A bool scalar, the same everywhere. Only reading it waits for the others.

@@ -12,7 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_STATUS = 75
-"""Of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h, "try again later"."""
+"""Exit status of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h."""
 
 
 class Stopped(Exception):
@@ -81,7 +81,7 @@ class StopSignals:
 
         if jax.process_count() == 1:
             return self.received is not None
-        from train.distributed.processes import any_says
+        from train.distributed.processes import true_anywhere
 
-        previous, self._pending = self._pending, any_says(self.received is not None)
+        previous, self._pending = self._pending, true_anywhere(self.received is not None)
         return previous is not None and bool(previous)

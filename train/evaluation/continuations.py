@@ -15,7 +15,6 @@ from train.data.dataset import pad_left, pad_right
 from train.evaluation.held_out import padded_width
 from train.models import merge_model
 from train.objectives.logps import completion_statistics
-from train.objectives.preference import resolve_vocab_chunk
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ class Likelihood:
 
 Scorer = Callable[..., list[Likelihood]]
 
+_COLUMNS = ("prompt_tokens", "prompt_mask", "completion_tokens", "completion_mask")
+
 
 def continuation_scorer(graphdef: nnx.GraphDef, *, batch_size: int, pad_id: int) -> Scorer:
     """Compiles the scoring of continuations.
@@ -64,8 +65,8 @@ def continuation_scorer(graphdef: nnx.GraphDef, *, batch_size: int, pad_id: int)
     @jax.jit
     def statistics(params: Any, *batch: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = merge_model(graphdef, params)
-        chunk = resolve_vocab_chunk("auto", model.unembedding().shape[1])
-        logps, top1 = completion_statistics(model, *batch, vocab_chunk=chunk)
+        columns: dict[str, jax.Array] = dict(zip(_COLUMNS, batch, strict=True))
+        logps, top1, _ = completion_statistics(model, columns, vocab_chunk="auto")
         return logps.sum(axis=1), (top1 | ~batch[3]).all(axis=1)
 
     def score(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from rich.progress import track
 
 from train.data import TokenDataset, Widths, answer_names, row_lengths, share_prompt, trim
-from train.distributed.mesh import put_whole
+from train.distributed.batches import put_whole
 from train.distributed.processes import fetch, is_first
-from train.losses import PairLogps, pair_loss, unpaired_loss
+from train.losses import PairLogps, PreferenceLoss, UnpairedLoss
 from train.types import Evaluate, LossFn, Score
 
 
@@ -73,7 +73,7 @@ def answer_logps(
 
     Args:
         score: From `train.objectives.preference.reference_logps_fn` (the chosen and the rejected
-            answers) or `train.objectives.preference.unpaired_logps_fn`.
+            answers) or `train.objectives.unpaired.unpaired_logps_fn`.
         params: Of the model that scores.
         dataset: Preferences or labelled answers.
         batch_size: Rows scored at once.
@@ -99,9 +99,7 @@ def evaluate_preferences(
     *,
     batch_size: int,
     mesh: Mesh | None,
-    loss_type: str | Sequence[str] = "sigmoid",
-    beta: float = 0.1,
-    **settings: Any,
+    loss: PreferenceLoss,
 ) -> Evaluate:
     """Makes ``f(params) -> {"eval_loss", "eval_rewards/accuracies", …}`` for preferences.
 
@@ -111,12 +109,8 @@ def evaluate_preferences(
             the loss is reference-free.
         batch_size: Pairs scored at once.
         mesh: Where batches go.
-        loss_type: See `train.losses.pair_loss`. A loss that compares the pairs of a batch (aot)
-            compares all pairs here.
-        beta: Factor of the rewards.
-        settings: Of the loss.
+        loss: The loss. One that compares the pairs of a batch (aot) compares all pairs here.
     """
-    loss = pair_loss(loss_type, beta=beta, **settings)
     arrays = dataset.arrays
     nothing = np.zeros(len(dataset), np.float32)
 
@@ -147,9 +141,7 @@ def evaluate_unpaired(
     *,
     batch_size: int,
     mesh: Mesh | None,
-    loss_type: str = "kto",
-    beta: float = 0.1,
-    **settings: float,
+    loss: UnpairedLoss,
 ) -> Evaluate:
     """Makes ``f(params) -> {"eval_loss", "eval_kl", "eval_rewards/margins", …}`` for KTO.
 
@@ -157,16 +149,13 @@ def evaluate_unpaired(
     after that, and a label's reward the mean over its rows. TRL averages over batches.
 
     Args:
-        score: From `train.objectives.preference.unpaired_logps_fn`.
+        score: From `train.objectives.unpaired.unpaired_logps_fn`.
         dataset: Labelled answers with `reference_completion_logps`, and for `"kto"` the mismatched
             ones with `reference_kl_logps`.
         batch_size: Rows scored at once.
         mesh: Where batches go.
-        loss_type: See `train.losses.unpaired_loss`.
-        beta: Factor of the rewards.
-        settings: Of the loss.
+        loss: The loss.
     """
-    loss = unpaired_loss(loss_type, beta=beta, **settings)
     arrays = dataset.arrays
 
     def evaluate(params: Any) -> dict[str, float]:
@@ -189,7 +178,7 @@ def evaluate_sft(
     """Makes ``f(params) -> {"eval_loss", "eval_mean_token_accuracy"}``: means over all tokens.
 
     Args:
-        loss_fn: From `train.objectives.preference.sft_loss`.
+        loss_fn: From `train.objectives.sft.sft_loss`.
         dataset: Held-out rows.
         batch_size: Rows scored at once.
         mesh: Where batches go.

@@ -24,7 +24,6 @@ from train.data.templates import Encoded, Encoder, Row
 from train.inputs.model import blamed_on
 from train.models import merge_model
 from train.objectives.logps import token_statistics
-from train.objectives.preference import resolve_vocab_chunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -225,8 +224,7 @@ def choice_scorer(graphdef: nnx.GraphDef) -> Score:
         )
         before = jnp.concatenate([first, inside], axis=2).reshape(batch, choices * length, -1)
         unembedding = model.unembedding()
-        chunk = resolve_vocab_chunk("auto", unembedding.shape[1])
-        logps, top1 = token_statistics(before, unembedding, flat, vocab_chunk=chunk)
+        logps, top1, _ = token_statistics(before, unembedding, flat, vocab_chunk="auto")
         shape = (batch, choices, length)
         return jnp.where(answer_mask, logps.reshape(shape), 0.0), answer_mask & top1.reshape(shape)
 

@@ -15,7 +15,6 @@ from rich.progress import Progress
 from train.data.dataset import pad_right
 from train.models import merge_model
 from train.objectives.logps import token_statistics
-from train.objectives.preference import resolve_vocab_chunk
 
 _WIDTH = 32
 """Widths are rounded up to a multiple of this, so that few shapes are compiled."""
@@ -45,8 +44,8 @@ def window_scorer(graphdef: nnx.GraphDef) -> Score:
         model = merge_model(graphdef, params)
         hidden = model.hidden(tokens, mask)[:, :-1]
         unembedding = model.unembedding()
-        chunk = resolve_vocab_chunk("auto", unembedding.shape[1])
-        logps, top1 = token_statistics(hidden, unembedding, tokens[:, 1:], vocab_chunk=chunk)
+        found = token_statistics(hidden, unembedding, tokens[:, 1:], vocab_chunk="auto")
+        logps, top1, _ = found
         scored = mask[:, 1:] & (jnp.arange(1, tokens.shape[1]) >= first[:, None])
         return jnp.sum(jnp.where(scored, logps, 0.0), axis=1), jnp.all(top1 | ~scored, axis=1)
 

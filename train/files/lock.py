@@ -20,7 +20,7 @@ from typing import IO, Any
 import jax
 
 from train.config import UserError
-from train.distributed.processes import is_first, largest
+from train.distributed.processes import is_first, largest_of_all
 from train.distributed.stop import TryAgain
 
 LOCK_FILE = ".lock"
@@ -49,7 +49,7 @@ def hold(directory: Path) -> None:
         OSError: the lock cannot be written.
     """
     holder = _patiently(lambda: _take(directory), directory) if is_first() else None
-    answer = largest(_answer(holder))
+    answer = largest_of_all(_answer(holder))
     if answer != _FREE:
         raise _in_use(directory, holder, answer)
 

@@ -32,7 +32,7 @@ import jax
 import yaml
 
 from train.config import FREE_FIELDS, UserError, flatten
-from train.distributed.processes import first_says, is_first, meet
+from train.distributed.processes import barrier, from_first, is_first
 from train.files.lock import LOCK_FILE, hold, refuse_if_held
 
 
@@ -92,14 +92,16 @@ class OutputDir:
                     f"output_dir {str(self.path)!r} holds a run whose {', '.join(changed)} had "
                     "other content than now. Bring it back, or choose a new output_dir."
                 )
-        meet("everything given is checked")  # so that nothing is written where one of them refuses
+        barrier(
+            "everything given is checked"
+        )  # so that nothing is written where one of them refuses
         try:
             if is_first():
                 self.path.mkdir(parents=True, exist_ok=True)
             hold(self.path)
         except OSError as error:
             raise _unusable("output_dir", self.path, error) from error
-        if not self.started and not other and first_says(run_file.exists()):
+        if not self.started and not other and from_first(run_file.exists()):
             raise UserError(
                 f"output_dir {str(self.path)!r}: another process has begun a run there in the "
                 "meantime. Start again, or choose a new output_dir."
@@ -111,7 +113,7 @@ class OutputDir:
                 self._record(config, inputs)
             except OSError as error:
                 raise _unusable("output_dir", self.path, error) from error
-        meet("output directory begun")
+        barrier("output directory begun")
         if not run_file.exists():
             raise UserError(
                 f"output_dir {str(self.path)!r}: what the first process wrote there is not seen by "

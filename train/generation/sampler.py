@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 
 from train.generation.filters import Filters, filter_logits
-from train.models.decoder import Array, Params, merge_model, token_positions
+from train.models.decoder import Array, merge_model, token_positions
 from train.models.layers import KVCache
+from train.types import Params
 
 
 class Samples(NamedTuple):

@@ -5,27 +5,19 @@ in nats times beta, and log-probabilities are sums over the completion tokens.
 """
 
 from train.losses.group import GROUP_LOSSES, GroupLogps, GroupLoss
-from train.losses.mix import (
+from train.losses.pair import PairLogps
+from train.losses.preference import (
     LOSSES,
     REFERENCE_FREE,
     WHOLE_BATCH,
-    PairLoss,
-    pair_loss,
+    PreferenceLoss,
     pair_metrics,
-    reference_free_metrics,
-    weigh_tail,
+    sum_logps,
 )
-from train.losses.pair import PairLogps
 from train.losses.schedule import BETA_SCHEDULES, BetaAt, beta_schedule
 from train.losses.sft import sft
-from train.losses.unpaired import (
-    UNPAIRED_LOSSES,
-    UnpairedLoss,
-    apo_zero_unpaired,
-    kto,
-    label_balance_warning,
-    unpaired_loss,
-)
+from train.losses.start import check_starts_at_reference, check_unpaired_start
+from train.losses.unpaired import UNPAIRED_LOSSES, UnpairedLoss, kto, label_balance_warning
 
 __all__ = [
     "BETA_SCHEDULES",
@@ -38,16 +30,14 @@ __all__ = [
     "GroupLogps",
     "GroupLoss",
     "PairLogps",
-    "PairLoss",
+    "PreferenceLoss",
     "UnpairedLoss",
-    "apo_zero_unpaired",
     "beta_schedule",
+    "check_starts_at_reference",
+    "check_unpaired_start",
     "kto",
     "label_balance_warning",
-    "pair_loss",
     "pair_metrics",
-    "reference_free_metrics",
     "sft",
-    "unpaired_loss",
-    "weigh_tail",
+    "sum_logps",
 ]

@@ -9,6 +9,7 @@ the advantage `A` of its answer, a token's loss is `−min(r A, clip(r, 1−ε, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -31,13 +32,25 @@ _READ_BY = {
 }
 
 
+_POSITIVE = ("positive", lambda value: 0 < value < math.inf)
+_NOT_NEGATIVE = ("0 or larger", lambda value: 0 <= value < math.inf)
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "beta": _NOT_NEGATIVE,
+    "epsilon": ("in (0, 1)", lambda value: 0 < value < 1),
+    "epsilon_high": ("positive", lambda value: value > 0),
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos", *_DECAYS), _POSITIVE),
+    **dict.fromkeys(("vespo_k_pos", "vespo_k_neg"), _NOT_NEGATIVE),
+    "delta": ("above 1", lambda value: value > 1),
+}
+
+
 class GroupLogps(NamedTuple):
     """What the loss sees of sampled answers.
 
     Attributes:
       logps: The policy's log-probability of every token, float32 `[rows, length]`.
-      old_logps: Those of the policy that sampled, likewise; None: the same policy.
-      reference_logps: Those of the reference, likewise; None where β is 0.
+      old_logps: Those of the policy that sampled; None where it is the same policy.
+      reference_logps: Those of the reference; None where β is 0.
       advantages: float32 `[rows]`.
       mask: bool `[rows, length]`, true at the tokens that count.
     """
@@ -69,8 +82,8 @@ class GroupLoss:
         the geometric mean over its tokens.
       use_bias_correction_kl: Multiply the divergence by the ratio, whose gradient is then that of the
         reverse divergence (DeepSeek-V3.2, arXiv:2512.02556).
-      sapo_temperature_neg: Of `sapo`, for advantages of 0 and below.
-      sapo_temperature_pos: Of `sapo`, for others.
+      sapo_temperature_neg: Temperature of `sapo` for advantages of 0 and below.
+      sapo_temperature_pos: Temperature of `sapo` for others.
       vespo_k_pos: Exponent k of `vespo`, for advantages of 0 and above.
       vespo_lambda_pos: Its decay λ, for the same.
       vespo_k_neg: Exponent k for advantages below 0.
@@ -99,18 +112,10 @@ class GroupLoss:
     def __post_init__(self) -> None:
         _one_of("type", self.type, GROUP_LOSSES)
         _one_of("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
-        high = math.inf if self.epsilon_high is None else self.epsilon_high
-        _require(0 <= self.beta < math.inf, "beta", self.beta, "0 or larger")
-        _require(0 < self.epsilon < 1, "epsilon", self.epsilon, "in (0, 1)")
-        _require(high > 0, "epsilon_high", self.epsilon_high, "positive")
-        for name in ("sapo_temperature_neg", "sapo_temperature_pos", *_DECAYS):
+        for name, (expected, holds) in _RANGES.items():
             value = getattr(self, name)
-            _require(0 < value < math.inf, name, value, "positive")
-        for name in ("vespo_k_pos", "vespo_k_neg"):
-            value = getattr(self, name)
-            _require(0 <= value < math.inf, name, value, "0 or larger")
-        if self.delta is not None:
-            _require(self.delta > 1, "delta", self.delta, "above 1")
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} must be {expected}, got {value!r}.")
         self._check_read()
         if self.type == "cispo" and self.epsilon_high is None:
             raise ValueError(
@@ -169,7 +174,7 @@ class GroupLoss:
         return self._average(loss, tokens.mask), jax.lax.stop_gradient(metrics)
 
     def _log_ratio(self, tokens: GroupLogps) -> jax.Array:
-        """`[rows, length]`, or `[rows, 1]` where it is one answer's."""
+        """Log r of each token, `[rows, length]`, or of each answer, `[rows, 1]`."""
         old = tokens.old_logps
         ratio = tokens.logps - (jax.lax.stop_gradient(tokens.logps) if old is None else old)
         if self.importance_sampling_level == "token":
@@ -177,18 +182,23 @@ class GroupLoss:
         return row_means(ratio, tokens.mask)[:, None]
 
     def _policy(self, tokens: GroupLogps, ratio: jax.Array, advantages: jax.Array) -> jax.Array:
+        """The loss of each token, or of each answer where the ratio is one answer's."""
         if self.type == "cispo":
+            # −sg(min(r, ε_high)) A log π (arXiv:2506.13585)
             weight = jax.lax.stop_gradient(jnp.minimum(ratio, self.upper))
             return -weight * advantages * tokens.logps
         if self.type == "sapo":
             positive, other = self.sapo_temperature_pos, self.sapo_temperature_neg
+            # −(4 / τ) σ(τ (r − 1)) A (arXiv:2511.20347)
             temperature = jnp.where(advantages > 0, positive, other)
             return -jax.nn.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantages
+        # −min(r A, clip(r, 1 − ε, 1 + ε_high) A)
         clipped = jnp.clip(ratio, 1 - self.epsilon, 1 + self.upper)
         return -jnp.minimum(self._bounded(ratio) * advantages, clipped * advantages)
 
     def _weight(self, log_ratio: jax.Array, advantages: jax.Array, mask: jax.Array) -> jax.Array:
         """VESPO's weight of every answer, `[rows, 1]`, with the bounds of the published code."""
+        # w^k exp(λ (1 − w)) = exp(λ + k log w − λ w), with log w the sum of an answer's log-ratios
         moved = jnp.sum(jnp.where(mask, jnp.clip(log_ratio, -20, 20), 0.0), axis=1, keepdims=True)
         moved = jnp.clip(moved, math.log(1e-8), 20)
         positive = advantages >= 0
@@ -197,16 +207,19 @@ class GroupLoss:
         return jax.lax.stop_gradient(jnp.exp(decay + exponent * moved - decay * jnp.exp(moved)))
 
     def _bounded(self, ratio: jax.Array) -> jax.Array:
+        """The ratio with the upper bound `delta`."""
         return ratio if self.delta is None else jnp.minimum(ratio, self.delta)
 
     def _divergence(self, tokens: GroupLogps, ratio: jax.Array) -> jax.Array:
         """The estimator k3 (http://joschu.net/blog/kl-approx.html) of the reverse divergence."""
         assert tokens.reference_logps is not None
+        # k3 = π_ref / π − log(π_ref / π) − 1
         difference = tokens.reference_logps - tokens.logps
         found = jnp.exp(difference) - difference - 1
         return found * ratio if self.use_bias_correction_kl else found
 
     def _average(self, loss: jax.Array, mask: jax.Array) -> jax.Array:
+        """One number from the losses of tokens, as `type` says."""
         loss = jnp.where(mask, loss, 0.0)  # which an answer's loss is broadcast by
         if self.type in ("grpo", "sapo"):
             return jnp.mean(row_means(loss, mask))
@@ -262,8 +275,3 @@ def _of_rows(values: jax.Array, mask: jax.Array) -> jax.Array:
 def _one_of(name: str, value: str, names: tuple[str, ...]) -> None:
     if value not in names:
         raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}.")
-
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {expected}, got {value!r}.")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from train.types import Metrics
 
 BETA_SCHEDULES = ("constant", "linear", "cosine")
 """Courses that β can take from its first value to its last."""
@@ -57,3 +60,13 @@ def beta_schedule(kind: str, beta: float, beta_final: float | None, steps: int) 
         return beta + (beta_final - beta) * share
 
     return beta_at
+
+
+def scheduled_beta(
+    beta_at: BetaAt | None, batch: Mapping[str, Any]
+) -> tuple[jax.Array | None, Metrics]:
+    """β of the step of a batch and what is logged of it; None and nothing for a constant β."""
+    if beta_at is None:
+        return None, {}
+    beta = beta_at(batch["step"])
+    return beta, {"beta": beta}

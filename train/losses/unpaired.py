@@ -5,18 +5,18 @@ Formulas, defaults and metric names are those of TRL 1.16 (`KTOTrainer`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import KW_ONLY, dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from train.losses.pair import Beta
+from train.types import Metrics
 
 UNPAIRED_LOSSES = ("kto", "apo_zero_unpaired")
 """Losses on unpaired answers by the names TRL gives them."""
-
-Metrics = dict[str, jax.Array]
 
 
 def kto(
@@ -49,6 +49,7 @@ def kto(
     """
     kl = jax.lax.stop_gradient(jnp.maximum(kl, 0.0))
     logratio = logps - reference_logps
+    # λ_D (1 − σ(β (r − z₀))) and λ_U (1 − σ(β (z₀ − r))), with the log-ratio r and the divergence z₀.
     # σ(−x) keeps its digits where 1 − σ(x) rounds to 0.
     loss = jnp.where(
         desirable,
@@ -56,30 +57,6 @@ def kto(
         undesirable_weight * jax.nn.sigmoid(-beta * (kl - logratio)),
     )
     return loss, {"kl": kl, **_label_means(logps, beta * logratio, desirable)}
-
-
-def apo_zero_unpaired(
-    logps: jax.Array,
-    reference_logps: jax.Array,
-    desirable: jax.Array,
-    *,
-    beta: Beta,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> tuple[jax.Array, Metrics]:
-    """APO-zero (arXiv:2408.06266, equation 7), one answer at a time: KTO with a divergence of 0.
-
-    Arguments and results are those of `kto`.
-    """
-    return kto(
-        logps,
-        reference_logps,
-        desirable,
-        jnp.zeros([], jnp.float32),
-        beta=beta,
-        desirable_weight=desirable_weight,
-        undesirable_weight=undesirable_weight,
-    )
 
 
 def _label_means(logps: jax.Array, rewards: jax.Array, desirable: jax.Array) -> Metrics:
@@ -93,17 +70,44 @@ def _label_means(logps: jax.Array, rewards: jax.Array, desirable: jax.Array) -> 
 
 @dataclass(frozen=True)
 class UnpairedLoss:
-    """A loss of `UNPAIRED_LOSSES` with its settings, from `unpaired_loss`."""
+    """A loss of `UNPAIRED_LOSSES` with its settings.
 
-    loss_type: str
-    beta: float
-    desirable_weight: float
-    undesirable_weight: float
+    Args:
+      type: A name in `UNPAIRED_LOSSES`.
+      beta: Strength of the pull towards the reference model, positive.
+      desirable_weight: λ_D, 0 or larger.
+      undesirable_weight: λ_U, 0 or larger; one of the two must be positive.
+
+    Raises:
+      ValueError: For an unknown loss or a setting out of range.
+    """
+
+    type: str = "kto"
+    _: KW_ONLY
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.type not in UNPAIRED_LOSSES:
+            raise ValueError(
+                f"Unknown type {self.type!r} for unpaired answers. Available: "
+                f"{', '.join(UNPAIRED_LOSSES)}."
+            )
+        if not self.beta > 0:
+            raise ValueError(f"beta must be positive, got {self.beta}.")
+        for name in ("desirable_weight", "undesirable_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or larger, got {getattr(self, name)}.")
+        if not self.desirable_weight and not self.undesirable_weight:
+            raise ValueError(
+                "desirable_weight and undesirable_weight are both 0: nothing is learned."
+            )
 
     @property
     def needs_kl(self) -> bool:
         """Whether it wants the divergence, estimated on mismatched completions."""
-        return self.loss_type == "kto"
+        return self.type == "kto"
 
     def __call__(
         self,
@@ -114,51 +118,20 @@ class UnpairedLoss:
         beta: Beta | None = None,
     ) -> tuple[jax.Array, Metrics]:
         """Loss of each example, float32 `[batch]`, and metrics; arguments are those of `kto`."""
-        settings = {
-            "beta": self.beta if beta is None else beta,
-            "desirable_weight": self.desirable_weight,
-            "undesirable_weight": self.undesirable_weight,
-        }
-        logps, reference_logps = (x.astype(jnp.float32) for x in (logps, reference_logps))
         if not self.needs_kl:
-            return apo_zero_unpaired(logps, reference_logps, desirable, **settings)
-        if kl is None:
+            # APO-zero (arXiv:2408.06266, equation 7), one answer at a time: KTO, divergence 0.
+            kl = jnp.zeros([])
+        elif kl is None:
             raise ValueError("The kto loss needs kl, the divergence on mismatched completions.")
-        return kto(logps, reference_logps, desirable, kl.astype(jnp.float32), **settings)
-
-
-def unpaired_loss(
-    loss_type: str = "kto",
-    *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> UnpairedLoss:
-    """A loss on unpaired answers with its settings checked.
-
-    Args:
-      loss_type: A name in `UNPAIRED_LOSSES`.
-      beta: Positive.
-      desirable_weight: Not negative.
-      undesirable_weight: Not negative; one of the two must be positive.
-
-    Raises:
-      ValueError: For an unknown loss or a setting out of range.
-    """
-    if loss_type not in UNPAIRED_LOSSES:
-        raise ValueError(
-            f"Unknown type {loss_type!r} for unpaired answers. Available: "
-            f"{', '.join(UNPAIRED_LOSSES)}."
+        return kto(
+            logps.astype(jnp.float32),
+            reference_logps.astype(jnp.float32),
+            desirable,
+            kl.astype(jnp.float32),
+            beta=self.beta if beta is None else beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
         )
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta}.")
-    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
-    for name, weight in weights.items():
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"{name} must be 0 or larger, got {weight}.")
-    if not any(weights.values()):
-        raise ValueError("desirable_weight and undesirable_weight are both 0: nothing is learned.")
-    return UnpairedLoss(loss_type, beta, desirable_weight, undesirable_weight)
 
 
 def label_balance_warning(

@@ -44,16 +44,17 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "head_dim": 128,
     },
 }
-_COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
+# Positive integers, by their names in config.json and in `ModelConfig`.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_position_embeddings",
+}
 _DEFAULT_ROPE_THETA = 10000.0
 FREE_FIELDS = (
     "dtype",
@@ -101,15 +102,15 @@ class ModelConfig:
         qk_norm: RMS norm on every query and key head.
         max_position_embeddings: longest sequence the checkpoint was made for, in tokens.
         initializer_range: standard deviation of freshly drawn matrices.
-        dtype: of activations and matrix products; norms, softmax and rotations are float32. How
+        dtype: dtype of activations and matrix products; norms, softmax and rotations are float32. How
             exact float32 products are on GPU and TPU is up to ``jax_default_matmul_precision``.
-        param_dtype: of the stored parameters.
+        param_dtype: dtype of the stored parameters.
         remat: what each block computes again in the backward pass: a name in
             `train.models.decoder.REMAT_POLICIES`.
         attention: ``"xla"``; ``"cudnn"`` for cuDNN's flash attention (half-precision ``dtype``,
             NVIDIA GPU); ``"splash"`` for Pallas' on a TPU (no prompt shared within a row).
         lora_targets: names of the linear layers that have low-rank adapters.
-        lora_rank: of the adapters.
+        lora_rank: rank of the adapters.
         lora_scale: factor of their product.
     """
 
@@ -140,16 +141,7 @@ class ModelConfig:
     lora_scale: float = 1.0
 
     def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
+        for name in _SIZES.values():
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         if self.num_heads % self.num_kv_heads:
@@ -205,13 +197,7 @@ class ModelConfig:
         attention_bias = bool(full["attention_bias"])
         fields: dict[str, Any] = {
             "model_type": model_type,
-            "vocab_size": full["vocab_size"],
-            "hidden_size": full["hidden_size"],
-            "intermediate_size": full["intermediate_size"],
-            "num_layers": full["num_hidden_layers"],
-            "num_heads": full["num_attention_heads"],
-            "num_kv_heads": full["num_key_value_heads"],
-            "head_dim": full["head_dim"],
+            **{ours: full[theirs] for theirs, ours in _SIZES.items()},
             "rms_norm_eps": float(full["rms_norm_eps"]),
             "rope_theta": theta,
             "rope_scaling": scaling,
@@ -221,7 +207,6 @@ class ModelConfig:
             "o_bias": model_type != "qwen2" and attention_bias,
             "mlp_bias": model_type == "llama" and bool(full["mlp_bias"]),
             "qk_norm": model_type == "qwen3",
-            "max_position_embeddings": full["max_position_embeddings"],
             "initializer_range": float(full["initializer_range"]),
         }
         return cls(**{**fields, **overrides})
@@ -247,10 +232,12 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_supported(full: Mapping[str, Any]) -> None:
+    """Refuses what the decoder does not compute, naming the field."""
+
     def reject(field: str, supported: str) -> None:
         raise ValueError(f"config.json: {field} is {full[field]!r}; supported is {supported}")
 
-    for field in _COUNTS:
+    for field in _SIZES:
         if not _is_count(full[field]):
             reject(field, "a positive integer")
     for field in ("rms_norm_eps", "initializer_range"):

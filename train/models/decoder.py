@@ -12,14 +12,9 @@ from flax import nnx
 from train.distributed.axes import constrain
 from train.models.attention import AttentionInputs
 from train.models.config import ModelConfig
-from train.models.layers import (
-    RESIDUAL,
-    Block,
-    KVCache,
-    RMSNorm,
-    make_param,
-)
+from train.models.layers import RESIDUAL, Block, KVCache, RMSNorm, make_param
 from train.models.rope import rotation_angles
+from train.types import Params
 
 REMAT_POLICIES: dict[str, Any] = {
     "full": None,
@@ -28,7 +23,6 @@ REMAT_POLICIES: dict[str, Any] = {
 }
 """What is kept of a block for its backward pass; of `"none"`, everything."""
 
-Params = dict[str, Any]
 Array = jax.Array | np.ndarray
 
 
@@ -119,34 +113,29 @@ class Decoder(nnx.Module):
             ValueError: ``visible`` comes with ``mask``, or without ``positions``; or ``segments``
                 with any of the three.
         """
-        length = tokens.shape[1]
+        causal, keys, apart = True, None, None
         if segments is not None:
             if not (mask is positions is visible is None):
                 raise ValueError("segments say all, so mask, positions and visible must be None")
-            numbers = jnp.asarray(segments)
-            cos, sin = rotation_angles(self.config, segment_positions(numbers))
-            same = numbers[:, None, :, None] == numbers[:, None, None, :]
-            inputs = AttentionInputs(cos, sin, same, causal=True, segments=numbers)
-            return self._run(tokens, inputs, None, 0)[0]
-        if visible is not None:
+            apart = jnp.asarray(segments)
+            positions = segment_positions(apart)
+            keys = apart[:, None, :, None] == apart[:, None, None, :]
+        elif visible is not None:
             if mask is not None or positions is None:
                 raise ValueError("visible needs positions and says all, so mask must be None")
-            cos, sin = rotation_angles(self.config, positions)
-            inputs = AttentionInputs(cos, sin, jnp.asarray(visible)[:, None], causal=False)
-            return self._run(tokens, inputs, None, 0)[0]
-        if positions is None:
-            positions = token_positions(tokens, mask)
-        keys = apart = None
-        if mask is not None:
+            causal, keys = False, jnp.asarray(visible)[:, None]
+        elif mask is not None:
             real = jnp.asarray(mask, bool)
             apart = real.astype(jnp.int32)
             # A padding query sees no real key; letting it see itself keeps its softmax, and so its
             # gradient, finite whatever the attention implementation does with an empty row.
-            itself = jnp.eye(length, dtype=bool)
+            itself = jnp.eye(tokens.shape[1], dtype=bool)
             keys = real[:, None, None, :] | itself[None, None]
+        if positions is None:
+            positions = token_positions(tokens, mask)
         cos, sin = rotation_angles(self.config, positions)
-        inputs = AttentionInputs(cos, sin, keys, causal=True, segments=apart)
-        return self._run(tokens, inputs, None, 0)[0]
+        inputs = AttentionInputs(cos, sin, keys, causal, segments=apart)
+        return self._forward(tokens, inputs, None, 0)[0]
 
     def extend(
         self,
@@ -171,7 +160,7 @@ class Decoder(nnx.Module):
         """
         cos, sin = rotation_angles(self.config, positions)
         inputs = AttentionInputs(cos, sin, jnp.asarray(visible)[:, None], causal=False)
-        hidden, cache_out = self._run(tokens, inputs, cache, start)
+        hidden, cache_out = self._forward(tokens, inputs, cache, start)
         assert cache_out is not None
         return hidden, cache_out
 
@@ -191,7 +180,7 @@ class Decoder(nnx.Module):
         """float32 ``[..., vocab]`` of hidden states ``[..., hidden_size]``."""
         return jnp.matmul(hidden, self.unembedding(), preferred_element_type=jnp.float32)
 
-    def _run(
+    def _forward(
         self,
         tokens: Array,
         inputs: AttentionInputs,
@@ -236,9 +225,6 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     """Separates a model into its static structure and a plain tree of arrays.
 
     Do this once, outside of the training step; inside, `merge_model` costs only tracing time.
-
-    Args:
-        model: a `Decoder`.
 
     Returns:
         ``(graphdef, params)``; ``params`` is a nested dict of arrays without NNX types, the layers

@@ -11,15 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
 
-from train.distributed.axes import partition_spec
+from train.models.abstract import param_shardings
 from train.models.attention import check_attention
 from train.models.config import ModelConfig
-from train.models.decoder import Decoder, Params
-from train.models.hf_names import EMBEDDING, LM_HEAD, Leaf, decoder_leaves, is_derived
+from train.models.decoder import Decoder
+from train.models.hf_names import (
+    EMBEDDING,
+    LM_HEAD,
+    Leaf,
+    abstract_decoder,
+    decoder_leaves,
+    is_derived,
+)
 from train.models.model_dir import read_hf_config, resolve_model_dir
 from train.models.safetensors_dir import SafetensorsDir
+from train.types import Params
 
 _LISTED = 20  # tensors spelled out in an error before it only counts
 # Fields that fix the shapes of the parameters, so two models with the same ones can be subtracted.
@@ -58,10 +67,10 @@ def from_hf(
 
     Args:
         path_or_hub_name: a directory, or a name like ``"Qwen/Qwen2.5-0.5B"`` to download.
-        dtype: of activations and, unless ``param_dtype`` says otherwise, of the parameters. None
+        dtype: dtype of activations and, unless ``param_dtype`` says otherwise, of the parameters. None
             keeps the stored dtypes: each parameter takes the narrowest dtype that holds all of its
             layers' tensors, and activations the widest of all.
-        param_dtype: of the parameters.
+        param_dtype: dtype of the parameters.
         mesh: where to put the parameters, by the axes ``"fsdp"`` and ``"tensor"`` that they carry
             (see `param_shardings`). On the default device when None.
         remat: what blocks compute again in the backward pass, see `ModelConfig`.
@@ -82,9 +91,11 @@ def from_hf(
     directory = resolve_model_dir(path_or_hub_name)
     shapes = ModelConfig.from_hf(read_hf_config(directory))
     weights = SafetensorsDir(directory)
-    leaves = decoder_leaves(shapes)
-    check_tensors(weights, shapes, leaves)
-    stored = {path: _stored_dtype(weights, leaf.names) for path, leaf in leaves.items()}
+    check_tensors(weights, shapes)
+    stored = {
+        path: _promote(weights.entries[name].dtype for name in leaf.names)
+        for path, leaf in decoder_leaves(shapes).items()
+    }
     compute = _promote(stored.values()) if dtype is None else np.dtype(dtype)
     held = param_dtype if param_dtype is not None else dtype
     config = dataclasses.replace(
@@ -95,9 +106,8 @@ def from_hf(
         attention=attention,
     )
     check_attention(config)
-    graphdef = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))[0]
-    dtypes = stored if held is None else {}
-    return nnx.merge(graphdef, read_params(weights, config, mesh, dtypes))
+    params = read_params(weights, config, mesh, stored if held is None else {})
+    return nnx.merge(abstract_decoder(config)[0], params)
 
 
 def read_params(
@@ -108,26 +118,20 @@ def read_params(
 ) -> Params:
     """Reads the decoder's parameters one by one, once `check_tensors` has found them all.
 
-    Args:
-        weights: Their files.
-        config: Of the decoder.
-        mesh: Where they go, see `param_shardings`; None for the default device.
-        dtypes: Of parameters that have another type than ``config.param_dtype``, by path.
+    `dtypes` holds, by path, those of parameters that have another one than ``config.param_dtype``.
 
     Returns:
         A tree like that of `split_model`.
     """
-    shardings = None if mesh is None else param_shardings(config, mesh)
+    places: Any = {} if mesh is None else flatten_dict(param_shardings(config, mesh))
     others = {} if dtypes is None else dtypes
-    params: Params = {}
-    for path, leaf in decoder_leaves(config).items():
-        place = None if shardings is None else _at(shardings, path)
-        node = params
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        kept = others.get(path, np.dtype(config.param_dtype))
-        node[path[-1]] = _load(weights, leaf, kept, place)
-    return params
+    param_dtype = np.dtype(config.param_dtype)
+    return unflatten_dict(
+        {
+            path: _load(weights, leaf, others.get(path, param_dtype), places.get(path))
+            for path, leaf in decoder_leaves(config).items()
+        }
+    )
 
 
 def check_hf_compatible(
@@ -151,7 +155,7 @@ def check_hf_compatible(
     for source in [path_or_hub_name] + ([] if same_shapes_as is None else [same_shapes_as]):
         directory = resolve_model_dir(source)
         config = ModelConfig.from_hf(read_hf_config(directory))
-        check_tensors(SafetensorsDir(directory), config, decoder_leaves(config))
+        check_tensors(SafetensorsDir(directory), config)
         checked.append(config)
     config, other = checked[0], checked[-1]
     different = [
@@ -167,54 +171,13 @@ def check_hf_compatible(
     return config
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
-    """Where each parameter goes on a mesh, as a tree like that of `split_model`.
+def check_tensors(weights: SafetensorsDir, config: ModelConfig, others: Sequence[str] = ()) -> None:
+    """Raises one `ValueError` that names every tensor in the files that does not fit.
 
-    Input sides of matrices are split over ``"fsdp"`` and output sides over ``"tensor"``, reversed
-    in the projections back to the residual stream; norms are replicated. An axis that the mesh
-    lacks or whose size does not divide stays whole.
-
-    Args:
-        config: the decoder.
-        mesh: with any of the axes ``"fsdp"`` and ``"tensor"``.
-
-    Returns:
-        Nested dict of `NamedSharding`.
-
-    Raises:
-        ValueError: the mesh has explicit axes, with which every operation would have to be told
-            its output sharding.
+    Tensors in `others` may be there besides; nothing of them is checked.
     """
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        raise ValueError(
-            f"the mesh has axis types {mesh.axis_types}; make it with "
-            "jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
-        )
-    shardings: Params = {}
-    for path, leaf in decoder_leaves(config).items():
-        spec = partition_spec(leaf.axes, leaf.shape, mesh)
-        node = shardings
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = NamedSharding(mesh, spec)
-    return shardings
-
-
-def check_tensors(
-    weights: SafetensorsDir,
-    config: ModelConfig,
-    leaves: dict[tuple[str, ...], Leaf],
-    others: Sequence[str] = (),
-) -> None:
-    """Raises one `ValueError` naming every tensor that does not fit the configuration.
-
-    Args:
-        weights: The files.
-        config: What they are to fit.
-        leaves: Of the decoder.
-        others: Tensors that may be there besides, of which nothing is checked.
-    """
-    expected = {name: leaf.hf_shape for leaf in leaves.values() for name in leaf.names}
+    leaves = decoder_leaves(config).values()
+    expected = {name: leaf.hf_shape for leaf in leaves for name in leaf.names}
     found = weights.entries
     tied_copy = LM_HEAD if config.tie_word_embeddings else None
     allowed = {*expected, tied_copy, *others}
@@ -240,12 +203,11 @@ def check_tensors(
         "of another shape": shaped,
         "of another dtype": typed,
     }
-    lines = [
-        line
-        for kind, items in problems.items()
-        if items
-        for line in [f"{len(items)} {kind}:", *_shorten(items)]
-    ]
+    lines: list[str] = []
+    for kind, items in problems.items():
+        rest = len(items) - _LISTED
+        lines += [f"{len(items)} {kind}:", *items[:_LISTED]] if items else []
+        lines += [f"  and {rest} more"] if rest > 0 else []
     if lines:
         raise ValueError(
             f"the tensors in {weights.directory} do not fit its config.json "
@@ -260,15 +222,6 @@ def check_tensors(
             f"{weights.directory}: config.json has tie_word_embeddings true, but {LM_HEAD} differs "
             f"from {EMBEDDING}; set tie_word_embeddings to false to use both"
         )
-
-
-def _shorten(items: Sequence[str]) -> list[str]:
-    rest = len(items) - _LISTED
-    return [*items[:_LISTED], *([f"  and {rest} more"] if rest > 0 else [])]
-
-
-def _stored_dtype(weights: SafetensorsDir, names: Sequence[str]) -> np.dtype:
-    return _promote(weights.entries[name].dtype for name in names)
 
 
 def _promote(dtypes: Any) -> np.dtype:
@@ -302,9 +255,3 @@ def _read_shard(
         tensor = weights.read(name, inner[::-1] if leaf.transposed else inner)
         slot[...] = tensor.T if leaf.transposed else tensor
     return host
-
-
-def _at(tree: Params, path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree

@@ -81,7 +81,7 @@ def to_hf(
     hf_config = read_hf_config(source)
     _check_same_network(model.config, ModelConfig.from_hf(hf_config), source)
     weights = SafetensorsDir(source)
-    check_tensors(weights, model.config, decoder_leaves(model.config))
+    check_tensors(weights, model.config)
     tensors = _tensors(model, weights, dtype)
     if not is_first():
         for _ in tensors:  # its parts of them are asked for

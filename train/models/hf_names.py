@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 from flax import nnx
@@ -16,6 +17,7 @@ Path = tuple[str, ...]
 _DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+_TOP_NAMES: dict[Path, str] = {("embed_tokens",): EMBEDDING, ("lm_head",): LM_HEAD}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Leaf:
         names: Hugging Face tensors, one per layer when ``stacked``, else one.
         stacked: the tensors lie along axis 0.
         transposed: Hugging Face stores the last two axes the other way round.
-        shape: of the parameter, the stacking axis included.
+        shape: shape of the parameter, the stacking axis included.
         axes: logical axis of each axis, see `train.distributed.axes`.
     """
 
@@ -48,15 +50,9 @@ def abstract_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
 
 
+@functools.cache
 def decoder_leaves(config: ModelConfig) -> dict[Path, Leaf]:
-    """Every parameter of the decoder by its path in the tree of `split_model`.
-
-    Args:
-        config: shapes and options.
-
-    Returns:
-        Paths in the order of the tree.
-    """
+    """Every parameter of the decoder by its path in the tree of `split_model`, in its order."""
     _, state = abstract_decoder(config)
     leaves = {}
     for path, variable in nnx.to_flat_state(state):
@@ -74,17 +70,18 @@ def is_derived(name: str) -> bool:
 def _describe(
     path: Path, shape: tuple[int, ...], axes: tuple[str | None, ...], config: ModelConfig
 ) -> Leaf:
-    transposed = path[-1] in ("kernel", "lm_head")
     stacked = path[0] == "layers"
-    axes = (None, *axes) if stacked else axes
-    if path == ("embed_tokens",):
-        names = (EMBEDDING,)
-    elif path == ("lm_head",):
-        names = (LM_HEAD,)
+    if path in _TOP_NAMES:
+        names = (_TOP_NAMES[path],)
     else:
         last = "weight" if path[-1] == "kernel" else path[-1]
         inner = ".".join((*path[1:-1], last))
-        layers = range(config.num_layers)
-        names = tuple(f"model.layers.{i}.{inner}" for i in layers) if stacked else ()
-        names = names or (f"model.{path[0]}.{inner}",)
-    return Leaf(names, stacked, transposed, tuple(shape), tuple(axes))
+        layers = [f"layers.{i}" for i in range(config.num_layers)] if stacked else [path[0]]
+        names = tuple(f"model.{layer}.{inner}" for layer in layers)
+    return Leaf(
+        names,
+        stacked,
+        transposed=path[-1] in ("kernel", "lm_head"),
+        shape=tuple(shape),
+        axes=(None, *axes) if stacked else tuple(axes),
+    )

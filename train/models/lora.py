@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from train.distributed.processes import fetch, is_first
 from train.files.whole import written_whole
 from train.models.config import ModelConfig
-from train.models.decoder import Decoder, Params, split_model
+from train.models.decoder import Decoder, split_model
 from train.models.hf_names import decoder_leaves
+from train.types import Params
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -51,10 +53,6 @@ def without_adapters(config: ModelConfig) -> ModelConfig:
 def fresh_adapters(config: ModelConfig, seed: int) -> Params:
     """New adapters: A uniform within 1/√inputs as in PEFT, B zero, so that they add nothing yet.
 
-    Args:
-        config: with adapters.
-        seed: of A.
-
     Returns:
         Nested dict with ``lora_a`` ``[layers, inputs, rank]`` and ``lora_b`` ``[layers, rank,
         outputs]`` at every adapted layer.
@@ -63,48 +61,28 @@ def fresh_adapters(config: ModelConfig, seed: int) -> Params:
     @jax.jit
     def draw() -> Params:
         # What is not returned is not computed.
-        return _adapters_of(split_model(Decoder(config, nnx.Rngs(seed)))[1])
+        flat = flatten_dict(split_model(Decoder(config, nnx.Rngs(seed)))[1])
+        return unflatten_dict({path: leaf for path, leaf in flat.items() if is_adapter(path)})
 
     return draw()
-
-
-def _adapters_of(tree: Params) -> Params:
-    kept: Params = {}
-    for name, node in tree.items():
-        if isinstance(node, dict):
-            inner = _adapters_of(node)
-            if inner:
-                kept[name] = inner
-        elif name in _ADAPTER:
-            kept[name] = node
-    return kept
 
 
 def merge_adapters(params: Params, scale: float) -> Params:
     """Adds every adapter's product to its matrix, in float32: ``kernel + scale · A B``.
 
-    Args:
-        params: tree of `split_model` of a model with adapters.
-        scale: ``config.lora_scale``.
-
     Returns:
         The tree of the model without adapters, dtypes kept.
     """
-    merged: Params = {}
-    for name, node in params.items():
-        if not isinstance(node, dict):
-            if name not in _ADAPTER:
-                merged[name] = node
-            continue
-        merged[name] = merge_adapters(node, scale)
-        if "lora_a" in node:
-            a, b = (node[key].astype(jnp.float32) for key in _ADAPTER)
+    flat: Any = flatten_dict(params)
+    merged = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
+    for (*layer, name), a in flat.items():
+        if name == "lora_a":
+            b, kernel = flat[(*layer, "lora_b")], flat[(*layer, "kernel")]
+            a, b, wide = (leaf.astype(jnp.float32) for leaf in (a, b, kernel))
+            # W' = W + scale · A B (Hu et al. 2021, section 4.1)
             product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-            kernel = node["kernel"]
-            merged[name]["kernel"] = (kernel.astype(jnp.float32) + scale * product).astype(
-                kernel.dtype
-            )
-    return merged
+            merged[(*layer, "kernel")] = (wide + scale * product).astype(kernel.dtype)
+    return unflatten_dict(merged)
 
 
 def read_adapter_config(directory: str | Path) -> tuple[int, float, tuple[str, ...]]:
@@ -137,10 +115,6 @@ def read_adapter_config(directory: str | Path) -> tuple[int, float, tuple[str, .
 def read_adapters(directory: str | Path, config: ModelConfig) -> Params:
     """The adapters of a directory in PEFT's format.
 
-    Args:
-        directory: with adapter_config.json and adapter_model.safetensors.
-        config: of a model with adapters of that rank on those modules.
-
     Returns:
         A tree like that of `fresh_adapters`, on the host, in ``config.param_dtype``.
 
@@ -165,34 +139,22 @@ def read_adapters(directory: str | Path, config: ModelConfig) -> Params:
             if name not in stored or stored[name].shape != hf_shape
         ]
         if not wrong:
-            node = adapters
-            for part in path[:-1]:
-                node = node.setdefault(part, {})
             stacked = np.stack([stored[name].T for name in names])
-            node[path[-1]] = stacked.astype(config.param_dtype)
+            adapters[path] = stacked.astype(config.param_dtype)
     wrong += [f"{name} is unexpected" for name in sorted(stored.keys() - expected)]
     if wrong:
         raise ValueError(f"{file}: {'; '.join(wrong[:8])} ({len(wrong)} in all).")
-    return adapters
+    return unflatten_dict(adapters)
 
 
 def write_adapters(params: Params, config: ModelConfig, directory: Path, base: str) -> None:
     """Writes adapters so that ``peft.PeftModel.from_pretrained`` loads them; all or nothing.
 
     On several processes all must call this, and the first one writes.
-
-    Args:
-        params: a tree that holds the adapters, in float32 or bfloat16.
-        config: of the model with adapters.
-        directory: to make.
-        base: the model they belong to, for ``base_model_name_or_path``.
     """
-    tensors = {}
+    tensors, flat = {}, flatten_dict(params)
     for path, names, _ in _tensors(config):
-        node: Any = params
-        for part in path:
-            node = node[part]
-        for name, values in zip(names, fetch(node), strict=True):
+        for name, values in zip(names, fetch(flat[path]), strict=True):
             tensors[name] = np.ascontiguousarray(values.T)
     if not is_first():
         return

@@ -13,11 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.models.config import ModelConfig
-from train.models.decoder import Params, merge_model
+from train.models.decoder import merge_model
 from train.models.hf import check_tensors, read_params
-from train.models.hf_names import LM_HEAD, abstract_decoder, decoder_leaves
+from train.models.hf_names import LM_HEAD, abstract_decoder
 from train.models.model_dir import read_hf_config, resolve_model_dir
 from train.models.safetensors_dir import SafetensorsDir
+from train.types import Params
 
 SCORE = "score.weight"
 _SUFFIX = "ForSequenceClassification"
@@ -27,8 +28,8 @@ class RewardModel(NamedTuple):
     """A decoder whose last hidden state is multiplied with one vector.
 
     Attributes:
-        graphdef: of the `Decoder`.
-        params: of the decoder.
+        graphdef: structure of the `Decoder`.
+        params: parameters of the decoder.
         score: ``[hidden_size]``, the weights of the label.
     """
 
@@ -59,7 +60,7 @@ def check_reward_model(path_or_hub_name: str | Path) -> ModelConfig:
     # Its head is the score, so the embedding may count as the output matrix that nobody asks for.
     config = ModelConfig.from_hf({**hf, "tie_word_embeddings": True})
     weights = SafetensorsDir(directory)
-    check_tensors(weights, config, decoder_leaves(config), others=(SCORE, LM_HEAD))
+    check_tensors(weights, config, others=(SCORE, LM_HEAD))
     shape = weights.entries[SCORE].shape if SCORE in weights.entries else None
     if shape != (1, config.hidden_size):
         found = "missing" if shape is None else list(shape)
@@ -73,13 +74,7 @@ def check_reward_model(path_or_hub_name: str | Path) -> ModelConfig:
 def load_reward_model(
     path_or_hub_name: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
 ) -> RewardModel:
-    """Loads a reward model; see `check_reward_model` for what is refused.
-
-    Args:
-        path_or_hub_name: directory or hub name.
-        dtype: of weights and computations.
-        mesh: where to put the parameters, see `train.models.from_hf`.
-    """
+    """Loads a reward model; see `check_reward_model` for what is refused."""
     config = dataclasses.replace(
         check_reward_model(path_or_hub_name), dtype=np.dtype(dtype), param_dtype=np.dtype(dtype)
     )

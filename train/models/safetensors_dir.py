@@ -25,7 +25,7 @@ class Entry:
 
     Attributes:
         file: the safetensors file.
-        shape: of the tensor.
+        shape: shape of the tensor.
         dtype_name: as in the file's header, such as ``"BF16"``.
     """
 

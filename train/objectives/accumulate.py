@@ -1,81 +1,94 @@
-"""Gradient accumulation that equals the large batch: one scan over parts of a batch.
+"""Gradient accumulation that equals the large batch: one scan over microbatches.
 
-The mean of the parts' losses is the loss of the batch only where a loss is a mean over rows and the
-parts have equally many. A mean over tokens is not, and the KL term of KTO is a mean over the whole
-batch inside of the loss. So a loss can say, as a `Parted`, by what its values are weighted, and what
-has to be known of the whole batch before any part is looked at.
+The mean of the microbatches' losses is the loss of the batch only where a loss is a mean over rows
+and the microbatches have equally many. A mean over tokens is not, and the KL term of KTO is a mean
+over the whole batch inside of the loss. So a loss can say, as a `BatchLoss`, by what its values are
+weighted, and what has to be known of the whole batch before any microbatch is looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-Batch = Mapping[str, Any]
+from train.models.trainable import join
+from train.types import Batch, LossFn, Metrics, Params
+
 Values = Mapping[str, jax.Array]
-NORMALIZERS = "normalizers"
+BATCH_MEANS = "batch_means"
+"""The column of a batch that holds what `BatchLoss.batch_means` gives."""
 
 
 @dataclass(frozen=True)
-class Parted:
-    """A loss that says how its value on a batch follows from its values on parts of the batch.
+class BatchLoss:
+    """A loss that says how its value on a batch follows from its values on microbatches.
 
     It is called like any loss function, so that a step without accumulation and an evaluation use it
     as it is.
 
     Attributes:
-      loss_fn: ``loss_fn(params, batch) -> (loss, metrics)``; a plain one is a mean over rows. The loss
-        is a scalar, or scalars by name whose sum is the loss.
-      masses: ``masses(batch)``: weight of a part by name of a metric or of a term of the loss (a
-        scalar one is ``"loss"``), such as the number of tokens or of desirable rows; a value on the
-        batch is the mean of those on the parts with these weights. A name that is missing weighs by
-        rows.
-      sums: metrics that add up over parts, such as ``num_tokens``.
-      normalizers: ``normalizers(params, batch)``: means over the rows of a part, float32 by name. Their
-        mean over the whole batch, without gradient, is in ``batch["normalizers"]`` when ``loss_fn`` is
-        called (the KL of KTO).
+      loss_fn: ``loss_fn(params, batch) -> (loss, metrics)``. The loss is a scalar, or scalars by name
+        whose sum is the loss.
+      weights: ``weights(batch)``: weight of a microbatch by name of a metric or of a term of the loss
+        (a scalar one is ``"loss"``), such as its number of tokens or of desirable rows. A value on the
+        batch is the mean of those on the microbatches with these weights. Where a name is missing,
+        all microbatches weigh the same, as for a mean over rows.
+      sums: metrics that add up over microbatches, such as ``num_tokens``.
+      batch_means: ``batch_means(params, batch)``: means over rows, float32 by name. Those of the whole
+        batch, without gradient, are in ``batch["batch_means"]`` when ``loss_fn`` is called (the KL of
+        KTO).
       derived: Metrics that follow from others on the whole batch, such as a difference of two means
         with different weights.
     """
 
     loss_fn: Callable[[Any, Batch], tuple[Any, Values]]
-    masses: Callable[[Batch], Values] | None = None
+    weights: Callable[[Batch], Values] | None = None
     sums: tuple[str, ...] = ()
-    normalizers: Callable[[Any, Batch], Values] | None = None
+    batch_means: Callable[[Any, Batch], Values] | None = None
     derived: Callable[[Values], Values] | None = None
 
-    def __call__(self, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
         """``(loss, metrics)`` on a whole batch."""
-        if self.normalizers is not None:
-            known = jax.lax.stop_gradient(self.normalizers(params, batch))
-            batch = {**batch, NORMALIZERS: known}
+        if self.batch_means is not None:
+            known = jax.lax.stop_gradient(self.batch_means(params, batch))
+            batch = {**batch, BATCH_MEANS: known}
         loss, metrics = self.loss_fn(params, batch)
-        return _total(_named(loss)), self.finish(dict(metrics))
+        return _total(_by_name(loss)), self.with_derived(metrics)
 
-    def finish(self, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Adds the derived metrics."""
-        return metrics if self.derived is None else metrics | dict(self.derived(metrics))
+    def with_derived(self, metrics: Values) -> Metrics:
+        """The metrics, and those that follow from them."""
+        return {**metrics, **({} if self.derived is None else self.derived(metrics))}
 
-    def mass(self, batch: Batch) -> Callable[[str], jax.Array]:
-        """The weight of a part by name, float32 scalars."""
-        known = {} if self.masses is None else self.masses(batch)
-        rows = jnp.float32(_rows(batch))
-        return lambda name: jnp.asarray(known.get(name, rows), jnp.float32)
+
+def with_frozen(loss_fn: LossFn, frozen: Params) -> LossFn:
+    """A loss of the trained parameters alone.
+
+    Args:
+      loss_fn: a loss of all parameters, plain or a `BatchLoss`.
+      frozen: the parameters that are not trained.
+    """
+
+    def joined(function: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], Any]:
+        return lambda params, batch: function(join(params, frozen), batch)
+
+    loss = _as_batch_loss(loss_fn)
+    means = None if loss.batch_means is None else joined(loss.batch_means)
+    return replace(loss, loss_fn=joined(loss.loss_fn), batch_means=means)
 
 
 def loss_and_gradient(
-    loss_fn: Any, parts: int = 1
-) -> Callable[[Any, Batch], tuple[tuple[jax.Array, dict[str, jax.Array]], Any]]:
-    """``f(params, batch) -> ((loss, metrics), gradient)``, a batch being looked at in parts.
+    loss_fn: LossFn, microbatches: int = 1
+) -> Callable[[Any, Batch], tuple[tuple[jax.Array, Metrics], Any]]:
+    """``f(params, batch) -> ((loss, metrics), gradient)``, a batch being looked at in microbatches.
 
     Args:
-      loss_fn: ``loss_fn(params, batch) -> (loss, metrics)``, a mean over rows, or a `Parted`.
-      parts: how many. Memory for activations shrinks accordingly. Row ``i`` is in part ``i % parts``,
-        so that a batch that is spread over devices stays where it is.
+      loss_fn: ``loss_fn(params, batch) -> (loss, metrics)``, a mean over rows, or a `BatchLoss`.
+      microbatches: how many. Memory for activations shrinks accordingly. Row ``i`` is in microbatch
+        ``i % microbatches``, so that a batch that is spread over devices stays where it is.
 
     Returns:
       A function for use inside of ``jax.jit``. What it returns is that of the whole batch, up to
@@ -86,54 +99,52 @@ def loss_and_gradient(
       ValueError: when traced with a batch that cannot be split evenly.
 
     Example:
-      >>> gradient = loss_and_gradient(lambda w, b: (w * b["x"].mean(), {}), parts=2)
+      >>> gradient = loss_and_gradient(lambda w, b: (w * b["x"].mean(), {}), microbatches=2)
       >>> float(gradient(jnp.float32(1.0), {"x": jnp.arange(4.0)})[1])
       1.5
     """
-    if parts == 1:
+    if microbatches == 1:
         return jax.value_and_grad(loss_fn, has_aux=True)
-    parted = loss_fn if isinstance(loss_fn, Parted) else Parted(loss_fn)
+    loss = _as_batch_loss(loss_fn)
 
-    def whole(params: Any, batch: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Any]:
-        split = _split(batch, parts)
-        known = _mean_normalizers(parted, params, split, parts)
-        shape = jax.eval_shape(parted.loss_fn, params, {**_first(split), **known})
-        names = [*_named(shape[0]), *(n for n in shape[1] if n not in parted.sums)]
-        masses = jax.lax.map(lambda part: _masses(parted, part, names), split)
-        whole_mass = {name: jnp.sum(mass) for name, mass in masses.items()}
+    def accumulated(params: Any, batch: Batch) -> tuple[tuple[jax.Array, Metrics], Any]:
+        split = _split(batch, microbatches)
+        known = _means_of_batch(loss, params, split)
+        # share_i = w_i / Σ_j w_j, so that Σ_i share_i · value_i is the value on the whole batch.
+        weights = {} if loss.weights is None else jax.lax.map(loss.weights, split)
+        shares = {name: weight / jnp.sum(weight) for name, weight in weights.items()}
 
-        def of_part(params: Any, part: Batch, mass: Values) -> tuple[jax.Array, Values]:
-            loss, metrics = parted.loss_fn(params, {**part, **known})
-            share = {name: mass[name] / whole_mass[name] for name in mass}
-            terms = {name: _weighed(term, share[name]) for name, term in _named(loss).items()}
-            added = {
-                name: value if name in parted.sums else _weighed(value, share[name])
-                for name, value in metrics.items()
-            }
-            return _total(terms), {**added, "loss": _total(terms)}
+        def weighted(params: Any, part: Batch, share: Values) -> tuple[jax.Array, Values]:
+            def weigh(name: str, value: jax.Array) -> jax.Array:
+                return _weigh(value, share.get(name, jnp.float32(1 / microbatches)))
 
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            (_, metrics), gradient = jax.value_and_grad(of_part, has_aux=True)(params, *part)
-            return jax.tree.map(
-                lambda a, b: a + b.astype(a.dtype), total, (metrics, gradient)
-            ), None
+            found, metrics = loss.loss_fn(params, {**part, **known})
+            total = _total({name: weigh(name, term) for name, term in _by_name(found).items()})
+            added = {n: v if n in loss.sums else weigh(n, v) for n, v in metrics.items()}
+            return total, {**added, "loss": total}
 
-        zeros = {name: jnp.zeros([], jnp.float32) for name in {**shape[1], "loss": None}}
-        wide = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, _wide(leaf.dtype)), params)
-        (metrics, gradient), _ = jax.lax.scan(add, (zeros, wide), (split, masses))
+        def add(gradient: Any, part: Any) -> tuple[Any, Values]:
+            (_, metrics), more = jax.value_and_grad(weighted, has_aux=True)(params, *part)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradient, more), metrics
+
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), params
+        )
+        gradient, metrics = jax.lax.scan(add, zeros, (split, shares))
+        metrics = {name: jnp.sum(value, axis=0) for name, value in metrics.items()}
         gradient = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradient, params)
-        return (metrics["loss"], parted.finish(metrics)), gradient
+        return (metrics["loss"], loss.with_derived(metrics)), gradient
 
-    return whole
+    return accumulated
 
 
-def columns_in_parts(
-    columns: Callable[[Any, Batch], Batch], params: Any, batch: Batch, parts: int
+def columns_in_microbatches(
+    columns: Callable[[Any, Batch], Batch], params: Any, batch: Batch, microbatches: int
 ) -> dict[str, jax.Array]:
-    """``columns(params, batch)``, arrays with the rows on axis 0, computed in parts."""
-    if parts == 1:
+    """``columns(params, batch)``, arrays with the rows on axis 0, computed in microbatches."""
+    if microbatches == 1:
         return dict(columns(params, batch))
-    found = jax.lax.map(lambda part: dict(columns(params, part)), _split(batch, parts))
+    found = jax.lax.map(lambda part: dict(columns(params, part)), _split(batch, microbatches))
 
     def together(column: jax.Array) -> jax.Array:
         column = jnp.moveaxis(column, 0, 1)
@@ -142,55 +153,45 @@ def columns_in_parts(
     return jax.tree.map(together, found)
 
 
-def _split(batch: Batch, parts: int) -> dict[str, Any]:
-    rows = _rows(batch)
-    if rows % parts:
-        raise ValueError(f"a batch of {rows} rows cannot be split into {parts} equal parts.")
+def _as_batch_loss(loss_fn: LossFn) -> BatchLoss:
+    return loss_fn if isinstance(loss_fn, BatchLoss) else BatchLoss(loss_fn)
+
+
+def _split(batch: Batch, microbatches: int) -> dict[str, Any]:
+    """The batch with a leading axis of microbatches."""
+    rows = next(len(column) for column in jax.tree.leaves(batch) if jnp.ndim(column))
+    if rows % microbatches:
+        raise ValueError(f"a batch of {rows} rows cannot be split into {microbatches} equal parts.")
 
     def split(column: jax.Array) -> jax.Array:
         column = jnp.asarray(column)
         if not column.ndim:  # the same for every row, such as the number of the step
-            return jnp.broadcast_to(column, parts)
+            return jnp.broadcast_to(column, microbatches)
         # Rows dealt out in turn: every device keeps its own where rows are spread over devices.
-        return jnp.moveaxis(column.reshape(rows // parts, parts, *column.shape[1:]), 1, 0)
+        shape = (rows // microbatches, microbatches, *column.shape[1:])
+        return jnp.moveaxis(column.reshape(shape), 1, 0)
 
     return jax.tree.map(split, dict(batch))
 
 
-def _rows(batch: Batch) -> int:
-    return next(len(column) for column in jax.tree.leaves(batch) if jnp.ndim(column))
-
-
-def _first(split: dict[str, Any]) -> dict[str, Any]:
-    return jax.tree.map(lambda column: column[0], split)
-
-
-def _mean_normalizers(parted: Parted, params: Any, split: Any, parts: int) -> dict[str, Any]:
-    compute = parted.normalizers
+def _means_of_batch(loss: BatchLoss, params: Any, split: Batch) -> dict[str, Any]:
+    """The column of `BATCH_MEANS`, where the loss has any."""
+    compute = loss.batch_means
     if compute is None:
         return {}
     values = jax.lax.map(lambda part: compute(params, part), split)
-    means = jax.tree.map(lambda value: jnp.sum(value, axis=0) / parts, values)
-    return {NORMALIZERS: jax.lax.stop_gradient(means)}
+    means = jax.tree.map(lambda value: jnp.mean(value, axis=0), values)
+    return {BATCH_MEANS: jax.lax.stop_gradient(means)}
 
 
-def _masses(parted: Parted, part: Batch, names: list[str]) -> dict[str, jax.Array]:
-    mass = parted.mass(part)
-    return {name: mass(name) for name in names}
-
-
-def _weighed(value: jax.Array, share: jax.Array) -> jax.Array:
-    # A part of no weight may hold a NaN, the mean of nothing; 0/0 is left where no part has any.
+def _weigh(value: jax.Array, share: jax.Array) -> jax.Array:
+    # A microbatch of no weight may hold a NaN, the mean of nothing; 0/0 is left where none has any.
     return jnp.where(share == 0, 0.0, value) * share
 
 
-def _named(loss: Any) -> dict[str, Any]:
+def _by_name(loss: Any) -> dict[str, Any]:
     return dict(loss) if isinstance(loss, Mapping) else {"loss": loss}
 
 
-def _total(terms: Mapping[str, jax.Array]) -> jax.Array:
+def _total(terms: Values) -> jax.Array:
     return sum(terms.values(), start=jnp.zeros([], jnp.float32))
-
-
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)

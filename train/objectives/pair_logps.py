@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from train.objectives.logps import completion_logps, token_logps
+from train.objectives.logps import VocabChunk, completion_statistics, token_statistics
 
 if TYPE_CHECKING:
     from train.models import Decoder
 
 
 def pair_token_logps(
-    model: Decoder, batch: Mapping[str, Any], *, vocab_chunk: int | None = None
+    model: Decoder, batch: Mapping[str, Any], *, vocab_chunk: VocabChunk = None
 ) -> jax.Array:
     """Per-token log-probabilities of both answers of every pair, from one forward pass.
 
@@ -36,34 +36,33 @@ def pair_token_logps(
     """
     if "joined_ids" in batch:
         return _shared(model, batch, vocab_chunk)
-    return completion_logps(
-        model,
-        jnp.concatenate([batch["prompt_tokens"]] * 2),
-        jnp.concatenate([batch["prompt_mask"]] * 2),
-        jnp.concatenate([batch["chosen_tokens"], batch["rejected_tokens"]]),
-        jnp.concatenate([batch["chosen_mask"], batch["rejected_mask"]]),
-        vocab_chunk=vocab_chunk,
-    )
+    both = {
+        "prompt_tokens": jnp.concatenate([batch["prompt_tokens"]] * 2),
+        "prompt_mask": jnp.concatenate([batch["prompt_mask"]] * 2),
+        "answer_tokens": jnp.concatenate([batch["chosen_tokens"], batch["rejected_tokens"]]),
+        "answer_mask": jnp.concatenate([batch["chosen_mask"], batch["rejected_mask"]]),
+    }
+    return completion_statistics(model, both, "answer", vocab_chunk=vocab_chunk).logps
 
 
-def _shared(model: Decoder, batch: Mapping[str, Any], vocab_chunk: int | None) -> jax.Array:
-    parts = jnp.asarray(batch["joined_parts"])
-    positions, visible = attention_of_parts(parts)
+def _shared(model: Decoder, batch: Mapping[str, Any], vocab_chunk: VocabChunk) -> jax.Array:
+    """The same for rows that hold the prompt once."""
+    positions, visible = attention_of_parts(jnp.asarray(batch["joined_parts"]))
     hidden = model.hidden(batch["joined_ids"], positions=positions, visible=visible)
     hidden = jnp.take_along_axis(hidden, batch["scored_from"][..., None], axis=1)
-    logps = token_logps(hidden, model.unembedding(), batch["scored_ids"], vocab_chunk=vocab_chunk)
+    targets = batch["scored_ids"]
+    logps = token_statistics(hidden, model.unembedding(), targets, vocab_chunk=vocab_chunk).logps
     # Back to a row for each answer: the rejected one starts where the chosen one ends.
-    number = jnp.arange(batch["chosen_mask"].shape[1])
+    number, last = jnp.arange(batch["chosen_mask"].shape[1]), logps.shape[1] - 1
     chosen = jnp.sum(batch["chosen_mask"], axis=1, keepdims=True, dtype=jnp.int32)
-    last = logps.shape[1] - 1
-    rows = [
-        jnp.where(mask, jnp.take_along_axis(logps, jnp.minimum(start + number, last), axis=1), 0.0)
-        for start, mask in (
-            (jnp.zeros_like(chosen), batch["chosen_mask"]),
-            (chosen, batch["rejected_mask"]),
-        )
-    ]
-    return jnp.concatenate(rows)
+
+    def answer(start: jax.Array | int, mask: jax.Array) -> jax.Array:
+        places = jnp.broadcast_to(jnp.minimum(start + number, last), mask.shape)
+        return jnp.where(mask, jnp.take_along_axis(logps, places, axis=1), 0.0)
+
+    return jnp.concatenate(
+        [answer(0, batch["chosen_mask"]), answer(chosen, batch["rejected_mask"])]
+    )
 
 
 def attention_of_parts(parts: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -27,9 +27,8 @@ def weighted_rewards(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray
     Returns:
         ``[...]``, NaN where none applies.
     """
-    applies = ~np.isnan(scores)
-    total = (np.where(applies, scores, 0.0) * np.asarray(weights)).sum(axis=-1)
-    return np.where(applies.any(axis=-1), total, np.nan)
+    total = np.nansum(scores * np.asarray(weights), axis=-1)
+    return np.where(np.isnan(scores).all(axis=-1), np.nan, total)
 
 
 def advantages(rewards: np.ndarray, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
@@ -43,21 +42,21 @@ def advantages(rewards: np.ndarray, scale: Scale) -> tuple[np.ndarray, np.ndarra
 
     Returns:
         The advantages, float64 ``[prompts, answers]``, 0 where an answer has no reward; and whether
-        the deviation is 0, bool, likewise: that of the group, or with ``batch`` of the batch.
+        the deviation is 0, bool of the same shape: that of the group, or with ``batch`` of the batch.
 
     Example:
         >>> advantages(np.array([[1.0, 0.0], [2.0, 2.0]]), "none")[0].tolist()
         [[0.5, -0.5], [0.0, 0.0]]
     """
-    mean = nan_mean(rewards, axis=1)[:, None]
-    spread = nan_std(rewards, axis=None) if scale == "batch" else nan_std(rewards, axis=1)[:, None]
-    found = rewards - mean
+    # A = (r − mean of the group) / (standard deviation + 1e-4)
+    found = rewards - nan_mean(rewards, axis=1)
+    spread = nan_std(rewards, axis=None if scale == "batch" else 1)
     if scale != "none":
         found = found / (spread + _SMALL)
     return np.nan_to_num(found), np.broadcast_to(np.abs(spread) <= _ZERO, rewards.shape)
 
 
-def advantages_of_each(
+def advantages_per_reward(
     scores: np.ndarray, weights: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Every reward against its group by itself, and their weighted sum against the batch.
@@ -71,28 +70,28 @@ def advantages_of_each(
 
     Returns:
         The advantages, float64 ``[prompts, answers]``, 0 where an answer has no reward; and whether
-        all sums are the same, bool, likewise.
+        all sums are the same, bool of the same shape.
     """
-    mean, spread = nan_mean(scores, axis=1)[:, None], nan_std(scores, axis=1)[:, None]
-    each = np.nan_to_num((scores - mean) / (spread + _SMALL))
-    total = weighted_rewards(np.where(np.isnan(scores), np.nan, each), weights)
+    # A_k = (r_k − mean) / (std + 1e-4) in each group, then (Σ w_k A_k − mean) / (std + 1e-4)
+    each = (scores - nan_mean(scores, axis=1)) / (nan_std(scores, axis=1) + _SMALL)
+    each = np.where(np.isnan(scores), np.nan, np.nan_to_num(each))
+    total = weighted_rewards(each, weights)
     spread = nan_std(total)
     found = (total - nan_mean(total)) / (spread + _SMALL)
     return np.nan_to_num(found), np.broadcast_to(np.abs(spread) <= _ZERO, total.shape)
 
 
 def nan_mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """The mean of what is not NaN; NaN of nothing."""
-    there = ~np.isnan(values)
-    count = there.sum(axis=axis)
-    total = np.where(there, values, 0.0).sum(axis=axis)
+    """The mean of what is not NaN, with that axis of length 1, if any; NaN of nothing."""
+    keep = axis is not None
+    count = np.sum(~np.isnan(values), axis=axis, keepdims=keep)
+    total = np.nansum(values, axis=axis, keepdims=keep)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def nan_std(values: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """The standard deviation (n − 1) of what is not NaN; NaN of fewer than two."""
-    there = ~np.isnan(values)
-    count = there.sum(axis=axis)
-    mean = nan_mean(values, axis) if axis is None else np.expand_dims(nan_mean(values, axis), axis)
-    squares = np.where(there, np.square(values - mean), 0.0).sum(axis=axis)
+    """The standard deviation (n − 1) of what is not NaN, shaped like `nan_mean`; NaN of one."""
+    keep = axis is not None
+    count = np.sum(~np.isnan(values), axis=axis, keepdims=keep)
+    squares = np.nansum(np.square(values - nan_mean(values, axis)), axis=axis, keepdims=keep)
     return np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)

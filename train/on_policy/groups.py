@@ -9,12 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-from train.distributed.mesh import own_rows, row_numbers
+from train.distributed.batches import own_rows, row_numbers
 from train.evaluation.held_out import padded_width
 from train.on_policy.advantages import (
     Scale,
     advantages,
-    advantages_of_each,
+    advantages_per_reward,
     nan_mean,
     nan_std,
     weighted_rewards,
@@ -24,15 +24,15 @@ from train.types import Batch, Params, Prepared, Score
 
 
 @dataclass(frozen=True)
-class Groups:
+class GroupBatches:
     """Makes batches of groups of answers.
 
     Attributes:
         policy: Samples and scores; its reward gives ``[answers, rewards]``.
-        answers: To a prompt.
-        names: Of the rewards.
-        weights: Of the rewards.
-        scale: See `train.on_policy.advantages.advantages`; each: see `advantages_of_each`.
+        answers: Number of answers to a prompt.
+        names: Names of the rewards.
+        weights: Weights of the rewards.
+        scale: See `train.on_policy.advantages.advantages`; for "each", `advantages_per_reward`.
         score: From `train.objectives.group.sampled_logps_fn`, and `OnPolicy.replicated`.
         keeps_old: Whether batches are learned from more than once.
         masks_truncated: Whether answers that have not ended are left out of the loss.
@@ -53,8 +53,8 @@ class Groups:
         """The batch of a step, and metrics of its answers.
 
         Args:
-            params: Of the policy, all of them.
-            reference: Likewise; None where the loss asks none.
+            params: All parameters of the policy.
+            reference: All parameters of the reference; None where the loss asks none.
             prompts: As the loader of `train.data.tokenize_prompts` gives them.
             step: Number of steps done, on which the draws depend.
 
@@ -77,14 +77,18 @@ class Groups:
         columns = self._columns(prompts, found, order.reshape(-1), width)
         mine = own_rows(gained, self.policy.mesh).reshape(-1)
         columns["advantages"] = mine.astype(np.float32)
-        return self._scored(params, reference, columns), metrics | of_lengths(lengths, ended)
+        return self._scored(params, reference, columns), metrics | length_metrics(lengths, ended)
 
     def _compared(self, scores: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
         """The advantages ``[prompts, answers]``, and what is logged of the rewards."""
         rewards = weighted_rewards(scores, self.weights)
-        _warn_without_reward(rewards)
+        if np.isnan(rewards).any():  # Python shows a warning once
+            warnings.warn(
+                "every reward function returned None for some answers; they have an advantage of 0.",
+                stacklevel=2,
+            )
         if self.scale == "each":
-            gained, flat = advantages_of_each(scores, self.weights)
+            gained, flat = advantages_per_reward(scores, self.weights)
         else:
             gained, flat = advantages(rewards, self.scale)
         metrics = {"reward": float(nan_mean(rewards)), "reward_std": float(nan_std(rewards))}
@@ -131,20 +135,11 @@ class Groups:
         }
 
 
-def _warn_without_reward(rewards: np.ndarray) -> None:
-    """Python shows a warning once."""
-    if np.isnan(rewards).any():
-        warnings.warn(
-            "every reward function returned None for some answers; they have an advantage of 0.",
-            stacklevel=2,
-        )
-
-
-def of_lengths(lengths: np.ndarray, ended: np.ndarray) -> dict[str, float]:
-    """TRL's metrics of the lengths of answers in tokens, and of those that have ended, 0 of none.
+def length_metrics(lengths: np.ndarray, ended: np.ndarray) -> dict[str, float]:
+    """TRL's metrics of the lengths of all answers and of those that have ended; 0 where none has.
 
     Example:
-        >>> of_lengths(np.array([4.0, 8.0]), np.array([True, False]))["completions/clipped_ratio"]
+        >>> length_metrics(np.array([4.0, 8.0]), np.array([True, False]))["completions/clipped_ratio"]
         0.5
     """
     whole = lengths[ended] if ended.any() else np.zeros(1)

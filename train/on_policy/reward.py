@@ -21,8 +21,8 @@ from train.config import UserError
 from train.data.dataset import pad_left
 from train.data.records import Text
 from train.data.templates import Encoder, Row
-from train.distributed.mesh import own_rows, put_batch, row_devices
-from train.distributed.processes import largest
+from train.distributed.batches import own_rows, put_batch, row_devices
+from train.distributed.processes import largest_of_all
 from train.evaluation.held_out import padded_width
 from train.inputs.model import blamed_on, load_tokenizer
 from train.models.reward import RewardModel, last_token_scores, load_reward_model
@@ -41,7 +41,7 @@ class Answers:
     Attributes:
         prompts: As the records have them: text, or messages.
         completions: Decoded without special tokens.
-        completion_ids: Their tokens, the end token included.
+        completion_ids: Tokens of the completions, the end token included.
         records: What the prompts were read from.
     """
 
@@ -67,11 +67,6 @@ def function_reward(
     name: str, records: Sequence[Mapping[str, Any]], *, optional: bool = False
 ) -> Reward:
     """A reward function, imported and tried.
-
-    Args:
-        name: ``module:function``.
-        records: All that it may be asked about; the names of their fields are what it can take.
-        optional: Whether it may return None for an answer, which becomes NaN.
 
     Raises:
         UserError: it cannot be imported, takes something that no record has, or gives something
@@ -99,7 +94,7 @@ def function_reward(
     return reward
 
 
-def several(rewards: Sequence[Reward]) -> Reward:
+def stack_rewards(rewards: Sequence[Reward]) -> Reward:
     """Rewards side by side: a reward that gives float64 ``[answers, rewards]``."""
     return lambda answers: np.stack([reward(answers) for reward in rewards], axis=1)
 
@@ -171,7 +166,9 @@ def _numbers(scores: Any, expected: int, what: str, optional: bool = False) -> n
     return found
 
 
-def tried(reward: Reward, prompts: Sequence[Text], records: Sequence[Mapping[str, Any]]) -> Reward:
+def try_reward(
+    reward: Reward, prompts: Sequence[Text], records: Sequence[Mapping[str, Any]]
+) -> Reward:
     """The reward, after it has scored empty answers to the first prompts. Raises what it raises."""
     count = min(TRIED, len(prompts))
     reward(Answers(list(prompts[:count]), [""] * count, [[]] * count, list(records[:count])))
@@ -186,7 +183,7 @@ def model_reward(path: str, *, dtype: str, template: Any, mesh: Mesh | None) -> 
 
     Args:
         path: Directory or hub name, checked by `train.models.reward.check_reward_model`.
-        dtype: Of its weights and computations.
+        dtype: Type of its weights and computations.
         template: ``"auto"`` or ``"chat"``, see `train.data.templates.Encoder`.
         mesh: Where weights and batches go.
 
@@ -213,7 +210,7 @@ def model_reward(path: str, *, dtype: str, template: Any, mesh: Mesh | None) -> 
                 for prompt, answer in zip(answers.prompts, answers.messages(), strict=True)
             ]
         rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        width, count = padded_width(largest(max(map(len, rows)))), len(rows)
+        width, count = padded_width(largest_of_all(max(map(len, rows)))), len(rows)
         # The first prompts alone may be fewer than the devices.
         filled = rows + rows[:1] * (-count % devices)
         tokens, mask = pad_left(filled, width, encoder.pad_id)

@@ -18,11 +18,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from train.data import TokenDataset, Widths, normalise_prompt, share_prompt
-from train.distributed.mesh import own_rows, put_batch, row_numbers, row_parts, same_for_all
+from train.distributed.batches import (
+    agree_on_shared_rows,
+    own_rows,
+    put_batch,
+    row_numbers,
+    row_parts,
+)
 from train.distributed.processes import fetch
 from train.evaluation.held_out import bucketed_batches
 from train.generation.sampler import Sampler
-from train.objectives.accumulate import Parted
+from train.objectives.accumulate import BatchLoss
 from train.on_policy.reward import Answers, Reward
 from train.types import Batch, Evaluate, Metrics, Params, Score
 
@@ -137,7 +143,7 @@ class OnPolicy:
             completion_ids=ids,
             records=records,
         )
-        scores = self._same_for_all(self.reward(answers), copies)
+        scores = self._agree_on_shared_rows(self.reward(answers), copies)
         if self.penalty:
             scores = scores - self.penalty * ~ended
         return Sampled(tokens, mask, ended, scores, answers.completions)
@@ -224,10 +230,10 @@ class OnPolicy:
         """A function of parameters and batch, compiled so that every process has its results whole."""
         return jax.jit(score, out_shardings=self.everywhere)
 
-    def _same_for_all(self, scores: np.ndarray, copies: int) -> np.ndarray:
+    def _agree_on_shared_rows(self, scores: np.ndarray, copies: int) -> np.ndarray:
         """One score for each answer where several processes have it; a reward may be a judge's."""
         by_prompt = np.stack(np.split(scores, copies), axis=1)
-        return np.concatenate(np.moveaxis(same_for_all(by_prompt, self.mesh), 1, 0))
+        return np.concatenate(np.moveaxis(agree_on_shared_rows(by_prompt, self.mesh), 1, 0))
 
     def _own_rows(self, rows: np.ndarray, copies: int = 1) -> np.ndarray:
         """This process's rows of every copy of a global batch."""
@@ -258,7 +264,7 @@ def rank(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(better, first, second), np.where(better, second, first)
 
 
-def with_objectives(loss: Parted, *, beta: float, has_reference: bool) -> Parted:
+def with_objectives(loss: BatchLoss, *, beta: float, has_reference: bool) -> BatchLoss:
     """A loss on preference batches that also reports what TRL's online trainer does.
 
     Args:

@@ -13,7 +13,13 @@ from train.generation.sampler import Sampler
 from train.inputs.model import blamed_on, hash_model
 from train.models.model_dir import end_tokens
 from train.models.reward import check_reward_model
-from train.on_policy.reward import Reward, function_reward, import_function, model_reward, tried
+from train.on_policy.reward import (
+    Reward,
+    function_reward,
+    import_function,
+    model_reward,
+    try_reward,
+)
 from train.on_policy.rollouts import OnPolicy
 from train.runs.run import Run
 
@@ -60,7 +66,7 @@ def make_rewards(config: Config, run: Run) -> list[Reward]:
         model_reward(path, dtype=dtype, template=template, mesh=run.mesh) for path in models
     ]
     prompts = [normalise_prompt(record) for record in records]
-    return [tried(reward, prompts, records) for reward in rewards]
+    return [try_reward(reward, prompts, records) for reward in rewards]
 
 
 def make_on_policy(

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax.numpy as jnp
 
 from train.config import DPOConfig
-from train.distributed.mesh import row_devices
+from train.distributed.batches import row_devices
 from train.models import ModelConfig
 from train.models.hf_names import decoder_leaves
-from train.objectives.preference import resolve_vocab_chunk
+from train.objectives.logps import resolve_vocab_chunk
 from train.plan.figures import Memory, State, Work
 from train.plan.network import crossing
 from train.plan.program import shares_prompts
@@ -25,7 +25,7 @@ class Rows(NamedTuple):
     """What the model computes for one pair.
 
     Attributes:
-        number: How many.
+        number: Number of rows.
         length: Tokens of a row.
         scored: Tokens whose log-probability is taken, in all rows together.
         seen: Pairs of tokens of which one looks at the other, in all rows together.
@@ -71,19 +71,14 @@ def estimate(
 ) -> tuple[Memory, Work]:
     """Temporaries and work of a chip from formulas; bytes moved in memory are not estimated.
 
-    Args:
-        config: Of the run.
-        model: Its shapes.
-        mesh: Of the run.
-        state: Bytes that a chip holds.
-        node: Chips of a host, where hosts are joined by a slower network.
+    `node` is the number of chips of a host, where a slower network joins hosts, and 0 elsewhere.
     """
     needed = temporaries(config, model, mesh, state)
     return Memory(state, 0.0, needed), _work(config, model, mesh, node)
 
 
 def _size(dtype: Any) -> int:
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+    return jnp.dtype(dtype).itemsize
 
 
 def temporaries(config: DPOConfig, model: ModelConfig, mesh: Any, state: State) -> float:
@@ -127,7 +122,7 @@ def _work(config: DPOConfig, model: ModelConfig, mesh: Any, node: int) -> Work:
 
 
 def _attention_flops(config: DPOConfig, model: ModelConfig, pair: Rows) -> float:
-    """Of one pair's rows in all layers, forward and backward.
+    """FLOPs of attention of one pair's rows in all layers, forward and backward.
 
     Plain attention makes two products of all pairs of tokens and four backward, and the first two
     again unless they are kept. Flash attention makes five backward (Dao 2023, section 4.1) and the
@@ -161,7 +156,7 @@ def _moved(
     tokens = config.trainer.batch_size * pair.number * pair.length / row_devices(mesh)
     residual = tokens * model.hidden_size * _size(config.model.dtype)
     parts = config.trainer.gradient_accumulation_steps
-    # Of each kind: bytes of what is gathered or scattered, among how many chips, and their stride.
+    # For each kind: bytes of what is gathered or scattered, among how many chips, and their stride.
     kinds = {
         "parameters and gradients": (parts * (passes + 1) * held, fsdp, tensor),
         "gradients over data, once a step": (2 * held / fsdp, data, fsdp * tensor),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from train.plan.hlo import Array, Computation, Instruction, Module, parse, trips
@@ -35,8 +36,8 @@ class Cost:
     (`train.plan.kernels`).
 
     Attributes:
-        flops: Of matrix products, twice the multiplications.
-        hbm_bytes: Read from and written to the chip's main memory. What a fusion takes a slice of
+        flops: Twice the multiplications of matrix products.
+        hbm_bytes: Bytes read from and written to the chip's main memory. What a fusion takes a slice of
             counts by the slice, and what is updated in place by the update.
         sent: Bytes that each kind of collective brings to the chip from others, with the best known
             algorithm on ``n`` chips: ``(n − 1)/n`` of the result for a gather, of the operand for a
@@ -48,8 +49,8 @@ class Cost:
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
-    sent: dict[str, float] = field(default_factory=dict)
-    network: dict[str, float] = field(default_factory=dict)
+    sent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    network: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     loops: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
 
@@ -58,20 +59,11 @@ class Cost:
         self.flops += times * other.flops
         self.hbm_bytes += times * other.hbm_bytes
         for kind, size in other.sent.items():
-            self.send(kind, times * size)
+            self.sent[kind] += times * size
         for kind, size in other.network.items():
-            self.network[kind] = self.network.get(kind, 0.0) + times * size
+            self.network[kind] += times * size
         self.loops += other.loops
         self.kernels += other.kernels
-
-    def send(self, kind: str, size: float) -> None:
-        """Adds what one collective brings."""
-        self.sent[kind] = self.sent.get(kind, 0.0) + size
-
-    @property
-    def sent_bytes(self) -> float:
-        """Of all collectives together."""
-        return sum(self.sent.values())
 
 
 def program_cost(text: str, chips: int, *, slices: int = 1, count_loops: bool = True) -> Cost:
@@ -79,14 +71,16 @@ def program_cost(text: str, chips: int, *, slices: int = 1, count_loops: bool = 
 
     Args:
         text: ``compiled.as_text()``.
-        chips: How many run it, in one slice.
-        slices: How many of them there are.
+        chips: How many chips of one slice run it.
+        slices: How many slices run it.
         count_loops: False: every body once, as XLA's ``cost_analysis`` does.
     """
     return _Walk(parse(text), chips, slices, count_loops).of(None)
 
 
 class _Walk:
+    """Adds up the costs of a program's computations, each of which is looked at once."""
+
     def __init__(self, module: Module, chips: int, slices: int, count_loops: bool) -> None:
         self.module, self.chips, self.slices = module, chips, slices
         self.count_loops = count_loops
@@ -116,7 +110,7 @@ class _Walk:
             self._add_inside(total, self._inside(instruction))
             total.hbm_bytes += self._fusion_bytes(computation, instruction)
         elif kind := collective(instruction):
-            total.send(kind, sent(instruction, computation, self.chips))
+            total.sent[kind] += sent(instruction, computation, self.chips)
             total.hbm_bytes += 2 * _result(instruction)
         elif opcode in ("send", "recv"):
             self._add_transfer(total, instruction)
@@ -140,7 +134,7 @@ class _Walk:
         total.hbm_bytes += value.size * value.in_hbm
         if found := transferred(instruction, self.slices):
             kind, size = found
-            total.network[kind] = total.network.get(kind, 0.0) + size
+            total.network[kind] += size
 
     def _add_kernel(self, total: Cost, computation: Computation, kernel: Instruction) -> None:
         cost = splash_cost(kernel, computation)
@@ -166,7 +160,7 @@ class _Walk:
             size = sent(instruction, inside, self.chips)
             if kind == "all-reduce" and _only_sliced(users, instruction):
                 kind, size = "reduce-scatter", size / 2
-            total.send(kind, size)
+            total.sent[kind] += size
             total.hbm_bytes += 2 * _result(instruction)
 
     def _fusion_bytes(self, computation: Computation, fusion: Instruction) -> float:
@@ -214,6 +208,7 @@ def _read(inside: Computation, users: dict[str, list[Instruction]], value: Instr
 
 
 def _written(inside: Computation, result: Instruction, array: Array) -> float:
+    """Bytes that a fusion writes of a result."""
     while result.opcode == "bitcast":
         result = inside[result.operands[0]]
     if result.opcode == "parameter" or collective(result):
@@ -224,6 +219,7 @@ def _written(inside: Computation, result: Instruction, array: Array) -> float:
 
 
 def _plain_bytes(computation: Computation, instruction: Instruction) -> float:
+    """Bytes of main memory that an instruction outside of fusions reads and writes."""
     opcode = instruction.opcode
     if opcode in (*_SLICES, "slice-start"):
         written = instruction.arrays if opcode != "slice-start" else instruction.arrays[1:2]
@@ -308,7 +304,7 @@ def _only_sliced(users: dict[str, list[Instruction]], instruction: Instruction) 
 
 
 def flops(instruction: Instruction, computation: Computation) -> float:
-    """Of a matrix product, which compilers for TPUs write as a convolution; else 0."""
+    """FLOPs of a matrix product, which compilers for TPUs write as a convolution; else 0."""
     if instruction.opcode not in ("dot", "convolution"):
         return 0.0
     left, right = (computation[name].arrays[0].dims for name in instruction.operands[:2])
@@ -319,14 +315,13 @@ def flops(instruction: Instruction, computation: Computation) -> float:
         return 2.0 * out * math.prod(left[axis] for axis in axes)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels is not None, instruction.attributes
-    sizes = [
-        dict(zip(names, dims, strict=True))
-        for names, dims in zip(
-            labels.groups(), (left, right, instruction.arrays[0].dims), strict=True
-        )
-    ]
-    summed = sizes[1]["i"]
-    for axis in (name for name in sizes[1] if name.isdigit()):
-        if sizes[0][axis] == sizes[1][axis] and sizes[2][axis] == 1:
-            summed *= sizes[1][axis]
+    dims = (left, right, instruction.arrays[0].dims)
+    image, kernel, result = (
+        dict(zip(names, sizes, strict=True))
+        for names, sizes in zip(labels.groups(), dims, strict=True)
+    )
+    summed = kernel["i"]
+    for axis in (name for name in kernel if name.isdigit()):
+        if image[axis] == kernel[axis] and result[axis] == 1:
+            summed *= kernel[axis]
     return 2.0 * out * summed

@@ -10,11 +10,8 @@ from pathlib import Path
 from train.config import UserError
 
 
-def prepare(topology: str) -> None:
+def prepare_environment(topology: str) -> None:
     """Sets the environment for compiling ahead of time.
-
-    Args:
-        topology: As in `train.config.PlanConfig`.
 
     Raises:
         UserError: JAX already runs with fewer virtual devices than ``cpu:N`` names.

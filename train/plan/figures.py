@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,12 +14,12 @@ class State:
     """Bytes of what a chip holds from step to step, and of its part of a batch.
 
     Attributes:
-        parameters: Of the model.
+        parameters: The model's parameters.
         optimizer: Moments and counters.
         delta: The reference delta, with the sums and the residuals that a merge keeps; with storage
             recompute the weights of reference and base.
         batch: One batch.
-        on_host: Of the chip's part of a delta that lies in its host's memory, and not in `total`.
+        on_host: The chip's part of a delta that lies in its host's memory, which `total` leaves out.
     """
 
     parameters: float
@@ -29,7 +30,7 @@ class State:
 
     @property
     def total(self) -> float:
-        """All of it that the chip holds."""
+        """Bytes that the chip holds."""
         return self.parameters + self.optimizer + self.delta + self.batch
 
 
@@ -51,7 +52,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Bytes that the step needs."""
         return self.state.total + self.padding + self.temporaries + self.program
 
 
@@ -60,8 +61,8 @@ class Work:
     """What a step does.
 
     Attributes:
-        flops: Of matrix products.
-        hbm_bytes: Read from and written to memory; None where nobody has counted them.
+        flops: FLOPs of matrix products.
+        hbm_bytes: Bytes read from and written to memory; None where they were not counted.
         sent: Bytes that each kind of collective brings from other chips, over the links between them.
         network: Bytes that each kind brings from other slices, or from other hosts of GPUs.
         uncounted_loops: Loops of unknown length, whose body counts once.
@@ -84,10 +85,10 @@ class Roofline:
     """Lower bounds of the time of a step, in seconds, each at the peak of what it is named after.
 
     Attributes:
-        compute: Matrix products.
-        hbm: Memory.
-        interconnect: Collectives, over the links between chips.
-        network: What they bring from other slices or hosts.
+        compute: Time of the matrix products.
+        hbm: Time of the memory traffic.
+        interconnect: Time of the collectives over the links between chips.
+        network: Time of what they bring from other slices or hosts.
         mfu: Upper bound of the model's FLOPs utilisation (Chowdhery et al. 2022): what forward and
             backward pass need without recomputation, at the peak, as a share of the step.
     """
@@ -118,10 +119,11 @@ class Plan:
         mesh: Chips along each axis.
         source: ``"compiler"``; ``"arithmetic"`` where only the state is exact; ``"state"`` where it
             alone exceeds the memory, so that nothing was compiled: temporaries are arithmetic.
-        parameters: Of the model, over all chips.
-        model_flops: Of a step, over all chips, without recomputation.
-        memory: Of a chip.
-        work: Of a chip; None where the compiler refused a program that does not fit, or was not asked.
+        parameters: Number of the model's parameters, over all chips.
+        model_flops: FLOPs of a step over all chips, without recomputation.
+        memory: What the step needs of a chip's memory.
+        work: What a chip does in a step; None where the compiler refused a program that does not fit,
+            or was not asked.
     """
 
     target: Target
@@ -147,10 +149,7 @@ class Plan:
         hbm = (work.hbm_bytes or 0.0) / peaks.hbm_bandwidth
         interconnect = sum(work.sent.values()) / peaks.interconnect
         network = sum(work.network.values()) / peaks.network
-        used = 1
-        for size in self.mesh.values():
-            used *= size
-        ideal = self.model_flops / (used * peaks.flops)
+        ideal = self.model_flops / (math.prod(self.mesh.values()) * peaks.flops)
         mfu = ideal / max(compute, hbm, interconnect, network)
         return Roofline(compute, hbm, interconnect, network, mfu)
 

@@ -40,8 +40,8 @@ class Instruction:
     """One instruction.
 
     Attributes:
-        name: Within its computation.
-        opcode: Such as ``"fusion"``.
+        name: Its name within the computation.
+        opcode: What it does, such as ``"fusion"``.
         arrays: What it results in; several for a tuple.
         operands: Names of the instructions it reads.
         literal: What stands in place of operands, such as the value of a constant.
@@ -73,7 +73,7 @@ Computation = dict[str, Instruction]
 
 
 class Module(NamedTuple):
-    """A program.
+    """A compiled program.
 
     Attributes:
         computations: By name, each with its instructions in order.
@@ -172,11 +172,6 @@ def trips(module: Module, computation: Computation, loop: Instruction) -> int:
 
     The compiler says it, or the loop counts in constant steps up to a constant.
 
-    Args:
-        module: The program.
-        computation: That holds the loop.
-        loop: The instruction.
-
     Raises:
         ValueError: it cannot be seen from the text.
     """
@@ -196,35 +191,38 @@ def trips(module: Module, computation: Computation, loop: Instruction) -> int:
     return max(0, math.ceil((limit + inclusive - first) / step))
 
 
-def _constant(computation: Computation, name: str | None) -> int | None:
+def _source(computation: Computation, name: str | None) -> Instruction | None:
+    """The instruction whose value this is, with copies and conversions left out."""
     instruction = computation.get(name or "")
     while instruction is not None and instruction.opcode in ("copy", "convert", "bitcast"):
         instruction = computation.get(instruction.operands[0])
-    if instruction is None or instruction.opcode != "constant":
+    return instruction
+
+
+def _constant(computation: Computation, name: str | None) -> int | None:
+    """The integer that an instruction is, if it is a constant one."""
+    found = _source(computation, name)
+    if found is None or found.opcode != "constant":
         return None
-    return int(instruction.literal) if re.fullmatch(r"-?\d+", instruction.literal) else None
+    return int(found.literal) if re.fullmatch(r"-?\d+", found.literal) else None
 
 
 def _element(computation: Computation, name: str) -> int | None:
     """Which element of the loop's tuple an instruction is."""
-    instruction = computation.get(name)
-    while instruction is not None and instruction.opcode in ("copy", "convert", "bitcast"):
-        instruction = computation.get(instruction.operands[0])
-    if instruction is None or instruction.opcode != "get-tuple-element":
+    found = _source(computation, name)
+    if found is None or found.opcode != "get-tuple-element":
         return None
-    return int(re.findall(r"index=(\d+)", instruction.attributes)[0])
+    return int(re.findall(r"index=(\d+)", found.attributes)[0])
 
 
 def _compared(condition: Computation) -> tuple[int, int, int] | None:
     """The counter of ``counter < limit``, the limit, and 1 where the limit is included."""
-    root = next(i for i in condition.values() if i.is_root)
-    if root.opcode != "compare":
-        compares = [i for i in condition.values() if i.opcode == "compare"]
-        if len(compares) != 1:
-            return None
-        root = compares[0]
-    direction = re.findall(r"direction=(\w+)", root.attributes)[0]
-    index, limit = _element(condition, root.operands[0]), _constant(condition, root.operands[1])
+    compares = [i for i in condition.values() if i.opcode == "compare"]
+    test = next((i for i in compares if i.is_root), compares[0] if len(compares) == 1 else None)
+    if test is None:
+        return None
+    direction = re.findall(r"direction=(\w+)", test.attributes)[0]
+    index, limit = _element(condition, test.operands[0]), _constant(condition, test.operands[1])
     if index is None or limit is None or direction not in ("LT", "LE"):
         return None
     return index, limit, int(direction == "LE")
@@ -239,12 +237,9 @@ def _at(computation: Computation, name: str, index: int) -> int | None:
 
 
 def _step(body: Computation, index: int) -> int | None:
+    """The constant that a loop's body adds to an element of its tuple."""
     root = next(i for i in body.values() if i.is_root)
-    if root.opcode != "tuple":
-        return None
-    added = body.get(root.operands[index])
-    while added is not None and added.opcode in ("copy", "bitcast"):
-        added = body.get(added.operands[0])
+    added = _source(body, root.operands[index]) if root.opcode == "tuple" else None
     if added is None or added.opcode != "add":
         return None
     for counter, step in (added.operands, added.operands[::-1]):

@@ -38,10 +38,6 @@ def splash_cost(instruction: Instruction, computation: Computation) -> tuple[flo
     queries for every block of keys (FlashAttention-2, Dao 2023). Every other operand and the results
     are moved once; what lies in caches is not counted.
 
-    Args:
-        instruction: A custom call.
-        computation: That holds it.
-
     Returns:
         Both, or None for another kernel, or for sizes that the text does not tell.
     """

@@ -32,11 +32,6 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 def make_plan(config: DPOConfig, model: ModelConfig, target: Target) -> Plan:
     """The figures of a step.
 
-    Args:
-        config: Of the run.
-        model: Its shapes.
-        target: From `train.plan.target.read_target`.
-
     Returns:
         The plan, from the compiler where the target has one and the state fits.
 
@@ -152,7 +147,7 @@ def _compiled(
             temporaries=memory.temp_size_in_bytes + new,
             program=memory.generated_code_size_in_bytes,
         ),
-        Work(cost.flops, cost.hbm_bytes, cost.sent, cost.network, *unknown),
+        Work(cost.flops, cost.hbm_bytes, dict(cost.sent), dict(cost.network), *unknown),
     )
 
 

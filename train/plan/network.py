@@ -17,10 +17,6 @@ _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 def transferred(instruction: Instruction, slices: int) -> tuple[str, float] | None:
     """What a ``recv`` brings to a chip over the network.
 
-    Args:
-        instruction: Of a compiled program.
-        slices: That take part, each with the same chips.
-
     Returns:
         The kind of collective and its bytes, with the best known algorithm: of ``n`` slices'
         parts an all-reduce takes ``2 (n − 1)/n``, and a scatter ``n − 1`` of what is left of them;

@@ -13,11 +13,14 @@ from jax.sharding import AbstractMesh, Mesh
 import omerge_jax as om
 from train.config import DPOConfig, UserError
 from train.data.buckets import LEAST_SHARED
-from train.distributed.mesh import abstract_model, check_batch, compiler_options, rows
+from train.distributed.batches import batch_sharding, check_batch
+from train.distributed.mesh import compiler_options
 from train.inputs.model import with_types
-from train.losses import beta_schedule, pair_loss
+from train.losses import PreferenceLoss
+from train.losses.options import beta_from, loss_from
 from train.models import ModelConfig, layer_axes, read_hf_config
-from train.objectives.preference import preference_loss, settings_of
+from train.models.abstract import abstract_model
+from train.objectives.preference import preference_loss
 from train.optimizers.alpha_scale import make_alpha_scale
 from train.optimizers.build import (
     delta_on_host,
@@ -26,6 +29,7 @@ from train.optimizers.build import (
     make_schedule,
     recomputes_delta,
 )
+from train.training.checkpoint import abstract
 from train.training.step import init_state, make_train_step, state_shardings
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -37,8 +41,8 @@ class Program(NamedTuple):
     Attributes:
         step: The jitted ``step(state, batch)`` of `train.training.step.make_train_step`.
         state: `jax.ShapeDtypeStruct` leaves with their places.
-        batch: Likewise.
-        models: The weights of reference and base, likewise, where a merge recomputes its delta.
+        batch: The same for a batch.
+        models: The same for the weights of reference and base, where a merge recomputes its delta.
     """
 
     step: Any
@@ -62,7 +66,8 @@ def read_shape(path: str) -> ModelConfig:
     """
     try:
         if (SHAPES / f"{path}.json").is_file():
-            return ModelConfig.from_hf(_read(SHAPES / f"{path}.json"))
+            text = (SHAPES / f"{path}.json").read_text(encoding="utf-8")
+            return ModelConfig.from_hf(json.loads(text))
         return ModelConfig.from_hf(read_hf_config(path))
     except FileNotFoundError as error:
         names = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
@@ -73,19 +78,10 @@ def read_shape(path: str) -> ModelConfig:
         raise UserError(f"model.path: {error}") from error
 
 
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def make_program(
     config: DPOConfig, model: ModelConfig, mesh: Mesh | AbstractMesh | None
 ) -> Program:
     """Builds the step that `train.commands.dpo` runs; nothing is allocated.
-
-    Args:
-        config: Of the run.
-        model: Its shapes; the types are those of `config`.
-        mesh: Devices, of this machine or of a topology; without any, the step cannot be compiled.
 
     Raises:
         UserError: the batch cannot be split over the mesh, or the run trains a part of the model or
@@ -106,17 +102,13 @@ def make_program(
     state = jax.eval_shape(lambda p, d: init_state(p, tx, d), params, delta)
     shardings = state_shardings(state, params, delta_on_host=on_host)
     if shardings is not None:
-        state = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            state,
-            shardings,
-        )
-    loss = config.loss
+        state = abstract(state, shardings)
+    loss = loss_from(PreferenceLoss, config.loss)
     loss_fn = preference_loss(
         graphdef,
-        beta_at=beta_schedule(loss.beta_schedule, loss.beta, loss.beta_final, steps),
-        vocab_chunk=loss.vocab_chunk,
-        **settings_of(loss),
+        loss,
+        beta_at=beta_from(config.loss, steps),
+        vocab_chunk=config.loss.vocab_chunk,
     )
     step = make_train_step(
         loss_fn,
@@ -124,10 +116,11 @@ def make_program(
         shardings=shardings,
         accumulate=parts,
         alpha_scale=make_alpha_scale(config.optimizer),
+        microbatches=parts,
         compiler_options=compiler_options(mesh),
     )
     given = ("reference_params", "base_params") if recomputes_delta(config.optimizer) else ()
-    return Program(step, state, _batch(config, mesh), dict.fromkeys(given, params))
+    return Program(step, state, _batch(config, loss, mesh), dict.fromkeys(given, params))
 
 
 def _check_whole(config: DPOConfig) -> None:
@@ -146,31 +139,28 @@ def _check_whole(config: DPOConfig) -> None:
             )
 
 
-def _batch(config: DPOConfig, mesh: Mesh | AbstractMesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(
+    config: DPOConfig, loss: PreferenceLoss, mesh: Mesh | AbstractMesh | None
+) -> dict[str, jax.ShapeDtypeStruct]:
     """The longest rows that the data settings allow, as `train.data.loader` batches them."""
-    place = None if mesh is None else rows(mesh)
+    place = None if mesh is None else batch_sharding(mesh)
     size, data = config.trainer.batch_size, config.data
     prompt, answer = data.max_prompt_length, data.max_completion_length
-    columns: dict[str, tuple[int, Any]] = {}
+    columns: dict[str, tuple[tuple[int, ...], Any]] = {"index": ((), jnp.int32)}
     for name, length in {"prompt": prompt, "chosen": answer, "rejected": answer}.items():
-        columns |= {f"{name}_tokens": (length, jnp.int32), f"{name}_mask": (length, jnp.bool_)}
+        columns[f"{name}_tokens"] = (length,), jnp.int32
+        columns[f"{name}_mask"] = (length,), jnp.bool_
     if shares_prompts(config):
         for name in ("joined_ids", "joined_parts"):
-            columns[name] = (prompt + 2 * answer, jnp.int32)
+            columns[name] = (prompt + 2 * answer,), jnp.int32
         for name in ("scored_ids", "scored_from"):
-            columns[name] = (2 * answer, jnp.int32)
-    batch = {
-        name: jax.ShapeDtypeStruct((size, length), dtype, sharding=place)
-        for name, (length, dtype) in columns.items()
-    }
-    numbers: dict[str, Any] = {"index": jnp.int32}
-    if pair_loss(**settings_of(config.loss)).needs_reference:
-        numbers |= dict.fromkeys(
-            ("reference_chosen_logps", "reference_rejected_logps"), jnp.float32
-        )
-    return batch | {
-        name: jax.ShapeDtypeStruct((size,), dtype, sharding=place)
-        for name, dtype in numbers.items()
+            columns[name] = (2 * answer,), jnp.int32
+    if loss.needs_reference:
+        for name in ("reference_chosen_logps", "reference_rejected_logps"):
+            columns[name] = (), jnp.float32
+    return {
+        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=place)
+        for name, (shape, dtype) in columns.items()
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,14 +11,8 @@ from train.plan.figures import Memory, Plan
 
 
 def show(plan: Plan, plain: Plan | None, advised: Sequence[str], console: Console) -> None:
-    """Prints a plan.
-
-    Args:
-        plan: The step that was asked for.
-        plain: The same step without merging, if there is one.
-        advised: From `train.plan.advice.advice`.
-        console: Where to.
-    """
+    """Prints a plan."""
+    plans = [plan] if plain is None else [plan, plain]
     size = " x ".join(f"{axis} {count}" for axis, count in plan.mesh.items())
     slices = f" in {plan.target.slices} slices" if plan.target.slices > 1 else ""
     console.print(f"\n{plan.target.topology}: {plan.target.chips} chips{slices}, mesh {size}")
@@ -27,22 +21,22 @@ def show(plan: Plan, plain: Plan | None, advised: Sequence[str], console: Consol
             "There is no compiler for this machine here: the state is exact; temporaries, FLOPs and "
             "collectives are arithmetic."
         )
-    console.print(_memory_table(plan, plain))
+    console.print(_memory_table(plans))
     if plan.source == "state":
         held = plan.memory.state.total / 1e9
         console.print(f"{held:.1f} GB are held from step to step; so nothing was compiled.")
     elif plan.work is None:
         console.print("The compiler refused the program, and gave no figures of its work.")
     else:
-        console.print(_work_table(plan, plain))
+        console.print(_work_table(plans))
         _show_times(plan, console)
     _show_verdict(plan, advised, console)
 
 
-def _memory_table(plan: Plan, plain: Plan | None) -> Table:
-    table = _table("memory of a chip", "GB", plain)
-    temporaries = "temporaries" + ("" if plan.source == "compiler" else " (arithmetic)")
-    rows = {
+def _memory_table(plans: Sequence[Plan]) -> Table:
+    table = _table("memory of a chip", "GB", len(plans) > 1)
+    temporaries = "temporaries" + ("" if plans[0].source == "compiler" else " (arithmetic)")
+    rows: dict[str, Callable[[Memory], float]] = {
         "parameters": lambda m: m.state.parameters,
         "optimizer": lambda m: m.state.optimizer,
         "delta": lambda m: m.state.delta,
@@ -52,19 +46,16 @@ def _memory_table(plan: Plan, plain: Plan | None) -> Table:
         "program": lambda m: m.program,
         "total": lambda m: m.total,
     }
-    for name, of in rows.items():
-        values: list[Memory] = [p.memory for p in (plan, plain) if p is not None]
-        table.add_row(name, *_compared([of(memory) / 1e9 for memory in values]))
-    if plan.memory.state.on_host:
-        held = [p.memory.state.on_host / 1e9 for p in (plan, plain) if p is not None]
-        table.add_row("besides, in the host's memory", *_compared(held))
+    if plans[0].memory.state.on_host:
+        rows["besides, in the host's memory"] = lambda m: m.state.on_host
+    for name, part in rows.items():
+        table.add_row(name, *_compared([part(plan.memory) / 1e9 for plan in plans]))
     return table
 
 
-def _work_table(plan: Plan, plain: Plan | None) -> Table:
-    table = _table("a step of a chip", "", plain)
-    plans = [p for p in (plan, plain) if p is not None and p.work is not None]
-    works = [p.work for p in plans if p.work is not None]
+def _work_table(plans: Sequence[Plan]) -> Table:
+    table = _table("a step of a chip", "", len(plans) > 1)
+    works = [plan.work for plan in plans if plan.work is not None]
     table.add_row("TFLOPs of products", *_compared([work.flops / 1e12 for work in works]))
     if works[0].hbm_bytes is not None:
         table.add_row("memory traffic, GB", *_compared([(w.hbm_bytes or 0) / 1e9 for w in works]))
@@ -79,9 +70,9 @@ def _work_table(plan: Plan, plain: Plan | None) -> Table:
     return table
 
 
-def _table(title: str, unit: str, plain: Plan | None) -> Table:
+def _table(title: str, unit: str, compares: bool) -> Table:
     table = Table("", unit, title=title, title_justify="left")
-    if plain is not None:
+    if compares:
         table.add_column("without merging")
         table.add_column("merge's share")
     for column in table.columns[1:]:
@@ -90,6 +81,7 @@ def _table(title: str, unit: str, plain: Plan | None) -> Table:
 
 
 def _compared(values: Sequence[float]) -> list[str]:
+    """The values of a row, and where there are two the share of the first that the second lacks."""
     shown = [f"{value:,.3f}" if abs(value) < 10 else f"{value:,.1f}" for value in values]
     if len(values) < 2:
         return shown

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from train.config import DPOConfig, MeshOptions, UserError
+from train.config import DPOConfig, UserError
+from train.distributed.axes import MESH_AXES
 from train.models import ModelConfig
 from train.plan.figures import Plan
 from train.plan.measure import make_plan
@@ -25,8 +26,8 @@ class Tried:
     """One choice of settings.
 
     Attributes:
-        settings: Fields that the search chose.
-        plan: What they need.
+        settings: Fields that the search chose, with their values.
+        plan: The plan with these settings.
     """
 
     settings: dict[str, Any]
@@ -49,12 +50,6 @@ def search(config: DPOConfig, model: ModelConfig, target: Target, console: Conso
 
     The second round starts from what was fastest in the first, or smallest where nothing fitted:
     trying all combinations would compile for hours.
-
-    Args:
-        config: Where to start from; what is not searched stays.
-        model: Its shapes.
-        target: The machine.
-        console: For the progress bar.
 
     Returns:
         What could be planned, the best first.
@@ -137,6 +132,6 @@ def show_found(found: Iterable[Tried], console: Console) -> None:
 
 
 def _named(settings: dict[str, Any]) -> str:
-    mesh = MeshOptions(**{axis: settings[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")})
+    mesh = "x".join(str(settings[f"mesh.{axis}"]) for axis in MESH_AXES)
     others = [f"{name} {value}" for name, value in settings.items() if not name.startswith("mesh.")]
-    return ", ".join([f"mesh {mesh.data}x{mesh.fsdp}x{mesh.tensor}", *others])
+    return ", ".join([f"mesh {mesh}", *others])

@@ -51,7 +51,7 @@ CHIPS = {
     "h100": Chip(989e12, 80e9, 3350e9, 450e9, 400e9 / 8, node=8),
     "h200": Chip(989e12, 141e9, 4800e9, 450e9, 400e9 / 8, node=8),
 }
-"""By the name in `topology`."""
+"""Chips by their name in `topology`."""
 
 TPUS = ("v5e", "v5p", "v6e")
 
@@ -61,12 +61,12 @@ class Target:
     """What a plan is made for.
 
     Attributes:
-        topology: As given.
-        chips: How many, in all slices.
-        hbm: Bytes of memory of one; None where it is not known.
-        peaks: Of one; None where they are not known.
-        devices: To compile for; empty where there is no compiler.
-        slices: Of TPUs, joined by a network.
+        topology: The name, as given.
+        chips: Number of chips in all slices.
+        hbm: Bytes of memory of a chip; None where they are not known.
+        peaks: Peaks of a chip; None where they are not known.
+        devices: Devices to compile for; empty where there is no compiler.
+        slices: Number of slices of TPUs, which a network joins.
     """
 
     topology: str

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 
 from train.config import ModelOptions
-from train.distributed.mesh import abstract_model
-from train.distributed.processes import first_says, is_first
+from train.distributed.processes import from_first, is_first
 from train.files.model_card import run_card
 from train.files.run_directory import OutputDir
 from train.inputs.model import blamed_on
 from train.models import ModelConfig, merge_model, to_hf
+from train.models.abstract import abstract_model
 from train.models.lora import merge_adapters, without_adapters, write_adapters
 
 
@@ -38,9 +38,9 @@ def export_run(
         for partial in output.path.glob(f".{path.name}.partial-*"):
             shutil.rmtree(partial)  # left by a kill in the middle of an earlier export
     with blamed_on("export (the checkpoint is complete; the same command tries again)"):
-        if model.lora_targets and first_says(not adapter.exists()):
+        if model.lora_targets and from_first(not adapter.exists()):
             write_adapters(params, model, adapter, options.path)
-        if first_says(not output.export.exists()):  # it appears whole or not at all
+        if from_first(not output.export.exists()):  # it appears whole or not at all
             card = run_card(output.path, output.path.name, step) if is_first() else None
             write_model(params, model, output.export, options, options.export_dtype, card)
 

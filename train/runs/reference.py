@@ -19,7 +19,7 @@ import numpy as np
 
 from train.config import UserError
 from train.data import TokenDataset
-from train.distributed.processes import first_says, is_first
+from train.distributed.processes import from_first, is_first
 
 Scores = Mapping[str, np.ndarray]
 """Log-probabilities by the kind of answer, each float32 `[rows]`."""
@@ -81,7 +81,7 @@ def with_reference(
 
     They come from the cache, or are computed and cached where `file` does not exist.
     """
-    if first_says(file.exists()):
+    if from_first(file.exists()):
         scores = read_cache(file, len(dataset), names)
         if scores is None:
             raise UserError(

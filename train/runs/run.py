@@ -17,7 +17,7 @@ from train.evaluation.tasks import Tasks
 from train.files.run_directory import OutputDir
 from train.models import ModelConfig
 from train.models.trainable import Trained, split
-from train.training.averages import Followers
+from train.training.averages import ParameterAverages
 from train.training.checkpoint import Checkpoints
 from train.types import Params
 
@@ -72,13 +72,13 @@ class Run:
         return split(params, self.trained)
 
     @property
-    def followers(self) -> Followers:
-        """Copies of the parameters that the state holds."""
+    def averages(self) -> ParameterAverages:
+        """Averages of the parameters that the state holds."""
         config, ema = self.config, self.config.trainer.ema
         mixup = None
         if isinstance(config, DPOConfig) and config.sync_ref_model:
             mixup = config.ref_model_mixup_alpha or 0.6
-        return Followers(
+        return ParameterAverages(
             ema_decay=None if ema is None else ema.decay,
             mixup_alpha=mixup,
             sync_steps=getattr(config, "ref_model_sync_steps", None) or 512,

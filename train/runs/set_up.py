@@ -17,13 +17,15 @@ from train.config import (
     check,
 )
 from train.data import TokenDataset
-from train.distributed.mesh import abstract_model, check_batch, make_mesh
+from train.distributed.batches import check_batch
+from train.distributed.mesh import make_mesh
 from train.distributed.processes import is_first
 from train.evaluation.tasks import read_tasks
 from train.files.run_directory import OutputDir, open_output
 from train.inputs.model import check_model, check_related, load_tokenizer
 from train.inputs.records import Tokenize, load_data
 from train.models import ModelConfig, layer_axes
+from train.models.abstract import abstract_model
 from train.models.trainable import choose, leaf_paths
 from train.optimizers.build import (
     check_optimizer,

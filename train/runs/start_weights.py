@@ -170,7 +170,7 @@ class StartWeights:
 
     def _make_state(self, params: Params, delta: Params | None) -> State:
         run, on_host = self._run, delta_on_host(self._options)
-        return init_state(params, run.optimizer, delta, run.followers, delta_on_host=on_host)
+        return init_state(params, run.optimizer, delta, run.averages, delta_on_host=on_host)
 
     def _delta(self, params: Params, base: Params) -> Params:
         return om.task_vector(params, base, dtype=self._delta_dtype)

@@ -12,7 +12,8 @@ from typing import Any
 
 from train.config import UserError
 from train.data import TokenDataset, make_buckets, make_loader
-from train.distributed.mesh import compiler_options, on_mesh, row_parts
+from train.distributed.batches import row_parts
+from train.distributed.mesh import compiler_options, on_mesh
 from train.distributed.processes import is_first
 from train.evaluation.held_out import answer_logps
 from train.evaluation.tasks import as_metrics, task_scorer
@@ -126,8 +127,8 @@ def _job(
         objective.loss_fn,
         run.optimizer,
         shardings=shardings,
-        accumulate=trainer.gradient_accumulation_steps,
-        followers=run.followers,
+        microbatches=trainer.gradient_accumulation_steps,
+        averages=run.averages,
         reference_columns=objective.reference_columns if objective.synced else None,
         alpha_scale=make_alpha_scale(config.optimizer),
         compiler_options=compiler_options(run.mesh),

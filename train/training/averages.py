@@ -1,4 +1,4 @@
-"""Copies of the parameters that follow them: their moving average, and a reference that is synced."""
+"""Averages of the parameters in the training state: a moving average, and a synced reference."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 
 @dataclass(frozen=True)
-class Followers:
-    """Which copies a training state holds besides the parameters, and how they follow.
+class ParameterAverages:
+    """Which averages a training state holds besides the parameters, and how they are updated.
 
     Attributes:
       ema_decay: ``ema ← decay · ema + (1 − decay) · params`` after every step, in float32; None for no
@@ -38,16 +38,17 @@ class Followers:
         return held
 
     def update(self, state: dict[str, Any], params: Any, step: jax.Array) -> dict[str, Any]:
-        """The copies after a step.
+        """The averages after a step.
 
         Args:
-          state: before it; holds the copies.
+          state: the state before it, which holds them.
           params: the new parameters.
           step: int32 scalar, steps done now.
         """
         held = {}
         if self.ema_decay is not None:
             decay = self.ema_decay
+            # ema' = ema + (1 − decay) (params − ema)
             held["ema"] = jax.tree.map(
                 lambda mean, new: mean + (1 - decay) * (_wide(new) - mean), state["ema"], params
             )
@@ -60,6 +61,7 @@ class Followers:
         assert alpha is not None
 
         def mix(old: jax.Array, new: jax.Array) -> jax.Array:
+            # reference' = α · params + (1 − α) · reference, every `sync_steps` steps
             mixed = (alpha * _wide(new) + (1 - alpha) * _wide(old)).astype(old.dtype)
             return jnp.where(due, mixed, old)
 

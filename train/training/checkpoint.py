@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from train.config import UserError
-from train.distributed.processes import first_says, is_first, meet
+from train.distributed.processes import barrier, from_first, is_first
 from train.distributed.stop import Stopped, TryAgain
 from train.files.checksums import find_damage, write_manifest
 from train.training.save_agreement import SaveAgreement, brief
@@ -217,7 +217,7 @@ class Checkpoints:
     def damage(self, step: int) -> str | None:
         """What is wrong with the files of a checkpoint, or None. The first process reads them."""
         found = find_damage(self._directory / str(step)) if is_first() else None
-        return None if first_says(found is None) else found or "see the first process"
+        return None if from_first(found is None) else found or "see the first process"
 
     def newest_intact(self) -> int | None:
         """Step of the newest checkpoint without damage; None when there is no checkpoint.
@@ -261,7 +261,7 @@ class Checkpoints:
                 f"step {intact}. The damaged one is now in {place}."
             )
         if damaged:
-            meet("damaged checkpoints moved")
+            barrier("damaged checkpoints moved")
             self._manager.reload()
 
     def __enter__(self) -> Checkpoints:

@@ -26,12 +26,7 @@ def keep_if_not_finite(
 
     A finite norm of the gradient, which is a root of a sum of squares, also means that its moments
     are finite. What the step does not change, such as a delta, is not touched.
-
-    Args:
-        loss: Scalar.
-        grad_norm: Scalar, before any clipping.
-        new: State after the update, ``step`` counted up. Without ``skipped``.
-        old: State before it, with ``skipped`` from `no_skips`.
+    `new` counts ``step`` up and has no ``skipped``; `old` holds the counters of `no_skips`.
 
     Returns:
         The state, whose ``step`` and ``skipped`` count on in any case, and the metrics

@@ -18,14 +18,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from train.config import TrainerOptions, UserError
-from train.distributed.mesh import put_batch
-from train.distributed.processes import first_tells, is_first
+from train.distributed.batches import put_batch
+from train.distributed.processes import from_first, is_first
 from train.distributed.stop import Stopped, StopSignals
 from train.files.metrics_log import MetricsLog, read_metrics
 from train.files.run_directory import OutputDir
 from train.training.checkpoint import Checkpoints
+from train.training.eval_monitor import EvalMonitor
 from train.training.step_log import CheckFirst, StepLog, count_batch, progress_bar
-from train.training.watch import Watch
 from train.types import Batch, Metrics, Prepared, State
 
 
@@ -92,7 +92,7 @@ def fit(
         with MetricsLog(output.path, done) as file, progress_bar(console) as progress:
             check = None if done else job.check_first
             log = StepLog(options, rates, done, file, progress, check_first=check, warn=warn)
-            watch = Watch(options, _rows_until(done, output.path / "metrics.jsonl"))
+            watch = EvalMonitor(options, _rows_until(done, output.path / "metrics.jsonl"))
             every = options.eval_every
             state, done, stopped = _train(job, state, done, every, saved, signals, log, watch)
         saved.wait()
@@ -118,7 +118,7 @@ def _train(
     saved: Checkpoints,
     signals: StopSignals,
     log: StepLog,
-    watch: Watch,
+    watch: EvalMonitor,
 ) -> tuple[State, int, bool]:
     """Takes the steps after `done`; returns the last state, its step, and whether a signal came."""
     steps, placed, counts, known, stopped = len(job.learning_rates), {}, {}, {}, False
@@ -133,9 +133,9 @@ def _train(
         log.flush()
         found = {name: float(value) for name, value in job.evaluate(state).items()}
         # Every process is to decide the same, and a reward may tell each of them something else.
-        metrics = first_tells(found)
+        metrics = from_first(found)
         log.evaluated(done, metrics)
-        return watch.see(done, metrics)
+        return watch.record(done, metrics)
 
     # A run that was stopped may owe the evaluation of its last step.
     if evaluation_is_due() or (watch.wants_start and done == 0):
@@ -169,4 +169,4 @@ def _rows_until(step: int, path: Path) -> list[dict[str, float]]:
     line, and the others may see that for a while.
     """
     rows = read_metrics(path) if step and is_first() and path.exists() else []
-    return first_tells([row for row in rows if row["step"] <= step])
+    return from_first([row for row in rows if row["step"] <= step])

@@ -13,13 +13,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import (
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 import omerge_jax as om
-from train.models.trainable import join, with_frozen
-from train.objectives.accumulate import columns_in_parts, loss_and_gradient
-from train.training.averages import Followers
+from train.models.trainable import join
+from train.objectives.accumulate import columns_in_microbatches, loss_and_gradient, with_frozen
+from train.training.averages import ParameterAverages
 from train.training.finite import keep_if_not_finite, no_skips
-from train.types import Batch, LossFn, Metrics, State
+from train.types import Batch, LossFn, Metrics, Params, State
 
 
 def state_shardings(state: Any, params: Any, *, delta_on_host: bool = False) -> Any:
@@ -39,19 +47,14 @@ def state_shardings(state: Any, params: Any, *, delta_on_host: bool = False) -> 
       A tree of shardings shaped like `state`; `None` when `params` are not on a mesh and everything
       lies in the memory of one device.
     """
-    paths = jax.tree_util.tree_flatten_with_path(params)[0]
-    by_path = {_key_names(path): leaf for path, leaf in paths}
-    meshes = {
-        leaf.sharding.mesh
-        for leaf in by_path.values()
-        if isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding)
-    }
-    if not meshes:
-        return _beside_one_device(state) if delta_on_host else None
-    mesh = meshes.pop()
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    by_path = {_key_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    places = [getattr(leaf, "sharding", None) for leaf in by_path.values()]
+    mesh = next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
+    if mesh is None:
+        return _on_one_device(state) if delta_on_host else None
+    replicated = NamedSharding(mesh, PartitionSpec())
 
-    def place(path: tuple[Any, ...], leaf: Any) -> jax.sharding.Sharding:
+    def place(path: tuple[Any, ...], leaf: Any) -> Sharding:
         names = _key_names(path)
         for start in range(len(names)):
             parameter = by_path.get(names[start:])
@@ -66,24 +69,23 @@ def state_shardings(state: Any, params: Any, *, delta_on_host: bool = False) -> 
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def _beside_one_device(state: Any) -> Any:
+def _on_one_device(state: Any) -> Any:
     """The reference delta in the host's memory, the rest of a state in that of the first device."""
-    there = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    host = there.with_memory_kind("pinned_host")
+    device = SingleDeviceSharding(jax.devices()[0])
+    host = device.with_memory_kind("pinned_host")
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: host if "reference_delta" in _key_names(path) else there, state
+        lambda path, _: host if "reference_delta" in _key_names(path) else device, state
     )
 
 
-def _split_last(leaf: Any, mesh: Any) -> jax.sharding.NamedSharding:
-    """Over as many axes of the mesh, the slowest network last, as divide the last axis of a leaf."""
+def _split_last(leaf: Any, mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Splits the last axis over as many axes of the mesh as divide it, the fastest network first."""
     axes, count = [], 1
     for axis in reversed(mesh.axis_names):
         if leaf.shape[-1] % (count * mesh.shape[axis]) == 0:
             axes.insert(0, axis)
             count *= mesh.shape[axis]
-    spec = jax.sharding.PartitionSpec(*[None] * (leaf.ndim - 1), tuple(axes) or None)
-    return jax.sharding.NamedSharding(mesh, spec)
+    return NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), tuple(axes) or None))
 
 
 def _key_names(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -91,14 +93,14 @@ def _key_names(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def init_state(
-    params: Any,
+    params: Params,
     tx: optax.GradientTransformation,
     delta: Any = None,
-    followers: Followers | None = None,
+    averages: ParameterAverages | None = None,
     *,
     delta_on_host: bool = False,
 ) -> State:
-    """Start a run: a copy of the parameters, the optimizer's state, and step 0.
+    """Starts a run: a copy of the parameters, the optimizer's state, and step 0.
 
     Every array of the state is its own buffer, because the step donates them: `params` and `delta`
     stay valid, and are freed when the caller lets go of them.
@@ -108,21 +110,21 @@ def init_state(
       tx: The optimizer.
       delta: Task vector for its online merge, set through `omerge_jax.with_delta`; `None` when
         the optimizer has no use for one.
-      followers: Copies of the parameters to hold besides.
+      averages: Averages of the parameters to hold besides.
       delta_on_host: See `state_shardings`.
 
     Returns:
-      `{"params", "opt_state", "step", "skipped"}`, and `"ema"` and `"reference"` of the followers;
+      `{"params", "opt_state", "step", "skipped"}`, and `"ema"` and `"reference"` of the averages;
       `step` is an int32 scalar and `skipped` holds the counters of `train.training.finite`.
     """
-    copies = Followers() if followers is None else followers
 
     def init(params: Any, delta: Any) -> State:
         opt_state: Any = tx.init(params)
         if delta is not None:
             opt_state = om.with_delta(opt_state, delta)
-        counters = {"step": jnp.zeros([], jnp.int32), "skipped": no_skips()}
-        state = {"params": params, "opt_state": opt_state, **counters, **copies.init(params)}
+        state = {"params": params, "opt_state": opt_state}
+        state |= {"step": jnp.zeros([], jnp.int32), "skipped": no_skips()}
+        state |= {} if averages is None else averages.init(params)
         # Without the copy, jit hands an input that is returned as it is back as the same buffer.
         return jax.tree.map(jnp.copy, state)
 
@@ -136,72 +138,61 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     shardings: Any = None,
-    accumulate: int = 1,
-    followers: Followers | None = None,
+    microbatches: int = 1,
+    averages: ParameterAverages | None = None,
     reference_columns: Callable[[Any, Batch], Batch] | None = None,
     alpha_scale: Callable[[Metrics], jax.Array] | None = None,
-    compiler_options: Mapping[str, bool] | None = None,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[..., tuple[State, Metrics]]:
     """The jitted `step(state, batch, frozen={}, models={}) -> (state, metrics)`.
 
-    It consumes the state.
+    It consumes the state. `frozen` holds the parameters that are not trained, `models` what the
+    optimizer's update is given besides (`reference_params`, `base_params`). A step whose loss or
+    gradient is not finite changes nothing but counters.
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> (loss, metrics)`, or a `train.objectives.accumulate.Parted`;
-        its batch also holds `step`, the number of updates done, int32 `[]`.
+      loss_fn: `loss_fn(params, batch) -> (loss, metrics)`, or a
+        `train.objectives.accumulate.BatchLoss`; its batch also holds `step`, the updates done.
       tx: The optimizer `state` was made with.
-      shardings: Where the new state belongs, from `state_shardings`, so that a state keeps its
-        layout from step to step.
-      accumulate: Parts in which the batch is looked at, one after the other, see
-        `train.objectives.accumulate.loss_and_gradient`.
-      followers: As given to `init_state`.
-      reference_columns: `f(params, batch)`: columns of a batch that come from the reference. Needed
-        where the state holds a reference, whose parameters it is then given at every step.
-      alpha_scale: What the weight of the reference is multiplied by in a step, from the metrics of
-        `loss_fn`, see `train.optimizers.alpha_scale.make_alpha_scale`; None for nothing.
-      compiler_options: Of `jax.jit`, see `train.distributed.mesh.compiler_options`.
+      shardings: The places of the new state, from `state_shardings`, so that it keeps its layout.
+      microbatches: How many a batch is looked at in, one after the other.
+      averages: The averages that `init_state` was given.
+      reference_columns: `f(params, batch)`: columns that come from the reference of the state.
+      alpha_scale: What the weight of the reference is multiplied by, from the metrics of `loss_fn`.
+      compiler_options: Options of `jax.jit`, see `train.distributed.mesh.compiler_options`.
 
     Returns:
-      A function of a state, a batch, the parameters that are not trained, a nested dict that
-      belongs beside `state["params"]`, and what the optimizer's update is given besides:
-      `reference_params` and `base_params` for a merge that recomputes its delta. Its metrics are
-      float32 scalars on the device: `loss`, `grad_norm` (global norm before any clipping), those of
-      `loss_fn`, `merge/<name>` for every scalar of `omerge_jax.merge_metrics` when the optimizer
-      merges, and `skipped_steps` and `skipped_in_a_row` of `train.training.finite`: a step whose
-      loss or gradient is not finite changes neither parameters nor optimizer nor followers.
+      The step. Its metrics are float32 scalars: `loss`, `grad_norm` (before any clipping), those of
+      `loss_fn`, `merge/<name>` of `omerge_jax.merge_metrics`, and those of `train.training.finite`.
     """
     tx = optax.with_extra_args_support(tx)
-    copies = Followers() if followers is None else followers
 
     def step(
         state: State, batch: Batch, frozen: Any = None, models: Mapping[str, Any] | None = None
     ) -> tuple[State, Metrics]:
-        frozen = {} if frozen is None else frozen
+        frozen = frozen or {}
         batch = {**batch, "step": state["step"]}  # for losses whose settings change with it
-        of_trained: Any = with_frozen(loss_fn, frozen) if frozen else loss_fn
-        if "reference" in state:
-            assert reference_columns is not None
+        if "reference" in state and reference_columns is not None:
             reference = join(state["reference"], frozen)
-            known = columns_in_parts(reference_columns, reference, batch, accumulate)
-            batch = {**batch, **jax.lax.stop_gradient(known)}
-        gradient = loss_and_gradient(of_trained, accumulate)
-        (loss, metrics), grads = gradient(state["params"], batch)
-        extra = {} if models is None else dict(models)
+            known = columns_in_microbatches(reference_columns, reference, batch, microbatches)
+            batch |= jax.lax.stop_gradient(known)
+        of_trained = with_frozen(loss_fn, frozen) if frozen else loss_fn
+        (loss, metrics), grads = loss_and_gradient(of_trained, microbatches)(state["params"], batch)
+        extra = dict(models or {})
         if alpha_scale is not None:
             extra["alpha_scale"] = alpha_scale(metrics)
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"], **extra)
-        params = optax.apply_updates(state["params"], updates)
-        merge = {f"merge/{name}": value for name, value in om.merge_metrics(opt_state).items()}
-        grad_norm, count = _global_norm(grads), state["step"] + 1
+        params, count = optax.apply_updates(state["params"], updates), state["step"] + 1
         new_state = {"params": params, "opt_state": opt_state, "step": count}
-        new_state |= copies.update(state, params, count)
+        new_state |= {} if averages is None else averages.update(state, params, count)
+        grad_norm = _global_norm(grads)
         new_state, skips = keep_if_not_finite(loss, grad_norm, new_state, state)
+        merge = {f"merge/{name}": value for name, value in om.merge_metrics(opt_state).items()}
         metrics = {"loss": loss, "grad_norm": grad_norm, **metrics, **merge, **skips}
         return new_state, jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), metrics)
 
-    out_shardings = None if shardings is None else (shardings, None)
-    options: Any = None if compiler_options is None else dict(compiler_options)
-    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings, compiler_options=options)
+    places = None if shardings is None else (shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=compiler_options)
 
 
 def _global_norm(tree: Any) -> jax.Array:

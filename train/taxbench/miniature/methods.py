@@ -7,13 +7,14 @@ their own, among four for each method, by mean capability where the reward first
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import numpy as np
 
 import omerge_jax as om
 from train.config import OptimizerOptions
-from train.objectives.preference import check_starts_at_reference
+from train.losses import PreferenceLoss, check_starts_at_reference
 from train.taxbench.miniature.subjects import Subject
 from train.taxbench.miniature.training import Lab, Params, Tick
 from train.taxbench.miniature.trajectories import Trajectory, grade
@@ -108,7 +109,7 @@ def align(
         delta=om.task_vector(subject.sft, subject.base) if merges else None,
         visit=visit,
         visit_every=eval_every,
-        check_start=lambda metrics: check_starts_at_reference(metrics, beta=method.beta),
+        check_start=partial(check_starts_at_reference, loss=PreferenceLoss(beta=method.beta)),
         tick=tick,
     )
     trajectory = Trajectory(method.name, method.label, method.settings(steps), "step", points)

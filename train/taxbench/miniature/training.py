@@ -15,13 +15,15 @@ from flax import nnx
 
 from train.config import AdamWOptions, ScheduleOptions
 from train.generation.sampler import make_greedy
+from train.losses import PreferenceLoss
 from train.models import Decoder, ModelConfig, layer_axes, split_model
-from train.objectives.preference import preference_loss, reference_logps_fn, sft_loss
+from train.objectives.preference import preference_loss, reference_logps_fn
+from train.objectives.sft import sft_loss
 from train.optimizers.alpha_scale import AlphaScale
 from train.optimizers.build import make_optimizer, make_schedule
 from train.taxbench.miniature import examples, tasks
 from train.taxbench.miniature.examples import Batch, Questions
-from train.training.averages import Followers
+from train.training.averages import ParameterAverages
 from train.training.step import init_state, make_train_step
 from train.types import LossFn
 
@@ -72,11 +74,9 @@ class Trainer:
         alpha_scale: AlphaScale | None = None,
     ):
         self._tx = tx
-        self._followers = Followers(ema_decay=ema_decay)
+        self._averages = ParameterAverages(ema_decay=ema_decay)
         self._visited = "params" if ema_decay is None else "ema"
-        self._step = make_train_step(
-            loss_fn, tx, followers=self._followers, alpha_scale=alpha_scale
-        )
+        self._step = make_train_step(loss_fn, tx, averages=self._averages, alpha_scale=alpha_scale)
         self.steps, self.batch_size = steps, batch_size
 
     def run(
@@ -109,7 +109,7 @@ class Trainer:
         Returns:
             The trained parameters.
         """
-        state = init_state(params, self._tx, delta, self._followers)
+        state = init_state(params, self._tx, delta, self._averages)
         done = 0
         batches = examples.batches(data, self.batch_size, rng, self.steps)
         for step, batch in enumerate(batches, start=1):
@@ -168,7 +168,7 @@ class Lab:
     ) -> Trainer:
         """A trainer for DPO."""
         return Trainer(
-            preference_loss(self.graphdef, beta=beta),
+            preference_loss(self.graphdef, PreferenceLoss(beta=beta)),
             self.optimizer(options, warmup_steps, steps),
             steps=steps,
             batch_size=batch_size,

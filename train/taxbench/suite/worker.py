@@ -16,10 +16,12 @@ from flax import nnx
 
 import omerge_jax as om
 from train.data.kl_pairs import rotation
+from train.losses import PreferenceLoss, UnpairedLoss
 from train.models import Decoder, split_model
 from train.models.lora import TARGETS, fresh_adapters, merge_adapters
 from train.models.trainable import join
-from train.objectives.preference import preference_loss, unpaired_logps_fn, unpaired_loss
+from train.objectives.preference import preference_loss
+from train.objectives.unpaired import unpaired_logps_fn, unpaired_loss
 from train.optimizers.alpha_scale import make_alpha_scale
 from train.optimizers.build import needs_delta
 from train.taxbench.miniature.examples import Batch
@@ -140,8 +142,8 @@ class Bench:
 
     def _objective(self, recipe: Recipe, graphdef: Any) -> tuple[Any, Batch]:
         if recipe.loss == "kto":
-            return unpaired_loss(graphdef, beta=recipe.beta), self._unpaired()
-        loss = preference_loss(graphdef, loss_type=recipe.loss, beta=recipe.beta)
+            return unpaired_loss(graphdef, UnpairedLoss(beta=recipe.beta)), self._unpaired()
+        loss = preference_loss(graphdef, PreferenceLoss(recipe.loss, beta=recipe.beta))
         return loss, self.subject.pairs
 
     def _unpaired(self) -> Batch:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from train.config import UserError
-from train.distributed.roll_call import NotAllCame, call_roll
+from train.distributed.rendezvous import RendezvousTimeout, rendezvous
 
 
 def free_port():
@@ -22,9 +22,9 @@ def meet(*expecting, timeout=20.0):
 
     def come(index, process, processes):
         try:
-            call_roll(address, processes, process, timeout)
+            rendezvous(address, processes, process, timeout)
             seen[index] = "met"
-        except NotAllCame as error:
+        except RendezvousTimeout as error:
             seen[index] = f"late: {error}"
         except UserError as error:
             seen[index] = str(error)
@@ -42,9 +42,9 @@ def meet(*expecting, timeout=20.0):
 def test_all_come_in_any_order_and_the_port_is_free_again():
     assert meet((2, 3), (0, 3), (1, 3)) == ["met"] * 3
     port = free_port()
-    first = threading.Thread(target=call_roll, args=(f"127.0.0.1:{port}", 2, 0, 20))
+    first = threading.Thread(target=rendezvous, args=(f"127.0.0.1:{port}", 2, 0, 20))
     first.start()
-    call_roll(f"127.0.0.1:{port}", 2, 1, 20)
+    rendezvous(f"127.0.0.1:{port}", 2, 1, 20)
     first.join(60)
     socket.create_server(("", port)).close()
 
@@ -69,20 +69,20 @@ def test_two_processes_with_one_number_are_told():
 
 
 def test_an_address_where_nobody_is_ends_in_time():
-    with pytest.raises(NotAllCame, match=r"127.0.0.1:\d+ cannot be reached within 1 s"):
-        call_roll(f"127.0.0.1:{free_port()}", 2, 1, 1)
+    with pytest.raises(RendezvousTimeout, match=r"127.0.0.1:\d+ cannot be reached within 1 s"):
+        rendezvous(f"127.0.0.1:{free_port()}", 2, 1, 1)
 
 
 def test_a_port_in_use_is_named():
     with socket.create_server(("", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(UserError, match="process 0 cannot listen on port"):
-            call_roll(address, 2, 0, 5)
+            rendezvous(address, 2, 0, 5)
 
 
 def test_strangers_are_ignored():
     port = free_port()
-    first = threading.Thread(target=call_roll, args=(f"127.0.0.1:{port}", 2, 0, 20))
+    first = threading.Thread(target=rendezvous, args=(f"127.0.0.1:{port}", 2, 0, 20))
     first.start()
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
@@ -92,6 +92,6 @@ def test_strangers_are_ignored():
             break
         except OSError:
             time.sleep(0.05)
-    call_roll(f"127.0.0.1:{port}", 2, 1, 20)
+    rendezvous(f"127.0.0.1:{port}", 2, 1, 20)
     first.join(60)
     assert not first.is_alive()

@@ -1,5 +1,6 @@
 """The end of a process is told to all others, by name; here threads and one process stand for them."""
 
+import json
 import queue
 import signal
 import subprocess
@@ -8,14 +9,14 @@ import threading
 
 import pytest
 
-from train.distributed.peers import Door, Peers
+from train.distributed.failure_detector import FailureDetector, Listener
 
 NAMES = ["host a, pid 1", "host b, pid 2", "host c, pid 3"]
 CHILD = """
-import sys, time
-from train.distributed.peers import Peers
-peers = Peers(["host a, pid 1", "host b, pid 2", "host c, pid 3"], 2, 10)
-assert peers.connect(sys.argv[1], 10)
+import json, sys, time
+from train.distributed.failure_detector import FailureDetector
+detector = FailureDetector(["host a, pid 1", "host b, pid 2", "host c, pid 3"], 2, 10)
+assert detector.connect(json.loads(sys.argv[1]), 10)
 print("connected", flush=True)
 time.sleep(60)
 """
@@ -25,20 +26,22 @@ time.sleep(60)
 def three():
     """Three connected processes, and what each is told of the end of another."""
     told = [queue.Queue() for _ in NAMES]
-    peers = [Peers(NAMES, n, 10, lambda *said, n=n: told[n].put(said)) for n in range(3)]
-    door = Door(["nowhere.invalid", "127.0.0.1"])
-    accepting = threading.Thread(target=peers[0].accept, args=(door, 10))
+    detectors = [
+        FailureDetector(NAMES, n, 10, lambda *said, n=n: told[n].put(said)) for n in range(3)
+    ]
+    listener = Listener(["nowhere.invalid", "127.0.0.1"])
+    accepting = threading.Thread(target=detectors[0].accept, args=(listener, 10))
     accepting.start()
-    assert all(one.connect(door.address, 10) for one in peers[1:])
+    assert all(one.connect(listener.address, 10) for one in detectors[1:])
     accepting.join(30)
-    yield peers, told
-    for one in peers:
+    yield detectors, told
+    for one in detectors:
         one.close()
 
 
 def test_an_error_of_any_process_is_told_to_the_others(three):
-    peers, told = three
-    peers[2].fail("the disk is full.", 2)
+    detectors, told = three
+    detectors[2].fail("the disk is full.", 2)
     for number in (0, 1):
         message, status = told[number].get(timeout=10)
         assert status == 2
@@ -49,8 +52,8 @@ def test_an_error_of_any_process_is_told_to_the_others(three):
 
 
 def test_an_error_of_the_first_one_too(three):
-    peers, told = three
-    peers[0].fail("no", 1)
+    detectors, told = three
+    detectors[0].fail("no", 1)
     for number in (1, 2):
         message, status = told[number].get(timeout=10)
         assert message.startswith("process 0 of 3 (host a, pid 1) ended with an error: no. ")
@@ -58,10 +61,10 @@ def test_an_error_of_the_first_one_too(three):
 
 
 def test_after_the_end_of_the_run_nothing_is_told(three):
-    peers, told = three
-    for one in (peers[1], peers[0], peers[2]):
+    detectors, told = three
+    for one in (detectors[1], detectors[0], detectors[2]):
         one.close()
-    for one in peers:
+    for one in detectors:
         for connection in one._connections.values():
             connection.close()
     with pytest.raises(queue.Empty):
@@ -71,13 +74,15 @@ def test_after_the_end_of_the_run_nothing_is_told(three):
 
 def test_a_killed_process_is_named_at_once():
     told = [queue.Queue() for _ in range(2)]
-    peers = [Peers(NAMES, n, 10, lambda *said, n=n: told[n].put(said)) for n in range(2)]
-    door = Door(["127.0.0.1"])
+    detectors = [
+        FailureDetector(NAMES, n, 10, lambda *said, n=n: told[n].put(said)) for n in range(2)
+    ]
+    listener = Listener(["127.0.0.1"])
     missing = []
-    accepting = threading.Thread(target=lambda: missing.append(peers[0].accept(door, 60)))
+    accepting = threading.Thread(target=lambda: missing.append(detectors[0].accept(listener, 60)))
     accepting.start()
-    assert peers[1].connect(door.address, 10)
-    command = [sys.executable, "-c", CHILD, door.address]
+    assert detectors[1].connect(listener.address, 10)
+    command = [sys.executable, "-c", CHILD, json.dumps(listener.address)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "connected\n"
@@ -91,7 +96,7 @@ def test_a_killed_process_is_named_at_once():
 
 
 def test_processes_that_do_not_connect_are_listed():
-    door = Door([])
-    peers = Peers(NAMES, 0, 10)
-    assert peers.accept(door, 0.2) == [1, 2]
-    assert not Peers(NAMES, 1, 10).connect(door.address, 1)
+    listener = Listener([])
+    detectors = FailureDetector(NAMES, 0, 10)
+    assert detectors.accept(listener, 0.2) == [1, 2]
+    assert not FailureDetector(NAMES, 1, 10).connect(listener.address, 1)

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from train.config import PlanConfig, UserError, check, flatten
 from train.files.run_directory import check_place, write_atomically
+from train.losses.options import check_preference_loss
 from train.models import ModelConfig
-from train.objectives.preference import check_loss
 from train.optimizers.build import check_optimizer
 from train.plan.advice import advice
 from train.plan.figures import Plan
@@ -26,8 +26,8 @@ from train.plan.target import Target, read_target
 FORMAT = "omerge_jax plan"
 
 
-def run(config: PlanConfig) -> None:
-    """Plans, prints and writes.
+def plan(config: PlanConfig) -> None:
+    """Plans the step of a run, prints its figures and writes them to a file.
 
     Raises:
         UserError: a field cannot be used; before anything is compiled.
@@ -36,7 +36,7 @@ def run(config: PlanConfig) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     check(config)
     check_optimizer(config.optimizer)
-    check_loss(config.loss, config.trainer.gradient_accumulation_steps)
+    check_preference_loss(config.loss, config.trainer.gradient_accumulation_steps)
     output = None if config.output_file is None else Path(config.output_file)
     if output is not None:
         check_output(output)
@@ -46,7 +46,7 @@ def run(config: PlanConfig) -> None:
         show_found(found, console)
         written: dict[str, Any] = {"search": [one.as_json() for one in found]}
     else:
-        written = _plan(config, model, target, console)
+        written = _plan_step(config, model, target, console)
     if output is not None:
         settings = {name: value for name, value in flatten(config).items() if name != "output_file"}
         content = {"format": FORMAT, "settings": settings, **written}
@@ -54,7 +54,7 @@ def run(config: PlanConfig) -> None:
         console.print(f"wrote {output}", soft_wrap=True)
 
 
-def _plan(
+def _plan_step(
     config: PlanConfig, model: ModelConfig, target: Target, console: Console
 ) -> dict[str, Any]:
     if "v6e" in target.topology:
@@ -62,29 +62,24 @@ def _plan(
             "The compiler takes about three times as long for a v6e as for a v5e: minutes for 8B."
         )
     with console.status(f"Compiling a step for {target.topology} ..."):
-        plan, plain = make_plan(config, model, target), None
+        merging, plain = make_plan(config, model, target), None
     inner = without_merge(config.optimizer)
-    if inner is not None and plan.source != "state":
+    if inner is not None and merging.source != "state":
         with console.status("Compiling it without the merge, to compare ..."):
             plain = make_plan(dataclasses.replace(config, optimizer=inner), model, target)
-    advised = advice(config, plan)
-    show(plan, plain, advised, console)
-    written = {"plan": plan.as_json(), "advice": advised}
+    advised = advice(config, merging)
+    show(merging, plain, advised, console)
+    written = {"plan": merging.as_json(), "advice": advised}
     if plain is not None:
-        written |= {"without_merge": plain.as_json(), "merge_share": merge_share(plan, plain)}
+        written |= {"without_merge": plain.as_json(), "merge_share": merge_share(merging, plain)}
     return written
 
 
-def merge_share(plan: Plan, plain: Plan) -> dict[str, float]:
-    """What the merge adds, as shares of the step with it.
-
-    Args:
-        plan: With merging.
-        plain: The same without.
-    """
-    shares = {"hbm": 1 - plain.memory.total / plan.memory.total}
-    if plan.work and plain.work and plan.work.hbm_bytes and plain.work.hbm_bytes:
-        shares["hbm_bytes_of_a_step"] = 1 - plain.work.hbm_bytes / plan.work.hbm_bytes
+def merge_share(merging: Plan, plain: Plan) -> dict[str, float]:
+    """What the merge adds to the plain step, as shares of the merging one."""
+    shares = {"hbm": 1 - plain.memory.total / merging.memory.total}
+    if merging.work and plain.work and merging.work.hbm_bytes and plain.work.hbm_bytes:
+        shares["hbm_bytes_of_a_step"] = 1 - plain.work.hbm_bytes / merging.work.hbm_bytes
     return shares
 
 

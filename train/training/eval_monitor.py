@@ -12,15 +12,15 @@ from train.config import TrainerOptions, UserError
 
 
 def lower_is_better(metric: str) -> bool:
-    """By the name of a metric, as in transformers: losses and perplexities are to fall."""
+    """Whether a metric of this name is to fall: losses and perplexities are, as in transformers."""
     return metric.endswith(("loss", "perplexity", "nll", "bits_per_byte"))
 
 
-class Watch:
-    """Follows the evaluations of a run.
+class EvalMonitor:
+    """Follows the evaluations of a run: when to stop early, and which step is the best.
 
     Args:
-        options: With `early_stop` and `export_best`.
+        options: Its `early_stop` and `export_best` are read.
         rows: Logged metrics of the run so far; those of evaluations count.
 
     Attributes:
@@ -36,23 +36,19 @@ class Watch:
         self.reason: str | None = None
         self.evaluated: set[int] = set()
         self._floors = {} if self._stop is None else dict(self._stop.floors)
-        self._best = self._top = -math.inf
-        self._without = 0
+        self._best = self._best_watched = -math.inf
+        self._without_gain = 0
         for row in rows:
             if any(name.startswith("eval_") for name in row):
-                self.see(int(row["step"]), row)
+                self.record(int(row["step"]), row)
 
     @property
     def wants_start(self) -> bool:
         """Whether the model is to be evaluated before the first step."""
         return 0 not in self.evaluated and (self._stop or self._best_by) is not None
 
-    def see(self, step: int, metrics: Mapping[str, float]) -> bool:
+    def record(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Takes note of an evaluation.
-
-        Args:
-            step: Updates done.
-            metrics: Held-out metrics by name.
 
         Returns:
             Whether the step is the best so far, see `best_step`.
@@ -62,7 +58,7 @@ class Watch:
                 a floor before the first step.
         """
         self.evaluated.add(step)
-        self._count_from_start(step, metrics)
+        self._set_floors(step, metrics)
         crossed = self._look_for_stop(step, metrics)
         if self._best_by is not None:
             score = _score(self._best_by, metrics, "trainer.export_best")
@@ -75,8 +71,8 @@ class Watch:
         self._best, self.best_step = score, step
         return True
 
-    def _count_from_start(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Makes floors of the drops that are allowed, at the evaluation before the first step."""
+    def _set_floors(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Turns the drops that are allowed into floors, at the evaluation before the first step."""
         drops = {} if self._stop is None else self._stop.max_drop
         field = "trainer.early_stop.max_drop"
         for name, drop in drops.items():
@@ -93,7 +89,7 @@ class Watch:
             self._floors[name] = -start if lower_is_better(name) else start
 
     def _look_for_stop(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Sets `reason`; returns whether a floor is crossed."""
+        """Sets `reason` where the run is over; returns whether a floor is crossed."""
         stop = self._stop
         if stop is None:
             return False
@@ -112,22 +108,19 @@ class Watch:
             self.reason = f"at step {step} {'; '.join(crossed)}"
         if stop.metric is not None:
             score = _score(stop.metric, metrics, "trainer.early_stop.metric", stop.mode)
-            if score > self._top + stop.min_delta:
-                self._top, self._without = score, 0
+            if score > self._best_watched + stop.min_delta:
+                self._best_watched, self._without_gain = score, 0
             else:
-                self._without += 1
-            if self._without >= stop.patience and self.reason is None:
+                self._without_gain += 1
+            if self._without_gain >= stop.patience and self.reason is None:
                 self.reason = (
-                    f"{stop.metric} has not improved in the last {self._without} evaluations "
+                    f"{stop.metric} has not improved in the last {self._without_gain} evaluations "
                     f"(step {step})"
                 )
         return bool(crossed)
 
     def step_to_export(self, last: int) -> int:
         """The step whose checkpoint is to be exported.
-
-        Args:
-            last: Step of the last one.
 
         Raises:
             UserError: no evaluated step keeps to the floors.

@@ -1,4 +1,4 @@
-"""Every process of a run learns at once, and by name, when another one ends before its time.
+"""Tells every process of a run at once, and by name, when another one ends before its time.
 
 Each process holds a connection to the first one. The operating system closes it when the process
 dies, however it dies, and keep-alive probes notice a host that vanishes. JAX's heartbeats stay as a
@@ -16,9 +16,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
+from train.distributed.rendezvous import send
 from train.distributed.stop import EXIT_STATUS
-
-Ended = Callable[[str, int], None]
 
 
 def stop_at_once(message: str, status: int) -> None:
@@ -30,51 +29,56 @@ def stop_at_once(message: str, status: int) -> None:
 _AGAIN = "This process stops too; the same command goes on from the last checkpoint."
 
 
-class Door:
-    """Where the first process waits for the connections of the others.
+class Listener:
+    """A port of the first process to which the others connect.
 
     Args:
-        known_as: Names of this host that others may know it by.
+        host_names: Names of this host that others may know it by.
     """
 
-    def __init__(self, known_as: Sequence[str]) -> None:
+    def __init__(self, host_names: Sequence[str]) -> None:
         self.server = socket.create_server(("", 0), backlog=1024)
         self.token = secrets.token_hex(8)
-        self.address = json.dumps([self.server.getsockname()[1], self.token, *known_as])
-        """What the others need in order to connect, JSON."""
+        self.address = [self.server.getsockname()[1], self.token, *host_names]
+        """What the others need in order to connect: port, token and names of the host."""
 
 
-class Peers:
-    """The connections of one process.
+class FailureDetector:
+    """The connections of one process to the others.
 
     Args:
         names: What to call each process, in order.
         mine: Number of this one.
         silence: Seconds without a sign of life after which a host counts as gone.
-        ended: Called in a thread of its own when another process has ended, with a message and the
-            exit status that this one should have: that of the other one's error, or that of a run
+        on_failure: Called in a thread of its own when another process has ended, with a message and
+            the exit status that this one should have: that of the other one's error, or that of a run
             that can go on where the other one is gone.
     """
 
     def __init__(
-        self, names: Sequence[str], mine: int, silence: float, ended: Ended = stop_at_once
+        self,
+        names: Sequence[str],
+        mine: int,
+        silence: float,
+        on_failure: Callable[[str, int], None] = stop_at_once,
     ) -> None:
-        self._names, self._mine, self._silence, self._ended = names, mine, silence, ended
+        self._names, self._mine, self._silence = names, mine, silence
+        self._on_failure = on_failure
         self._connections: dict[int, socket.socket] = {}
         self._closing = threading.Event()
         self._lock = threading.Lock()
 
-    def accept(self, door: Door, timeout: float) -> list[int]:
+    def accept(self, listener: Listener, timeout: float) -> list[int]:
         """Takes the connections of the others in, on the first process.
 
         Returns:
             The processes that have not come: only heartbeats tell of them.
         """
-        with door.server:
-            door.server.settimeout(timeout)
+        with listener.server as server:
+            server.settimeout(timeout)
             while len(self._connections) < len(self._names) - 1:
                 try:
-                    connection, _ = door.server.accept()
+                    connection, _ = server.accept()
                 except OSError:
                     break
                 connection.settimeout(timeout)
@@ -82,30 +86,31 @@ class Peers:
                     # One reader for all that comes: what it has read ahead would be lost to another.
                     lines = connection.makefile("rb")
                     said = json.loads(lines.readline(4096))
-                    if said["token"] == door.token:
-                        self._watch(said["process"], connection, lines)
+                    if said["token"] == listener.token:
+                        self._keep(said["process"], connection, lines)
         return [n for n in range(1, len(self._names)) if n not in self._connections]
 
-    def connect(self, address: str, timeout: float) -> bool:
+    def connect(self, address: Sequence[Any], timeout: float) -> bool:
         """Connects to the first process.
 
         Args:
-            address: `Door.address` of the first process.
+            address: `Listener.address` of the first process.
             timeout: Seconds for each name of its host.
 
         Returns:
             Whether it was reached.
         """
-        port, token, *hosts = json.loads(address)
+        port, token, *hosts = address
         for host in hosts:
             with contextlib.suppress(OSError):
                 connection = socket.create_connection((host, port), timeout)
-                _send(connection, {"token": token, "process": self._mine})
-                self._watch(0, connection, connection.makefile("rb"))
+                send(connection, {"token": token, "process": self._mine})
+                self._keep(0, connection, connection.makefile("rb"))
                 return True
         return False
 
-    def _watch(self, process: int, connection: socket.socket, lines: IO[bytes]) -> None:
+    def _keep(self, process: int, connection: socket.socket, lines: IO[bytes]) -> None:
+        """Keeps a connection, and listens to it in a thread."""
         connection.settimeout(None)
         _keep_alive(connection, self._silence)
         self._connections[process] = connection
@@ -121,37 +126,31 @@ class Peers:
             message = f"{self._name(process)} is gone: it was killed, or its host is down. {_AGAIN}"
             said = {"ended": message, "status": EXIT_STATUS}
         self._tell(said)
-        self._ended(said["ended"], said["status"])
+        self._on_failure(said["ended"], said["status"])
 
     def fail(self, reason: str, status: int) -> None:
         """Tells the others that this process ends with an error, and with which status."""
         message = f"{self._name(self._mine)} ended with an error: {reason.rstrip('.')}. {_AGAIN}"
         self._tell({"ended": message, "status": status})
 
+    def close(self) -> None:
+        """Tells the others that the run is over: the end of a process is no failure any more."""
+        self._tell({"done": True})
+
     def _name(self, process: int) -> str:
         return f"process {process} of {len(self._names)} ({self._names[process]})"
-
-    def close(self) -> None:
-        """Ends the watch: what the others do from now on is theirs."""
-        self._tell({"done": True})
 
     def _tell(self, message: dict[str, Any]) -> None:
         with self._lock:
             self._closing.set()
             for connection in self._connections.values():
                 with contextlib.suppress(OSError):
-                    _send(connection, message)
-
-
-def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
+                    send(connection, message)
 
 
 def _keep_alive(connection: socket.socket, silence: float) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     step = max(1, int(silence / 4))
-    for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):
+    for name, value in (("TCP_KEEPIDLE", step), ("TCP_KEEPINTVL", step), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):  # not everywhere, or under another name
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), step)
-    if hasattr(socket, "TCP_KEEPCNT"):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -15,38 +15,34 @@ from typing import Any
 from train.config import UserError
 
 
-class NotAllCame(UserError):
+class RendezvousTimeout(UserError):
     """Processes have not come in time: they may be late, or what is set may be wrong."""
 
 
-def call_roll(address: str, processes: int, process: int, timeout: float) -> None:
+def rendezvous(address: str, processes: int, process: int, timeout: float) -> None:
     """Returns when all processes have come.
 
-    Args:
-        address: HOST:PORT of process 0.
-        processes: How many this process expects.
-        process: Its number.
-        timeout: Seconds to wait for the others.
-
     Raises:
-        NotAllCame: on every process that has come: some have not. On one that does not reach process
-            0: that.
+        RendezvousTimeout: some processes have not come, which every one that has come is told, or
+            this one does not reach process 0.
         UserError: two have the same number, or they expect different numbers.
     """
-    host, _, port = address.rpartition(":")
     deadline = time.monotonic() + timeout
     if process == 0:
-        _wait_for_others(address, int(port), processes, timeout, deadline)
+        problem, late = _wait_for_others(address, processes, timeout, deadline)
     else:
-        _report_to_first(host.strip("[]"), int(port), processes, process, timeout, deadline)
+        problem, late = _report_to_first(address, processes, process, timeout, deadline)
+    if problem is not None:
+        raise RendezvousTimeout(problem) if late else UserError(problem)
 
 
 def _wait_for_others(
-    address: str, port: int, processes: int, timeout: float, deadline: float
-) -> None:
+    address: str, processes: int, timeout: float, deadline: float
+) -> tuple[str | None, bool]:
+    """What is wrong, if anything, and whether it is that some are late; the others are told too."""
     came: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(_listen(address, port))
+        server = stack.enter_context(_listen(address))
         problem, late = None, False
         while problem is None and len(came) < processes - 1:
             server.settimeout(max(0.0, deadline - time.monotonic()))
@@ -54,27 +50,27 @@ def _wait_for_others(
                 connection = stack.enter_context(server.accept()[0])
             except (TimeoutError, BlockingIOError):
                 problem, late = _missing(came, processes, timeout), True
-                break
-            problem = _register(connection, came, processes)
+            else:
+                problem = _register(connection, came, processes)
         for connection in came.values():
             with contextlib.suppress(OSError):
-                _send(connection, {"problem": problem, "late": late})
-        if problem is not None:
-            raise NotAllCame(problem) if late else UserError(problem)
-        # They close first, and leave the port to JAX's service.
-        for connection in came.values():
-            with contextlib.suppress(OSError):
-                connection.settimeout(5)
-                connection.recv(1)
+                send(connection, {"problem": problem, "late": late})
+        if problem is None:
+            # They close first, and leave the port to JAX's service.
+            for connection in came.values():
+                with contextlib.suppress(OSError):
+                    connection.settimeout(5)
+                    connection.recv(1)
+        return problem, late
 
 
-def _listen(address: str, port: int) -> socket.socket:
+def _listen(address: str) -> socket.socket:
+    port = int(address.rpartition(":")[2])
+    dual: dict[str, Any] = {}
+    if socket.has_dualstack_ipv6():
+        dual = {"family": socket.AF_INET6, "dualstack_ipv6": True}
     try:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(
-                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
-            )
-        return socket.create_server(("", port), backlog=1024)
+        return socket.create_server(("", port), backlog=1024, **dual)
     except OSError as error:
         raise UserError(
             f"distributed.coordinator_address {address!r}: process 0 cannot listen on port {port} "
@@ -115,41 +111,42 @@ def _missing(came: dict[int, socket.socket], processes: int, timeout: float) -> 
 
 
 def _report_to_first(
-    host: str, port: int, processes: int, process: int, timeout: float, deadline: float
-) -> None:
-    connection = _connect(host, port, timeout, deadline)
-    with connection:
+    address: str, processes: int, process: int, timeout: float, deadline: float
+) -> tuple[str | None, bool]:
+    """What process 0 says is wrong, if anything, and whether it is that some are late."""
+    with _connect(address, timeout, deadline) as connection:
         try:
             me = {"process": process, "processes": processes, "host": socket.gethostname()}
-            _send(connection, me)
+            send(connection, me)
             # Process 0 may wait as long as this one, and answers after that.
             connection.settimeout(max(1.0, deadline - time.monotonic()) + timeout)
             answer = _receive(connection)
-            problem, late = answer["problem"], answer["late"]
+            return answer["problem"], answer["late"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise NotAllCame(
-                f"process 0 at {host}:{port} ended, or is no process of this run ({error}); look at "
+            raise RendezvousTimeout(
+                f"process 0 at {address} ended, or is no process of this run ({error}); look at "
                 "its log."
             ) from error
-    if problem is not None:
-        raise NotAllCame(problem) if late else UserError(problem)
 
 
-def _connect(host: str, port: int, timeout: float, deadline: float) -> socket.socket:
+def _connect(address: str, timeout: float, deadline: float) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    place = host.strip("[]"), int(port)
     while True:
         try:
-            return socket.create_connection((host, port), max(1.0, deadline - time.monotonic()))
+            return socket.create_connection(place, max(1.0, deadline - time.monotonic()))
         except OSError as error:
             if time.monotonic() > deadline:
-                raise NotAllCame(
-                    f"distributed.coordinator_address {host}:{port} cannot be reached within "
+                raise RendezvousTimeout(
+                    f"distributed.coordinator_address {address} cannot be reached within "
                     f"{timeout:.0f} s (distributed.timeout): {error.strerror or error}. Start process "
                     "0 there, or give the address where it runs."
                 ) from error
         time.sleep(0.2)
 
 
-def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+def send(connection: socket.socket, message: dict[str, Any]) -> None:
+    """Sends one message as a line of JSON."""
     connection.sendall(json.dumps(message).encode() + b"\n")
 
 
