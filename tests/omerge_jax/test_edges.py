@@ -290,7 +290,7 @@ def test_strict_promotion_with_diagnostics_and_injected_numbers(case):
     if isinstance(case.options.get("alpha"), om.Relative):
         static |= {"alpha"}
     tx = optax.inject_hyperparams(case.factory, static | {"every_k"})(
-        **case.options, diagnostics=True, every_k=2
+        **(case.options | {"diagnostics": True, "every_k": 2})
     )
     params = tree(0, jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"):
