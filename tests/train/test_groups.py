@@ -231,7 +231,7 @@ def test_a_step_is_that_of_trl(parts, model, answers, trainer, tmp_path):
     trainer.multi_objective_aggregation = "sum_then_normalize"
     trainer.beta = 0.0  # its own reference is not the one of this test
     inputs, _ = of_trl(trainer)
-    score = jax.jit(sampled_logps_fn(graphdef, temperature=TEMPERATURE, parts=parts))
+    score = jax.jit(sampled_logps_fn(graphdef, temperature=TEMPERATURE, microbatches=parts))
     made = groups(answers, score=score, masks_truncated=True, keeps_old=True)
     old, reference = noisy(params, 1), noisy(params, 2)
     batch, _ = made.batch(old, reference, prompt_batch(answers), 0)
