@@ -16,6 +16,7 @@ from rich.progress import track
 
 from train.config import GenerateConfig, ModelOptions, UserError, require
 from train.data import Record, UnusableRecord, read_records
+from train.data.padding import pad_prompts
 from train.data.records import prompt_of
 from train.data.templates import Encoder, Row
 from train.distributed.mesh import Params, abstract_model
@@ -25,8 +26,6 @@ from train.generation.filters import Filters
 from train.generation.sampler import Sampler
 from train.inputs.model import blamed_on, check_model, hash_model, load_tokenizer
 from train.models import ModelConfig, from_hf, resolve_model_dir, split_model
-
-_WIDTH_STEP = 32  # prompts are padded to multiples of it, so that few shapes are compiled
 
 
 def run(config: GenerateConfig) -> None:
@@ -135,17 +134,6 @@ def end_tokens(model: str, tokenizer: Any) -> list[int]:
         raise UserError(f"model: {file} has no usable eos_token_id ({error}).") from error
 
 
-def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 tokens and bool mask ``[batch, width]``, the width a multiple of 32."""
-    width = -(-max(map(len, prompts)) // _WIDTH_STEP) * _WIDTH_STEP
-    tokens = np.full((len(prompts), width), pad_id, np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = True
-    return tokens, mask
-
-
 def _check(config: GenerateConfig) -> Filters:
     if (config.prompt is None) == (config.prompts is None):
         raise UserError("Give exactly one of prompt and prompts.")
@@ -195,7 +183,7 @@ def _show(
     """Writes text as soon as its bytes are whole characters."""
     ids: list[int] = []
     written = ""
-    tokens, mask = pad_left([prompt], sampler.pad_id)
+    tokens, mask = pad_prompts([prompt], sampler.pad_id)
     for token in sampler.stream(params, tokens, mask, _keys(seed, np.arange(1))):
         ids.append(int(token[0]))
         text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -220,7 +208,7 @@ def _complete(
         rows = np.arange(start, min(start + size, len(prompts)))
         # The last batch repeats its last row, so that it has the shape of the others.
         filled = np.pad(rows, (0, size - len(rows)), mode="edge")
-        tokens, mask = pad_left([prompts[row] for row in filled], sampler.pad_id)
+        tokens, mask = pad_prompts([prompts[row] for row in filled], sampler.pad_id)
         found = sampler(params, tokens, mask, _keys(config.seed, filled))
         for ids, used in zip(np.asarray(found.tokens), np.asarray(found.mask), strict=True):
             if not len(rows):

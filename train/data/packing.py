@@ -17,9 +17,7 @@ import numpy as np
 
 from train.data.dataset import TokenDataset
 from train.data.layout import row_lengths
-
-WIDTH_MULTIPLE = 8
-"""Widths of rows are rounded up to a multiple of this."""
+from train.data.padding import round_up
 
 
 def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, size: int) -> list[list[int]]:
@@ -112,14 +110,14 @@ def _columns(dataset: TokenDataset, rows: list[list[int]]) -> dict[str, np.ndarr
     example = np.repeat(np.arange(len(order)), lengths)
     inside = np.arange(len(example)) - _first(example)
     place = start[example] + inside
-    ids = np.zeros((len(rows), _rounded(int(place.max()) + 1)), np.int32)
+    ids = np.zeros((len(rows), round_up(int(place.max()) + 1)), np.int32)
     parts = np.full_like(ids, -1)
     ids[row[example], place] = tokens[mask]
     parts[row[example], place] = part[example]
     scored = inside >= prompts[example]
     scored_row = row[example][scored]
     number = np.arange(len(scored_row)) - _first(scored_row)
-    places = np.full((len(rows), _rounded(int(number.max()) + 1)), -1, np.int32)
+    places = np.full((len(rows), round_up(int(number.max()) + 1)), -1, np.int32)
     places[scored_row, number] = place[scored] - 1
     return {"packed_ids": ids, "packed_parts": parts, "packed_from": places}
 
@@ -127,7 +125,3 @@ def _columns(dataset: TokenDataset, rows: list[list[int]]) -> dict[str, np.ndarr
 def _first(groups: np.ndarray) -> np.ndarray:
     """For every entry, where the run of equal ones that it is in begins."""
     return np.searchsorted(groups, groups, side="left")
-
-
-def _rounded(count: int) -> int:
-    return -(-count // WIDTH_MULTIPLE) * WIDTH_MULTIPLE

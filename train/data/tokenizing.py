@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from train.data.dataset import Lengths, TokenDataset, TokenReport, pad_left, pad_right
+from train.data.dataset import Lengths, TokenDataset, TokenReport
 from train.data.formats import DataError, where_of
+from train.data.padding import pad_rows, round_up
 from train.data.records import (
     UnusableRecord,
     normalise_preference,
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Truncation = Literal["keep_end", "keep_start"]
-
-WIDTH_MULTIPLE = 8
-"""Widths are rounded up to a multiple of this, unless a limit comes first."""
 
 ERRORS_SHOWN = 5
 """Malformed records that an error lists before it only counts."""
@@ -262,22 +260,20 @@ def _fit(encoded: Encoded, limits: _Limits, encoder: Encoder) -> _Fitted | Unusa
     return _Fitted(prompt, answers, prompt_cut, answers_cut, encoded.moved)
 
 
-def _width(rows: list[list[int]], limit: int) -> int:
-    largest = max(map(len, rows))
-    return min(limit, -(-largest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
-
-
 def _columns(
     rows: list[_Fitted], names: tuple[str, ...], limits: _Limits, encoder: Encoder
 ) -> dict[str, np.ndarray]:
-    """Pad every column to the width of the longest row."""
-    prompts = [row.prompt for row in rows]
-    width = _width(prompts, limits.prompt)
+    """Every column, padded to the width of the longest row, or to the limit if that is less."""
     arrays: dict[str, np.ndarray] = {}
-    arrays["prompt_tokens"], arrays["prompt_mask"] = pad_left(prompts, width, encoder.pad_id)
+    prompts = [row.prompt for row in rows]
+    width = min(limits.prompt, round_up(max(map(len, prompts))))
+    arrays["prompt_tokens"], arrays["prompt_mask"] = pad_rows(
+        prompts, width, encoder.pad_id, left=True
+    )
+    longest = max((len(answer) for row in rows for answer in row.answers), default=0)
+    width = min(limits.completion, round_up(longest))
     for number, name in enumerate(names):
-        width = _width([answer for row in rows for answer in row.answers], limits.completion)
-        arrays[f"{name}_tokens"], arrays[f"{name}_mask"] = pad_right(
+        arrays[f"{name}_tokens"], arrays[f"{name}_mask"] = pad_rows(
             [row.answers[number] for row in rows], width, encoder.pad_id
         )
     arrays["index"] = np.arange(len(rows), dtype=np.int32)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from rich.progress import track
 
 from train.data import TokenDataset, Widths, answer_names, row_lengths, share_prompt, trim
+from train.data.padding import batches_by_length, padded_width
 from train.distributed.mesh import put_whole
 from train.distributed.processes import fetch, is_first
 from train.losses import PairLogps, pair_loss, unpaired_loss
@@ -22,7 +22,7 @@ Score = Callable[[Any, Any], tuple[jax.Array, ...]]
 
 
 def bucketed_batches(
-    dataset: TokenDataset, batch_size: int
+    dataset: TokenDataset, batch_size: int, shown_as: str = ""
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """All rows once, those of similar length together, in batches of few shapes.
 
@@ -32,6 +32,7 @@ def bucketed_batches(
     Args:
         dataset: Preferences, labelled answers or SFT rows.
         batch_size: Rows in every batch.
+        shown_as: Label of a progress bar; empty for none.
 
     Yields:
         The numbers of the rows, int ``[n]`` with ``n <= batch_size``, and the batch, whose first
@@ -39,11 +40,7 @@ def bucketed_batches(
     """
     lengths = row_lengths(dataset.arrays)
     total = lengths.prompt + lengths.scored
-    order = np.argsort(total, kind="stable")
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        missing = batch_size - len(rows)
-        filled = np.concatenate([rows, np.repeat(rows[:1], missing)])
+    for rows, filled in batches_by_length(total, batch_size, shown_as):
         batch = {name: column[filled] for name, column in dataset.arrays.items()}
         for name in answer_names(batch):
             batch[f"{name}_mask"][len(rows) :] = False
@@ -53,16 +50,6 @@ def bucketed_batches(
         yield rows, share_prompt(batch, widths) if dataset.share_prompts else batch
 
 
-def padded_width(length: int) -> int:
-    """The next of 8, 12, 16, 24, 32, 48, 64, 96 … that is not below `length`."""
-    power = 8
-    while power < length:
-        if power * 3 // 2 >= length:
-            return power * 3 // 2
-        power *= 2
-    return power
-
-
 def answer_logps(
     score: Score,
     params: Any,
@@ -70,7 +57,7 @@ def answer_logps(
     batch_size: int,
     mesh: Mesh | None,
     *,
-    shown_as: str | None = None,
+    shown_as: str = "",
 ) -> tuple[np.ndarray, ...]:
     """Summed log-probabilities of every kind of answer, each float32 ``[rows]``.
 
@@ -81,14 +68,10 @@ def answer_logps(
         dataset: Preferences or labelled answers.
         batch_size: Rows scored at once.
         mesh: Where batches go.
-        shown_as: Label of a progress bar; None for none.
+        shown_as: Label of a progress bar; empty for none.
     """
     found: list[np.ndarray] = []
-    batches = bucketed_batches(dataset, batch_size)
-    if shown_as is not None:
-        total = -(-len(dataset) // batch_size)
-        batches = track(batches, description=shown_as, total=total, disable=not is_first())
-    for rows, batch in batches:
+    for rows, batch in bucketed_batches(dataset, batch_size, shown_as if is_first() else ""):
         scores = fetch(score(params, put_whole(batch, mesh)))
         found = found or [np.zeros(len(dataset), np.float32) for _ in scores]
         for whole, part in zip(found, scores, strict=True):

@@ -9,8 +9,9 @@ from typing import Literal
 
 import numpy as np
 
+from train.data.padding import padded_width
 from train.distributed.mesh import Params, own_rows, row_numbers
-from train.evaluation.held_out import Score, padded_width
+from train.evaluation.held_out import Score
 from train.on_policy.advantages import (
     Scale,
     advantages,
