@@ -33,7 +33,7 @@ from train.objectives.preference import reference_logps_fn
 Results = dict[str, Any]
 
 
-def run(config: EvalConfig) -> Results:
+def evaluate_model(config: EvalConfig) -> Results:
     """Evaluates one model, prints a table and writes the JSON file.
 
     Returns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -28,7 +28,7 @@ from train.inputs.model import blamed_on, check_model, hash_model, load_tokenize
 from train.models import ModelConfig, from_hf, resolve_model_dir, split_model
 
 
-def run(config: GenerateConfig) -> None:
+def generate_text(config: GenerateConfig) -> None:
     """Writes the continuations to the terminal or to a new file.
 
     Raises:
@@ -41,7 +41,10 @@ def run(config: GenerateConfig) -> None:
     tokenizer = load_tokenizer(config.model, "model")
     name = "prompt" if config.prompts is None else "prompts"
     with blamed_on(name):
-        records = _records(config)
+        if config.prompts is None:
+            records = [Record({"prompt": config.prompt}, "record")]
+        else:
+            records = read_records(config.prompts, config.split)
         prompts = encode_prompts(records, tokenizer, chat_template=config.chat_template)
     _check_lengths(name, prompts, config.max_new_tokens, model)
     pad_id: Any = (
@@ -76,21 +79,18 @@ def _write(
         console.print(f"{done} records were written before; {len(records)} are left.")
     shown = track(completions, "generating", len(records), console=console)
     for record, completion in zip(records, shown, strict=True):
-        file.write(_line({**record, **completion}))
+        # Parquet and the hub have fields that JSON has no type for, such as dates.
+        line = json.dumps({**record, **completion}, ensure_ascii=False, default=str)
+        file.write(line.encode() + b"\n")
         file.flush()
 
 
 def _key(config: GenerateConfig, records: Any, prompts: Any, ends: list[int]) -> str:
-    """Of what every continuation depends on; prompts are drawn for by number, so not the batch."""
+    """A hash of all that a continuation depends on; draws depend on its number, not on the batch."""
     settings = dataclasses.asdict(config)
     del settings["output"], settings["batch_size"]
     asked = (settings, hash_model(config.model), records, prompts, ends)
     return hashlib.sha256(repr(asked).encode()).hexdigest()[:12]
-
-
-def _line(record: Mapping[str, Any]) -> bytes:
-    # Parquet and the hub have fields that JSON has no type for, such as dates.
-    return json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n"
 
 
 def encode_prompts(
@@ -156,12 +156,6 @@ def _check(config: GenerateConfig) -> Filters:
     return filters
 
 
-def _records(config: GenerateConfig) -> Sequence[Record]:
-    if config.prompts is None:
-        return [Record({"prompt": config.prompt}, "record")]
-    return read_records(config.prompts, config.split)
-
-
 def _check_lengths(
     name: str, prompts: Sequence[Sequence[int]], new: int, model: ModelConfig
 ) -> None:
@@ -174,6 +168,7 @@ def _check_lengths(
 
 
 def _keys(seed: int, rows: np.ndarray) -> jax.Array:
+    """The keys that the rows of the file draw with."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
 
 
@@ -202,7 +197,7 @@ def _complete(
     config: GenerateConfig,
     done: int,
 ) -> Iterator[dict[str, Any]]:
-    """What is added to every record from the number `done` on, in their order."""
+    """Yields what is added to every record from the number `done` on, in their order."""
     size = config.batch_size
     for start in range(done, len(prompts), size):
         rows = np.arange(start, min(start + size, len(prompts)))
@@ -210,10 +205,9 @@ def _complete(
         filled = np.pad(rows, (0, size - len(rows)), mode="edge")
         tokens, mask = pad_prompts([prompts[row] for row in filled], sampler.pad_id)
         found = sampler(params, tokens, mask, _keys(config.seed, filled))
-        for ids, used in zip(np.asarray(found.tokens), np.asarray(found.mask), strict=True):
-            if not len(rows):
-                break
-            rows = rows[1:]
+        for _, ids, used in zip(
+            rows, np.asarray(found.tokens), np.asarray(found.mask), strict=False
+        ):
             ids = ids[used]
             yield {
                 "generated": tokenizer.decode(ids, skip_special_tokens=True),

@@ -44,7 +44,7 @@ class Buckets:
 
     Attributes:
       of_row: Bucket of every row, int `[rows]`.
-      widths: Of each bucket, by growing length; a last entry fits every row.
+      widths: The widths of each bucket, by growing length; the last ones fit every row.
       share_prompts: Whether batches hold a prompt once for both answers.
       batch_size: Rows in a batch, over all processes together.
     """

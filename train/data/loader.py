@@ -33,7 +33,7 @@ def make_loader(
     Args:
       dataset: The rows.
       batch_size: Rows in a batch, over all processes together.
-      seed: Of the order, not negative.
+      seed: Seed of the order, not negative.
       shuffle: Draw a new order in every epoch; `False` keeps that of the data set.
       num_epochs: How often to go through the data; `None` does not end.
       drop_remainder: Leave out the rows at the end of an epoch that do not fill a batch (with

@@ -19,7 +19,7 @@ def mix(datasets: Sequence[TokenDataset], weights: Sequence[float]) -> TokenData
     reference once, however often it comes.
 
     Args:
-      datasets: With the same columns; widths may differ.
+      datasets: Data sets with the same columns; widths may differ.
       weights: One positive number for each.
 
     Returns:

@@ -37,7 +37,7 @@ def padded_width(length: int, least: int = 8) -> int:
 
 
 def pad_rows(
-    rows: Sequence[Sequence[int]], width: int, pad_id: int, *, left: bool = False
+    rows: Sequence[Sequence[int] | np.ndarray], width: int, pad_id: int, *, left: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens int32 and mask bool `[rows, width]`, the padding on the right, or on the `left`.
 

@@ -80,7 +80,8 @@ class Encoder:
     """Turns rows into token ids with one tokeniser.
 
     Args:
-      tokenizer: From transformers; needs an EOS token, and a chat template for conversations.
+      tokenizer: A tokenizer of transformers with an EOS token, and for conversations a chat
+        template.
       template: `"auto"` renders conversations with the chat template and takes strings as they are,
         which is what TRL does; `"chat"` also makes a user turn of a string prompt and an assistant
         turn of a string answer.

@@ -64,10 +64,10 @@ def answer_logps(
     Args:
         score: From `train.objectives.preference.reference_logps_fn` (the chosen and the rejected
             answers) or `train.objectives.preference.unpaired_logps_fn`.
-        params: Of the model that scores.
+        params: The parameters of the model that scores.
         dataset: Preferences or labelled answers.
         batch_size: Rows scored at once.
-        mesh: Where batches go.
+        mesh: The devices that batches are split over.
         shown_as: Label of a progress bar; empty for none.
     """
     found: list[np.ndarray] = []
@@ -96,31 +96,22 @@ def evaluate_preferences(
         dataset: Preferences with `reference_chosen_logps` and `reference_rejected_logps`, unless
             the loss is reference-free.
         batch_size: Pairs scored at once.
-        mesh: Where batches go.
+        mesh: The devices that batches are split over.
         loss_type: See `train.losses.pair_loss`. A loss that compares the pairs of a batch (aot)
             compares all pairs here.
         beta: Factor of the rewards.
-        settings: Of the loss.
+        settings: The other settings of the loss.
     """
     loss = pair_loss(loss_type, beta=beta, **settings)
-    arrays = dataset.arrays
-    nothing = np.zeros(len(dataset), np.float32)
+    arrays, kinds = dataset.arrays, ("chosen", "rejected")
+    reference = [np.zeros(len(dataset), np.float32)] * 2
+    if loss.needs_reference:
+        reference = [arrays[f"reference_{kind}_logps"] for kind in kinds]
+    lengths = [arrays[f"{kind}_mask"].sum(axis=1, dtype=np.float32) for kind in kinds]
 
     def evaluate(params: Any) -> dict[str, float]:
-        chosen, rejected = answer_logps(score, params, dataset, batch_size, mesh)
-        pair = PairLogps(
-            *map(
-                jnp.asarray,
-                (
-                    chosen,
-                    rejected,
-                    arrays["reference_chosen_logps"] if loss.needs_reference else nothing,
-                    arrays["reference_rejected_logps"] if loss.needs_reference else nothing,
-                    arrays["chosen_mask"].sum(axis=1, dtype=np.float32),
-                    arrays["rejected_mask"].sum(axis=1, dtype=np.float32),
-                ),
-            )
-        )
+        logps = answer_logps(score, params, dataset, batch_size, mesh)
+        pair = PairLogps(*map(jnp.asarray, (*logps, *reference, *lengths)))
         metrics = {"loss": jnp.mean(loss(pair)), **loss.metrics(pair)}
         return {f"eval_{name}": float(value) for name, value in metrics.items()}
 
@@ -147,10 +138,10 @@ def evaluate_unpaired(
         dataset: Labelled answers with `reference_completion_logps`, and for `"kto"` the mismatched
             ones with `reference_kl_logps`.
         batch_size: Rows scored at once.
-        mesh: Where batches go.
+        mesh: The devices that batches are split over.
         loss_type: See `train.losses.unpaired_loss`.
         beta: Factor of the rewards.
-        settings: Of the loss.
+        settings: The other settings of the loss.
     """
     loss = unpaired_loss(loss_type, beta=beta, **settings)
     arrays = dataset.arrays
@@ -178,7 +169,7 @@ def evaluate_sft(
         loss_fn: From `train.objectives.preference.sft_loss`.
         dataset: Held-out rows.
         batch_size: Rows scored at once.
-        mesh: Where batches go.
+        mesh: The devices that batches are split over.
     """
     measure = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
 

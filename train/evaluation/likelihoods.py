@@ -71,7 +71,8 @@ def likelihood_scorer(
         graphdef: The model's structure, from `train.models.split_model`.
         batch_size: Queries scored at once.
         pad_id: Token at padding.
-        out_shardings: Where results lie; needed where several processes hold the parameters.
+        out_shardings: Where the results lie. Parameters on a mesh need one that gives every process
+            all of them.
 
     Returns:
         ``f(params, queries, shown_as="")`` giving their `Likelihoods`, in order. Queries of similar

@@ -35,10 +35,10 @@ class DecoderLM(TemplateLM):
     a task that samples is refused.
 
     Args:
-        model: directory or hub name.
-        batch_size: texts computed at once.
-        dtype: of the computations; parameters stay float32.
-        max_length: tokens that the model may see. By default as many as it has positions.
+        model: A directory or hub name.
+        batch_size: Texts computed at once.
+        dtype: The type of the computations; parameters stay float32.
+        max_length: Tokens that the model may see. By default as many as it has positions.
 
     Raises:
         UserError: the tokenizer or generation_config.json is missing or damaged.

@@ -151,7 +151,7 @@ def accuracies(
 
     Args:
         score: From `train.evaluation.likelihoods.likelihood_scorer`.
-        params: Of the model.
+        params: The model's parameters.
         questions: From `read_questions`.
         shown_as: Label of a progress bar; empty for none.
 

@@ -86,7 +86,8 @@ def task_scorer(
         ends: Tokens that end an answer, from `train.commands.generate.end_tokens`.
         batch_size: Questions, windows or problems at once; a multiple of the devices that rows are
             split over.
-        mesh: Where the parameters lie. Every process scores every task and has the results whole.
+        mesh: The devices that hold the parameters. Every process scores every task and has the
+            results whole.
         show: Show progress bars.
     """
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())

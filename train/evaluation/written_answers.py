@@ -116,7 +116,7 @@ def score_answers(
 
     Args:
         write: From `train.generation.greedy_text.greedy_writer`.
-        params: Of the model.
+        params: The model's parameters.
         problems: From `read_problems`.
         shown_as: Label of a progress bar; empty for none.
 

@@ -35,7 +35,8 @@ def greedy_writer(
         tokenizer: The model's.
         ends: Tokens that end a text; they are no part of it.
         batch_size: Prompts continued at once.
-        out_shardings: Where results lie; needed where several processes hold the parameters.
+        out_shardings: Where the results lie. Parameters on a mesh need one that gives every process
+            all of them.
 
     Returns:
         ``f(params, prompts, max_new_tokens, stop=(), shown_as="")`` for token ids of prompts, giving a

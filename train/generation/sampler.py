@@ -55,11 +55,11 @@ class Sampler:
     width of the padding or ``max_new_tokens``.
 
     Args:
-        graphdef: of a `Decoder`, from `split_model`.
-        max_new_tokens: tokens to generate per row, at least 1.
-        eos_id: token, or several, after which a row ends.
-        pad_id: token written after the end of a row.
-        filters: temperature and truncation of the distribution.
+        graphdef: The structure of a `Decoder`, from `split_model`.
+        max_new_tokens: Tokens to generate per row, at least 1.
+        eos_id: The token, or tokens, after which a row ends.
+        pad_id: The token written after the end of a row.
+        filters: Temperature and truncation of the distribution.
 
     Raises:
         ValueError: ``max_new_tokens`` below 1.
@@ -88,10 +88,10 @@ class Sampler:
         """Continues every prompt until all rows have ended.
 
         Args:
-            params: of the model.
+            params: The model's parameters.
             tokens: int32 ``[batch, prompt]``.
             mask: bool, like ``tokens``, True at real tokens; padding on the left.
-            keys: typed keys ``[batch]``, one a row; None only where ``temperature`` is 0.
+            keys: Typed keys ``[batch]``, one a row; None only where ``temperature`` is 0.
 
         Raises:
             ValueError: the mask is not left-padded or leaves a row empty, or keys are missing.
