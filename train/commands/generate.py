@@ -75,6 +75,7 @@ def _write(
     done: int,
     console: Console,
 ) -> None:
+    """Writes a line for every record that is left, `done` of them being there already."""
     if done:
         console.print(f"{done} records were written before; {len(records)} are left.")
     shown = track(completions, "generating", len(records), console=console)
@@ -135,6 +136,7 @@ def end_tokens(model: str, tokenizer: Any) -> list[int]:
 
 
 def _check(config: GenerateConfig) -> Filters:
+    """Checks the settings; returns those of the draws."""
     if (config.prompt is None) == (config.prompts is None):
         raise UserError("Give exactly one of prompt and prompts.")
     if (config.prompts is None) != (config.output is None):
@@ -159,6 +161,7 @@ def _check(config: GenerateConfig) -> Filters:
 def _check_lengths(
     name: str, prompts: Sequence[Sequence[int]], new: int, model: ModelConfig
 ) -> None:
+    """Raises `UserError` where a prompt and its continuation are longer than the model reaches."""
     longest = max(map(len, prompts))
     if longest + new > model.max_position_embeddings:
         raise UserError(

@@ -60,6 +60,7 @@ def read_texts(field: str, options: TextOptions, tokenizer: Any, longest: int) -
 
 
 def _text(record: Any, name: str, field: str) -> str:
+    """The text in a record's field `name`; `field` is the task, for messages."""
     text = record.get(name)
     if not isinstance(text, str):
         raise UserError(

@@ -71,6 +71,7 @@ def read_problems(
 
 
 def _check(options: GenerationTaskOptions, field: str) -> None:
+    """Raises `UserError` where a setting cannot be used."""
     for setting in ("limit", "max_new_tokens"):
         value = getattr(options, setting)
         require(value is None or value > 0, f"{field}.{setting}", value, "positive")
@@ -89,6 +90,7 @@ def _check(options: GenerationTaskOptions, field: str) -> None:
 def _right_answers(
     record: Mapping[str, Any], options: GenerationTaskOptions, field: str
 ) -> tuple[str, ...]:
+    """The right answers of a record, each as `answer_extract` finds it."""
     if options.answer is not None:
         texts: Any = [filled(options.answer, record, f"{field}.answer")]
     else:
