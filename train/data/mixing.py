@@ -57,6 +57,8 @@ def _stack(name: str, datasets: Sequence[TokenDataset]) -> np.ndarray:
 
 
 def _merge(reports: Sequence[TokenReport]) -> TokenReport:
+    """One report of all records."""
+
     def total(name: str) -> int:
         return sum(getattr(report, name) for report in reports)
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 
 from train.data.formats import DataError
-from train.data.records import Text, UnusableRecord
+from train.data.records import Text, UnusableRecord, common_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -175,7 +175,8 @@ class Encoder:
     def _encoded(
         self, prompt: list[int], wholes: list[list[int]], conversation: bool
     ) -> Encoded | UnusableRecord:
-        boundary = min((_common_length(prompt, whole) for whole in wholes), default=len(prompt))
+        """Prompt and answers from the tokens of the prompt and of prompt and answer together."""
+        boundary = min((common_length(prompt, whole) for whole in wholes), default=len(prompt))
         ends = self._turn_ends if conversation else {self.eos_id}
         answers = [self._finished(whole[boundary:], ends) for whole in wholes]
         moved = boundary < len(prompt)
@@ -214,12 +215,3 @@ class Encoder:
         """BOS, where the tokeniser starts plain text with it."""
         start = self._tokenizer("").input_ids[:1]
         return start if self.bos_id is not None and start == [self.bos_id] else []
-
-
-def _common_length(left: list[int], right: list[int]) -> int:
-    length = 0
-    for one, other in zip(left, right, strict=False):
-        if one != other:
-            break
-        length += 1
-    return length

@@ -215,6 +215,7 @@ class _Fitted:
 
 
 def _fit(encoded: Encoded, limits: _Limits, encoder: Encoder) -> _Fitted | UnusableRecord:
+    """Cuts a row to the limits."""
     prompt, longest_prompt = encoded.prompt, limits.max_prompt_length
     longest_answer = limits.max_completion_length
     prompt_cut = len(prompt) > longest_prompt
@@ -257,6 +258,7 @@ def _report(
     arrays: Mapping[str, np.ndarray],
     names: tuple[str, ...],
 ) -> TokenReport:
+    """What became of all records."""
     prompts = arrays["prompt_mask"]
     answers = [arrays[f"{name}_mask"] for name in names]
     return TokenReport(

@@ -217,6 +217,7 @@ def _choose(sampler: Sampler, logits: jax.Array, keys: jax.Array | None, state: 
 
 
 def _check_left_padded(mask: np.ndarray) -> None:
+    """Raises `ValueError` for rows with padding on the right or without a token."""
     bad = np.flatnonzero(~mask[:, -1] | (np.diff(mask.astype(np.int8), axis=1) < 0).any(axis=1))
     if bad.size:
         raise ValueError(
