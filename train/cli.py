@@ -65,9 +65,9 @@ def _run_grpo(config: GRPOConfig) -> None:
 
 
 def _run_eval(config: EvalConfig) -> None:
-    from train.commands.evaluate import run
+    from train.commands.evaluate import evaluate_model
 
-    run(config)
+    evaluate_model(config)
 
 
 def _run_export(config: ExportConfig) -> None:
@@ -83,9 +83,9 @@ def _run_merge(config: MergeConfig) -> None:
 
 
 def _run_generate(config: GenerateConfig) -> None:
-    from train.commands.generate import run
+    from train.commands.generate import generate_text
 
-    run(config)
+    generate_text(config)
 
 
 def _run_plan(config: PlanConfig) -> None:

@@ -23,7 +23,7 @@ from train.commands.dpo import train_dpo
 from train.commands.kto import arrange, train_kto
 from train.config import DPOConfig, KTOConfig, UserError
 from train.data import tokenize_unpaired
-from train.data.kl_pairs import in_random_order, rotation, with_kl_completions
+from train.data.mismatched import in_random_order, rotation, with_kl_completions
 from train.files.metrics_log import read_metrics
 from train.losses import LOSSES, UNPAIRED_LOSSES, PreferenceLoss
 from train.losses.options import loss_from

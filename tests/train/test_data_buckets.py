@@ -18,8 +18,8 @@ from train.data import (
     saves_by_sharing,
 )
 from train.data.buckets import _divide, default_buckets
-from train.data.dataset import pad_left, pad_right
 from train.data.layout import padding_share
+from train.data.padding import pad_rows
 
 REPORT = TokenReport(0, 0, {}, 0, 0, 0, Lengths(1, 1), Lengths(1, 1))
 
@@ -31,9 +31,10 @@ def make_pairs(rows=400, seed=0, longest_prompt=120):
     for name, longest in (("prompt", longest_prompt), ("chosen", 96), ("rejected", 96)):
         counts = np.clip(rng.lognormal(3, 0.8, rows).astype(int), 1, longest)
         tokens = [[1 + row] * count for row, count in enumerate(counts)]
-        pad = pad_left if name == "prompt" else pad_right
         width = longest if name == "prompt" else 96
-        arrays[f"{name}_tokens"], arrays[f"{name}_mask"] = pad(tokens, width, 0)
+        arrays[f"{name}_tokens"], arrays[f"{name}_mask"] = pad_rows(
+            tokens, width, 0, left=name == "prompt"
+        )
     return TokenDataset(arrays, REPORT, share_prompts=True)
 
 

@@ -9,15 +9,18 @@ import pytest
     [
         "train.data.formats",
         "train.data.packing",
+        "train.data.padding",
         "train.data.records",
-        "train.data.kl_pairs",
+        "train.data.mismatched",
         "train.objectives.logps",
         "train.losses.preference",
         "train.losses.schedule",
         "train.losses.unpaired",
         "train.models.decoder",
+        "train.evaluation.perplexity",
         "train.evaluation.tasks",
         "train.evaluation.text_scores",
+        "train.generation.greedy_text",
     ],
 )
 def test_examples_in_docstrings(name):

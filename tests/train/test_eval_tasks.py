@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from tests.train.tiny_runs import flags, make_model_dir, make_tokenizer, write_jsonl
 from train.cli import main
 from train.config import GenerationTaskOptions, TaskOptions, TextOptions, UserError
+from train.evaluation.likelihoods import Query
 from train.evaluation.multiple_choice import read_questions
-from train.evaluation.perplexity import Texts, perplexity, read_texts
+from train.evaluation.perplexity import Texts, perplexity, read_texts, sliding_windows
 from train.evaluation.text_scores import LAST_NUMBER, extract, normalised, squad_f1
-from train.evaluation.windows import Window, sliding_windows
 from train.evaluation.written_answers import read_problems
 
 TEXT = "The quick brown fox jumps over the lazy dog; then it sleeps, and dreams of 12,345 hens. "
@@ -92,7 +92,7 @@ def test_perplexity(directory, theirs, tmp_path, separator):
 @pytest.mark.parametrize(("length", "stride"), [(7, 3), (5, 1), (64, 32)])
 def test_windows_score_every_token_once(length, stride):
     tokens = list(range(50))
-    scored = [t for w in sliding_windows(tokens, length, stride) for t in w.tokens[w.first :]]
+    scored = [t for w in sliding_windows(tokens, length, stride) for t in w.answers[0]]
     assert scored == tokens[1:]
 
 
@@ -100,11 +100,11 @@ def test_windows_score_every_token_once(length, stride):
 def test_perplexity_beyond_the_largest_number_is_infinite(nll, expected):
     """What a model that training has ruined may reach."""
 
-    def score(params, tokens, mask, first):
-        return np.full(len(tokens), -2 * nll), np.zeros(len(tokens), bool)
+    def score(params, queries, shown_as):
+        return np.full((len(queries), 1), -2 * nll), np.zeros((len(queries), 1), bool)
 
-    texts = Texts([Window([1, 2, 3], 1)], size=3)
-    found = perplexity(score, None, texts, batch_size=1, pad_id=0, shown_as=None)
+    texts = Texts([Query([1], [[2, 3]])], size=3)
+    found = perplexity(score, None, texts)
     assert found["perplexity"] == expected
     assert found["nll"] == nll
 
@@ -207,7 +207,7 @@ def test_prompts_of_a_template_with_a_clock_are_the_same_on_every_day(tmp_path):
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
     path = write_jsonl(tmp_path / "q.jsonl", [{"q": "1+1?", "a": "2"}])
     asked = GenerationTaskOptions(path=str(path), prompt="{q}", answer="{a}")
-    (problem,) = read_problems("g", asked, tokenizer, 2048)
+    (problem,) = read_problems("generation.g", asked, tokenizer, 2048).asked
     assert tokenizer.decode(problem.prompt) == (
         "26 Jul 2024<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -262,7 +262,7 @@ def test_answers_by_letter_and_number(tmp_path, answer):
     path = write_jsonl(tmp_path / "q.jsonl", [record])
     task = TaskOptions(path=str(path), prompt="{q}", answer="{key}", choices_field="choices")
     tokenizer = make_tokenizer()
-    (question,), _ = read_questions("c", task, tokenizer, 2048)
+    (question,), _ = read_questions("tasks.c", task, tokenizer, 2048)
     assert tokenizer.decode(question.answers[0]) == "one"
 
 
@@ -277,9 +277,13 @@ def test_hub_data_sets_are_scored_on_their_test_split(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     tokenizer, task = make_tokenizer(), {"prompt": "{text}", "answer": "{a}"}
     for split in ({}, {"split": "validation"}):
-        read_questions("c", TaskOptions(path="c", **split, **task, choices=2), tokenizer, 2048)
-        read_problems("g", GenerationTaskOptions(path="g", **split, **task), tokenizer, 2048)
-        read_texts("t", TextOptions(path="t", **split), tokenizer, 2048)
+        read_questions(
+            "tasks.c", TaskOptions(path="c", **split, **task, choices=2), tokenizer, 2048
+        )
+        read_problems(
+            "generation.g", GenerationTaskOptions(path="g", **split, **task), tokenizer, 2048
+        )
+        read_texts("texts.t", TextOptions(path="t", **split), tokenizer, 2048)
     assert asked == [(name, split) for split in ("test", "validation") for name in "cgt"]
 
 
@@ -288,22 +292,27 @@ def test_refusals(tmp_path):
     path = str(write_jsonl(tmp_path / "q.jsonl", [record]))
     task = {"path": path, "prompt": "{q}", "answer": "{key}"}
     with pytest.raises(UserError, match="names none of its 2 choices"):
-        read_questions("c", TaskOptions(**task, choices_field="choices"), make_tokenizer(), 2048)
+        read_questions(
+            "tasks.c", TaskOptions(**task, choices_field="choices"), make_tokenizer(), 2048
+        )
     with pytest.raises(UserError, match=r"tasks\.c\.choices_field"):
-        read_questions("c", TaskOptions(**task, choices_field="none"), make_tokenizer(), 2048)
+        read_questions("tasks.c", TaskOptions(**task, choices_field="none"), make_tokenizer(), 2048)
     with pytest.raises(UserError, match=r"tasks\.c\.letters"):
-        read_questions("c", TaskOptions(**task, letters=True), make_tokenizer(), 2048)
+        read_questions("tasks.c", TaskOptions(**task, letters=True), make_tokenizer(), 2048)
     asked = {"path": path, "prompt": "{q}"}
     with pytest.raises(UserError, match=r"generation\.g has answer None and answers_field None"):
-        read_problems("g", GenerationTaskOptions(**asked), make_tokenizer(), 2048)
+        read_problems("generation.g", GenerationTaskOptions(**asked), make_tokenizer(), 2048)
     with pytest.raises(UserError, match=r"generation\.g\.answers_field: 'text' of .* is 3, not"):
         read_problems(
-            "g", GenerationTaskOptions(**asked, answers_field="text"), make_tokenizer(), 2048
+            "generation.g",
+            GenerationTaskOptions(**asked, answers_field="text"),
+            make_tokenizer(),
+            2048,
         )
     with pytest.raises(UserError, match=r"texts\.t\.stride"):
-        read_texts("t", TextOptions(path=path, stride=2000), make_tokenizer(), 2048)
+        read_texts("texts.t", TextOptions(path=path, stride=2000), make_tokenizer(), 2048)
     with pytest.raises(UserError, match=r"texts\.t\.field"):
-        read_texts("t", TextOptions(path=path), make_tokenizer(), 2048)
+        read_texts("texts.t", TextOptions(path=path), make_tokenizer(), 2048)
 
 
 def test_what_is_longer_than_the_model_reaches_is_refused(tmp_path):
@@ -314,10 +323,10 @@ def test_what_is_longer_than_the_model_reaches_is_refused(tmp_path):
     written = GenerationTaskOptions(**task, max_new_tokens=4)
     message = r"g\.max_new_tokens 4: 2 of 3 .* 8 positions.* q\.jsonl line 3, 11 tokens with"
     with pytest.raises(UserError, match=message):
-        read_problems("g", written, make_tokenizer(), 8)
-    assert len(read_problems("g", written, make_tokenizer(), 11)) == 3
+        read_problems("generation.g", written, make_tokenizer(), 8)
+    assert len(read_problems("generation.g", written, make_tokenizer(), 11).asked) == 3
     path = write_jsonl(tmp_path / "c.jsonl", [{"q": "??", "a": "1"}, {"q": "?", "a": "23456"}])
     choice = TaskOptions(**(task | {"path": str(path)}), choices=2)
     with pytest.raises(UserError, match=r"tasks\.c: 1 of 2 .* 7 positions.* line 1, 8 tokens with"):
-        read_questions("c", choice, make_tokenizer(), 7)  # one space and five digits
-    assert len(read_questions("c", choice, make_tokenizer(), 8)[0]) == 2
+        read_questions("tasks.c", choice, make_tokenizer(), 7)  # one space and five digits
+    assert len(read_questions("tasks.c", choice, make_tokenizer(), 8)[0]) == 2

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from scipy.special import log_softmax
 
-from train.data.dataset import pad_left, pad_right
+from train.data.padding import pad_rows
 from train.models import Decoder, ModelConfig
 from train.objectives.logps import (
     AUTO_VOCAB_CHUNK,
@@ -140,8 +140,8 @@ def rows(model):
         whole = jnp.asarray(np.concatenate([prompt, answer])[None], jnp.int32)
         every = log_softmax(np.asarray(model(whole)[0], np.float64), axis=-1)
         expected.append([every[len(prompt) - 1 + i, token] for i, token in enumerate(answer)])
-    prompt_columns = pad_left([prompt.tolist() for prompt in prompts], 8, 11)
-    answer_columns = pad_right([answer.tolist() for answer in answers], 8, 11)
+    prompt_columns = pad_rows([prompt.tolist() for prompt in prompts], 8, 11, left=True)
+    answer_columns = pad_rows([answer.tolist() for answer in answers], 8, 11)
     return [jnp.asarray(column) for column in (*prompt_columns, *answer_columns)], expected
 
 

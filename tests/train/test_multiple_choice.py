@@ -5,12 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from transformers import AutoModelForCausalLM
 
 from tests.train.tiny_runs import make_model_dir, make_records, make_tokenizer, write_jsonl
 from train.config import TaskOptions, UserError
-from train.data.dataset import pad_left, pad_right
-from train.evaluation.multiple_choice import Question, choice_scorer, measure, read_questions
+from train.evaluation.likelihoods import (
+    Query,
+    joined_rows,
+    likelihood_scorer,
+    scored_statistics,
+)
+from train.evaluation.multiple_choice import Question, Questions, accuracies, read_questions
 from train.models import from_hf, split_model
 
 PROMPT = "{prompt[0][content]}"
@@ -69,26 +75,35 @@ def test_scores_equal_those_of_each_candidate_alone(directory, theirs):
     for _ in range(4):
         answer.append(int(transformers_logits(theirs, questions[0].prompt + answer)[-1].argmax()))
 
-    graphdef, params = split_model(from_hf(directory))
-    prompts = pad_left([question.prompt for question in questions], 32, 0)
-    answers = pad_right([answer for question in questions for answer in question.answers], 6, 0)
-    answer_tokens, answer_mask = (part.reshape(7, 3, 6) for part in answers)
-    logps, top1 = choice_scorer(graphdef)(params, *prompts, answer_tokens, answer_mask)
-    assert np.asarray(top1)[0, 0].sum() == len(questions[0].answers[0])
+    rows = joined_rows(questions, 24, 0)
+    model = from_hf(directory)
+    logps, top1, numbers = map(
+        np.asarray, nnx.jit(scored_statistics, static_argnums=2)(model, rows, 3)
+    )
+    assert top1[0][numbers[0] == 1].sum() == len(questions[0].answers[0])
     for row, question in enumerate(questions):
-        for choice, (wanted, first) in enumerate(transformers_scores(theirs, question)):
-            mask = answer_mask[row, choice]
-            np.testing.assert_allclose(logps[row, choice][mask], wanted, atol=2e-5)
-            np.testing.assert_array_equal(top1[row, choice][mask], first)
-            assert not np.asarray(logps[row, choice])[~mask].any()
+        for choice, (wanted, first) in enumerate(transformers_scores(theirs, question), 1):
+            found = numbers[row] == choice
+            np.testing.assert_allclose(logps[row][found], wanted, atol=2e-5)
+            np.testing.assert_array_equal(top1[row][found], first)
+        assert np.count_nonzero(numbers[row]) == question.scored
+
+
+def test_a_single_answer_is_scored_as_among_others(directory):
+    questions = random_questions()
+    graphdef, params = split_model(from_hf(directory))
+    score = likelihood_scorer(graphdef, batch_size=3, pad_id=0)
+    alone = [Query(one.prompt, [answer]) for one in questions for answer in one.answers]
+    together, single = score(params, questions), score(params, alone)
+    np.testing.assert_allclose(single[0].reshape(7, 3), together[0], rtol=1e-5)
+    np.testing.assert_array_equal(single[1].reshape(7, 3), together[1])
 
 
 def test_accuracies_equal_those_counted_one_by_one(directory, theirs):
     questions = random_questions(11)
     graphdef, params = split_model(from_hf(directory))
-    found = measure(
-        choice_scorer(graphdef), params, questions, batch_size=4, pad_id=0, shown_as="test"
-    )
+    score = likelihood_scorer(graphdef, batch_size=4, pad_id=0)
+    found = accuracies(score, params, Questions(questions, 0), shown_as="test")
     scored = [transformers_scores(theirs, question) for question in questions]
     sums = np.array([[logps.sum() for logps, _ in row] for row in scored])
     means = np.array([[logps.mean() for logps, _ in row] for row in scored])
@@ -102,7 +117,7 @@ def test_accuracies_equal_those_counted_one_by_one(directory, theirs):
 
 def test_questions_hold_the_right_answer_first_and_no_end(task):
     tokenizer = make_tokenizer()
-    questions, skipped = read_questions("sums", task, tokenizer, 2048)
+    questions, skipped = read_questions("tasks.sums", task, tokenizer, 2048)
     records = make_records(30)
     assert (len(questions), skipped) == (30, 0)
     for question, record in zip(questions, records, strict=True):
@@ -117,22 +132,22 @@ def test_questions_hold_the_right_answer_first_and_no_end(task):
 def test_wrong_answers_are_drawn_from_the_file_and_stay_the_same(task):
     tokenizer = make_tokenizer()
     pool = {str(record["number"]) for record in make_records(30)}
-    questions = read_questions("sums", task, tokenizer, 2048)[0]
+    questions = read_questions("tasks.sums", task, tokenizer, 2048)[0]
     drawn = [[str(tokenizer.decode(a)) for a in question.answers] for question in questions]
     for right, *wrong in drawn:
         assert set(wrong) <= pool
         assert not any(right.startswith(other) or other.startswith(right) for other in wrong)
-    assert read_questions("sums", task, tokenizer, 2048)[0] == questions
+    assert read_questions("tasks.sums", task, tokenizer, 2048)[0] == questions
     limited = TaskOptions(path=task.path, prompt=PROMPT, answer=task.answer, limit=5)
-    assert read_questions("sums", limited, tokenizer, 2048)[0] == questions[:5]
+    assert read_questions("tasks.sums", limited, tokenizer, 2048)[0] == questions[:5]
     other_seed = TaskOptions(path=task.path, prompt=PROMPT, answer=task.answer, seed=1)
-    assert read_questions("sums", other_seed, tokenizer, 2048)[0] != questions
+    assert read_questions("tasks.sums", other_seed, tokenizer, 2048)[0] != questions
 
 
 def test_plain_text_has_one_space_and_no_template(task):
     tokenizer = make_tokenizer()
     plain = TaskOptions(path=task.path, prompt=PROMPT, answer="{number:g}", chat_template=False)
-    question = read_questions("sums", plain, tokenizer, 2048)[0][0]
+    question = read_questions("tasks.sums", plain, tokenizer, 2048)[0][0]
     record = make_records(1)[0]
     assert tokenizer.decode(question.prompt) == record["prompt"][0]["content"]
     assert tokenizer.decode(question.answers[0]) == f" {record['number']}"
@@ -152,5 +167,5 @@ def test_plain_text_has_one_space_and_no_template(task):
 def test_bad_tasks(task, changes, message):
     options = TaskOptions(**{**vars(task), **changes})
     with pytest.raises(UserError) as caught:
-        read_questions("sums", options, make_tokenizer(), 2048)
+        read_questions("tasks.sums", options, make_tokenizer(), 2048)
     assert message in str(caught.value)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.train.tiny_models import VOCAB, save_model
-from train.data.dataset import pad_left, pad_right
 from train.data.layout import Widths, row_lengths, share_prompt, trim
+from train.data.padding import pad_rows
 from train.models import from_hf, merge_model, split_model
 from train.objectives.pair_logps import attention_of_parts, pair_token_logps
 from train.objectives.preference import preference_loss, reference_logps_fn
@@ -23,8 +23,9 @@ def make_batch(seed=0):
     batch = {}
     for part, name in enumerate(("prompt", "chosen", "rejected")):
         rows = [rng.integers(3, VOCAB, lengths[part]).tolist() for lengths in LENGTHS]
-        pad = pad_left if name == "prompt" else pad_right
-        batch[f"{name}_tokens"], batch[f"{name}_mask"] = pad(rows, 12 if name == "prompt" else 8, 0)
+        left = name == "prompt"
+        columns = pad_rows(rows, 12 if left else 8, 0, left=left)
+        batch[f"{name}_tokens"], batch[f"{name}_mask"] = columns
     return batch
 
 

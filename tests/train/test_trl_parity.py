@@ -19,7 +19,7 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from train.data import make_loader, tokenize_preference, tokenize_unpaired
-from train.data.kl_pairs import with_kl_completions
+from train.data.mismatched import with_kl_completions
 from train.losses import (
     PreferenceLoss,
     UnpairedLoss,

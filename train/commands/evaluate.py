@@ -11,7 +11,14 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from train.config import EvalConfig, ModelOptions, UserError, check_records, require
+from train.config import (
+    EvalConfig,
+    ModelOptions,
+    PreferenceEvalOptions,
+    UserError,
+    check_records,
+    require,
+)
 from train.data import TokenDataset, tokenize_preference
 from train.evaluation.held_out import answer_logps, evaluate_preferences
 from train.evaluation.tasks import Tasks, read_tasks, task_scorer
@@ -28,7 +35,7 @@ from train.types import Score
 Results = dict[str, Any]
 
 
-def run(config: EvalConfig) -> Results:
+def evaluate_model(config: EvalConfig) -> Results:
     """Evaluates one model, prints a table and writes the JSON file.
 
     Returns:
@@ -46,14 +53,7 @@ def run(config: EvalConfig) -> Results:
     pairs = None
     if config.preferences is not None:
         check_related(config.preferences.reference, config.model, "preferences.reference")
-        everything, held_out = split_records(config.preferences, "preferences.path")
-        records = everything if held_out is None else held_out
-        pairs = sharing_prompts(
-            tokenized(
-                records, config.preferences, "preferences.path", tokenize_preference, tokenizer
-            ),
-            config.preferences,
-        )
+        pairs = _read_pairs(config.preferences, tokenizer)
         console.print(f"preferences: {pairs.report}", highlight=False)
     results = _evaluate(config, abstract_model(model, None)[0], tasks, pairs, tokenizer)
     # Shown first: whatever keeps the file from being written, the work is not lost.
@@ -66,7 +66,17 @@ def run(config: EvalConfig) -> Results:
     return results
 
 
+def _read_pairs(options: PreferenceEvalOptions, tokenizer: Any) -> TokenDataset:
+    """The held-out pairs, or all of them where nothing is to be held out."""
+    name = "preferences.path"
+    everything, held_out = split_records(options, name)
+    records = everything if held_out is None else held_out
+    pairs = tokenized(records, options, name, tokenize_preference, tokenizer)
+    return sharing_prompts(pairs, options)
+
+
 def _check(config: EvalConfig) -> Path:
+    """Checks the settings; returns the file to write."""
     require(config.batch_size > 0, "batch_size", config.batch_size, "positive")
     named = [*config.tasks, *config.texts, *config.generation]
     if config.preferences is None and not named:
@@ -82,6 +92,7 @@ def _check(config: EvalConfig) -> Path:
 
 
 def _check_new(output: Path) -> None:
+    """Raises `UserError` where the file is already there."""
     if output.exists():
         raise UserError(f"output: {str(output)!r} exists; nothing is overwritten.")
 
@@ -93,29 +104,24 @@ def _evaluate(
     pairs: TokenDataset | None,
     tokenizer: Any,
 ) -> Results:
-    """One model in memory at a time: the reference's scores first, then everything of the model."""
+    """Scores with the reference first, then with the model: one is in memory at a time."""
     results: Results = {"model": str(config.model)}
-    pair_score = reference_logps_fn(graphdef)
-    if pairs is not None:
-        assert config.preferences is not None
-        pairs = _with_reference(config, pair_score, pairs)
-    params = _load(config.model, config, "model")
+    evaluate, size = None, config.batch_size
     if pairs is not None and config.preferences is not None:
-        evaluate = evaluate_preferences(
-            pair_score,
-            pairs,
-            loss=PreferenceLoss(beta=config.preferences.beta),
-            batch_size=config.batch_size,
-            mesh=None,
-        )
+        score, loss = reference_logps_fn(graphdef), PreferenceLoss(beta=config.preferences.beta)
+        pairs = _with_reference(config, score, pairs)
+        evaluate = evaluate_preferences(score, pairs, loss=loss, batch_size=size, mesh=None)
+    params = _load(config.model, config, "model")
+    if pairs is not None and evaluate is not None:
         metrics = {name.removeprefix("eval_"): v for name, v in evaluate(params).items()}
         results["preferences"] = {**metrics, "pairs": len(pairs)}
     ends = end_tokens(config.model, tokenizer)
-    scores = task_scorer(graphdef, tasks, tokenizer, ends, batch_size=config.batch_size, show=True)
+    scores = task_scorer(graphdef, tasks, tokenizer, ends, batch_size=size, show=True)
     return {**results, **scores(params)}
 
 
 def _with_reference(config: EvalConfig, score: Score, pairs: TokenDataset) -> TokenDataset:
+    """The pairs with the log-probabilities that the reference gives their answers."""
     assert config.preferences is not None
     params = _load(config.preferences.reference, config, "preferences.reference")
     chosen, rejected = answer_logps(
@@ -125,6 +131,7 @@ def _with_reference(config: EvalConfig, score: Score, pairs: TokenDataset) -> To
 
 
 def _load(path: str, config: EvalConfig, name: str) -> Any:
+    """The parameters of a model directory that the field `name` gives."""
     with blamed_on(name):
         # Parameters stay float32, as in training: only the computation takes the type.
         return split_model(
@@ -133,14 +140,12 @@ def _load(path: str, config: EvalConfig, name: str) -> Any:
 
 
 def _table(results: Results) -> Table:
-    table = Table(title=results["model"])
-    for column in ("", "metric", "value"):
-        table.add_column(column, justify="right" if column == "value" else "left")
-    kinds = [results[kind] for kind in ("tasks", "texts", "generation")]
-    groups = [
-        ("preferences", results.get("preferences", {})),
-        *(i for k in kinds for i in k.items()),
-    ]
+    """All metrics, a group for the preferences and for every task."""
+    table = Table("", "metric", title=results["model"])
+    table.add_column("value", justify="right")
+    groups = [("preferences", results.get("preferences", {}))]
+    for kind in ("tasks", "texts", "generation"):
+        groups += results[kind].items()
     for group, metrics in groups:
         for number, (name, value) in enumerate(metrics.items()):
             shown = str(value) if isinstance(value, int) else f"{value:.4f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -16,6 +16,7 @@ from rich.progress import track
 
 from train.config import GenerateConfig, ModelOptions, UserError, require
 from train.data import Record, read_records
+from train.data.padding import pad_prompts
 from train.data.tokenizing import encode_prompts
 from train.files.continued_lines import continued_lines
 from train.files.run_directory import check_place
@@ -27,10 +28,8 @@ from train.models.abstract import abstract_model
 from train.models.model_dir import end_tokens
 from train.types import Params
 
-_WIDTH_STEP = 32  # prompts are padded to multiples of it, so that few shapes are compiled
 
-
-def run(config: GenerateConfig) -> None:
+def generate_text(config: GenerateConfig) -> None:
     """Writes the continuations to the terminal or to a new file.
 
     Raises:
@@ -43,7 +42,10 @@ def run(config: GenerateConfig) -> None:
     tokenizer = load_tokenizer(config.model, "model")
     name = "prompt" if config.prompts is None else "prompts"
     with blamed_on(name):
-        records = _records(config)
+        if config.prompts is None:
+            records = [Record({"prompt": config.prompt}, "record")]
+        else:
+            records = read_records(config.prompts, config.split)
         prompts = encode_prompts(records, tokenizer, chat_template=config.chat_template)
     _check_lengths(name, prompts, config.max_new_tokens, model)
     pad_id: Any = (
@@ -74,39 +76,27 @@ def _write(
     done: int,
     console: Console,
 ) -> None:
+    """Writes a line for every record that is left, `done` of them being there already."""
     if done:
         console.print(f"{done} records were written before; {len(records)} are left.")
     shown = track(completions, "generating", len(records), console=console)
     for record, completion in zip(records, shown, strict=True):
-        file.write(_line({**record, **completion}))
+        # Parquet and the hub have fields that JSON has no type for, such as dates.
+        line = json.dumps({**record, **completion}, ensure_ascii=False, default=str)
+        file.write(line.encode() + b"\n")
         file.flush()
 
 
 def _key(config: GenerateConfig, records: Any, prompts: Any, ends: list[int]) -> str:
-    """Of what every continuation depends on; prompts are drawn for by number, so not the batch."""
+    """A hash of all that a continuation depends on; draws depend on its number, not on the batch."""
     settings = dataclasses.asdict(config)
     del settings["output"], settings["batch_size"]
     asked = (settings, hash_model(config.model), records, prompts, ends)
     return hashlib.sha256(repr(asked).encode()).hexdigest()[:12]
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
-    # Parquet and the hub have fields that JSON has no type for, such as dates.
-    return json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n"
-
-
-def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 tokens and bool mask ``[batch, width]``, the width a multiple of 32."""
-    width = -(-max(map(len, prompts)) // _WIDTH_STEP) * _WIDTH_STEP
-    tokens = np.full((len(prompts), width), pad_id, np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = True
-    return tokens, mask
-
-
 def _check(config: GenerateConfig) -> Filters:
+    """Checks the settings; returns those of the draws."""
     if (config.prompt is None) == (config.prompts is None):
         raise UserError("Give exactly one of prompt and prompts.")
     if (config.prompts is None) != (config.output is None):
@@ -128,15 +118,10 @@ def _check(config: GenerateConfig) -> Filters:
     return filters
 
 
-def _records(config: GenerateConfig) -> Sequence[Record]:
-    if config.prompts is None:
-        return [Record({"prompt": config.prompt}, "record")]
-    return read_records(config.prompts, config.split)
-
-
 def _check_lengths(
     name: str, prompts: Sequence[Sequence[int]], new: int, model: ModelConfig
 ) -> None:
+    """Raises `UserError` where a prompt and its continuation are longer than the model reaches."""
     longest = max(map(len, prompts))
     if longest + new > model.max_position_embeddings:
         raise UserError(
@@ -146,6 +131,7 @@ def _check_lengths(
 
 
 def _keys(seed: int, rows: np.ndarray) -> jax.Array:
+    """The keys that the rows of the file draw with."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
 
 
@@ -155,7 +141,7 @@ def _show(
     """Writes text as soon as its bytes are whole characters."""
     ids: list[int] = []
     written = ""
-    tokens, mask = pad_left([prompt], sampler.pad_id)
+    tokens, mask = pad_prompts([prompt], sampler.pad_id)
     for token in sampler.stream(params, tokens, mask, _keys(seed, np.arange(1))):
         ids.append(int(token[0]))
         text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -174,18 +160,17 @@ def _complete(
     config: GenerateConfig,
     done: int,
 ) -> Iterator[dict[str, Any]]:
-    """What is added to every record from the number `done` on, in their order."""
+    """Yields what is added to every record from the number `done` on, in their order."""
     size = config.batch_size
     for start in range(done, len(prompts), size):
         rows = np.arange(start, min(start + size, len(prompts)))
         # The last batch repeats its last row, so that it has the shape of the others.
         filled = np.pad(rows, (0, size - len(rows)), mode="edge")
-        tokens, mask = pad_left([prompts[row] for row in filled], sampler.pad_id)
+        tokens, mask = pad_prompts([prompts[row] for row in filled], sampler.pad_id)
         found = sampler(params, tokens, mask, _keys(config.seed, filled))
-        for ids, used in zip(np.asarray(found.tokens), np.asarray(found.mask), strict=True):
-            if not len(rows):
-                break
-            rows = rows[1:]
+        for _, ids, used in zip(
+            rows, np.asarray(found.tokens), np.asarray(found.mask), strict=False
+        ):
             ids = ids[used]
             yield {
                 "generated": tokenizer.decode(ids, skip_special_tokens=True),

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from train.config import KTOConfig, UserError
 from train.data import TokenDataset, tokenize_unpaired
-from train.data.kl_pairs import in_random_order, with_kl_completions
+from train.data.mismatched import in_random_order, with_kl_completions
 from train.evaluation.held_out import evaluate_unpaired
 from train.inputs.model import blamed_on
 from train.losses import UnpairedLoss, check_unpaired_start, label_balance_warning

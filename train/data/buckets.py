@@ -23,9 +23,7 @@ from train.data.layout import (
     share_prompt,
     trim,
 )
-
-WIDTH_MULTIPLE = 8
-"""Widths of batches are rounded up to a multiple of this."""
+from train.data.padding import round_up
 
 SCORED_PARTS = 2
 """Buckets that a range of total lengths is divided into."""
@@ -46,7 +44,7 @@ class Buckets:
 
     Attributes:
       of_row: Bucket of every row, int `[rows]`.
-      widths: Of each bucket, by growing length; a last entry fits every row.
+      widths: The widths of each bucket, by growing length; the last ones fit every row.
       share_prompts: Whether batches hold a prompt once for both answers.
       batch_size: Rows in a batch, over all processes together.
     """
@@ -168,14 +166,10 @@ def saves_by_sharing(columns: Columns, least: float = LEAST_SHARED) -> bool:
 
 def _widths(lengths: RowLengths, rows: np.ndarray) -> Widths:
     def width(counts: np.ndarray) -> int:
-        return _rounded(int(counts[rows].max()))
+        return round_up(int(counts[rows].max()))
 
     joined = lengths.prompt + lengths.scored
     return Widths(*map(width, (lengths.prompt, lengths.answer, joined, lengths.scored)))
-
-
-def _rounded(count: int) -> int:
-    return -(-count // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def _divide(values: np.ndarray, parts: int) -> np.ndarray:
@@ -184,7 +178,7 @@ def _divide(values: np.ndarray, parts: int) -> np.ndarray:
     The ranges are those with the smallest sum of padded values, by dynamic programming over the
     distinct values (rounded up to a width).
     """
-    widths, counts = np.unique([_rounded(int(value)) for value in values], return_counts=True)
+    widths, counts = np.unique([round_up(int(value)) for value in values], return_counts=True)
     before = np.concatenate([[0], np.cumsum(counts)])
     size = len(widths)
     best = np.full(size + 1, np.inf)

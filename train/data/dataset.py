@@ -134,23 +134,3 @@ class TokenDataset:
                 digest.update(f"{name} {column.dtype} {column.shape}".encode())
                 digest.update(column.tobytes())
         return digest.hexdigest()
-
-
-def pad_left(rows: list[list[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 and mask bool `[rows, width]`, each row at the right end."""
-    tokens = np.full((len(rows), width), pad_id, np.int32)
-    mask = np.zeros((len(rows), width), bool)
-    for number, row in enumerate(rows):
-        tokens[number, width - len(row) :] = row
-        mask[number, width - len(row) :] = True
-    return tokens, mask
-
-
-def pad_right(rows: list[list[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 and mask bool `[rows, width]`, each row at the left end."""
-    tokens = np.full((len(rows), width), pad_id, np.int32)
-    mask = np.zeros((len(rows), width), bool)
-    for number, row in enumerate(rows):
-        tokens[number, : len(row)] = row
-        mask[number, : len(row)] = True
-    return tokens, mask

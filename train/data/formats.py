@@ -88,6 +88,7 @@ def _read_file(path: Path) -> Iterator[Record]:
 
 
 def _read_bytes(path: Path) -> bytes:
+    """The content of a file, unpacked."""
     data = path.read_bytes()
     if not path.name.endswith(".gz"):
         return data
@@ -98,6 +99,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _parse(data: bytes, where: str) -> Any:
+    """A JSON value; errors name the place `where`."""
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

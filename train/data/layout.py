@@ -20,9 +20,9 @@ class RowLengths(NamedTuple):
     """Real tokens of every row, each int `[rows]`.
 
     Attributes:
-      prompt: Of the prompt.
-      answer: Of the longest answer.
-      scored: Of all answers together.
+      prompt: Tokens of the prompt.
+      answer: Tokens of the longest answer.
+      scored: Tokens of all answers together.
     """
 
     prompt: np.ndarray

@@ -27,13 +27,12 @@ def make_loader(
     """Iterate over batches of a tokenised data set.
 
     The order of rows is a function of `seed` and the epoch alone. Each process takes its share of
-    every global batch, so the batches are the same for any number of processes. Rows are gathered
-    in the calling thread: that takes microseconds, and there is nothing to shut down.
+    every global batch, so the batches are the same for any number of processes.
 
     Args:
       dataset: The rows.
       batch_size: Rows in a batch, over all processes together.
-      seed: Of the order, not negative.
+      seed: Seed of the order, not negative.
       shuffle: Draw a new order in every epoch; `False` keeps that of the data set.
       num_epochs: How often to go through the data; `None` does not end.
       drop_remainder: Leave out the rows at the end of an epoch that do not fill a batch (with
@@ -60,8 +59,8 @@ def make_loader(
 
     def gather(numbers: Any) -> dict[str, np.ndarray]:
         rows = np.asarray(numbers)
-        share = len(rows) // count
-        mine = np.concatenate([rows[part * share : (part + 1) * share] for part in parts])
+        shares = np.split(rows, count)
+        mine = np.concatenate([shares[part] for part in parts])
         batch = {name: column[mine] for name, column in dataset.arrays.items()}
         return batch if buckets is None else buckets.shape(batch, rows)
 
@@ -73,24 +72,29 @@ def make_loader(
             rows = rows.shuffle(seed=spread)
         batches = rows.batch(batch_size, drop_remainder=drop_remainder).repeat(num_epochs)
     else:
-        per_epoch = dataset.rows_per_epoch // batch_size
-        plan = lru_cache(2)(lambda epoch: _plan(dataset, buckets, [spread, epoch]))
-        batches = (
-            grain.MapDataset.range(per_epoch)
-            .repeat(num_epochs)
-            .map_with_index(lambda position, number: plan(position // per_epoch)[number])
-        )
+        batches = _planned_batches(dataset, buckets, spread, num_epochs)
+    # Rows are gathered in this thread: that takes microseconds, and there is nothing to shut down.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return iter(batches.map(gather).to_iter_dataset(options))
 
 
-def _plan(dataset: TokenDataset, buckets: Buckets, entropy: list[int]) -> np.ndarray:
-    """Rows of every batch of an epoch, int `[batches, batch_size]`.
+def _planned_batches(
+    dataset: TokenDataset, buckets: Buckets, seed: int, num_epochs: int | None
+) -> grain.MapDataset[Any]:
+    """The numbers of the rows of every batch, planned epoch by epoch."""
+    per_epoch = dataset.rows_per_epoch // buckets.batch_size
 
-    Which rows are left over is drawn before they are grouped, so it does not depend on their length.
-    """
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
-    return random.permutation(buckets.group(dataset.draw_epoch(random)))
+    @lru_cache(2)
+    def plan(epoch: int) -> np.ndarray:
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
+        # What is left over is drawn before rows are grouped, so it does not depend on their length.
+        return random.permutation(buckets.group(dataset.draw_epoch(random)))
+
+    return (
+        grain.MapDataset.range(per_epoch)
+        .repeat(num_epochs)
+        .map_with_index(lambda position, number: plan(position // per_epoch)[number])
+    )
 
 
 def _check(
@@ -100,6 +104,7 @@ def _check(
     drop_remainder: bool,
     shard: tuple[Sequence[int], int],
 ) -> None:
+    """Raises `ValueError` where no batch can be made, or cut into equal parts."""
     parts, count = shard
     if not parts or not all(0 <= part < count for part in parts):
         raise ValueError(f"shard must be (parts, count) with 0 <= part < count, got {shard}.")

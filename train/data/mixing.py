@@ -19,7 +19,7 @@ def mix(datasets: Sequence[TokenDataset], weights: Sequence[float]) -> TokenData
     reference once, however often it comes.
 
     Args:
-      datasets: With the same columns; widths may differ.
+      datasets: Data sets with the same columns; widths may differ.
       weights: One positive number for each.
 
     Returns:
@@ -57,6 +57,8 @@ def _stack(name: str, datasets: Sequence[TokenDataset]) -> np.ndarray:
 
 
 def _merge(reports: Sequence[TokenReport]) -> TokenReport:
+    """One report of all records."""
+
     def total(name: str) -> int:
         return sum(getattr(report, name) for report in reports)
 

@@ -17,9 +17,7 @@ import numpy as np
 
 from train.data.dataset import TokenDataset
 from train.data.layout import row_lengths
-
-WIDTH_MULTIPLE = 8
-"""Widths of rows are rounded up to a multiple of this."""
+from train.data.padding import pad_rows, round_up
 
 
 def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, size: int) -> list[list[int]]:
@@ -98,36 +96,22 @@ def pack(dataset: TokenDataset, length: int) -> TokenDataset:
 
 
 def _columns(dataset: TokenDataset, rows: list[list[int]]) -> dict[str, np.ndarray]:
+    """The examples of every row one after the other, and which place predicts which token."""
     arrays = dataset.arrays
-    order = np.concatenate(rows)
-    prompts = arrays["prompt_mask"][order].sum(axis=1)
-    lengths = prompts + arrays["completion_mask"][order].sum(axis=1)
-    mask = np.concatenate([arrays["prompt_mask"], arrays["completion_mask"]], axis=1)[order]
-    tokens = np.concatenate([arrays["prompt_tokens"], arrays["completion_tokens"]], axis=1)[order]
-    # Of every example: its row, its number there and where it starts.
-    row = np.repeat(np.arange(len(rows)), list(map(len, rows)))
-    part, start = np.arange(len(order)) - _first(row), np.cumsum(lengths) - lengths
-    start -= start[_first(row)]
-    # Of every token: its example and its place in it.
-    example = np.repeat(np.arange(len(order)), lengths)
-    inside = np.arange(len(example)) - _first(example)
-    place = start[example] + inside
-    ids = np.zeros((len(rows), _rounded(int(place.max()) + 1)), np.int32)
-    parts = np.full_like(ids, -1)
-    ids[row[example], place] = tokens[mask]
-    parts[row[example], place] = part[example]
-    scored = inside >= prompts[example]
-    scored_row = row[example][scored]
-    number = np.arange(len(scored_row)) - _first(scored_row)
-    places = np.full((len(rows), _rounded(int(number.max()) + 1)), -1, np.int32)
-    places[scored_row, number] = place[scored] - 1
-    return {"packed_ids": ids, "packed_parts": parts, "packed_from": places}
-
-
-def _first(groups: np.ndarray) -> np.ndarray:
-    """For every entry, where the run of equal ones that it is in begins."""
-    return np.searchsorted(groups, groups, side="left")
-
-
-def _rounded(count: int) -> int:
-    return -(-count // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    mask = np.concatenate([arrays["prompt_mask"], arrays["completion_mask"]], axis=1)
+    tokens = np.concatenate([arrays["prompt_tokens"], arrays["completion_tokens"]], axis=1)
+    prompts, lengths = arrays["prompt_mask"].sum(axis=1), mask.sum(axis=1)
+    ids, parts, sources = [], [], []
+    for row in rows:
+        ends = np.cumsum(lengths[row])
+        # The first token of an answer is predicted where its prompt ends.
+        first = ends - lengths[row] + prompts[row] - 1
+        ids.append(np.concatenate([tokens[example][mask[example]] for example in row]))
+        parts.append(np.repeat(np.arange(len(row)), lengths[row]))
+        sources.append(np.concatenate(list(map(np.arange, first, ends - 1))))
+    width, scored = (round_up(max(map(len, column))) for column in (ids, sources))
+    return {
+        "packed_ids": pad_rows(ids, width, 0)[0],
+        "packed_parts": pad_rows(parts, width, -1)[0],
+        "packed_from": pad_rows(sources, scored, -1)[0],
+    }

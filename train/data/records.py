@@ -22,7 +22,7 @@ have, because chat templates may use more than role and content. Other fields ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,6 +227,7 @@ def has(record: Mapping[str, Any], name: str) -> bool:
 
 
 def _found(record: Mapping[str, Any]) -> str:
+    """The fields of a record, for messages."""
     names = ", ".join(repr(name) for name in record if has(record, name))
     return f"the fields {names}" if names else "no fields"
 
@@ -260,6 +261,7 @@ def _field(record: Mapping[str, Any], name: str, formats: str) -> Text:
 
 
 def _string(record: Mapping[str, Any], name: str, formats: str) -> str:
+    """A field that is text, checked."""
     value = _field(record, name, formats)
     if not isinstance(value, str):
         raise DataError(f"{where_of(record)}: field {name!r} must be a string, found messages.")
@@ -278,11 +280,13 @@ def _check_characters(text: str, name: str, where: str) -> None:
 
 
 def _check_not_empty(text: str, name: str, where: str) -> None:
+    """Raises `DataError` for a text without a visible character."""
     if not text.strip():
         raise DataError(f"{where}: field {name!r} is empty. Give it a text or remove the record.")
 
 
 def _check_message(message: Any, name: str, where: str) -> None:
+    """Raises `DataError` for anything but a role and a content that can be tokenised."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         found = sorted(message) if isinstance(message, Mapping) else type(message).__name__
         raise DataError(
@@ -300,6 +304,7 @@ def _check_message(message: Any, name: str, where: str) -> None:
 
 
 def _instruction(record: Mapping[str, Any], formats: str) -> list[Message]:
+    """The user turn of instruction data."""
     where = where_of(record)
     for name in ("history", "system"):
         if record.get(name):
@@ -315,11 +320,7 @@ def _instruction(record: Mapping[str, Any], formats: str) -> list[Message]:
 
 def _split_common_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
     """Cut the longest common beginning off both answers."""
-    length = 0
-    for left, right in zip(chosen, rejected, strict=False):
-        if left != right:
-            break
-        length += 1
+    length = common_length(chosen, rejected)
     # As in TRL, the space before the first word that differs belongs to the answers.
     if isinstance(chosen, str) and length and chosen[length - 1] == " ":
         length -= 1
@@ -335,6 +336,13 @@ def _split_common_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Text
         elif not answer:
             raise DataError(f"{where}: field {name!r} is empty after the common prompt.")
     return prompt, chosen, rejected
+
+
+def common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """How many entries two sequences begin with in common."""
+    pairs = enumerate(zip(left, right, strict=False))
+    shorter = min(len(left), len(right))
+    return next((place for place, (one, other) in pairs if one != other), shorter)
 
 
 def _match_shapes(prompt: Text, answers: dict[str, Text], where: str) -> tuple[Text, list[Text]]:

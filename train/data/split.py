@@ -30,7 +30,7 @@ def split_by_prompt(
     out of SFT as `{instruction, input, output}` is held out of DPO as messages too.
 
     Args:
-      records: In the formats of `train.data.records`.
+      records: Records in the formats of `train.data.records`.
       eval_fraction: Share of the prompts to hold out, in [0, 1). The share of records that results
         varies around it, as prompts are few or repeated.
       seed: Another seed holds out other prompts.

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 
 from train.data.formats import DataError
-from train.data.records import Text, UnusableRecord
+from train.data.records import Text, UnusableRecord, common_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,7 +80,8 @@ class Encoder:
     """Turns rows into token ids with one tokeniser.
 
     Args:
-      tokenizer: From transformers; needs an EOS token, and a chat template for conversations.
+      tokenizer: A tokenizer of transformers with an EOS token, and for conversations a chat
+        template.
       template: `"auto"` renders conversations with the chat template and takes strings as they are,
         which is what TRL does; `"chat"` also makes a user turn of a string prompt and an assistant
         turn of a string answer.
@@ -174,7 +175,8 @@ class Encoder:
     def _encoded(
         self, prompt: list[int], wholes: list[list[int]], conversation: bool
     ) -> Encoded | UnusableRecord:
-        boundary = min((_common_length(prompt, whole) for whole in wholes), default=len(prompt))
+        """Prompt and answers from the tokens of the prompt and of prompt and answer together."""
+        boundary = min((common_length(prompt, whole) for whole in wholes), default=len(prompt))
         ends = self._turn_ends if conversation else {self.eos_id}
         answers = [self._finished(whole[boundary:], ends) for whole in wholes]
         moved = boundary < len(prompt)
@@ -213,12 +215,3 @@ class Encoder:
         """BOS, where the tokeniser starts plain text with it."""
         start = self._tokenizer("").input_ids[:1]
         return start if self.bos_id is not None and start == [self.bos_id] else []
-
-
-def _common_length(left: list[int], right: list[int]) -> int:
-    length = 0
-    for one, other in zip(left, right, strict=False):
-        if one != other:
-            break
-        length += 1
-    return length

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, Unpack, get_args
 
 import numpy as np
 
-from train.data.dataset import Lengths, TokenDataset, TokenReport, pad_left, pad_right
+from train.data.dataset import Lengths, TokenDataset, TokenReport
 from train.data.formats import DataError, where_of
+from train.data.padding import pad_rows, round_up
 from train.data.records import (
     UnusableRecord,
     normalise_preference,
@@ -26,8 +27,15 @@ if TYPE_CHECKING:
 
 Truncation = Literal["keep_end", "keep_start"]
 
-WIDTH_MULTIPLE = 8
-"""Widths are rounded up to a multiple of this, unless a limit comes first."""
+
+class Limits(TypedDict):
+    """Keyword arguments of all tokenisers; `tokenize_preference` says what they mean."""
+
+    max_prompt_length: int
+    max_completion_length: int
+    template: NotRequired[Template]
+    truncation: NotRequired[Truncation]
+
 
 ERRORS_SHOWN = 5
 """Malformed records that an error lists before it only counts."""
@@ -36,11 +44,7 @@ ERRORS_SHOWN = 5
 def tokenize_preference(
     records: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_prompt_length: int,
-    max_completion_length: int,
-    template: Template = "auto",
-    truncation: Truncation = "keep_end",
+    **limits: Unpack[Limits],
 ) -> TokenDataset:
     """Tokenise preferences.
 
@@ -49,12 +53,11 @@ def tokenize_preference(
     sentence. No answer loses tokens to a long prompt, as TRL's `max_length` takes them.
 
     Args:
-      records: In the formats of `train.data.records`.
-      tokenizer: From transformers.
-      max_prompt_length: Tokens a prompt may have.
-      max_completion_length: Tokens a completion may have, end token included.
-      template: `"auto"` or `"chat"`, see `train.data.templates.Encoder`.
-      truncation: What stays of a long prompt: `"keep_end"`, the last turns, or `"keep_start"`.
+      records: Records in the formats of `train.data.records`.
+      tokenizer: A tokenizer of transformers.
+      limits: `max_prompt_length` and `max_completion_length`: tokens that they may have, the end token
+        included. `template`: `"auto"` or `"chat"`, see `train.data.templates.Encoder`. `truncation`:
+        what stays of a long prompt, `"keep_end"`, the last turns, or `"keep_start"`.
 
     Returns:
       Columns `prompt_…`, `chosen_…`, `rejected_…` and `index`. Widths are those of the longest row,
@@ -66,27 +69,17 @@ def tokenize_preference(
         is not positive.
     """
 
-    def row(record: Mapping[str, Any]) -> Row:
+    def rows(record: Mapping[str, Any]) -> list[Row]:
         pair = normalise_preference(record)
-        return Row(pair.prompt, (pair.chosen, pair.rejected), where_of(record))
+        return [Row(pair.prompt, (pair.chosen, pair.rejected), where_of(record))]
 
-    return _tokenize(
-        records,
-        row,
-        ("chosen", "rejected"),
-        Encoder(tokenizer, template),
-        _Limits(max_prompt_length, max_completion_length, truncation),
-    )
+    return _tokenize(records, rows, ("chosen", "rejected"), tokenizer, _Limits(**limits))
 
 
 def tokenize_sft(
     records: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_prompt_length: int,
-    max_completion_length: int,
-    template: Template = "auto",
-    truncation: Truncation = "keep_end",
+    **limits: Unpack[Limits],
 ) -> TokenDataset:
     """Tokenise SFT examples; arguments, limits and errors are those of `tokenize_preference`.
 
@@ -94,27 +87,17 @@ def tokenize_sft(
       Columns `prompt_…`, `completion_…` and `index`.
     """
 
-    def row(record: Mapping[str, Any]) -> Row:
+    def rows(record: Mapping[str, Any]) -> list[Row]:
         example = normalise_sft(record)
-        return Row(example.prompt, (example.completion,), where_of(record))
+        return [Row(example.prompt, (example.completion,), where_of(record))]
 
-    return _tokenize(
-        records,
-        row,
-        ("completion",),
-        Encoder(tokenizer, template),
-        _Limits(max_prompt_length, max_completion_length, truncation),
-    )
+    return _tokenize(records, rows, ("completion",), tokenizer, _Limits(**limits))
 
 
 def tokenize_unpaired(
     records: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_prompt_length: int,
-    max_completion_length: int,
-    template: Template = "auto",
-    truncation: Truncation = "keep_end",
+    **limits: Unpack[Limits],
 ) -> TokenDataset:
     """Tokenise labelled answers; arguments, limits and errors are those of `tokenize_preference`.
 
@@ -129,23 +112,13 @@ def tokenize_unpaired(
         found = normalise_unpaired(record)
         return [Row(one.prompt, (one.completion,), where, one.label) for one in found]
 
-    return _tokenize(
-        records,
-        rows,
-        ("completion",),
-        Encoder(tokenizer, template),
-        _Limits(max_prompt_length, max_completion_length, truncation),
-    )
+    return _tokenize(records, rows, ("completion",), tokenizer, _Limits(**limits))
 
 
 def tokenize_prompts(
     records: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_prompt_length: int,
-    max_completion_length: int,
-    template: Template = "auto",
-    truncation: Truncation = "keep_end",
+    **limits: Unpack[Limits],
 ) -> TokenDataset:
     """Tokenise prompts to sample answers to; arguments and errors are those of `tokenize_preference`.
 
@@ -155,16 +128,10 @@ def tokenize_prompts(
       Columns `prompt_…`, `index` and `record`, the records themselves (dtype object).
     """
 
-    def row(record: Mapping[str, Any]) -> Row:
-        return Row(normalise_prompt(record), (), where_of(record), record=record)
+    def rows(record: Mapping[str, Any]) -> list[Row]:
+        return [Row(normalise_prompt(record), (), where_of(record), record=record)]
 
-    return _tokenize(
-        records,
-        row,
-        (),
-        Encoder(tokenizer, template),
-        _Limits(max_prompt_length, max_completion_length, truncation),
-    )
+    return _tokenize(records, rows, (), tokenizer, _Limits(**limits))
 
 
 def encode_prompts(
@@ -192,46 +159,45 @@ def encode_prompts(
 
 def _tokenize(
     records: Sequence[Mapping[str, Any]],
-    row: Callable[[Mapping[str, Any]], Row | list[Row]],
+    rows_of: Callable[[Mapping[str, Any]], list[Row]],
     names: tuple[str, ...],
-    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
     limits: _Limits,
 ) -> TokenDataset:
-    limits.check()
+    """The rows of all records, with a column of answers for every name."""
+    encoder = Encoder(tokenizer, limits.template)
     dropped: Counter[str] = Counter()
-    rows = _normalised(records, row, dropped)
-    fitted, labels, sources = [], [], []
+    rows = _normalised(records, rows_of, dropped)
+    fitted, sources = [], []
     for source, encoded in zip(rows, encoder.encode(rows), strict=True):
         one = encoded if isinstance(encoded, UnusableRecord) else _fit(encoded, limits, encoder)
         if isinstance(one, UnusableRecord):
             dropped[str(one)] += 1
         else:
             fitted.append(one)
-            labels.append(source.label)
-            sources.append(source.record)
+            sources.append(source)
     if not fitted:
         reasons = "; ".join(f"{count}: {reason}" for reason, count in dropped.items())
         raise DataError(f"None of {len(records)} records can be used ({reasons}).")
     arrays = _columns(fitted, names, limits, encoder)
-    if labels[0] is not None:
-        arrays["label"] = np.array(labels, bool)
-    if sources[0] is not None:
+    if sources[0].label is not None:
+        arrays["label"] = np.array([source.label for source in sources], bool)
+    if sources[0].record is not None:
         arrays["record"] = np.empty(len(sources), object)
-        arrays["record"][:] = sources
+        arrays["record"][:] = [source.record for source in sources]
     return TokenDataset(arrays, _report(len(records), dropped, fitted, arrays, names))
 
 
 def _normalised(
     records: Sequence[Mapping[str, Any]],
-    row: Callable[[Mapping[str, Any]], Row | list[Row]],
+    rows_of: Callable[[Mapping[str, Any]], list[Row]],
     dropped: Counter[str],
 ) -> list[Row]:
     """All rows that can be used; malformed records are collected and raised together."""
     rows, errors = [], []
     for record in records:
         try:
-            found = row(record)
-            rows += found if isinstance(found, list) else [found]
+            rows += rows_of(record)
         except UnusableRecord as reason:
             dropped[str(reason)] += 1
         except DataError as error:
@@ -245,17 +211,18 @@ def _normalised(
 
 @dataclass(frozen=True)
 class _Limits:
-    """How many tokens prompts and completions may have, and what stays of a longer prompt."""
+    """`Limits` with their defaults, checked."""
 
-    prompt: int
-    completion: int
-    truncation: Truncation
+    max_prompt_length: int
+    max_completion_length: int
+    template: Template = "auto"
+    truncation: Truncation = "keep_end"
 
-    def check(self) -> None:
-        for name in ("prompt", "completion"):
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_length", "max_completion_length"):
             limit = getattr(self, name)
             if limit < 1:
-                raise DataError(f"max_{name}_length must be at least 1, got {limit}.")
+                raise DataError(f"{name} must be at least 1, got {limit}.")
         if self.truncation not in get_args(Truncation):
             raise DataError(f"truncation must be keep_end or keep_start, got {self.truncation!r}.")
 
@@ -272,7 +239,9 @@ class _Fitted:
 
 
 def _fit(encoded: Encoded, limits: _Limits, encoder: Encoder) -> _Fitted | UnusableRecord:
-    prompt, longest_prompt, longest_answer = encoded.prompt, limits.prompt, limits.completion
+    """Cuts a row to the limits."""
+    prompt, longest_prompt = encoded.prompt, limits.max_prompt_length
+    longest_answer = limits.max_completion_length
     prompt_cut = len(prompt) > longest_prompt
     if prompt_cut and limits.truncation == "keep_start":
         prompt = prompt[:longest_prompt]
@@ -286,22 +255,20 @@ def _fit(encoded: Encoded, limits: _Limits, encoder: Encoder) -> _Fitted | Unusa
     return _Fitted(prompt, answers, prompt_cut, answers_cut, encoded.moved)
 
 
-def _width(rows: list[list[int]], limit: int) -> int:
-    largest = max(map(len, rows))
-    return min(limit, -(-largest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
-
-
 def _columns(
     rows: list[_Fitted], names: tuple[str, ...], limits: _Limits, encoder: Encoder
 ) -> dict[str, np.ndarray]:
-    """Pad every column to the width of the longest row."""
-    prompts = [row.prompt for row in rows]
-    width = _width(prompts, limits.prompt)
+    """Every column, padded to the width of the longest row, or to the limit if that is less."""
     arrays: dict[str, np.ndarray] = {}
-    arrays["prompt_tokens"], arrays["prompt_mask"] = pad_left(prompts, width, encoder.pad_id)
+    prompts = [row.prompt for row in rows]
+    width = min(limits.max_prompt_length, round_up(max(map(len, prompts))))
+    arrays["prompt_tokens"], arrays["prompt_mask"] = pad_rows(
+        prompts, width, encoder.pad_id, left=True
+    )
+    longest = max((len(answer) for row in rows for answer in row.answers), default=0)
+    width = min(limits.max_completion_length, round_up(longest))
     for number, name in enumerate(names):
-        width = _width([answer for row in rows for answer in row.answers], limits.completion)
-        arrays[f"{name}_tokens"], arrays[f"{name}_mask"] = pad_right(
+        arrays[f"{name}_tokens"], arrays[f"{name}_mask"] = pad_rows(
             [row.answers[number] for row in rows], width, encoder.pad_id
         )
     arrays["index"] = np.arange(len(rows), dtype=np.int32)
@@ -315,6 +282,7 @@ def _report(
     arrays: Mapping[str, np.ndarray],
     names: tuple[str, ...],
 ) -> TokenReport:
+    """What became of all records."""
     prompts = arrays["prompt_mask"]
     answers = [arrays[f"{name}_mask"] for name in names]
     return TokenReport(

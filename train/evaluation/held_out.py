@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from rich.progress import track
 
 from train.data import TokenDataset, Widths, answer_names, row_lengths, share_prompt, trim
+from train.data.padding import batches_by_length, padded_width
 from train.distributed.batches import put_whole
 from train.distributed.processes import fetch, is_first
 from train.losses import PairLogps, PreferenceLoss, UnpairedLoss
@@ -19,7 +19,7 @@ from train.types import Evaluate, LossFn, Score
 
 
 def bucketed_batches(
-    dataset: TokenDataset, batch_size: int
+    dataset: TokenDataset, batch_size: int, shown_as: str = ""
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """All rows once, those of similar length together, in batches of few shapes.
 
@@ -29,6 +29,7 @@ def bucketed_batches(
     Args:
         dataset: Preferences, labelled answers or SFT rows.
         batch_size: Rows in every batch.
+        shown_as: Label of a progress bar; empty for none.
 
     Yields:
         The numbers of the rows, int ``[n]`` with ``n <= batch_size``, and the batch, whose first
@@ -36,11 +37,7 @@ def bucketed_batches(
     """
     lengths = row_lengths(dataset.arrays)
     total = lengths.prompt + lengths.scored
-    order = np.argsort(total, kind="stable")
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        missing = batch_size - len(rows)
-        filled = np.concatenate([rows, np.repeat(rows[:1], missing)])
+    for rows, filled in batches_by_length(total, batch_size, shown_as):
         batch = {name: column[filled] for name, column in dataset.arrays.items()}
         for name in answer_names(batch):
             batch[f"{name}_mask"][len(rows) :] = False
@@ -50,16 +47,6 @@ def bucketed_batches(
         yield rows, share_prompt(batch, widths) if dataset.share_prompts else batch
 
 
-def padded_width(length: int) -> int:
-    """The next of 8, 12, 16, 24, 32, 48, 64, 96 … that is not below `length`."""
-    power = 8
-    while power < length:
-        if power * 3 // 2 >= length:
-            return power * 3 // 2
-        power *= 2
-    return power
-
-
 def answer_logps(
     score: Score,
     params: Any,
@@ -67,25 +54,21 @@ def answer_logps(
     batch_size: int,
     mesh: Mesh | None,
     *,
-    shown_as: str | None = None,
+    shown_as: str = "",
 ) -> tuple[np.ndarray, ...]:
     """Summed log-probabilities of every kind of answer, each float32 ``[rows]``.
 
     Args:
         score: From `train.objectives.preference.reference_logps_fn` (the chosen and the rejected
             answers) or `train.objectives.unpaired.unpaired_logps_fn`.
-        params: Of the model that scores.
+        params: The parameters of the model that scores.
         dataset: Preferences or labelled answers.
         batch_size: Rows scored at once.
-        mesh: Where batches go.
-        shown_as: Label of a progress bar; None for none.
+        mesh: The devices that batches are split over.
+        shown_as: Label of a progress bar; empty for none.
     """
     found: list[np.ndarray] = []
-    batches = bucketed_batches(dataset, batch_size)
-    if shown_as is not None:
-        total = -(-len(dataset) // batch_size)
-        batches = track(batches, description=shown_as, total=total, disable=not is_first())
-    for rows, batch in batches:
+    for rows, batch in bucketed_batches(dataset, batch_size, shown_as if is_first() else ""):
         scores = fetch(score(params, put_whole(batch, mesh)))
         found = found or [np.zeros(len(dataset), np.float32) for _ in scores]
         for whole, part in zip(found, scores, strict=True):
@@ -108,27 +91,18 @@ def evaluate_preferences(
         dataset: Preferences with `reference_chosen_logps` and `reference_rejected_logps`, unless
             the loss is reference-free.
         batch_size: Pairs scored at once.
-        mesh: Where batches go.
+        mesh: The devices that batches are split over.
         loss: The loss. One that compares the pairs of a batch (aot) compares all pairs here.
     """
-    arrays = dataset.arrays
-    nothing = np.zeros(len(dataset), np.float32)
+    arrays, kinds = dataset.arrays, ("chosen", "rejected")
+    reference = [np.zeros(len(dataset), np.float32)] * 2
+    if loss.needs_reference:
+        reference = [arrays[f"reference_{kind}_logps"] for kind in kinds]
+    lengths = [arrays[f"{kind}_mask"].sum(axis=1, dtype=np.float32) for kind in kinds]
 
     def evaluate(params: Any) -> dict[str, float]:
-        chosen, rejected = answer_logps(score, params, dataset, batch_size, mesh)
-        pair = PairLogps(
-            *map(
-                jnp.asarray,
-                (
-                    chosen,
-                    rejected,
-                    arrays["reference_chosen_logps"] if loss.needs_reference else nothing,
-                    arrays["reference_rejected_logps"] if loss.needs_reference else nothing,
-                    arrays["chosen_mask"].sum(axis=1, dtype=np.float32),
-                    arrays["rejected_mask"].sum(axis=1, dtype=np.float32),
-                ),
-            )
-        )
+        logps = answer_logps(score, params, dataset, batch_size, mesh)
+        pair = PairLogps(*map(jnp.asarray, (*logps, *reference, *lengths)))
         metrics = {"loss": jnp.mean(loss(pair)), **loss.metrics(pair)}
         return {f"eval_{name}": float(value) for name, value in metrics.items()}
 
@@ -153,7 +127,7 @@ def evaluate_unpaired(
         dataset: Labelled answers with `reference_completion_logps`, and for `"kto"` the mismatched
             ones with `reference_kl_logps`.
         batch_size: Rows scored at once.
-        mesh: Where batches go.
+        mesh: The devices that batches are split over.
         loss: The loss.
     """
     arrays = dataset.arrays
@@ -181,7 +155,7 @@ def evaluate_sft(
         loss_fn: From `train.objectives.sft.sft_loss`.
         dataset: Held-out rows.
         batch_size: Rows scored at once.
-        mesh: Where batches go.
+        mesh: The devices that batches are split over.
     """
     measure = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
 

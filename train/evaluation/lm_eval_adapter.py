@@ -18,8 +18,8 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     make_disjoint_window,
 )
 
-from train.evaluation.continuations import Continuation, continuation_scorer
-from train.generation.greedy_text import Write, greedy_writer
+from train.evaluation.likelihoods import Query, likelihood_scorer
+from train.generation.greedy_text import greedy_writer
 from train.inputs.model import load_tokenizer
 from train.models import from_hf, split_model
 from train.models.model_dir import end_tokens
@@ -35,13 +35,13 @@ class DecoderLM(TemplateLM):
     a task that samples is refused.
 
     Args:
-        model: directory or hub name.
-        batch_size: texts computed at once.
-        dtype: of the computations; parameters stay float32.
-        max_length: tokens that the model may see. By default as many as it has positions.
+        model: A directory or hub name.
+        batch_size: Texts computed at once.
+        dtype: The type of the computations; parameters stay float32.
+        max_length: Tokens that the model may see. By default as many as it has positions.
 
     Raises:
-        UserError: the tokenizer is missing or damaged.
+        UserError: the tokenizer or generation_config.json is missing or damaged.
         ValueError: the model is; see `train.models.from_hf`.
 
     Example:
@@ -63,12 +63,13 @@ class DecoderLM(TemplateLM):
         # transformers types ids as int, str or lists of either; these are plain ids.
         self.tokenizer: Any = load_tokenizer(self._model, "model")
         decoder = from_hf(model, dtype=np.dtype(dtype), param_dtype=np.dtype("float32"))
-        self._graphdef, self._params = split_model(decoder)
+        graphdef, self._params = split_model(decoder)
         self.max_length = max_length or decoder.config.max_position_embeddings
         self.batch_size = batch_size
         pad_id = self.tokenizer.pad_token_id or 0
-        self._score = continuation_scorer(self._graphdef, batch_size=batch_size, pad_id=pad_id)
-        self._writers: dict[int, Write] = {}
+        self._score = likelihood_scorer(graphdef, batch_size=batch_size, pad_id=pad_id)
+        ends = end_tokens(self._model, self.tokenizer)
+        self._write = greedy_writer(graphdef, self.tokenizer, ends=ends, batch_size=batch_size)
 
     @property
     def eot_token_id(self) -> int:
@@ -121,9 +122,10 @@ class DecoderLM(TemplateLM):
                 )
             # The last token is only predicted, never read, so one more fits.
             room = self.max_length + 1 - len(tokens)
-            asked.append(Continuation(context[-room:], tokens))
+            asked.append(Query(context[-room:], [tokens]))
         label = "" if disable_tqdm else "log-likelihoods"
-        found = [(one.logp, one.greedy) for one in self._score(self._params, asked, label)]
+        logps, greedy = self._score(self._params, asked, label)
+        found = list(zip(logps[:, 0].tolist(), greedy[:, 0].tolist(), strict=True))
         for (texts, _, _), answer in zip(requests, found, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -133,17 +135,19 @@ class DecoderLM(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-likelihood of whole texts, each token with as much context as fits."""
-        asked: list[Continuation] = []
-        counts = []
-        for request in requests:
+        asked: list[Query] = []
+        sources: list[int] = []  # the text of every window
+        for number, request in enumerate(requests):
             tokens = self.tok_encode(cast(tuple[str], request.args)[0])
             pairs = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
-            cut = [Continuation(*make_disjoint_window(pair)) for pair in pairs]
-            asked += cut
-            counts.append(len(cut))
+            cut = [make_disjoint_window(pair) for pair in pairs]
+            asked += [Query(context, [scored]) for context, scored in cut]
+            sources += [number] * len(cut)
         label = "" if disable_tqdm else "rolling log-likelihoods"
-        found = iter(self._score(self._params, asked, label))
-        sums = [sum(next(found).logp for _ in range(count)) for count in counts]
+        logps, _ = self._score(self._params, asked, label)
+        sums = [0.0] * len(requests)
+        for number, logp in zip(sources, logps[:, 0].tolist(), strict=True):
+            sums[number] += logp
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
@@ -166,22 +170,11 @@ class DecoderLM(TemplateLM):
                 )
             prompts = [self.tok_encode(str(requests[n].args[0]))[-room:] for n in numbers]
             label = "" if disable_tqdm else "generating"
-            written = self._writer(new)(self._params, prompts, stop, label)
+            written = self._write(self._params, prompts, new, stop, label)
             texts.update(zip(numbers, written, strict=True))
         for number, request in enumerate(requests):
             self.cache_hook.add_partial("generate_until", request.args, texts[number])
         return [texts[number] for number in range(len(requests))]
-
-    def _writer(self, new: int) -> Write:
-        if new not in self._writers:
-            self._writers[new] = greedy_writer(
-                self._graphdef,
-                self.tokenizer,
-                max_new_tokens=new,
-                ends=end_tokens(self._model, self.tokenizer),
-                batch_size=self.batch_size,
-            )
-        return self._writers[new]
 
 
 def _generation(kwargs: dict[str, Any]) -> tuple[int, tuple[str, ...]]:

@@ -3,40 +3,41 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from train.config import TextOptions, UserError, require
 from train.data.formats import read_records, where_of
-from train.evaluation.windows import Score, Window, score_windows, sliding_windows
+from train.evaluation.likelihoods import LikelihoodScorer, Query
 from train.inputs.model import blamed_on
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Windows over the tokens of texts, and the bytes of the texts in UTF-8."""
+class Texts(NamedTuple):
+    """Windows over the tokens of texts, and the bytes of the texts in UTF-8.
 
-    windows: list[Window]
+    A window's answer are the tokens that it scores, its prompt those before them.
+    """
+
+    asked: list[Query]
     size: int
 
+    def __str__(self) -> str:
+        return f"{len(self.asked)} windows of text"
 
-def read_texts(
-    name: str, options: TextOptions, tokenizer: Any, longest: int, within: str = ""
-) -> Texts:
+
+def read_texts(field: str, options: TextOptions, tokenizer: Any, longest: int) -> Texts:
     """Tokenised windows of a file's texts, each for itself or all as one.
 
     Args:
-        name: Of the task, for messages.
+        field: The setting that holds `options`, for messages, such as "texts.wiki".
         options: The file. A .txt file is one text.
         tokenizer: The model's; its own special tokens (such as BOS) are added.
         longest: Positions that the model was made for.
-        within: Group of the settings that the task is in, for messages.
 
     Raises:
         UserError: a file or field is missing, a setting does not fit, or there is nothing to score.
     """
-    field = f"{within}texts.{name}"
     length = min(1024, longest) if options.max_length is None else options.max_length
     require(2 <= length <= longest, f"{field}.max_length", length, f"from 2 to {longest}")
     stride = max(1, length // 2) if options.stride is None else options.stride
@@ -59,6 +60,7 @@ def read_texts(
 
 
 def _text(record: Any, name: str, field: str) -> str:
+    """The text in a record's field `name`; `field` is the task, for messages."""
     text = record.get(name)
     if not isinstance(text, str):
         raise UserError(
@@ -67,23 +69,38 @@ def _text(record: Any, name: str, field: str) -> str:
     return text
 
 
+def sliding_windows(tokens: Sequence[int], max_length: int, stride: int) -> list[Query]:
+    """Windows that score every token but the first once, each with as much context as fits.
+
+    Windows begin every ``stride`` tokens and hold ``max_length``; each scores what the one before
+    it did not reach, as in https://huggingface.co/docs/transformers/perplexity. With ``stride``
+    equal to ``max_length`` the first token of every window is not scored.
+
+    Example:
+        >>> [(w.prompt, w.answers) for w in sliding_windows([1, 2, 3, 4, 5], 4, 2)]
+        [([1], [[2, 3, 4]]), ([3, 4], [[5]])]
+    """
+    windows, reached = [], 0
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + max_length, len(tokens))
+        first = max(reached, begin + 1)
+        if end > first:
+            windows.append(Query(list(tokens[begin:first]), [list(tokens[first:end])]))
+        reached = end
+        if end == len(tokens):
+            break
+    return windows
+
+
 def perplexity(
-    score: Score,
-    params: Any,
-    texts: Texts,
-    *,
-    batch_size: int,
-    pad_id: int,
-    shown_as: str | None,
+    score: LikelihoodScorer, params: Any, texts: Texts, shown_as: str = ""
 ) -> dict[str, float]:
     """``perplexity`` per token, ``bits_per_byte``, mean ``nll`` in nats, and number of ``tokens``.
 
     A perplexity beyond the largest float, from about 709 nats a token on, is infinite.
     """
-    logps, _ = score_windows(
-        score, params, texts.windows, batch_size=batch_size, pad_id=pad_id, shown_as=shown_as
-    )
-    tokens = sum(len(window.tokens) - window.first for window in texts.windows)
+    logps, _ = score(params, texts.asked, shown_as)
+    tokens = sum(len(window.answers[0]) for window in texts.asked)
     nll = -float(logps.sum()) / tokens
     bits = -float(logps.sum()) / math.log(2) / texts.size
     try:

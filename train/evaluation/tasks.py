@@ -2,50 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from train.config import TaskSetOptions
-from train.evaluation.multiple_choice import Question, choice_scorer, measure, read_questions
+from train.evaluation.likelihoods import likelihood_scorer
+from train.evaluation.multiple_choice import Questions, accuracies, read_questions
 from train.evaluation.perplexity import Texts, perplexity, read_texts
-from train.evaluation.windows import window_scorer
-from train.evaluation.written_answers import Problem, read_problems, score_answers
+from train.evaluation.written_answers import Problems, read_problems, score_answers
 from train.generation.greedy_text import greedy_writer
 
-Scores = dict[str, dict[str, dict[str, float]]]
-"""Metrics by kind (``tasks``, ``texts``, ``generation``), name of a task and name of the metric."""
+TaskScores = dict[str, dict[str, dict[str, float]]]
+"""Metrics by kind of task (``tasks``, ``texts``, ``generation``), name of a task and of the metric."""
+
+_READERS: Mapping[str, Callable[..., Any]] = {
+    "tasks": read_questions,
+    "texts": read_texts,
+    "generation": read_problems,
+}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Tasks:
-    """Everything that tasks ask, tokenised.
+    """Everything that tasks ask, tokenised, by kind and name of the task."""
 
-    Attributes:
-        options: The settings that they were read by.
-        questions: Multiple choice by name.
-        texts: Windows of texts by name.
-        problems: Problems to be answered by name.
-    """
-
-    options: TaskSetOptions
-    questions: dict[str, list[Question]]
-    texts: dict[str, Texts]
-    problems: dict[str, list[Problem]]
+    asked: Mapping[str, Mapping[str, Questions | Texts | Problems]]
 
     def __len__(self) -> int:
-        return len(self.questions) + len(self.texts) + len(self.problems)
+        return sum(map(len, self.asked.values()))
 
     def fingerprint(self) -> str:
         """SHA-256 of what is asked, which changes with files, settings and tokenizer."""
-        asked = (self.questions, self.texts, self.problems)
-        return hashlib.sha256(repr(asked).encode()).hexdigest()
+        return hashlib.sha256(repr(self.asked).encode()).hexdigest()
 
 
 def read_tasks(
@@ -63,20 +58,13 @@ def read_tasks(
     Raises:
         UserError: a file or a field is missing, or a setting does not fit.
     """
-    questions = {}
-    for name, task in options.tasks.items():
-        questions[name], unusable = read_questions(name, task, tokenizer, longest, within)
-        skipped = f", {unusable} records left out" if unusable else ""
-        console.print(f"{name}: {len(questions[name])} questions{skipped}", highlight=False)
-    texts = {}
-    for name, task in options.texts.items():
-        texts[name] = read_texts(name, task, tokenizer, longest, within)
-        console.print(f"{name}: {len(texts[name].windows)} windows of text", highlight=False)
-    problems = {}
-    for name, task in options.generation.items():
-        problems[name] = read_problems(name, task, tokenizer, longest, within)
-        console.print(f"{name}: {len(problems[name])} problems", highlight=False)
-    return Tasks(options, questions, texts, problems)
+    asked = {}
+    for kind, read in _READERS.items():
+        asked[kind] = {}
+        for name, task in getattr(options, kind).items():
+            asked[kind][name] = read(f"{within}{kind}.{name}", task, tokenizer, longest)
+            console.print(f"{name}: {asked[kind][name]}", highlight=False)
+    return Tasks(asked)
 
 
 def task_scorer(
@@ -88,65 +76,43 @@ def task_scorer(
     batch_size: int,
     mesh: Mesh | None = None,
     show: bool = False,
-) -> Callable[[Any], Scores]:
+) -> Callable[[Any], TaskScores]:
     """Makes ``f(params)`` that scores all tasks; each shape of a batch is compiled once.
 
     Args:
-        graphdef: Of the model.
+        graphdef: The model's structure.
         tasks: From `read_tasks`.
         tokenizer: The model's.
         ends: Tokens that end an answer, from `train.models.model_dir.end_tokens`.
         batch_size: Questions, windows or problems at once; a multiple of the devices that rows are
             split over.
-        mesh: Where the parameters lie. Every process scores every task.
+        mesh: The devices that hold the parameters. Every process scores every task and has the
+            results whole.
         show: Show progress bars.
     """
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-
-    def whole(function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compiled so that every process has the results whole."""
-        return function if everywhere is None else jax.jit(function, out_shardings=everywhere)
-
-    pad_id = tokenizer.pad_token_id or 0
-    choose, score = whole(choice_scorer(graphdef)), whole(window_scorer(graphdef))
-    generation = tasks.options.generation
-    write = {
-        name: greedy_writer(
-            graphdef,
-            tokenizer,
-            max_new_tokens=one.max_new_tokens,
-            ends=ends,
-            batch_size=batch_size,
-            compiled=whole,
-        )
-        for name, one in generation.items()
+    settings: dict[str, Any] = {"batch_size": batch_size, "out_shardings": everywhere}
+    likelihoods = likelihood_scorer(graphdef, pad_id=tokenizer.pad_token_id or 0, **settings)
+    write = greedy_writer(graphdef, tokenizer, ends=ends, **settings)
+    measures: dict[str, Callable[..., dict[str, float]]] = {
+        "tasks": partial(accuracies, likelihoods),
+        "texts": partial(perplexity, likelihoods),
+        "generation": partial(score_answers, write),
     }
 
-    def shared(name: str) -> dict[str, Any]:
-        return {"batch_size": batch_size, "shown_as": name if show else None}
-
-    def scores(params: Any) -> Scores:
+    def scores(params: Any) -> TaskScores:
         return {
-            "tasks": {
-                name: measure(choose, params, asked, pad_id=pad_id, **shared(name))
-                for name, asked in tasks.questions.items()
-            },
-            "texts": {
-                name: perplexity(score, params, texts, pad_id=pad_id, **shared(name))
-                for name, texts in tasks.texts.items()
-            },
-            "generation": {
-                name: score_answers(
-                    write[name], params, asked, generation[name], shown_as=name if show else ""
-                )
-                for name, asked in tasks.problems.items()
-            },
+            kind: {
+                name: measures[kind](params, asked, name if show else "")
+                for name, asked in named.items()
+            }
+            for kind, named in tasks.asked.items()
         }
 
     return scores
 
 
-def as_metrics(scores: Scores) -> dict[str, float]:
+def as_metrics(scores: TaskScores) -> dict[str, float]:
     """Scores as held-out metrics of a run, without what cannot change.
 
     Example:

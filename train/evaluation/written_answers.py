@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from train.config import GenerationTaskOptions, UserError, require
 from train.data.formats import Record, read_records, where_of
 from train.data.tokenizing import encode_prompts
-from train.evaluation.multiple_choice import check_lengths, check_template, filled
+from train.evaluation.task_files import check_lengths, check_template, filled
 from train.evaluation.text_scores import LAST_NUMBER, extract, normalised, squad_f1
 from train.generation.greedy_text import Write
 from train.inputs.model import blamed_on
@@ -26,48 +27,51 @@ class Problem:
     answers: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Problems:
+    """The problems of a task, and the settings that they were read by."""
+
+    asked: list[Problem]
+    options: GenerationTaskOptions = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{len(self.asked)} problems"
+
+
 def read_problems(
-    name: str, options: GenerationTaskOptions, tokenizer: Any, longest: int, within: str = ""
-) -> list[Problem]:
+    field: str, options: GenerationTaskOptions, tokenizer: Any, longest: int
+) -> Problems:
     """Problems of a task.
 
     Args:
-        name: Of the task, for messages.
+        field: The setting that holds `options`, for messages, such as "generation.gsm8k".
         options: The task.
         tokenizer: The model's.
         longest: Positions that the model was made for.
-        within: Group of the settings that the task is in, for messages.
 
     Raises:
         UserError: a file, field or pattern cannot be used, a record's own answer is not found, or a
             prompt with `max_new_tokens` is longer than the model's positions reach.
     """
-    field = f"{within}generation.{name}"
     _check(options, field)
     check_template(options, tokenizer, field)
     with blamed_on(f"{field}.path"):
         records = read_records(options.path, options.split)[: options.limit]
-    prompts, right = [], []
-    for record in records:
-        prompt = filled(options.prompt, record, f"{field}.prompt")
-        prompts.append(Record({"prompt": prompt}, where_of(record)))
-        answers = []
-        for text in _right_answers(record, options, field):
-            pattern = options.answer_extract
-            answer = text if pattern is None else extract(pattern, text)
-            if answer is None:
-                raise UserError(f"{field}.answer_extract finds nothing in the answer {text!r}.")
-            answers.append(answer)
-        right.append(tuple(answers))
+    prompts = [
+        Record({"prompt": filled(options.prompt, one, f"{field}.prompt")}, where_of(one))
+        for one in records
+    ]
+    right = [_right_answers(one, options, field) for one in records]
     with blamed_on(field):
         encoded = encode_prompts(prompts, tokenizer, chat_template=options.chat_template)
     new = options.max_new_tokens
     lengths = {where_of(p): len(ids) + new for p, ids in zip(prompts, encoded, strict=True)}
     check_lengths(lengths, longest, f"{field}.max_new_tokens {new}")
-    return [Problem(*both) for both in zip(encoded, right, strict=True)]
+    return Problems([Problem(*both) for both in zip(encoded, right, strict=True)], options)
 
 
 def _check(options: GenerationTaskOptions, field: str) -> None:
+    """Raises `UserError` where a setting cannot be used."""
     for setting in ("limit", "max_new_tokens"):
         value = getattr(options, setting)
         require(value is None or value > 0, f"{field}.{setting}", value, "positive")
@@ -85,54 +89,60 @@ def _check(options: GenerationTaskOptions, field: str) -> None:
 
 def _right_answers(
     record: Mapping[str, Any], options: GenerationTaskOptions, field: str
-) -> list[str]:
+) -> tuple[str, ...]:
+    """The right answers of a record, each as `answer_extract` finds it."""
     if options.answer is not None:
-        return [filled(options.answer, record, f"{field}.answer")]
-    found = record.get(options.answers_field or "")
-    texts = found.get("text") if isinstance(found, Mapping) else found
-    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-        raise UserError(
-            f"{field}.answers_field: {options.answers_field!r} of {where_of(record)} is {found!r}, not "
-            "a list of texts, nor an object with such a list as 'text'."
-        )
-    return texts
+        texts: Any = [filled(options.answer, record, f"{field}.answer")]
+    else:
+        found = record.get(options.answers_field or "")
+        texts = found.get("text") if isinstance(found, Mapping) else found
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+            raise UserError(
+                f"{field}.answers_field: {options.answers_field!r} of {where_of(record)} is "
+                f"{found!r}, not a list of texts, nor an object with such a list as 'text'."
+            )
+    if options.answer_extract is None:
+        return tuple(texts)
+    answers = []
+    for text in texts:
+        answers.append(extract(options.answer_extract, text))
+        if answers[-1] is None:
+            raise UserError(f"{field}.answer_extract finds nothing in the answer {text!r}.")
+    return tuple(answers)
 
 
 def score_answers(
-    write: Write,
-    params: Any,
-    problems: list[Problem],
-    options: GenerationTaskOptions,
-    *,
-    shown_as: str,
+    write: Write, params: Any, problems: Problems, shown_as: str = ""
 ) -> dict[str, float]:
     """Lets a model answer all problems and compares.
 
     Args:
         write: From `train.generation.greedy_text.greedy_writer`.
-        params: Of the model.
+        params: The model's parameters.
         problems: From `read_problems`.
-        options: The task.
         shown_as: Label of a progress bar; empty for none.
 
     Returns:
         ``exact_match``, with "squad" also ``f1``, means over the problems; ``extracted``, the share in
         which an answer was found; and the number of ``problems``.
     """
+    asked, options = problems.asked, problems.options
     squad = options.scoring == "squad"
     pattern = options.extract or (None if squad else LAST_NUMBER)
-    texts = write(params, [problem.prompt for problem in problems], shown_as=shown_as)
+    prompts = [problem.prompt for problem in asked]
+    texts = write(params, prompts, options.max_new_tokens, shown_as=shown_as)
     figures = []
-    for problem, text in zip(problems, texts, strict=True):
+    for problem, text in zip(asked, texts, strict=True):
         answer = text if pattern is None else extract(pattern, text)
         right, f1 = _compared(answer or "", problem, squad)
         figures.append((right and answer is not None, answer is not None, f1))
     exact, extracted, f1 = np.mean(np.array(figures, np.float64), axis=0).tolist()
     mean_f1 = {"f1": f1} if squad else {}
-    return {"exact_match": exact, **mean_f1, "extracted": extracted, "problems": len(problems)}
+    return {"exact_match": exact, **mean_f1, "extracted": extracted, "problems": len(asked)}
 
 
 def _compared(answer: str, problem: Problem, squad: bool) -> tuple[bool, float]:
+    """Whether an answer is right, and with `squad` its F1."""
     if squad:
         return squad_f1(answer, problem.answers)
     return normalised(answer) in map(normalised, problem.answers), 0.0

@@ -68,6 +68,7 @@ def filter_logits(logits: jax.Array, filters: Filters) -> jax.Array:
 
 
 def _keep_nucleus(logits: jax.Array, top_p: float) -> jax.Array:
+    """The logits of the fewest most probable tokens that hold `top_p`, the others minus infinity."""
     order = jnp.argsort(logits, axis=-1)  # ascending: the tail that is cut comes first
     ascending = jnp.take_along_axis(logits, order, axis=-1)
     cut = jnp.cumsum(jax.nn.softmax(ascending), axis=-1) <= 1 - top_p

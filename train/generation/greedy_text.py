@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from flax import nnx
-from rich.progress import Progress
+from jax.sharding import NamedSharding
 
-from train.data.dataset import pad_left
-from train.evaluation.held_out import padded_width
+from train.data.padding import batches_by_length, pad_prompts
 from train.generation.sampler import Greedy, make_greedy
 
 if TYPE_CHECKING:
@@ -23,48 +24,45 @@ def greedy_writer(
     graphdef: nnx.GraphDef,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_new_tokens: int,
     ends: Sequence[int],
     batch_size: int,
-    compiled: Callable[[Greedy], Greedy] = lambda generate: generate,
+    out_shardings: NamedSharding | None = None,
 ) -> Write:
     """Compiles greedy continuation of prompts to text.
 
     Args:
-        graphdef: Of the model.
+        graphdef: The model's structure.
         tokenizer: The model's.
-        max_new_tokens: Tokens to generate for a prompt.
         ends: Tokens that end a text; they are no part of it.
         batch_size: Prompts continued at once.
-        compiled: Compiles the function that generates, where its results have to be whole.
+        out_shardings: Where the results lie. Parameters on a mesh need one that gives every process
+            all of them.
 
     Returns:
-        ``f(params, prompts, stop=(), shown_as="")`` for token ids of prompts, giving a text for each,
-        in order, cut off where the first of the texts in ``stop`` begins, without special tokens. A
-        progress bar has the label ``shown_as``; without one there is none.
+        ``f(params, prompts, max_new_tokens, stop=(), shown_as="")`` for token ids of prompts, giving a
+        text for each, in order, cut off where the first of the texts in ``stop`` begins, without
+        special tokens. A progress bar has the label ``shown_as``; without one there is none.
     """
-    pad_id = ends[0]
-    generate = compiled(
-        make_greedy(graphdef, max_new_tokens=max_new_tokens, eos_id=ends, pad_id=pad_id)
-    )
+
+    @cache
+    def generator(max_new_tokens: int) -> Greedy:
+        generate = make_greedy(graphdef, max_new_tokens=max_new_tokens, eos_id=ends, pad_id=ends[0])
+        return generate if out_shardings is None else jax.jit(generate, out_shardings=out_shardings)
 
     def write(
-        params: Any, prompts: Sequence[list[int]], stop: Sequence[str] = (), shown_as: str = ""
+        params: Any,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        shown_as: str = "",
     ) -> list[str]:
-        texts: dict[int, str] = {}
-        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-        with Progress(disable=not shown_as) as progress:
-            task = progress.add_task(shown_as, total=len(order))
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                filled = [prompts[row] for row in rows]
-                filled += [filled[0]] * (batch_size - len(rows))
-                width = padded_width(max(map(len, filled)))
-                out = np.asarray(generate(params, *pad_left(filled, width, pad_id)))
-                for row, tokens in zip(rows, out.tolist(), strict=False):
-                    texts[row] = cut_at(_decoded(tokenizer, tokens, ends), stop)
-                progress.advance(task, len(rows))
-        return [texts[number] for number in range(len(prompts))]
+        generate, texts = generator(max_new_tokens), [""] * len(prompts)
+        for rows, filled in batches_by_length(list(map(len, prompts)), batch_size, shown_as):
+            batch = pad_prompts([prompts[row] for row in filled], ends[0])
+            tokens = np.asarray(generate(params, *batch)).tolist()
+            for row, ids in zip(rows, tokens, strict=False):
+                texts[row] = cut_at(_decoded(tokenizer, ids, ends), stop)
+        return texts
 
     return write
 
@@ -81,5 +79,6 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
 
 
 def _decoded(tokenizer: Any, tokens: list[int], ends: Sequence[int]) -> str:
+    """The text of the tokens before the first end."""
     length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
     return tokenizer.decode(tokens[:length], skip_special_tokens=True)

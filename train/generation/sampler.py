@@ -56,11 +56,11 @@ class Sampler:
     width of the padding or ``max_new_tokens``.
 
     Args:
-        graphdef: of a `Decoder`, from `split_model`.
-        max_new_tokens: tokens to generate per row, at least 1.
-        eos_id: token, or several, after which a row ends.
-        pad_id: token written after the end of a row.
-        filters: temperature and truncation of the distribution.
+        graphdef: The structure of a `Decoder`, from `split_model`.
+        max_new_tokens: Tokens to generate per row, at least 1.
+        eos_id: The token, or tokens, after which a row ends.
+        pad_id: The token written after the end of a row.
+        filters: Temperature and truncation of the distribution.
 
     Raises:
         ValueError: ``max_new_tokens`` below 1.
@@ -89,10 +89,10 @@ class Sampler:
         """Continues every prompt until all rows have ended.
 
         Args:
-            params: of the model.
+            params: The model's parameters.
             tokens: int32 ``[batch, prompt]``.
             mask: bool, like ``tokens``, True at real tokens; padding on the left.
-            keys: typed keys ``[batch]``, one a row; None only where ``temperature`` is 0.
+            keys: Typed keys ``[batch]``, one a row; None only where ``temperature`` is 0.
 
         Raises:
             ValueError: the mask is not left-padded or leaves a row empty, or keys are missing.
@@ -218,6 +218,7 @@ def _choose(sampler: Sampler, logits: jax.Array, keys: jax.Array | None, state: 
 
 
 def _check_left_padded(mask: np.ndarray) -> None:
+    """Raises `ValueError` for rows with padding on the right or without a token."""
     bad = np.flatnonzero(~mask[:, -1] | (np.diff(mask.astype(np.int8), axis=1) < 0).any(axis=1))
     if bad.size:
         raise ValueError(

@@ -65,14 +65,15 @@ def _shared(model: Decoder, batch: Mapping[str, Any], vocab_chunk: VocabChunk) -
     )
 
 
-def attention_of_parts(parts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Positions, and who sees whom, in rows that hold a prompt and both answers.
+def attention_of_parts(parts: jax.Array, answers: int = 2) -> tuple[jax.Array, jax.Array]:
+    """Positions, and who sees whom, in rows that hold a prompt and answers to it.
 
     Args:
       parts: int `[batch, length]` as `joined_parts` of `train.data.layout.share_prompt`.
+      answers: The largest number of answers in a row.
 
     Returns:
-      int32 positions `[batch, length]`: both answers count on from the end of the prompt; and bool
+      int32 positions `[batch, length]`: all answers count on from the end of the prompt; and bool
       `[batch, length, length]`, true where the token of axis 1 sees that of axis 2: earlier ones of
       its own part, and the prompt.
 
@@ -83,7 +84,9 @@ def attention_of_parts(parts: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     length = parts.shape[1]
     places = jnp.arange(length, dtype=jnp.int32)
-    chosen = jnp.sum(parts == 1, axis=1, keepdims=True, dtype=jnp.int32)
-    positions = places - jnp.where(parts == 2, chosen, 0)
+    positions = places
+    for number in range(1, answers):
+        length = jnp.sum(parts == number, axis=1, keepdims=True, dtype=jnp.int32)
+        positions = positions - jnp.where(parts > number, length, 0)
     same = parts[:, :, None] == parts[:, None, :]
     return positions, (same | (parts == 0)[:, None, :]) & (places[:, None] >= places)

@@ -26,7 +26,7 @@ def unpaired_loss(
     """KTO or APO-zero on batches of labelled answers with cached reference log-probabilities.
 
     The divergence is estimated on mismatched completions that the batch brings along
-    (`train.data.kl_pairs`): the mean over the whole batch, on all devices together, of their
+    (`train.data.mismatched`): the mean over the whole batch, on all devices together, of their
     log-ratios, clamped at 0 after that. No gradient passes through it, so that forward pass keeps
     nothing.
 

@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from train.data.padding import padded_width
 from train.distributed.batches import own_rows, row_numbers
-from train.evaluation.held_out import padded_width
 from train.on_policy.advantages import (
     Scale,
     advantages,

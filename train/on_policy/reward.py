@@ -18,12 +18,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.config import UserError
-from train.data.dataset import pad_left
+from train.data.padding import pad_rows, padded_width
 from train.data.records import Text
 from train.data.templates import Encoder, Row
 from train.distributed.batches import own_rows, put_batch, row_devices
 from train.distributed.processes import largest_of_all
-from train.evaluation.held_out import padded_width
 from train.inputs.model import blamed_on, load_tokenizer
 from train.models.reward import RewardModel, last_token_scores, load_reward_model
 
@@ -213,7 +212,7 @@ def model_reward(path: str, *, dtype: str, template: Any, mesh: Mesh | None) -> 
         width, count = padded_width(largest_of_all(max(map(len, rows)))), len(rows)
         # The first prompts alone may be fewer than the devices.
         filled = rows + rows[:1] * (-count % devices)
-        tokens, mask = pad_left(filled, width, encoder.pad_id)
+        tokens, mask = pad_rows(filled, width, encoder.pad_id, left=True)
         batch = put_batch({"tokens": tokens, "mask": mask}, mesh)
         scores = np.asarray(compiled(weights, **batch))
         mine = own_rows(scores, mesh)[:count]

@@ -26,7 +26,7 @@ from train.data import (
 )
 from train.data.formats import where_of
 from train.data.templates import Encoded, Encoder, Row
-from train.evaluation.multiple_choice import filled
+from train.evaluation.task_files import filled
 from train.evaluation.text_scores import extract
 from train.files.run_directory import write_atomically
 from train.inputs.model import blamed_on

@@ -259,7 +259,7 @@ class Study:
                 )
             tasks = task_set(self.data, self.size)
             groups = {item.name: getattr(tasks, item.name) for item in dataclasses.fields(tasks)}
-            evaluate.run(
+            evaluate.evaluate_model(
                 EvalConfig(
                     model=model,
                     output=str(output),

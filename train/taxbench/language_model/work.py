@@ -10,6 +10,7 @@ from rich.table import Table
 from train.config import DataOptions, ModelOptions
 from train.data import read_records, tokenize_preference, tokenize_sft
 from train.evaluation.tasks import Tasks, read_tasks
+from train.evaluation.written_answers import Problems
 from train.inputs.model import check_model
 from train.inputs.records import tokenized
 from train.taxbench.language_model.data import SFT_FILES, task_set
@@ -21,15 +22,13 @@ _STEP = 3
 
 def task_tokens(tasks: Tasks) -> dict[str, int]:
     """Tokens of every task, without padding; of answers to be written as many as they may have."""
-    found = {
-        name: sum(len(one.prompt) + sum(map(len, one.answers)) for one in questions)
-        for name, questions in tasks.questions.items()
-    }
-    for name, texts in tasks.texts.items():
-        found[name] = sum(len(window.tokens) for window in texts.windows)
-    for name, problems in tasks.problems.items():
-        most = tasks.options.generation[name].max_new_tokens
-        found[f"{name}, written"] = sum(len(one.prompt) + most for one in problems)
+    found = {}
+    for name, task in [item for named in tasks.asked.values() for item in named.items()]:
+        if isinstance(task, Problems):
+            most = task.options.max_new_tokens
+            found[f"{name}, written"] = sum(len(one.prompt) + most for one in task.asked)
+        else:
+            found[name] = sum(len(one.prompt) + sum(map(len, one.answers)) for one in task.asked)
     return found
 
 

@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 import omerge_jax as om
-from train.data.kl_pairs import rotation
+from train.data.mismatched import rotation
 from train.losses import PreferenceLoss, UnpairedLoss
 from train.models import Decoder, split_model
 from train.models.lora import TARGETS, fresh_adapters, merge_adapters

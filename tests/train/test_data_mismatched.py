@@ -7,7 +7,7 @@ import pytest
 
 from tests.train.tiny_runs import make_records, make_tokenizer
 from train.data import make_loader, tokenize_unpaired
-from train.data.kl_pairs import in_random_order, rotation, with_kl_completions
+from train.data.mismatched import in_random_order, rotation, with_kl_completions
 
 
 @pytest.fixture(scope="module")

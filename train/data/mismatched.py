@@ -13,7 +13,7 @@ import dataclasses
 
 import numpy as np
 
-from train.data import TokenDataset
+from train.data.dataset import TokenDataset
 
 
 def rotation(rows: int, batch_size: int) -> np.ndarray:
