@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from train.data import TokenDataset, tokenize_preference
 from train.distributed.mesh import abstract_model
 from train.evaluation.held_out import Score, answer_logps, evaluate_preferences
 from train.evaluation.tasks import Tasks, read_tasks, task_scorer
-from train.files.run_directory import check_place, write_atomically
+from train.files.whole import check_place, write_json
 from train.inputs.model import (
     blamed_on,
     check_model,
@@ -65,8 +64,7 @@ def run(config: EvalConfig) -> Results:
     console.print(_table(results))
     with blamed_on("output"):
         _check_new(output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, json.dumps(results, indent=2))
+        write_json(output, results)
     console.print(f"Written to {output}", highlight=False, soft_wrap=True)
     return results
 

@@ -20,7 +20,7 @@ from train.data.records import prompt_of
 from train.data.templates import Encoder, Row
 from train.distributed.mesh import Params, abstract_model
 from train.files.continued_lines import continued_lines
-from train.files.run_directory import check_place
+from train.files.whole import check_place
 from train.generation.filters import Filters
 from train.generation.sampler import Sampler
 from train.inputs.model import blamed_on, check_model, hash_model, load_tokenizer

@@ -9,7 +9,6 @@ are memory-mapped. A model is never held as a whole.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ import omerge_jax as om
 from train.commands.merge_checks import check_room, check_tied, network_differences
 from train.config import MergeConfig, UserError, require
 from train.files.model_card import merge_card
-from train.files.run_directory import check_place
-from train.files.whole import check_writable, remove_remains, written_whole
+from train.files.whole import check_absent_or_empty, check_place, remove_remains
 from train.inputs.model import blamed_on, load_tokenizer
-from train.models.hf_export import cast_checked, copy_companions, save_tensors
+from train.models.hf_export import cast_checked, write_model_dir
 from train.models.hf_names import EMBEDDING, LM_HEAD, is_derived
 from train.models.model_dir import read_hf_config, resolve_model_dir
 from train.models.safetensors_dir import SafetensorsDir
@@ -35,7 +33,7 @@ _NUMBERS = ("scale", "normalize", "rescale", "election", "t", "seed")
 _INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")
 
 
-def run(config: MergeConfig) -> Path:
+def merge_models(config: MergeConfig) -> Path:
     """Merges the models and writes the result as a Hugging Face directory.
 
     Tensors that are the same in all models, those that are no floating-point numbers, and rotary
@@ -50,29 +48,25 @@ def run(config: MergeConfig) -> Path:
             together; before a weight is read.
 
     Example:
-        >>> run(MergeConfig(method="ties", base="base", output="merged", models=[
+        >>> merge_models(MergeConfig(method="ties", base="base", output="merged", models=[
         ...     MergeModelOptions(path="a", weight=1.0, density=0.5)]))      # doctest: +SKIP
     """
     output = Path(config.output)
     with blamed_on("output"):
-        check_writable(output)
+        check_absent_or_empty(output)
     check_place(output, "output")
     settings = merge_settings(config)
     sources = _open_sources(config)
-    like = resolve_model_dir(config.models[0].path)
     base, *models = [weights for _, weights, _ in sources]
     tied = bool(sources[0][2].get("tie_word_embeddings", False))
     names = _checked_names(sources, tied)
     remove_remains(output)
     check_room(base, output, config.dtype)
-    tensors = _merged(config, settings, base, models, names)
-    with blamed_on("output"), written_whole(output) as partial:
-        save_tensors(
-            _with_progress(_tied(tensors, base, tied), base), partial, config.max_shard_size
-        )
-        copy_companions(like, partial)
-        _write_config(read_hf_config(like), partial, config.dtype or _dtype_name(base))
-        (partial / "README.md").write_text(merge_card(output.name, config), encoding="utf-8")
+    tensors = _tied(_merged(config, settings, base, models, names), base, tied)
+    dtype, card = config.dtype or _dtype_name(base), merge_card(output.name, config)
+    with blamed_on("output"), Progress() as progress:
+        shown = progress.track(tensors, total=len(base.entries), description="merge")
+        write_model_dir(output, shown, models[0].directory, dtype, config.max_shard_size, card)
     Console().print(f"Merged model written to {output}", highlight=False, soft_wrap=True)
     return output
 
@@ -206,17 +200,6 @@ def _tied(
             yield LM_HEAD, tensor
 
 
-def _with_progress(
-    tensors: Iterator[tuple[str, np.ndarray]], base: SafetensorsDir
-) -> Iterator[tuple[str, np.ndarray]]:
-    with Progress() as progress:
-        task = progress.add_task("merge", total=len(base.entries))
-        for item in tensors:
-            yield item
-            progress.advance(task)
-        progress.update(task, completed=len(base.entries))
-
-
 def _dtype_name(base: SafetensorsDir) -> str:
     """The type of most of the stored numbers."""
     sizes: dict[str, int] = {}
@@ -224,9 +207,3 @@ def _dtype_name(base: SafetensorsDir) -> str:
         if entry.dtype is not None:
             sizes[entry.dtype.name] = sizes.get(entry.dtype.name, 0) + int(np.prod(entry.shape))
     return max(sizes, key=lambda name: sizes[name])
-
-
-def _write_config(hf_config: dict[str, Any], directory: Path, dtype: str) -> None:
-    key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
-    text = json.dumps({**hf_config, key: dtype}, indent=2)
-    (directory / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a report says of each run, read from its directory."""
+"""The runs of a report, read from their directories."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import UserError
+from train.files.metrics_log import read_metrics
 
 Curve = tuple[list[float], list[float]]
 
@@ -71,20 +72,14 @@ def _read(path: Path, name: str) -> Run:
     try:
         record = json.loads((path / "run.json").read_text(encoding="utf-8"))
         settings = {"command": record["command"], **record["settings"]}
-        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = read_metrics(path / "metrics.jsonl")
     except FileNotFoundError as error:
         raise UserError(f"{str(path)!r} holds no run with metrics: {error.filename}.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} cannot be read as a run ({error!r}).") from error
     curves: dict[str, Curve] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            step = row.pop("step")
-        except (ValueError, KeyError) as error:
-            if number == len(lines):  # cut off by a kill, or being written
-                continue
-            raise UserError(f"{path / 'metrics.jsonl'}, line {number} is damaged.") from error
+    for row in rows:
+        step = row.pop("step")
         for metric, value in row.items():
             steps, values = curves.setdefault(metric, ([], []))
             steps.append(step)

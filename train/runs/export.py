@@ -18,7 +18,7 @@ from train.distributed.mesh import abstract_model
 from train.distributed.processes import first_says, is_first
 from train.files.model_card import run_card
 from train.files.run_directory import OutputDir
-from train.files.whole import check_writable
+from train.files.whole import check_absent_or_empty
 from train.inputs.model import blamed_on, check_model, hash_model
 from train.models import ModelConfig, from_hf, merge_model, split_model, to_hf
 from train.models.lora import merge_adapters, without_adapters, write_adapters
@@ -82,7 +82,7 @@ def run(config: ExportConfig) -> None:
     options = _model_options(settings)
     dtype = _run_dtype(Path(config.run)) if config.dtype is None else config.dtype
     with blamed_on("output"):
-        check_writable(Path(config.output))
+        check_absent_or_empty(Path(config.output))
     model = check_model(options)
     shapes = abstract_model(model, None)[1]
     like, rest = split(shapes, choose(options, leaf_paths(shapes)))

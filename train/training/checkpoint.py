@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -14,21 +16,27 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from train.config import UserError
-from train.distributed.processes import first_says, is_first, meet
+from train.distributed.processes import from_all, is_first, meet
 from train.distributed.stop import Stopped, TryAgain
-from train.files.checksums import find_damage, write_manifest
+from train.files.checksums import (
+    Checksums,
+    file_names,
+    find_damage,
+    hash_files,
+    write_manifest,
+)
 from train.training.save_agreement import SaveAgreement, brief
 from train.training.step import State
 
-# Orbax writes into it once more after `_seal`; a restore does not need it.
 _TIMES = "_CHECKPOINT_METADATA"
+"""A file into which Orbax writes once more after `_seal`; a restore does not need it."""
 _PARTIAL = ".orbax-checkpoint-tmp"
-# Until the first process has the checksums of all files, which the others wait for. One that has gone
-# ends the others long before.
 _SAVE_S = 4 * 3600
+"""Seconds that a save may take. A process that dies ends the others long before."""
 _LOG = logging.getLogger(__name__)
 _policies = ocp.checkpoint_managers
 Warn = Callable[[str], None]
@@ -68,7 +76,8 @@ class Checkpoints:
         self._preserve, self._warn = _Preserve(keep), warn
         self._saving: int | None = None
         self._intact: int | None = None
-        self._agreement = SaveAgreement()
+        self._agreement = SaveAgreement(self._hash_own)
+        _hide_reported_errors()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -131,13 +140,7 @@ class Checkpoints:
         )
         self._preserve.also, self._saving = frozenset(also_keep), step
         self._agreement.begin()
-        failure = None
-        try:
-            self._manager.save(step, args=arguments, force=True)
-        except Exception as error:  # of Orbax, TensorStore or the system
-            failure = error
-        if failure is not None:
-            self._failed(failure)
+        self._try(lambda: self._manager.save(step, args=arguments, force=True))
 
     def wait(self) -> bool:
         """Returns when everything is on disk.
@@ -149,25 +152,30 @@ class Checkpoints:
             UserError: as `save`.
             TryAgain: as `save`.
         """
+        done = self._try(self._manager.wait_until_finished)
+        self._saving = None
+        return done
+
+    def _try(self, action: Callable[[], Any]) -> bool:
+        """Calls Orbax; returns whether that went well, and cleans up where it did not."""
         failure = None
         try:
-            self._manager.wait_until_finished()
-        except Exception as error:
+            action()
+        except Exception as error:  # Orbax, TensorStore and the system raise all kinds
             failure = error
         if failure is not None:
-            self._failed(failure)
-            return False
-        self._saving = None
-        return True
+            self._failed(failure)  # not in `except`: barriers take that for a failure of their own
+        return failure is None
 
     def _failed(self, error: Exception) -> None:
+        """Gives up the save under way, and warns; raises where other processes do not know of it."""
         step, self._saving = self._saving, None
-        # Orbax has forgotten those that it was to delete after this one, and has not deleted them.
+        # Orbax has forgotten the checkpoints that it was to delete after this one; they are there.
         names = (path.name for path in self._directory.iterdir())
         last = max((int(name) for name in names if name.isdigit()), default=None)
         kept = "there is no earlier one" if last is None else f"the one of step {last} stays"
         found = f"the checkpoint of step {step} could not be written ({brief(error)}); {kept}."
-        # To open the directory again all processes have to come, and only one of them may know of it.
+        # To open the directory again all processes have to come, and only this one may know of it.
         if jax.process_count() > 1 and not self._agreement.failed:
             if brief(error) in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)):
                 raise UserError(
@@ -179,11 +187,18 @@ class Checkpoints:
         self._manager = self._open()  # which removes the remains, and frees their space
         self._warn(found)
 
+    def _hash_own(self) -> Checksums:
+        """Computes the checksums of the files of this process; Orbax has just written them."""
+        partial, me = self._partial(), jax.process_index()
+        return hash_files(partial, (name for name in file_names(partial) if _writer(name) == me))
+
     def _seal(self) -> None:
-        """Called by Orbax when all files are written, before they get their final name."""
-        if is_first():
-            for partial in self._directory.glob(f"{self._saving}{_PARTIAL}*"):
-                write_manifest(partial, ignore=_TIMES)
+        """Writes the manifest. The first process calls this, before the files get their final name."""
+        write_manifest(self._partial(), self._agreement.checksums(), ignore=_TIMES)
+
+    def _partial(self) -> Path:
+        """Returns the directory of the save that is under way."""
+        return next(self._directory.glob(f"{self._saving}{_PARTIAL}*"))
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """Reads a checkpoint.
@@ -198,7 +213,7 @@ class Checkpoints:
         Raises:
             UserError: the files are damaged or do not hold such a state.
         """
-        # Every byte is read for it, so not twice; later on the answer counts no more.
+        # To find damage takes reading every byte, so what `newest_intact` has just found counts once.
         known, self._intact = self._intact, None
         damage = None if step == known else self.damage(step)
         if damage is not None:
@@ -215,9 +230,19 @@ class Checkpoints:
         return restored["state"], restored["data"]
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with the files of a checkpoint, or None. The first process reads them."""
-        found = find_damage(self._directory / str(step)) if is_first() else None
-        return None if first_says(found is None) else found or "see the first process"
+        """Says what is wrong with the files of a checkpoint, or returns None.
+
+        Every process reads the files that a process of its number wrote. All must call this.
+        """
+        me, count = jax.process_index(), jax.process_count()
+        found = find_damage(
+            self._directory / str(step), lambda name: (_writer(name) or 0) % count == me
+        )
+        if count == 1:
+            return found
+        texts = from_all(np.frombuffer((found or " ").encode(), np.uint8))
+        said = (text.tobytes().rstrip(b"\0 ").decode() for text in texts)
+        return next(filter(None, said), None)
 
     def newest_intact(self) -> int | None:
         """Step of the newest checkpoint without damage; None when there is no checkpoint.
@@ -293,12 +318,27 @@ class _Preserve(_policies.PreservationPolicy):
         return [info.step in newest or info.step in self.also for info in checkpoints]
 
 
-def _reported_here(record: logging.LogRecord) -> bool:
+def _writer(name: str) -> int | None:
+    """Returns the number of the process that wrote a file of a checkpoint; None: a file of all."""
+    found = re.search(r"(?:^|[./])process_(\d+)(?:/|$)", name)
+    return int(found[1]) if found else None
+
+
+@functools.cache
+def _hide_reported_errors() -> None:
+    """Keeps Python from showing what Orbax says of a failed save, which `Checkpoints` reports."""
+    logging.getLogger("absl").addFilter(_is_not_orbax_traceback)
+    logging.getLogger("asyncio").addFilter(_is_not_orbax_write)
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda raised: None if _is_late(raised.exc_value) else show(raised)
+
+
+def _is_not_orbax_traceback(record: logging.LogRecord) -> bool:
     return record.exc_info is None or "orbax" not in record.pathname
 
 
-def _not_of_a_write(record: logging.LogRecord) -> bool:
-    """False where asyncio reports one write of a save; the first of them has ended the save."""
+def _is_not_orbax_write(record: logging.LogRecord) -> bool:
+    """False where asyncio reports one write of a save; the first failed write has ended the save."""
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
     trace = None if error is None else error.__traceback__
     while trace is not None:
@@ -308,20 +348,9 @@ def _not_of_a_write(record: logging.LogRecord) -> bool:
     return True
 
 
-def _late_news(unraisable: Any) -> bool:
-    """Whether TensorStore told of a write whose save had failed and was given up by then."""
-    error = unraisable.exc_value
+def _is_late(error: BaseException | None) -> bool:
+    """Whether TensorStore tells of a write whose save had failed and was given up by then."""
     return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-
-
-def _but_late_news(show: Callable[[Any], None]) -> Callable[[Any], None]:
-    return lambda unraisable: None if _late_news(unraisable) else show(unraisable)
-
-
-# Orbax logs the traceback of a failed save, which `Checkpoints` reports.
-logging.getLogger("absl").addFilter(_reported_here)
-logging.getLogger("asyncio").addFilter(_not_of_a_write)
-sys.unraisablehook = _but_late_news(sys.unraisablehook)
 
 
 def restore_params(directory: Path, step: int, like: Any, name: str = "params") -> Any:
