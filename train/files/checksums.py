@@ -55,15 +55,15 @@ def write_manifest(
 
     Args:
         directory: The directory.
-        known: Checksums that were computed before; only the other files are read.
+        known: Checksums that were computed before. Only the other files of the directory are read.
         ignore: Name of files that may change later, and so are not listed.
 
     Raises:
         OSError: a file cannot be read, or there is no space left.
     """
-    listed = known or {}
-    rest = [name for name in file_names(directory) if name not in listed]
-    listed = listed | hash_files(directory, (n for n in rest if Path(n).name != ignore))
+    names = [name for name in file_names(directory) if Path(name).name != ignore]
+    listed = {name: known[name] for name in names if name in known} if known else {}
+    listed |= hash_files(directory, (name for name in names if name not in listed))
     write_whole(directory / MANIFEST, json.dumps({"files": listed}, indent=1, sort_keys=True))
 
 

@@ -190,7 +190,12 @@ class Checkpoints:
     def _hash_own(self) -> Checksums:
         """Computes the checksums of the files of this process; Orbax has just written them."""
         partial, me = self._partial(), jax.process_index()
-        return hash_files(partial, (name for name in file_names(partial) if _writer(name) == me))
+        mine = [name for name in file_names(partial) if _writer(name) == me]
+        # The directories in it have temporary names too, which they lose before `_seal`.
+        return {
+            re.sub(rf"{re.escape(_PARTIAL)}[^/]*", "", name): found
+            for name, found in hash_files(partial, mine).items()
+        }
 
     def _seal(self) -> None:
         """Writes the manifest. The first process calls this, before the files get their final name."""
