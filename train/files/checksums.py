@@ -1,4 +1,4 @@
-"""Sizes and checksums of the files of a directory, kept in it, to tell damage later."""
+"""A directory keeps the sizes and checksums of its files, so that later damage is found."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Checksums = dict[str, dict[str, int | str]]
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Returns the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_names(directory: Path) -> list[str]:
-    """Paths of all files below a directory, the manifest apart, relative to it and in order."""
+    """Returns the paths of all files in a directory, at any depth, but for its manifest."""
     files = (path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
     return sorted(path.relative_to(directory).as_posix() for path in files)
 
 
 def hash_files(directory: Path, names: Iterable[str]) -> Checksums:
-    """Sizes and checksums of some files of a directory.
+    """Computes sizes and checksums of some files of a directory.
 
     Args:
         directory: The directory.

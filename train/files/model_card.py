@@ -16,7 +16,7 @@ from train.files.metrics_log import read_metrics
 
 
 def merge_card(title: str, config: MergeConfig) -> str:
-    """The card of a merge.
+    """Makes the card of a merged model.
 
     Args:
         title: Name of the model.
@@ -39,7 +39,7 @@ def merge_card(title: str, config: MergeConfig) -> str:
 
 
 def run_card(run: Path, title: str, step: int | None = None) -> str:
-    """The card of a model that was trained.
+    """Makes the card of a trained model.
 
     Args:
         run: Output directory of the run: `run.json`, `config.yaml` and `metrics.jsonl`.

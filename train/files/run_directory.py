@@ -38,7 +38,7 @@ from train.files.whole import check_place, is_partial, unwritable, write_json, w
 
 @dataclasses.dataclass(frozen=True)
 class OutputDir:
-    """Paths of one run. `open_output` makes it; nothing is written before `begin`.
+    """The paths of one run. `open_output` makes the object; nothing is written before `begin`.
 
     Attributes:
         path: The directory.
@@ -56,12 +56,12 @@ class OutputDir:
 
     @property
     def checkpoints(self) -> Path:
-        """Orbax's directory."""
+        """The directory of Orbax's checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def export(self) -> Path:
-        """The trained model."""
+        """The directory of the trained model."""
         return self.path / "export"
 
     def begin(self, config: Any, inputs: dict[str, str]) -> Path | None:
@@ -120,7 +120,7 @@ class OutputDir:
         return bool(changed)
 
     def _record(self, config: Any, inputs: dict[str, str]) -> None:
-        """Writes what is not there yet; a kill may have come between the two files."""
+        """Writes the two files that are not there yet; a kill may have come between them."""
         if not (self.path / "run.json").exists():
             write_json(self.path / "run.json", {**self.identity, "inputs": inputs})
         settings_file = self.path / "config.yaml"
@@ -188,7 +188,7 @@ _SHOWN_DIFFERENCES = 3
 
 
 def _difference(before: dict[str, Any], identity: dict[str, Any]) -> str | None:
-    """What differs, in words; None where nothing does."""
+    """Says what differs; None where nothing does."""
     # Through JSON, so that tuples and lists, or 1 and 1.0, do not count as differences.
     now = json.loads(json.dumps({"command": identity["command"], **identity["settings"]}))
     names = [*now, *(name for name in before if name not in now)]
@@ -206,7 +206,7 @@ _ASIDE = "before-"
 
 
 def _holds_records_alone(path: Path) -> bool:
-    """Whether there is nothing but records of a run that saved nothing, and what any run may read."""
+    """Whether the directory holds only records of a run that saved nothing, and a cache."""
     checkpoints = path / "checkpoints"
     if checkpoints.is_dir() and any(checkpoints.iterdir()):
         return False
@@ -222,7 +222,7 @@ def _is_aside(name: str) -> bool:
 
 
 def _put_aside(path: Path) -> Path:
-    """Moves the records of a run into a directory of their own, the one that identifies it last."""
+    """Moves the records of a run into a directory of their own; run.json, its identity, goes last."""
     number = 1
     while (path / f"{_ASIDE}{number}").exists():
         number += 1

@@ -77,7 +77,7 @@ def whole_directory(out: Path) -> Iterator[Path]:
 
 
 def put_in_place(partial: Path, out: Path) -> None:
-    """Renames a file or a directory once all its bytes are on the disk, and so is its new name.
+    """Waits until all bytes of a file or directory are on the disk, and renames it.
 
     Args:
         partial: The complete file or directory.
@@ -99,7 +99,7 @@ def check_absent_or_empty(out: Path) -> None:
 
 
 def check_place(path: Path, name: str) -> None:
-    """Checks that `path` can be made or written, by a file without a name that vanishes again.
+    """Checks that `path` can be made or written: a nameless file there is made and vanishes again.
 
     Args:
         path: A file or directory that may not exist yet.
@@ -119,19 +119,19 @@ def check_place(path: Path, name: str) -> None:
 
 
 def unwritable(name: str, path: Path, error: OSError) -> UserError:
-    """The error for a place, given by the field `name`, that cannot be written."""
+    """Makes the error for a place, given by the field `name`, that cannot be written."""
     return UserError(
         f"{name} {str(path)!r} cannot be written ({error.strerror}); choose a place that can be."
     )
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file or directory of this name was left by a process that was killed."""
+    """Whether a killed process has left a file or directory of this name."""
     return re.fullmatch(r"\..+\.partial-.+-\d+-[0-9a-f]{8}", name) is not None
 
 
 def remove_remains(out: Path) -> None:
-    """Removes what processes of this host that are gone have left beside ``out``."""
+    """Removes what killed processes of this host have left beside ``out``."""
     prefix = _prefix(out)
     for partial in out.parent.glob(f"{glob.escape(prefix)}*"):
         found = re.fullmatch(r"(\d+)-[0-9a-f]{8}", partial.name.removeprefix(prefix))

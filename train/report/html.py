@@ -37,7 +37,7 @@ footer { margin-top: 2rem; font-size: .85rem; opacity: .75 }
 
 
 def document(title: str, *parts: str, width: str = "76rem") -> str:
-    """The whole page: head, style, the title as a heading, and the parts below it.
+    """Makes the page: head, style, the title as a heading, and the parts below it.
 
     Args:
         title: Text.
@@ -58,12 +58,12 @@ def document(title: str, *parts: str, width: str = "76rem") -> str:
     )
 
 
-def table(headings: Sequence[str], body: Sequence[Sequence[str]], first: int = 1) -> str:
-    """A table whose first `first` columns hold text and the others numbers."""
+def table(headings: Sequence[str], body: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """Makes a table; the first `text_columns` columns hold text, the others numbers."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         inner = "".join(
-            f"<{tag}{'' if i < first else ' class=n'}>{html.escape(cell)}</{tag}>"
+            f"<{tag}{'' if i < text_columns else ' class=n'}>{html.escape(cell)}</{tag}>"
             for i, cell in enumerate(cells)
         )
         return f"<tr>{inner}</tr>"
@@ -76,16 +76,11 @@ def table(headings: Sequence[str], body: Sequence[Sequence[str]], first: int = 1
 
 
 def image(png: Path, description: str) -> str:
-    """A picture, with the PNG file inside the page."""
+    """Puts a PNG file into the page."""
     data = base64.b64encode(png.read_bytes()).decode("ascii")
     return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
 
 
-def items(texts: Sequence[str]) -> str:
-    """A list of texts."""
-    return f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in texts)}</ul>"
-
-
 def command_line(command: str) -> str:
-    """A command to copy."""
+    """Shows a command to copy."""
     return f"<pre>{html.escape(command)}</pre>"

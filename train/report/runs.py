@@ -16,7 +16,7 @@ Curve = tuple[list[float], list[float]]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run.
+    """A run as the report shows it.
 
     Attributes:
         name: Label, different from those of the other runs.
@@ -31,12 +31,12 @@ class Run:
     finished: bool
 
     def last(self, metric: str) -> float | None:
-        """Last value of a metric, or None."""
+        """Returns the last value of a metric, or None."""
         return self.curves[metric][1][-1] if metric in self.curves else None
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
-    """The runs in the order given.
+    """Reads the runs, in the order given.
 
     Raises:
         UserError: a directory is no run, is given twice, or has logged nothing.
@@ -49,7 +49,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Values, one a run, of the settings that are not the same in all; ``output_dir`` apart."""
+    """Returns the settings that differ, one value a run; ``output_dir`` does not count."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = {name: [run.settings.get(name) for run in runs] for name in names}
     return {
@@ -60,7 +60,7 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def _labels(directories: Sequence[Path]) -> list[str]:
-    """As many trailing parts of the paths as make them different."""
+    """Labels the runs by as many trailing parts of their paths as it takes to tell them apart."""
     for length in range(1, max(len(path.parts) for path in directories) + 1):
         labels = ["/".join(path.parts[-length:]) for path in directories]
         if len(set(labels)) == len(labels):
@@ -75,6 +75,8 @@ def _read(path: Path, name: str) -> Run:
         rows = read_metrics(path / "metrics.jsonl")
     except FileNotFoundError as error:
         raise UserError(f"{str(path)!r} holds no run with metrics: {error.filename}.") from error
+    except UserError:  # of a damaged line, which it names
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} cannot be read as a run ({error!r}).") from error
     curves: dict[str, Curve] = {}

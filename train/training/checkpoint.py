@@ -10,9 +10,9 @@ import os
 import re
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -55,7 +55,7 @@ class Checkpoints:
         every: Save at multiples of this step; None: only when told to.
         keep: Newest checkpoints that stay.
         read_only: Leave the directory as it is; nothing can be saved.
-        warn: Told of a save that failed and of a damaged checkpoint.
+        warn: Called with a message about a save that failed or a damaged checkpoint.
 
     Example:
         >>> with Checkpoints(directory, every=100, keep=2) as checkpoints:  # doctest: +SKIP
@@ -106,15 +106,15 @@ class Checkpoints:
         return ocp.CheckpointManager(self._directory, options=options)
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint, or None."""
+        """Returns the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """Steps of all complete checkpoints, in order."""
+        """Returns the steps of all complete checkpoints, in order."""
         return sorted(self._manager.all_steps())
 
     def due(self, step: int) -> bool:
-        """Whether `step` is one to save at."""
+        """Whether to save at `step`."""
         return self._manager.should_save(step)
 
     def save(
@@ -250,7 +250,7 @@ class Checkpoints:
         return next(filter(None, said), None)
 
     def newest_intact(self) -> int | None:
-        """Step of the newest checkpoint without damage; None when there is no checkpoint.
+        """Finds the step of the newest checkpoint without damage; None when there is no checkpoint.
 
         Newer ones are warned about and moved to ``damaged-checkpoints`` beside the directory, so
         that their steps can be saved again.
@@ -276,16 +276,16 @@ class Checkpoints:
         return None
 
     def _set_aside(self, damaged: dict[int, str], intact: int) -> None:
+        """Moves damaged checkpoints out of the way; a name that is taken gets a number."""
         place = self._directory.with_name(f"damaged-{self._directory.name}")
         for step, damage in damaged.items():
             if is_first():
                 place.mkdir(exist_ok=True)
-                taken = {path.name for path in place.iterdir()}
-                names = (
-                    f"{step}-{count}" if count else str(step) for count in range(len(taken) + 1)
-                )
-                name = next(name for name in names if name not in taken)
-                (self._directory / str(step)).rename(place / name)
+                aside, number = place / str(step), 0
+                while aside.exists():
+                    number += 1
+                    aside = place / f"{step}-{number}"
+                (self._directory / str(step)).rename(aside)
             self._warn(
                 f"the checkpoint of step {step} is damaged ({damage}); going back to the one of "
                 f"step {intact}. The damaged one is now in {place}."
@@ -297,12 +297,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         # One of several processes that ends with an error does not wait for the others, who may not
         # come where Orbax waits for them; `train.distributed.join` tells them.
         if error is None or isinstance(error, Stopped) or jax.process_count() == 1:
@@ -311,7 +306,7 @@ class Checkpoints:
 
 
 class _Preserve(_policies.PreservationPolicy):
-    """The newest checkpoints, and named ones. Orbax asks before a save and deletes after it."""
+    """Keeps the newest checkpoints and named ones. Orbax asks before a save and deletes after it."""
 
     def __init__(self, keep: int) -> None:
         self.keep, self.also = keep, frozenset[int]()
@@ -324,7 +319,7 @@ class _Preserve(_policies.PreservationPolicy):
 
 
 def _writer(name: str) -> int | None:
-    """Returns the number of the process that wrote a file of a checkpoint; None: a file of all."""
+    """Returns the number of the process that wrote a file; None where it is a file of all."""
     found = re.search(r"(?:^|[./])process_(\d+)(?:/|$)", name)
     return int(found[1]) if found else None
 
@@ -332,29 +327,21 @@ def _writer(name: str) -> int | None:
 @functools.cache
 def _hide_reported_errors() -> None:
     """Keeps Python from showing what Orbax says of a failed save, which `Checkpoints` reports."""
-    logging.getLogger("absl").addFilter(_is_not_orbax_traceback)
-    logging.getLogger("asyncio").addFilter(_is_not_orbax_write)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_from_orbax)
     show = sys.unraisablehook
     sys.unraisablehook = lambda raised: None if _is_late(raised.exc_value) else show(raised)
 
 
-def _is_not_orbax_traceback(record: logging.LogRecord) -> bool:
-    return record.exc_info is None or "orbax" not in record.pathname
-
-
-def _is_not_orbax_write(record: logging.LogRecord) -> bool:
-    """False where asyncio reports one write of a save; the first failed write has ended the save."""
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    """Whether a log record has no exception, or one that did not come through Orbax."""
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-    trace = None if error is None else error.__traceback__
-    while trace is not None:
-        if "orbax" in trace.tb_frame.f_code.co_filename:
-            return False
-        trace = trace.tb_next
-    return True
+    frames = traceback.walk_tb(error.__traceback__) if error is not None else ()
+    return not any("orbax" in frame.f_code.co_filename for frame, _ in frames)
 
 
 def _is_late(error: BaseException | None) -> bool:
-    """Whether TensorStore tells of a write whose save had failed and was given up by then."""
+    """Whether TensorStore reports a write of a save that had failed and was given up."""
     return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
@@ -378,7 +365,7 @@ def restore_params(directory: Path, step: int, like: Any, name: str = "params") 
 
 
 def abstract(state: State, shardings: Any = None) -> State:
-    """Shapes, dtypes and places of a state, real or from `jax.eval_shape`.
+    """Returns the shapes, dtypes and places of a state, real or from `jax.eval_shape`.
 
     Args:
         state: Arrays or `jax.ShapeDtypeStruct`.

@@ -209,23 +209,23 @@ def write_page(rows: Sequence[Row], page: Page, plot: Path, path: Path) -> None:
         path: file to write.
     """
     settings = [(name, str(value)) for name, value in page.settings.items()]
-    headings = _headings(page.level, page.steps)
+    headings, found = _headings(page.level, page.steps), notes(rows, page.level, page.seed)
     text = html.document(
         "The alignment tax in miniature",
         _INTRODUCTION,
         f'<p class="lead">{escape(headline(rows, page.level))}</p>',
         html.image(plot, "Trajectories of reward and capability, and gains at matched reward"),
         "<h2>Comparison</h2>",
-        html.table(headings, [_cells(row) for row in rows], first=2),
+        html.table(headings, [_cells(row) for row in rows], text_columns=2),
         "<p>Capability is read where a trajectory first reaches the reward, by linear interpolation "
         "between two evaluations, never beyond what was measured.</p>",
         "<h2>Keep in mind</h2>",
-        html.items(notes(rows, page.level, page.seed)),
+        f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in found)}</ul>",
         "<h2>Sample answers after the last step</h2>",
         "<p>The first held-out question of every family; ✗ marks a wrong answer.</p>",
-        html.table(*page.answers, first=len(page.answers[0])),
+        html.table(*page.answers, text_columns=len(page.answers[0])),
         "<h2>Settings</h2>",
-        html.table(["setting", "value"], settings, first=2),
+        html.table(["setting", "value"], settings, text_columns=2),
         "<h2>Run it again</h2>",
         html.command_line(page.command),
         f"<footer>{escape(page.cost)}. {escape(environment())}. {_SOURCES}</footer>",

@@ -309,5 +309,5 @@ def _page(intro: Sequence[str], sections: Sequence[Section], directory: Path) ->
         parts += [f"<p>{escape(text)}</p>" for text in section.text]
         if section.figure:
             parts.append(html.image(directory / section.figure, section.title))
-        parts.append(html.table(section.headings, section.rows, first=2))
+        parts.append(html.table(section.headings, section.rows, text_columns=2))
     return html.document("The alignment tax over seeds", *parts)
