@@ -49,9 +49,9 @@ def hold(directory: Path) -> None:
         directory: A directory that exists.
 
     Raises:
-        UserError: another process on this host holds the lock; names the process and its host.
-        TryAgain: a process on another host has held it for minutes, and that host may be dead. This
-            is raised in one of several processes, or in a job that has been started again.
+        UserError: another process holds the lock; the message names it and its host.
+        TryAgain: so does one on another host, after minutes of waiting, and that host may be dead.
+            Only one of several processes, or a job that is started again, waits and raises this.
         OSError: the lock cannot be written.
     """
     holder = _patiently(lambda: _take(directory), directory) if is_first() else None
