@@ -77,9 +77,9 @@ def _run_export(config: ExportConfig) -> None:
 
 
 def _run_merge(config: MergeConfig) -> None:
-    from train.commands.merge import run
+    from train.commands.merge import merge_models
 
-    run(config)
+    merge_models(config)
 
 
 def _run_generate(config: GenerateConfig) -> None:
@@ -114,9 +114,9 @@ def _report(arguments: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", help="Output directories of runs.")
     parser.add_argument("--output", required=True, help="HTML file to write; it must not exist.")
     given = parser.parse_args(list(arguments))
-    from train.report.page import run
+    from train.report.page import write_report
 
-    run(given.runs, given.output)
+    write_report(given.runs, given.output)
 
 
 def _demo(arguments: Sequence[str]) -> None:

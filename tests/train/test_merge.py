@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import omerge_jax as om
 from tests.train.tiny_runs import make_model_dir, read_tensors
 from train.cli import main
-from train.commands.merge import run
+from train.commands.merge import merge_models
 from train.config import MergeConfig, MergeModelOptions, UserError
 from train.models.safetensors_dir import SafetensorsDir
 
@@ -61,7 +61,7 @@ def configuration(directories, output, method, **changes):
 
 @pytest.mark.parametrize("method", CASES)
 def test_equal_to_a_merge_of_whole_trees(directories, tmp_path, method):
-    run(configuration(directories, tmp_path / "out", method, **CASES[method]))
+    merge_models(configuration(directories, tmp_path / "out", method, **CASES[method]))
     used = directories[:2] if method == "slerp" else directories
     base, *models = ({k: jnp.asarray(v) for k, v in _tensors(d).items()} for d in used)
     settings = dict(CASES[method]) | ({} if method == "slerp" else {"weights": [0.8, 0.3]})
@@ -93,7 +93,7 @@ def test_equal_to_mergekit(directories, tmp_path, method):
         parameters={"weight": [0.8, 0.3], **density},
         base=None if method == "linear" else 0,
     )
-    run(configuration(directories, tmp_path / "out", method, **density))
+    merge_models(configuration(directories, tmp_path / "out", method, **density))
     merged = read_tensors(tmp_path / "out")
     for name, tensor in expected.items():
         np.testing.assert_allclose(merged[name], tensor.numpy(), rtol=0, atol=1e-6, err_msg=name)
@@ -101,7 +101,7 @@ def test_equal_to_mergekit(directories, tmp_path, method):
 
 @pytest.mark.parametrize("method", ["linear", "ties", "slerp"])
 def test_what_no_model_changed_comes_back_bit_for_bit(directories, tmp_path, method):
-    run(configuration(directories, tmp_path / "out", method, **CASES[method]))
+    merge_models(configuration(directories, tmp_path / "out", method, **CASES[method]))
     merged, base = read_tensors(tmp_path / "out"), _tensors(directories[0])
     for name in ("steps", "model.norm.weight"):
         assert merged[name].dtype == base[name].dtype
@@ -113,7 +113,7 @@ def test_adamw_plus_a_share_of_the_delta(directories, tmp_path):
     base, trained, sft = directories
     models = [MergeModelOptions(path=trained, weight=1.0), MergeModelOptions(path=sft, weight=0.25)]
     out = tmp_path / "out"
-    run(MergeConfig(method="task_arithmetic", base=base, models=models, output=str(out)))
+    merge_models(MergeConfig(method="task_arithmetic", base=base, models=models, output=str(out)))
     b, t, s = (_tensors(d) for d in directories)
     name = "model.layers.0.self_attn.q_proj.weight"
     expected = t[name].astype(np.float64) + 0.25 * (s[name].astype(np.float64) - b[name])
@@ -157,7 +157,7 @@ def test_a_stored_output_matrix_stays_tied(directories, tmp_path):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
         copies.append(str(copy))
-    run(configuration(copies, tmp_path / "out", "dare_ties", density=0.5))
+    merge_models(configuration(copies, tmp_path / "out", "dare_ties", density=0.5))
     merged = read_tensors(tmp_path / "out")
     assert (merged["lm_head.weight"] == merged["model.embed_tokens.weight"]).all()
 
@@ -172,16 +172,18 @@ def test_a_stored_output_matrix_stays_tied(directories, tmp_path):
 )
 def test_settings_refused(directories, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        run(configuration(directories, tmp_path / "out", **changes))
+        merge_models(configuration(directories, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
 
 
 def test_models_refused(directories, tmp_path):
     other = str(make_model_dir(tmp_path / "wide", 1, hidden=48))
     with pytest.raises(UserError, match=r"models\[1\]\.path: model\..* has shape"):
-        run(configuration([*directories[:2], other], tmp_path / "out", "ties"))
+        merge_models(configuration([*directories[:2], other], tmp_path / "out", "ties"))
     longer = str(make_model_dir(tmp_path / "tokens", 1, extra_tokens=("<x>",)))
     with pytest.raises(UserError, match="tokenizer"):
-        run(configuration([*directories[:2], longer], tmp_path / "out", "ties"))
+        merge_models(configuration([*directories[:2], longer], tmp_path / "out", "ties"))
     with pytest.raises(UserError, match="base"):
-        run(MergeConfig(method="ties", models=[MergeModelOptions(path="x", weight=1)], output="o"))
+        merge_models(
+            MergeConfig(method="ties", models=[MergeModelOptions(path="x", weight=1)], output="o")
+        )

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.train.tiny_models import make_model
 from tests.train.tiny_runs import make_model_dir, read_tensors
-from train.commands.merge import run
+from train.commands.merge import merge_models
 from train.commands.merge_checks import network_differences
 from train.config import MergeConfig, MergeModelOptions, UserError
 
@@ -26,7 +26,7 @@ def pair(tmp_path) -> list[Path]:
 def merge(pair: list[Path], output: Path, **changes) -> Path:
     models = [MergeModelOptions(path=str(pair[1]), weight=0.5)]
     settings = {"method": "task_arithmetic", "base": str(pair[0]), **changes}
-    return run(MergeConfig(models=models, output=str(output), **settings))
+    return merge_models(MergeConfig(models=models, output=str(output), **settings))
 
 
 def change_tensors(directory: Path, **tensors: np.ndarray) -> None:

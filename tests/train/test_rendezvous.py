@@ -16,7 +16,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def meet(*expecting, timeout=20.0):
+def barrier(*expecting, timeout=20.0):
     """Calls the roll for `(number, processes expected)` each; what each one saw, in order."""
     address, seen = f"127.0.0.1:{free_port()}", [None] * len(expecting)
 
@@ -40,7 +40,7 @@ def meet(*expecting, timeout=20.0):
 
 
 def test_all_come_in_any_order_and_the_port_is_free_again():
-    assert meet((2, 3), (0, 3), (1, 3)) == ["met"] * 3
+    assert barrier((2, 3), (0, 3), (1, 3)) == ["met"] * 3
     port = free_port()
     first = threading.Thread(target=rendezvous, args=(f"127.0.0.1:{port}", 2, 0, 20))
     first.start()
@@ -51,20 +51,20 @@ def test_all_come_in_any_order_and_the_port_is_free_again():
 
 def test_those_that_did_not_come_are_named_to_those_that_did():
     start = time.monotonic()
-    seen = meet((0, 4), (2, 4), timeout=1.5)
+    seen = barrier((0, 4), (2, 4), timeout=1.5)
     assert time.monotonic() - start < 10
     for message in seen:
         assert message.startswith("late: processes 1, 3 of 4 did not come within 2 s")
 
 
 def test_processes_that_expect_other_numbers_are_told():
-    for message in meet((0, 2), (1, 3)):
+    for message in barrier((0, 2), (1, 3)):
         assert "distributed.num_processes is 3 on process 1" in message
         assert "2 on process 0" in message
 
 
 def test_two_processes_with_one_number_are_told():
-    for message in meet((0, 3), (1, 3), (1, 3)):
+    for message in barrier((0, 3), (1, 3), (1, 3)):
         assert message.startswith("distributed.process_id 1 is that of two processes")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from train.config import (
 from train.data import TokenDataset, tokenize_preference
 from train.evaluation.held_out import answer_logps, evaluate_preferences
 from train.evaluation.tasks import Tasks, read_tasks, task_scorer
-from train.files.run_directory import check_place, write_atomically
+from train.files.whole import check_place, write_json
 from train.inputs.model import blamed_on, check_model, check_related, load_tokenizer
 from train.inputs.records import sharing_prompts, split_records, tokenized
 from train.losses import PreferenceLoss
@@ -60,8 +59,7 @@ def evaluate_model(config: EvalConfig) -> Results:
     console.print(_table(results))
     with blamed_on("output"):
         _check_new(output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, json.dumps(results, indent=2))
+        write_json(output, results)
     console.print(f"Written to {output}", highlight=False, soft_wrap=True)
     return results
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from train.config import ExportConfig, LoraOptions, ModelOptions, UserError
 from train.files.model_card import run_card
-from train.files.whole import check_writable
+from train.files.whole import check_absent_or_empty
 from train.inputs.model import blamed_on, check_model, hash_model
 from train.models import from_hf, split_model
 from train.models.abstract import abstract_model
@@ -36,7 +36,7 @@ def export_checkpoint(config: ExportConfig) -> None:
     options = _model_options(settings)
     dtype = _run_dtype(Path(config.run)) if config.dtype is None else config.dtype
     with blamed_on("output"):
-        check_writable(Path(config.output))
+        check_absent_or_empty(Path(config.output))
     model = check_model(options)
     shapes = abstract_model(model, None)[1]
     like, rest = split(shapes, choose(options, leaf_paths(shapes)))

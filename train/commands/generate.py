@@ -19,7 +19,7 @@ from train.data import Record, read_records
 from train.data.padding import pad_prompts
 from train.data.tokenizing import encode_prompts
 from train.files.continued_lines import continued_lines
-from train.files.run_directory import check_place
+from train.files.whole import check_place
 from train.generation.filters import Filters
 from train.generation.sampler import Sampler
 from train.inputs.model import blamed_on, check_model, hash_model, load_tokenizer

@@ -1,15 +1,15 @@
 """``python -m train merge``: offline merges of model directories, one tensor at a time.
 
-Memory: the merged tensors of one output file (`max_shard_size`), and of the tensor being merged one
-float32 copy per model and for the base, the method's temporaries and the result. On a CPU these took,
-for two models, 2 times the tensor in float32 (linear), 5 (dare_ties), 6 (breadcrumbs), 7.5 (ties) and
-9 (della), for four models 12 (ties), and for the base and one model 3 (slerp). The files that are read
-are memory-mapped. A model is never held as a whole.
+The memory holds the merged tensors of one output file (`max_shard_size`) and, of the tensor that is
+being merged, a float32 copy for the base and for each model, the method's temporaries and the result.
+On a CPU these took, for two models, 2 times the tensor in float32 (linear), 5 (dare_ties), 6
+(breadcrumbs), 7.5 (ties) and 9 (della), for four models 12 (ties), and for the base and one model 3
+(slerp). The files that are read are memory-mapped. A model is never held as a whole.
 """
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,20 @@ import omerge_jax as om
 from train.commands.merge_checks import check_room, check_tied, network_differences
 from train.config import MergeConfig, UserError, require
 from train.files.model_card import merge_card
-from train.files.run_directory import check_place
-from train.files.whole import check_writable, remove_remains, written_whole
+from train.files.whole import check_absent_or_empty, check_place, remove_remains
 from train.inputs.model import blamed_on, load_tokenizer
-from train.models.hf_export import cast_checked, copy_companions, save_tensors
+from train.models.hf_export import cast_checked, write_model_dir
 from train.models.hf_names import EMBEDDING, LM_HEAD, is_derived
 from train.models.model_dir import read_hf_config, resolve_model_dir
 from train.models.safetensors_dir import SafetensorsDir
 
-_PER_MODEL = ("density", "epsilon", "gamma")
+_PER_MODEL = {"density": 1.0, "epsilon": 0.15, "gamma": 0.01}
+"""Settings that each model may have of its own, with the value where only others have one."""
 _NUMBERS = ("scale", "normalize", "rescale", "election", "t", "seed")
 _INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")
 
 
-def run(config: MergeConfig) -> Path:
+def merge_models(config: MergeConfig) -> Path:
     """Merges the models and writes the result as a Hugging Face directory.
 
     Tensors that are the same in all models, those that are no floating-point numbers, and rotary
@@ -50,35 +50,31 @@ def run(config: MergeConfig) -> Path:
             together; before a weight is read.
 
     Example:
-        >>> run(MergeConfig(method="ties", base="base", output="merged", models=[
+        >>> merge_models(MergeConfig(method="ties", base="base", output="merged", models=[
         ...     MergeModelOptions(path="a", weight=1.0, density=0.5)]))      # doctest: +SKIP
     """
     output = Path(config.output)
     with blamed_on("output"):
-        check_writable(output)
+        check_absent_or_empty(output)
     check_place(output, "output")
     settings = merge_settings(config)
     sources = _open_sources(config)
-    like = resolve_model_dir(config.models[0].path)
     base, *models = [weights for _, weights, _ in sources]
     tied = bool(sources[0][2].get("tie_word_embeddings", False))
     names = _checked_names(sources, tied)
     remove_remains(output)
     check_room(base, output, config.dtype)
-    tensors = _merged(config, settings, base, models, names)
-    with blamed_on("output"), written_whole(output) as partial:
-        save_tensors(
-            _with_progress(_tied(tensors, base, tied), base), partial, config.max_shard_size
-        )
-        copy_companions(like, partial)
-        _write_config(read_hf_config(like), partial, config.dtype or _dtype_name(base))
-        (partial / "README.md").write_text(merge_card(output.name, config), encoding="utf-8")
+    tensors = _tied(_merged(config, settings, base, models, names), base, tied)
+    dtype, card = config.dtype or _dtype_name(base), merge_card(output.name, config)
+    with blamed_on("output"), Progress() as progress:
+        shown = progress.track(tensors, total=len(base.entries), description="merge")
+        write_model_dir(output, shown, models[0].directory, dtype, config.max_shard_size, card)
     Console().print(f"Merged model written to {output}", highlight=False, soft_wrap=True)
     return output
 
 
 def merge_settings(config: MergeConfig) -> dict[str, Any]:
-    """Keyword arguments of `omerge_jax.offline_merge` for a configuration.
+    """Returns the keyword arguments of `omerge_jax.offline_merge` for a configuration.
 
     Raises:
         UserError: the method refuses them, a weight is missing, or there is no base.
@@ -95,13 +91,12 @@ def merge_settings(config: MergeConfig) -> dict[str, Any]:
         if missing:
             raise UserError(f"models: {missing[0]!r} has no weight, but others do; give it one.")
         settings["weights"] = weights
-    for name in _PER_MODEL:
+    for name, default in _PER_MODEL.items():
         values = [getattr(one, name) for one in config.models]
         if any(value is not None for value in values):
-            default = {"density": 1.0, "epsilon": 0.15, "gamma": 0.01}[name]
             settings[name] = [default if value is None else value for value in values]
     settings |= {n: getattr(config, n) for n in _NUMBERS if getattr(config, n) is not None}
-    try:  # on a matrix of four numbers, so that every setting is judged by the method itself
+    try:  # the method itself checks all settings, here on a matrix of four numbers
         tree = {"w": np.zeros((2, 2), np.float32)}
         om.offline_merge(tree, [tree] * len(config.models), **settings)
     except ValueError as error:
@@ -113,7 +108,7 @@ Source = tuple[str, SafetensorsDir, dict[str, Any]]
 
 
 def _open_sources(config: MergeConfig) -> list[Source]:
-    """The base, or for want of one the first model, and then all models."""
+    """Opens the base, or where there is none the first model again, and then all models."""
     fields = [("base", config.base)] if config.base is not None else []
     fields += [(f"models[{i}].path", one.path) for i, one in enumerate(config.models)]
     opened = []
@@ -123,27 +118,26 @@ def _open_sources(config: MergeConfig) -> list[Source]:
             opened.append((field, SafetensorsDir(directory), read_hf_config(directory)))
     vocabularies = [load_tokenizer(path, field).get_vocab() for field, path in fields]
     for (field, path), vocabulary in zip(fields[1:], vocabularies[1:], strict=True):
-        differing = vocabulary.items() ^ vocabularies[0].items()
+        differing = {token for token, _ in vocabulary.items() ^ vocabularies[0].items()}
         if differing:
-            token = min(differing)[0]
+            token = min(differing)
             raise UserError(
                 f"{field}: the tokenizer of {path} differs from that of {fields[0][1]} in "
-                f"{len({name for name, _ in differing})} tokens, for example {token!r}: id "
-                f"{vocabulary.get(token)} and {vocabularies[0].get(token)}."
+                f"{len(differing)} tokens, for example {token!r}: id {vocabulary.get(token)} and "
+                f"{vocabularies[0].get(token)}."
             )
     return opened if config.base is not None else [opened[0], *opened]
 
 
 def _checked_names(sources: Sequence[Source], tied: bool) -> list[str]:
-    """Names of the tensors to merge; all models have them, in the same shapes."""
+    """Returns the names of the tensors to merge: all models have them, in the same shapes."""
     first, base, hf_config = sources[0]
     skipped = {LM_HEAD} if tied else set()
     wanted = [name for name in base.entries if name not in skipped]
     problems = []
     for field, weights, theirs in sources:
-        problems += [
-            f"{field}: {text} in {first}" for text in network_differences(hf_config, theirs)
-        ]
+        different = network_differences(hf_config, theirs)
+        problems += [f"{field}: {text} in {first}" for text in different]
         if tied:
             check_tied(weights, field)
         for name in dict.fromkeys([*wanted, *weights.entries]):
@@ -151,17 +145,16 @@ def _checked_names(sources: Sequence[Source], tied: bool) -> list[str]:
             if name in skipped or (is_derived(name) and not (ours and other)):
                 continue  # frequencies that old versions saved follow from the config
             if ours is None or other is None:
-                problems.append(
-                    f"{field}: {name} is {'missing' if other is None else 'additional'}"
-                )
+                problem = f"is {'missing' if other is None else 'additional'}"
             elif ours.shape != other.shape:
-                problems.append(f"{field}: {name} has shape {other.shape}, in {first} {ours.shape}")
+                problem = f"has shape {other.shape}, in {first} {ours.shape}"
             elif (ours.dtype is None) != (other.dtype is None):
-                problems.append(
-                    f"{field}: {name} is {other.dtype_name}, in {first} {ours.dtype_name}"
-                )
+                problem = f"is {other.dtype_name}, in {first} {ours.dtype_name}"
             elif other.dtype is None and other.dtype_name not in _INTEGERS:
-                problems.append(f"{field}: {name} is {other.dtype_name}, which cannot be merged")
+                problem = f"is {other.dtype_name}, which cannot be merged"
+            else:
+                continue
+            problems.append(f"{field}: {name} {problem}")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{'; '.join(problems[:5])}{more}. Only models of one shape can be merged.")
@@ -175,6 +168,7 @@ def _merged(
     models: Sequence[SafetensorsDir],
     names: Sequence[str],
 ) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the merged tensors; one that is the same in all models is copied."""
     # Weights that are not normalised scale even a tensor that all models share.
     fixed = config.method != "linear" or config.normalize is not False
     for name in names:
@@ -199,34 +193,17 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 def _tied(
     tensors: Iterator[tuple[str, np.ndarray]], base: SafetensorsDir, tied: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Adds the output matrix where the base stores it beside the embedding that it equals."""
+    """Adds the output matrix where it equals the embedding and the base stores both."""
     for name, tensor in tensors:
         yield name, tensor
         if tied and name == EMBEDDING and LM_HEAD in base.entries:
             yield LM_HEAD, tensor
 
 
-def _with_progress(
-    tensors: Iterator[tuple[str, np.ndarray]], base: SafetensorsDir
-) -> Iterator[tuple[str, np.ndarray]]:
-    with Progress() as progress:
-        task = progress.add_task("merge", total=len(base.entries))
-        for item in tensors:
-            yield item
-            progress.advance(task)
-        progress.update(task, completed=len(base.entries))
-
-
 def _dtype_name(base: SafetensorsDir) -> str:
-    """The type of most of the stored numbers."""
-    sizes: dict[str, int] = {}
+    """Returns the dtype of most of the stored numbers."""
+    sizes = Counter[str]()
     for entry in base.entries.values():
         if entry.dtype is not None:
-            sizes[entry.dtype.name] = sizes.get(entry.dtype.name, 0) + int(np.prod(entry.shape))
-    return max(sizes, key=lambda name: sizes[name])
-
-
-def _write_config(hf_config: dict[str, Any], directory: Path, dtype: str) -> None:
-    key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
-    text = json.dumps({**hf_config, key: dtype}, indent=2)
-    (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+            sizes[entry.dtype.name] += int(np.prod(entry.shape))
+    return sizes.most_common(1)[0][0]

@@ -1,7 +1,8 @@
-"""What must hold before models are merged, beyond the names and shapes of their tensors."""
+"""Checks before models are merged: networks, tied embeddings, room on the disk."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,29 +16,25 @@ from train.models.config import FREE_FIELDS
 from train.models.hf_names import EMBEDDING, LM_HEAD
 from train.models.safetensors_dir import SafetensorsDir
 
-_COMPARED = ("architectures", "tie_word_embeddings")  # of architectures that the decoder lacks
+_COMPARED = ("architectures", "tie_word_embeddings")
+"""Fields that are compared where the decoder does not know the architecture."""
 
 
 def network_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """What the networks of two ``config.json`` differ in, such as rotary frequencies.
+    """Says where the networks of two ``config.json`` differ, such as in rotary frequencies.
 
     Weights of equal shapes may belong to networks that read them differently; a merge of those is
     noise.
 
     Returns:
-        One text a field, ``"rope_theta is 10000.0 and 500000.0"``, theirs first. Of architectures that
-        the decoder does not know only the architecture and the tied embedding are compared.
+        One text a field, ``"rope_theta is 10000.0 and 500000.0"``, theirs first. Where the decoder does
+        not know the architecture, only its name and the tied embedding are compared.
     """
-    fields = list(_COMPARED)
-    values = [dict(ours), dict(theirs)]
-    try:
-        known = [vars(ModelConfig.from_hf(config)) for config in values]
-    except ValueError:
-        pass
-    else:
-        values = [{**read, **config} for read, config in zip(values, known, strict=True)]
+    left, right, fields = dict(ours), dict(theirs), list(_COMPARED)
+    with contextlib.suppress(ValueError):
+        known = [vars(ModelConfig.from_hf(config)) for config in (left, right)]
+        left, right = left | known[0], right | known[1]
         fields = ["architectures", *(name for name in known[0] if name not in FREE_FIELDS)]
-    left, right = values
     return [
         f"{name} is {right.get(name)!r} and {left.get(name)!r}"
         for name in fields
@@ -67,10 +64,9 @@ def check_room(base: SafetensorsDir, output: Path, dtype: str | None) -> None:
     """
     needed = 0
     for entry in base.entries.values():
-        count = int(np.prod(entry.shape, dtype=np.int64))
-        # Tensors that are no floating-point numbers are copied; 8 bytes is the most they take.
+        # A tensor of integers is copied; each number has 8 bytes at most.
         width = 8 if entry.dtype is None else np.dtype(dtype or entry.dtype).itemsize
-        needed += count * width
+        needed += width * int(np.prod(entry.shape, dtype=np.int64))
     place = output.absolute()
     while not place.exists():
         place = place.parent

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from train.config import PlanConfig, UserError, check, flatten
-from train.files.run_directory import check_place, write_atomically
+from train.files.whole import check_place, write_whole
 from train.losses.options import check_preference_loss
 from train.models import ModelConfig
 from train.optimizers.build import check_optimizer
@@ -50,7 +50,7 @@ def plan(config: PlanConfig) -> None:
     if output is not None:
         settings = {name: value for name, value in flatten(config).items() if name != "output_file"}
         content = {"format": FORMAT, "settings": settings, **written}
-        write_atomically(output, json.dumps(content, indent=2, default=dataclasses.asdict))
+        write_whole(output, json.dumps(content, indent=2, default=dataclasses.asdict))
         console.print(f"wrote {output}", soft_wrap=True)
 
 

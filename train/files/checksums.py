@@ -1,52 +1,89 @@
-"""Sizes and checksums of the files of a directory, kept in it, to tell damage later."""
+"""A directory keeps the sizes and checksums of its files, so that later damage is found."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from train.files.whole import write_whole
 
 MANIFEST = "manifest.json"
 _THREADS = 4
 
+Checksums = dict[str, dict[str, int | str]]
+"""``{path in the directory: {"size": bytes, "sha256": hex}}``."""
 
-def write_manifest(directory: Path, *, ignore: str | None = None) -> None:
-    """Writes ``manifest.json``: ``{"files": {path: {"size": bytes, "sha256": hex}}}``.
+
+def hash_file(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_names(directory: Path) -> list[str]:
+    """Returns the paths of all files in a directory, at any depth, but for its manifest."""
+    files = (path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return sorted(path.relative_to(directory).as_posix() for path in files)
+
+
+def hash_files(directory: Path, names: Iterable[str]) -> Checksums:
+    """Computes sizes and checksums of some files of a directory.
 
     Args:
-        directory: Whose files, at any depth.
-        ignore: Name of files that may change later.
+        directory: The directory.
+        names: Paths of the files in it.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    files = [directory / name for name in names]
+    with ThreadPoolExecutor(_THREADS) as pool:  # hashing releases the interpreter lock
+        hashes = list(pool.map(hash_file, files))
+    return {
+        file.relative_to(directory).as_posix(): {"size": file.stat().st_size, "sha256": found}
+        for file, found in zip(files, hashes, strict=True)
+    }
+
+
+def write_manifest(
+    directory: Path, known: Checksums | None = None, *, ignore: str | None = None
+) -> None:
+    """Writes ``manifest.json``: ``{"files": Checksums}`` of all files of a directory, at any depth.
+
+    Args:
+        directory: The directory.
+        known: Checksums that were computed before. Only the other files of the directory are read.
+        ignore: Name of files that may change later, and so are not listed.
 
     Raises:
         OSError: a file cannot be read, or there is no space left.
     """
-    files = sorted(
-        path
-        for path in directory.rglob("*")
-        if path.is_file() and path.name not in (MANIFEST, ignore)
-    )
-    with ThreadPoolExecutor(_THREADS) as pool:  # hashing releases the interpreter lock
-        checksums = list(pool.map(_sha256, files))
-    listed = {
-        file.relative_to(directory).as_posix(): {"size": file.stat().st_size, "sha256": checksum}
-        for file, checksum in zip(files, checksums, strict=True)
-    }
-    with (directory / MANIFEST).open("w", encoding="utf-8") as out:
-        json.dump({"files": listed}, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
+    names = [name for name in file_names(directory) if Path(name).name != ignore]
+    listed = {name: known[name] for name in names if name in known} if known else {}
+    listed |= hash_files(directory, (name for name in names if name not in listed))
+    write_whole(directory / MANIFEST, json.dumps({"files": listed}, indent=1, sort_keys=True))
 
 
-def find_damage(directory: Path) -> str | None:
-    """What is wrong with the files of a directory, in words, or None.
+def find_damage(directory: Path, checked: Callable[[str], bool] = lambda name: True) -> str | None:
+    """Says what is wrong with the files that the manifest of a directory lists.
 
-    Files that the manifest does not list are no damage.
+    Args:
+        directory: The directory.
+        checked: Whether to read the file of a name. Another process reads the others.
+
+    Returns:
+        The damage in words, or None.
     """
     try:
         listed = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
+        expected = {
+            name: (entry["size"], entry["sha256"])
+            for name, entry in listed.items()
+            if checked(name)
+        }
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -59,20 +96,15 @@ def find_damage(directory: Path) -> str | None:
         if found != size:
             return f"{name} has {found} bytes instead of {size}"
     with ThreadPoolExecutor(_THREADS) as pool:
-        checksums = pool.map(lambda name: _checksum_or_error(directory / name), expected)
+        checksums = pool.map(lambda name: _hash_or_error(directory / name), expected)
         for (name, (_, checksum)), found in zip(expected.items(), checksums, strict=True):
             if found != checksum:
                 return f"the content of {name} has changed since it was written"
     return None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _checksum_or_error(path: Path) -> str:
+def _hash_or_error(path: Path) -> str:
     try:
-        return _sha256(path)
+        return hash_file(path)
     except OSError as error:
         return str(error)

@@ -1,8 +1,8 @@
-"""One process, or one group of processes, to an output directory.
+"""The lock of an output directory: one process, or one group of processes, writes to it at a time.
 
-The operating system holds the lock (`flock`) for as long as the process lives, so that one that was
-killed leaves none behind. On several hosts the first process holds it for all. When a host vanishes,
-a file server keeps its locks for a while, so a job that is started again waits for them.
+The operating system holds the lock (`flock`) for as long as the process lives, so a process that was
+killed leaves no lock behind. On several hosts the first process holds it for all. When a host
+vanishes, a file server keeps its locks for a while, so a job that is started again waits for them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,16 @@ from train.distributed.stop import TryAgain
 LOCK_FILE = ".lock"
 
 _WAIT_S = 180.0
-"""For a lock of another machine. NFS servers keep those of a client that has gone for 90 s or so."""
+"""Seconds to wait for a lock held by another host, which may be dead.
 
+NFS servers keep the locks of a client that has gone for about 90 seconds.
+"""
 _POLL_S = 2.0
+"""Seconds from one try to the next."""
 _FREE, _IN_USE, _IN_USE_ELSEWHERE = range(3)
+
+Holder = dict[str, Any]
+"""What the process that holds a lock wrote about itself; empty where it has just started."""
 
 _held: dict[Path, IO[str]] = {}
 
@@ -40,16 +46,16 @@ def hold(directory: Path) -> None:
     A process may take a lock again that it holds.
 
     Args:
-        directory: It exists.
+        directory: A directory that exists.
 
     Raises:
-        UserError: another process on this machine holds it; names that process and its host.
-        TryAgain: one on another machine does, for minutes, where that may be a host that has gone:
-            in one of several processes, or a job that has been started again.
+        UserError: another process holds the lock; the message names it and its host.
+        TryAgain: so does one on another host, after minutes of waiting, and that host may be dead.
+            Only one of several processes, or a job that is started again, waits and raises this.
         OSError: the lock cannot be written.
     """
     holder = _patiently(lambda: _take(directory), directory) if is_first() else None
-    answer = largest_of_all(_answer(holder))
+    answer = largest_of_all(_state(holder))
     if answer != _FREE:
         raise _in_use(directory, holder, answer)
 
@@ -66,63 +72,46 @@ def refuse_if_held(directory: Path) -> None:
     path = directory / LOCK_FILE
     if not is_first() or directory in _held or not os.path.exists(path):
         return
-    holder = _patiently(lambda: _holder(path), directory)
+    holder = _patiently(lambda: _look(path), directory)
     if holder is not None:
-        raise _in_use(directory, holder, _answer(holder))
+        raise _in_use(directory, holder, _state(holder))
 
 
-def _holder(path: Path) -> str | None:
-    """What the holder wrote about itself, or None where there is none."""
-    with path.open(encoding="utf-8") as file:
-        return None if _lock(file, fcntl.LOCK_SH) else file.read()
+def lock_file(file: IO[Any], kind: int = fcntl.LOCK_EX) -> bool:
+    """Locks an open file until it is closed, without waiting.
 
+    Args:
+        file: The file.
+        kind: `fcntl.LOCK_EX`, or `fcntl.LOCK_SH` for a lock that several processes may hold.
 
-def _patiently(ask: Callable[[], str | None], directory: Path) -> str | None:
-    """The holder, asked for again and again while it may be a host that has gone."""
-    deadline, told = time.monotonic() + _WAIT_S, False
-    while True:
-        holder = ask()
-        if _answer(holder) != _IN_USE_ELSEWHERE or time.monotonic() > deadline:
-            return holder
-        if not told:
-            found = f"output_dir {str(directory)!r} is in use by {_who(holder)}"
-            wait = f"waiting {_WAIT_S:.0f} s for it, which may be gone ..."
-            print(f"{found}; {wait}", file=sys.stderr, flush=True)
-            told = True
-        time.sleep(_POLL_S)
-
-
-def _answer(holder: str | None) -> int:
-    if holder is None:
-        return _FREE
-    again = jax.process_count() > 1 or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    found = _record(holder)
-    elsewhere = found.get("machine", _machine()) != _machine()
-    return _IN_USE_ELSEWHERE if again and elsewhere else _IN_USE
-
-
-def _machine() -> str:
-    """Tells machines apart; pods that follow each other on different ones have one host name."""
+    Returns:
+        False where another process holds a lock.
+    """
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # not Linux
-        return socket.gethostname()
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
-def _take(directory: Path) -> str | None:
-    """Locks, or returns what the holder wrote about itself."""
+def _look(path: Path) -> Holder | None:
+    """Returns who holds the lock, or None where nobody does."""
+    with path.open(encoding="utf-8") as file:
+        return None if lock_file(file, fcntl.LOCK_SH) else _read(file)
+
+
+def _take(directory: Path) -> Holder | None:
+    """Takes the lock, or returns who holds it."""
     path = directory / LOCK_FILE
     held = _held.get(directory)
     if held is not None:
         if path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat()):
             return None
-        release(directory)  # of a directory that has been removed since
+        release(directory)  # the lock of a directory that has been removed since
     file = path.open("a+", encoding="utf-8")
-    if not _lock(file, fcntl.LOCK_EX):
-        file.seek(0)
-        holder = file.read()
-        file.close()
-        return holder
+    if not lock_file(file):
+        with file:
+            return _read(file)
     me = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -136,31 +125,53 @@ def _take(directory: Path) -> str | None:
     return None
 
 
-def _lock(file: IO[str], kind: int) -> bool:
+def _read(file: IO[str]) -> Holder:
+    file.seek(0)
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _record(holder: str | None) -> dict[str, Any]:
-    """What the holder wrote about itself; nothing where it has just started."""
-    try:
-        found = json.loads(holder or "")
+        found = json.loads(file.read())
     except json.JSONDecodeError:
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _who(holder: str | None) -> str:
-    found = _record(holder)
-    if not {"pid", "host", "since"} <= found.keys():
+def _patiently(ask: Callable[[], Holder | None], directory: Path) -> Holder | None:
+    """Asks for the holder again and again while it may be on a host that is dead."""
+    deadline, told = time.monotonic() + _WAIT_S, False
+    while True:
+        holder = ask()
+        if _state(holder) != _IN_USE_ELSEWHERE or time.monotonic() > deadline:
+            return holder
+        if not told:
+            found = f"output_dir {str(directory)!r} is in use by {_who(holder)}"
+            wait = f"waiting {_WAIT_S:.0f} s for it, which may be gone ..."
+            print(f"{found}; {wait}", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(_POLL_S)
+
+
+def _state(holder: Holder | None) -> int:
+    if holder is None:
+        return _FREE
+    again = jax.process_count() > 1 or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    elsewhere = holder.get("machine", _machine()) != _machine()
+    return _IN_USE_ELSEWHERE if again and elsewhere else _IN_USE
+
+
+def _machine() -> str:
+    """Returns an id of this machine; pods that follow each other elsewhere have one host name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
+def _who(holder: Holder | None) -> str:
+    if holder is None or not {"pid", "host", "since"} <= holder.keys():
         return "another process"
-    return f"process {found['pid']} on host {found['host']}, since {found['since']}"
+    return f"process {holder['pid']} on host {holder['host']}, since {holder['since']}"
 
 
-def _in_use(directory: Path, holder: str | None, answer: int) -> UserError | TryAgain:
+def _in_use(directory: Path, holder: Holder | None, answer: int) -> UserError | TryAgain:
     found = f"output_dir {str(directory)!r} is in use by {_who(holder)}."
     if answer == _IN_USE_ELSEWHERE:
         return TryAgain(f"{found} The same command goes on when it has gone.")

@@ -7,8 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TextIO
+from typing import BinaryIO
 
 import jax
 from tensorboardX.event_file_writer import EventsWriter
@@ -16,6 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.summary import scalar
 
 from train.config import UserError
+from train.files.whole import whole_file
 
 
 class MetricsLog:
@@ -25,7 +25,7 @@ class MetricsLog:
     after the resume, so the lines after `resume_step` are dropped first. Only process 0 writes.
 
     Args:
-        directory: Directory of the run.
+        directory: The run's directory.
         resume_step: Last step that counts; 0 for a new run.
 
     Example:
@@ -34,7 +34,7 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, resume_step: int = 0) -> None:
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
         self._directory = directory
         if jax.process_index() != 0:
             return
@@ -54,7 +54,7 @@ class MetricsLog:
         start = SessionLog(status=SessionLog.START)
         self._board.write_event(Event(step=resume_step + 1, file_version="brain.Event:2"))
         self._board.write_event(Event(step=resume_step + 1, session_log=start))
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = path.open("ab")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line, ``{"step": step, **metrics}``.
@@ -66,7 +66,8 @@ class MetricsLog:
             return
         row = {name: float(value) for name, value in metrics.items()}
         try:
-            self._file.write(json.dumps({"step": step, **row}) + "\n")
+            self._file.write(_line({"step": step, **row}))
+            self._file.flush()
             for name, value in row.items():
                 event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
                 self._board.write_event(event)
@@ -77,15 +78,10 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file is None:
             return
-        # Where a line could not be written, the error is on its way already.
+        # Where a line could not be written, that error is being raised already.
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(OSError):
@@ -100,22 +96,41 @@ def _unwritable(directory: Path, error: OSError) -> UserError:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drops the lines of `path` that are of a later step, or that a kill cut off."""
+    """Drops the lines of later steps, and one that a kill cut off.
+
+    Args:
+        path: A `metrics.jsonl`; nothing happens where there is none.
+        step: Last step that counts. 0 drops all lines: a run without a checkpoint starts again.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # cut off by the kill, so the last line
-            break
-        if row["step"] <= step and step:  # a run without a checkpoint starts again
-            kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    rows = read_metrics(path) if step else []
+    with whole_file(path) as file:
+        file.writelines(_line(row) for row in rows if row["step"] <= step)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All rows of a ``metrics.jsonl``."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Reads all rows of a ``metrics.jsonl``.
+
+    A last line that a kill cut off, or that is being written, is passed over.
+
+    Raises:
+        UserError: another line is damaged.
+        OSError: the file cannot be read.
+    """
+    rows: list[dict[str, float]] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            row["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number} is damaged; mend or delete it.") from error
+        rows.append(row)
+    return rows
+
+
+def _line(row: Mapping[str, float]) -> bytes:
+    return (json.dumps(row) + "\n").encode()

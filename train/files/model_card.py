@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 
 from train.config import MergeConfig
+from train.files.metrics_log import read_metrics
 
 
 def merge_card(title: str, config: MergeConfig) -> str:
-    """The card of a merge.
+    """Makes the card of a merged model.
 
     Args:
         title: Name of the model.
@@ -26,18 +27,19 @@ def merge_card(title: str, config: MergeConfig) -> str:
     """
     paths = [*([config.base] if config.base is not None else []), *(m.path for m in config.models)]
     settings = _given(dataclasses.asdict(config))
+    command = " ".join(["python -m train", *sys.argv[1:]])
     return _card(
         title,
         paths,
         tags=["merge", config.method],
         relation="merge",
         opening=f"A merge of {len(config.models)} models by `{config.method}`.",
-        sections={"Merge": _yaml_block(settings), "Command": _code(_command())},
+        sections={"Merge": _yaml_block(settings), "Command": _code(command)},
     )
 
 
 def run_card(run: Path, title: str, step: int | None = None) -> str:
-    """The card of a model that was trained.
+    """Makes the card of a trained model.
 
     Args:
         run: Output directory of the run: `run.json`, `config.yaml` and `metrics.jsonl`.
@@ -53,7 +55,7 @@ def run_card(run: Path, title: str, step: int | None = None) -> str:
     recipe = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
     optimizer = settings.get("optimizer.name", "adamw")
     model, base = settings.get("model.path"), settings.get("model.base")
-    metrics = last_metrics(run / "metrics.jsonl", step)
+    metrics = _last_metrics(run / "metrics.jsonl", step)
     sections = {
         "Recipe": _code(recipe, "yaml") if recipe else _yaml_block(settings),
         "Final metrics": _metric_table(metrics),
@@ -69,21 +71,12 @@ def run_card(run: Path, title: str, step: int | None = None) -> str:
     )
 
 
-def last_metrics(file: Path, step: int | None = None) -> dict[str, float]:
-    """The last value of every metric of a `metrics.jsonl`, up to a step.
-
-    A line cut short by a kill is passed over.
-    """
+def _last_metrics(file: Path, step: int | None) -> dict[str, float]:
+    """Returns the last value of every metric of a `metrics.jsonl`, up to a step."""
     latest: dict[str, float] = {}
-    if not file.exists():
-        return latest
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if step is None or row.get("step", 0) <= step:
-            latest |= {k: v for k, v in row.items() if isinstance(v, (int, float))}
+    for row in read_metrics(file) if file.exists() else []:
+        if step is None or row["step"] <= step:
+            latest |= row
     return latest
 
 
@@ -112,13 +105,10 @@ def _is_hub_name(path: str) -> bool:
 
 
 def _given(value: Any) -> Any:
+    """Leaves out the fields that are unset, at any depth."""
     if isinstance(value, dict):
         return {key: _given(inner) for key, inner in value.items() if inner is not None}
     return [_given(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _command() -> str:
-    return " ".join(["python -m train", *sys.argv[1:]])
 
 
 def _yaml_block(settings: Any) -> str:

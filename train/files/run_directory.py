@@ -1,4 +1,4 @@
-"""The directory of a run: what is in it, and whether it is this run.
+"""The directory of a run: what it holds, and whether that belongs to this run.
 
 ::
 
@@ -14,9 +14,9 @@
     .lock           held by the process that writes here
 
 Nothing is ever overwritten: a directory that holds another run, or files that no run wrote, is
-refused, and so is one that another process is writing to. A run that ended before its first
-checkpoint, for a wrong setting or for lack of memory, is no reason to refuse the next one: its
-records are put aside. On several hosts the first process writes all but the checkpoints.
+refused, and so is one that another process is writing to. The records of a run that ended before its
+first checkpoint, for a wrong setting or for lack of memory, are put aside, and the next run takes
+the directory. On several hosts the first process writes everything but the checkpoints.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,12 @@ import yaml
 from train.config import FREE_FIELDS, UserError, flatten
 from train.distributed.processes import barrier, from_first, is_first
 from train.files.lock import LOCK_FILE, hold, refuse_if_held
+from train.files.whole import check_place, is_partial, unwritable, write_json, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
 class OutputDir:
-    """Paths of one run. Made by `open_output`; nothing is written before `begin`.
+    """The paths of one run. `open_output` makes the object; nothing is written before `begin`.
 
     Attributes:
         path: The directory.
@@ -50,18 +50,18 @@ class OutputDir:
 
     path: Path
     identity: dict[str, Any]
-    started: bool
-    summary: dict[str, Any] | None
+    started: bool = False
+    summary: dict[str, Any] | None = None
     abandoned: bool = False
 
     @property
     def checkpoints(self) -> Path:
-        """Orbax's directory."""
+        """The directory of Orbax's checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def export(self) -> Path:
-        """The trained model."""
+        """The directory of the trained model."""
         return self.path / "export"
 
     def begin(self, config: Any, inputs: dict[str, str]) -> Path | None:
@@ -82,37 +82,26 @@ class OutputDir:
             UserError: an input's content changed since the run began and saved something, another
                 process is writing here, or nothing can be written.
         """
-        run_file, other = self.path / "run.json", self.abandoned
-        if self.started:
-            before = json.loads(run_file.read_text())["inputs"]
-            changed = [name for name in inputs if before.get(name) != inputs[name]]
-            other = bool(changed)
-            if changed and not _holds_records_alone(self.path):
-                raise UserError(
-                    f"output_dir {str(self.path)!r} holds a run whose {', '.join(changed)} had "
-                    "other content than now. Bring it back, or choose a new output_dir."
-                )
+        run_file = self.path / "run.json"
+        other = self.abandoned or (self.started and self._has_other_inputs(inputs))
         barrier(
             "everything given is checked"
         )  # so that nothing is written where one of them refuses
+        aside = None
         try:
             if is_first():
                 self.path.mkdir(parents=True, exist_ok=True)
             hold(self.path)
-        except OSError as error:
-            raise _unusable("output_dir", self.path, error) from error
-        if not self.started and not other and from_first(run_file.exists()):
-            raise UserError(
-                f"output_dir {str(self.path)!r}: another process has begun a run there in the "
-                "meantime. Start again, or choose a new output_dir."
-            )
-        aside = None
-        if is_first():
-            try:
+            if not self.started and not other and from_first(run_file.exists()):
+                raise UserError(
+                    f"output_dir {str(self.path)!r}: another process has begun a run there in the "
+                    "meantime. Start again, or choose a new output_dir."
+                )
+            if is_first():
                 aside = _put_aside(self.path) if other else None
                 self._record(config, inputs)
-            except OSError as error:
-                raise _unusable("output_dir", self.path, error) from error
+        except OSError as error:
+            raise unwritable("output_dir", self.path, error) from error
         barrier("output directory begun")
         if not run_file.exists():
             raise UserError(
@@ -121,29 +110,39 @@ class OutputDir:
             )
         return aside
 
+    def _has_other_inputs(self, inputs: dict[str, str]) -> bool:
+        """Whether an input has changed; raises `UserError` where the run has saved something."""
+        before = json.loads((self.path / "run.json").read_text())["inputs"]
+        changed = [name for name in inputs if before.get(name) != inputs[name]]
+        if changed and not _holds_records_alone(self.path):
+            raise UserError(
+                f"output_dir {str(self.path)!r} holds a run whose {', '.join(changed)} had "
+                "other content than now. Bring it back, or choose a new output_dir."
+            )
+        return bool(changed)
+
     def _record(self, config: Any, inputs: dict[str, str]) -> None:
-        """Writes what is not there yet; a kill may have come between the two files."""
+        """Writes the two files that are not there yet; a kill may have come between them."""
         if not (self.path / "run.json").exists():
-            record = json.dumps({**self.identity, "inputs": inputs}, indent=2)
-            write_atomically(self.path / "run.json", record)
+            write_json(self.path / "run.json", {**self.identity, "inputs": inputs})
         settings_file = self.path / "config.yaml"
         if not settings_file.exists():
             settings = dataclasses.asdict(config)
             if "distributed" in settings:
                 settings["distributed"]["process_id"] = None  # each process has its own
-            write_atomically(settings_file, yaml.safe_dump(settings, sort_keys=False))
+            write_whole(settings_file, yaml.safe_dump(settings, sort_keys=False))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Marks the run as complete."""
         if is_first():
-            write_atomically(self.path / "summary.json", json.dumps(summary, indent=2))
+            write_json(self.path / "summary.json", summary)
 
 
 def open_output(command: str, config: Any) -> OutputDir:
     """Looks at ``config.output_dir`` without changing anything.
 
     Args:
-        command: "sft" or "dpo".
+        command: Name of the command, such as "dpo".
         config: The settings of the run.
 
     Returns:
@@ -164,13 +163,13 @@ def open_output(command: str, config: Any) -> OutputDir:
         refuse_if_held(path)
     if not run_file.exists():
         found = sorted(item.name for item in path.iterdir()) if path.exists() else []
-        found = [name for name in found if not name.endswith(_PARTIAL) and name != LOCK_FILE]
+        found = [name for name in found if not is_partial(name) and name != LOCK_FILE]
         if found and not (any(map(_is_aside, found)) and _holds_records_alone(path)):
             raise UserError(
                 f"output_dir {str(path)!r} is not empty and holds no run (found {found[0]!r}); "
                 "nothing is overwritten, so choose a new output_dir."
             )
-        return OutputDir(path, identity, started=False, summary=None)
+        return OutputDir(path, identity)
     try:
         found = json.loads(run_file.read_text())
         other = _difference({"command": found["command"], **found["settings"]}, identity)
@@ -182,53 +181,16 @@ def open_output(command: str, config: Any) -> OutputDir:
                 f"output_dir {str(path)!r} holds another run: {other}. Nothing is overwritten, so "
                 "choose a new output_dir."
             )
-        return OutputDir(path, identity, started=False, summary=None, abandoned=True)
+        return OutputDir(path, identity, abandoned=True)
     summary = json.loads(summary_file.read_text()) if summary_file.exists() else None
     return OutputDir(path, identity, started=True, summary=summary)
 
 
-def check_place(path: Path, name: str) -> None:
-    """Checks that `path` can be made or written, by a file without a name that vanishes again.
-
-    Args:
-        path: A file or directory that may not exist yet.
-        name: Field that gave it, for messages.
-
-    Raises:
-        UserError: its nearest existing directory cannot be written to.
-    """
-    place = path
-    try:
-        while not place.exists():
-            place = place.parent
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise _unusable(name, path, error) from error
-
-
-def _unusable(name: str, path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{name} {str(path)!r} cannot be written ({error.strerror}); choose a place that can be."
-    )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that a kill leaves either the whole file or none."""
-    partial = path.with_name(path.name + _PARTIAL)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-_PARTIAL = ".partial"
 _SHOWN_DIFFERENCES = 3
 
 
 def _difference(before: dict[str, Any], identity: dict[str, Any]) -> str | None:
-    """What differs, in words; None where nothing does."""
+    """Says what differs; None where nothing does."""
     # Through JSON, so that tuples and lists, or 1 and 1.0, do not count as differences.
     now = json.loads(json.dumps({"command": identity["command"], **identity["settings"]}))
     names = [*now, *(name for name in before if name not in now)]
@@ -246,13 +208,13 @@ _ASIDE = "before-"
 
 
 def _holds_records_alone(path: Path) -> bool:
-    """Whether there is nothing but records of a run that saved nothing, and what any run may read."""
+    """Whether the directory holds only records of a run that saved nothing, and a cache."""
     checkpoints = path / "checkpoints"
     if checkpoints.is_dir() and any(checkpoints.iterdir()):
         return False
     expected = {*_RECORDS, "checkpoints", "reference", LOCK_FILE}
     return all(
-        item.name in expected or item.name.endswith(_PARTIAL) or _is_aside(item.name)
+        item.name in expected or is_partial(item.name) or _is_aside(item.name)
         for item in path.iterdir()
     )
 
@@ -262,7 +224,7 @@ def _is_aside(name: str) -> bool:
 
 
 def _put_aside(path: Path) -> Path:
-    """Moves the records of a run into a directory of their own, the one that identifies it last."""
+    """Moves the records of a run into a directory of their own; run.json, its identity, goes last."""
     number = 1
     while (path / f"{_ASIDE}{number}").exists():
         number += 1

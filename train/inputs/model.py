@@ -9,7 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.config import LoraOptions, ModelOptions, UserError
+from train.config import (
+    LoraOptions,
+    ModelOptions,
+    UserError,
+)
+from train.files.checksums import hash_file
 from train.models import ModelConfig, check_hf_compatible, resolve_model_dir
 from train.models.attention import check_attention
 from train.models.lora import CONFIG_FILE, TARGETS, WEIGHTS_FILE, read_adapter_config
@@ -132,9 +137,3 @@ def hash_adapter(directory: str) -> str:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             digest.update(hash_file(Path(directory) / name).encode())
     return digest.hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from train.distributed.processes import fetch, is_first
-from train.files.whole import check_writable, written_whole
+from train.files.whole import check_absent_or_empty, whole_directory
 from train.models.config import FREE_FIELDS, ModelConfig
 from train.models.decoder import Decoder, split_model
 from train.models.hf import check_tensors
@@ -22,7 +22,7 @@ from train.models.hf_names import EMBEDDING, LM_HEAD, decoder_leaves
 from train.models.model_dir import read_hf_config, resolve_model_dir
 from train.models.safetensors_dir import INDEX_FILE, SINGLE_FILE, SafetensorsDir
 
-# What belongs to a model besides weights and config.json; each is copied when `like` has it.
+# Files that belong to a model besides weights and config.json; each is copied where it exists.
 _COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -58,7 +58,7 @@ def to_hf(
         model: the decoder to write.
         out_path: a directory that does not exist or is empty.
         like: directory or hub name of the checkpoint the model was loaded from.
-        dtype: of all tensors. None keeps each tensor's dtype in ``like``: an untouched checkpoint
+        dtype: dtype of all tensors. None keeps each tensor's dtype in ``like``: an untouched checkpoint
             comes back bit for bit, and float32 training results of a bfloat16 one are rounded.
         max_shard_size: bytes per safetensors file; above it the tensors are spread over several
             with an index.
@@ -77,42 +77,59 @@ def to_hf(
     """
     out, source = Path(out_path), resolve_model_dir(like)
     if is_first():
-        check_writable(out)
-    hf_config = read_hf_config(source)
-    _check_same_network(model.config, ModelConfig.from_hf(hf_config), source)
+        check_absent_or_empty(out)
+    _check_same_network(model.config, ModelConfig.from_hf(read_hf_config(source)), source)
     weights = SafetensorsDir(source)
     check_tensors(weights, model.config)
     tensors = _tensors(model, weights, dtype)
     if not is_first():
-        for _ in tensors:  # its parts of them are asked for
+        for _ in tensors:  # the first process asks for this one's parts of them
             pass
         return out
-    with written_whole(out) as partial:
+    name = None if dtype is None else np.dtype(dtype).name
+    write_model_dir(out, tensors, source, name, max_shard_size, card)
+    return out
+
+
+def write_model_dir(
+    out: Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    source: Path,
+    dtype: str | None,
+    max_shard_size: int,
+    card: str | None,
+) -> None:
+    """Writes a whole model directory: weights, configuration, tokenizer, chat templates and card.
+
+    Args:
+        out: a directory that does not exist or is empty.
+        tensors: names and values, taken one at a time.
+        source: the model directory that everything but the weights comes from.
+        dtype: dtype that ``config.json`` is to name; None: that of ``source``.
+        max_shard_size: bytes per safetensors file.
+        card: model card, written as ``README.md``; none when None.
+    """
+    with whole_directory(out) as partial:
         save_tensors(tensors, partial, max_shard_size)
         if dtype is None:
             shutil.copyfile(source / "config.json", partial / "config.json")
         else:
+            hf_config = read_hf_config(source)
             # transformers 5 calls it "dtype", 4 "torch_dtype"; keep the spelling that is there.
             key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
-            text = json.dumps({**hf_config, key: np.dtype(dtype).name}, indent=2)
+            text = json.dumps({**hf_config, key: dtype}, indent=2)
             (partial / "config.json").write_text(text + "\n", encoding="utf-8")
-        copy_companions(source, partial)
+        for name in _COPIED:
+            if (source / name).is_dir():
+                shutil.copytree(source / name, partial / name)
+            elif (source / name).exists():
+                shutil.copyfile(source / name, partial / name)
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
-    return out
-
-
-def copy_companions(source: Path, directory: Path) -> None:
-    """Copies generation settings, tokenizer and chat templates from one model directory to another."""
-    for name in _COPIED:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, directory / name)
-        elif (source / name).exists():
-            shutil.copyfile(source / name, directory / name)
 
 
 def save_tensors(
-    tensors: Iterator[tuple[str, np.ndarray]], directory: Path, max_shard_size: int
+    tensors: Iterable[tuple[str, np.ndarray]], directory: Path, max_shard_size: int
 ) -> None:
     """Writes tensors to one safetensors file, or to several with an index.
 
@@ -151,7 +168,7 @@ def save_tensors(
 def _tensors(
     model: Decoder, weights: SafetensorsDir, dtype: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of ``weights`` with the model's values, one parameter at a time on the host."""
+    """Yields the tensors of ``weights`` with the model's values, one at a time on the host."""
     _, params = split_model(model)
     flat = dict(nnx.to_flat_state(nnx.State(params)))
     written = set()
@@ -172,7 +189,7 @@ def _tensors(
 
 
 def _layers(array: jax.Array, stacked: bool) -> Iterator[np.ndarray]:
-    """Its layers on the host; one after the other where they are spread over several processes."""
+    """Yields the layers on the host, one at a time where several processes share the array."""
     if not stacked:
         yield fetch(array)
     elif array.is_fully_addressable:
@@ -188,10 +205,10 @@ def _layer(array: jax.Array, number: int) -> jax.Array:
 
 
 def cast_checked(name: str, values: np.ndarray, dtype: Any) -> np.ndarray:
-    """A tensor in another dtype.
+    """Converts a tensor to another dtype.
 
     Raises:
-        ValueError: a finite value, of the tensor that ``name`` says, becomes infinite.
+        ValueError: a finite value becomes infinite; ``name`` names the tensor.
     """
     with np.errstate(over="ignore"):
         cast = values.astype(dtype)

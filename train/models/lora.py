@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from train.distributed.processes import fetch, is_first
-from train.files.whole import written_whole
+from train.files.whole import whole_directory
 from train.models.config import ModelConfig
 from train.models.decoder import Decoder, split_model
 from train.models.hf_names import decoder_leaves
@@ -170,7 +170,7 @@ def write_adapters(params: Params, config: ModelConfig, directory: Path, base: s
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with written_whole(directory) as partial:
+    with whole_directory(directory) as partial:
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         (partial / WEIGHTS_FILE).chmod(partial.stat().st_mode & 0o666)
         text = json.dumps(settings, indent=2) + "\n"

@@ -21,7 +21,7 @@ _DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a stored tensor lies and what it is.
+    """The place, shape and dtype of a stored tensor.
 
     Attributes:
         file: the safetensors file.
@@ -35,12 +35,12 @@ class Entry:
 
     @property
     def dtype(self) -> np.dtype | None:
-        """NumPy dtype, or None where the decoder cannot hold such numbers."""
+        """The NumPy dtype, or None where the decoder cannot hold such numbers."""
         return _DTYPES.get(self.dtype_name)
 
 
 class SafetensorsDir:
-    """Tensors of a directory with ``model.safetensors`` or sharded files and their index.
+    """The tensors of a directory with ``model.safetensors`` or sharded files and their index.
 
     Opening reads headers only. Files are memory-mapped; pickled weights are never opened.
 
@@ -74,7 +74,7 @@ class SafetensorsDir:
                 self.entries[name] = Entry(file, tuple(view.get_shape()), view.get_dtype())
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """One tensor in its stored dtype, or the part of it that `index` says."""
+        """Reads one tensor in its stored dtype, or the part of it that `index` says."""
         handle = self._open[self.entries[name].file]
         if index is None or all(part == slice(None) for part in index):
             return handle.get_tensor(name)

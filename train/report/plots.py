@@ -12,17 +12,8 @@ from matplotlib.figure import Figure
 
 from train.report.runs import Run
 
-COLORS = (
-    "#4477aa",
-    "#ee6677",
-    "#228833",
-    "#bb8800",
-    "#3aa6c9",
-    "#aa3377",
-    "#888888",
-    "#e07b39",
-)
-"""Readable on white and on black, and apart for colour-blind readers (after Tol's bright set)."""
+COLORS = ("#4477aa", "#ee6677", "#228833", "#bb8800", "#3aa6c9", "#aa3377", "#888888", "#e07b39")
+"""Colours to tell apart on white and on black, by colour-blind readers too (Tol's bright set)."""
 STYLES = ("-", "--", ":", "-.")
 _INK = "#808183"  # replaced by the page's own colour
 _SMOOTH_FROM = 80
@@ -31,7 +22,7 @@ _LAST = ("tokens_per_second", "learning_rate")
 
 
 def metric_order(runs: Sequence[Run]) -> list[str]:
-    """Metrics to draw: what a reader looks for first, then held-out, other and merge metrics."""
+    """Orders the metrics: what a reader looks for first, then held-out, other and merge metrics."""
     names = dict.fromkeys(name for run in runs for name in run.curves)
     rank = {name: i for i, name in enumerate(FIRST)}
 
@@ -45,7 +36,7 @@ def metric_order(runs: Sequence[Run]) -> list[str]:
 
 
 def draw(metric: str, runs: Sequence[Run]) -> str:
-    """One metric of all runs that have it, as an ``<svg>`` element.
+    """Draws one metric of all runs that have it, as an ``<svg>`` element.
 
     Long noisy curves are drawn faint with a running mean on top.
 
@@ -54,13 +45,9 @@ def draw(metric: str, runs: Sequence[Run]) -> str:
         runs: All runs of the report, so that a run has one colour in all images.
     """
     # Text stays text: small, and it can be searched and selected.
-    style: Any = {
-        "svg.fonttype": "none",
-        "font.size": 9,
-        "font.family": "sans-serif",
-        "svg.hashsalt": metric,
-    }
-    with rc_context({**style, "text.color": _INK, "axes.labelcolor": _INK}):
+    style: Any = {"svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
+    style |= {"svg.hashsalt": metric, "text.color": _INK, "axes.labelcolor": _INK}
+    with rc_context(style):
         figure = Figure(figsize=(4.8, 2.9), layout="constrained")
         axes = figure.subplots()
         for number, run in enumerate(runs):
@@ -93,7 +80,7 @@ def _line(axes, steps: list[float], values: list[float], number: int) -> None:
 
 
 def running_mean(values: Sequence[float], half: int) -> list[float]:
-    """Mean of the finite values at most ``half`` places away; NaN where there is none."""
+    """Averages the finite values at most ``half`` places away; NaN where there is none."""
     means = []
     for i in range(len(values)):
         near = [v for v in values[max(0, i - half) : i + half + 1] if math.isfinite(v)]

@@ -1,4 +1,4 @@
-"""What a report says of each run, read from its directory."""
+"""The runs of a report, read from their directories."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from train.config import UserError
+from train.files.metrics_log import read_metrics
 
 Curve = tuple[list[float], list[float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run.
+    """A run as the report shows it.
 
     Attributes:
         name: Label, different from those of the other runs.
@@ -30,12 +31,12 @@ class Run:
     finished: bool
 
     def last(self, metric: str) -> float | None:
-        """Last value of a metric, or None."""
+        """Returns the last value of a metric, or None."""
         return self.curves[metric][1][-1] if metric in self.curves else None
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
-    """The runs in the order given.
+    """Reads the runs, in the order given.
 
     Raises:
         UserError: a directory is no run, is given twice, or has logged nothing.
@@ -48,7 +49,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Values, one a run, of the settings that are not the same in all; ``output_dir`` apart."""
+    """Returns the settings that differ, one value a run; ``output_dir`` does not count."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = {name: [run.settings.get(name) for run in runs] for name in names}
     return {
@@ -59,7 +60,7 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def _labels(directories: Sequence[Path]) -> list[str]:
-    """As many trailing parts of the paths as make them different."""
+    """Labels the runs by as many trailing parts of their paths as it takes to tell them apart."""
     for length in range(1, max(len(path.parts) for path in directories) + 1):
         labels = ["/".join(path.parts[-length:]) for path in directories]
         if len(set(labels)) == len(labels):
@@ -71,20 +72,16 @@ def _read(path: Path, name: str) -> Run:
     try:
         record = json.loads((path / "run.json").read_text(encoding="utf-8"))
         settings = {"command": record["command"], **record["settings"]}
-        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = read_metrics(path / "metrics.jsonl")
     except FileNotFoundError as error:
         raise UserError(f"{str(path)!r} holds no run with metrics: {error.filename}.") from error
+    except UserError:  # of a damaged line, which it names
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} cannot be read as a run ({error!r}).") from error
     curves: dict[str, Curve] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            step = row.pop("step")
-        except (ValueError, KeyError) as error:
-            if number == len(lines):  # cut off by a kill, or being written
-                continue
-            raise UserError(f"{path / 'metrics.jsonl'}, line {number} is damaged.") from error
+    for row in rows:
+        step = row.pop("step")
         for metric, value in row.items():
             steps, values = curves.setdefault(metric, ([], []))
             steps.append(step)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 from train.config import UserError
 from train.data import TokenDataset
 from train.distributed.processes import from_first, is_first
+from train.files.whole import whole_file
 
 Scores = Mapping[str, np.ndarray]
 """Log-probabilities by the kind of answer, each float32 `[rows]`."""
@@ -63,12 +62,8 @@ def read_cache(file: Path, rows: int, names: tuple[str, ...]) -> Scores | None:
 
 def write_cache(file: Path, scores: Scores) -> None:
     """Writes log-probabilities so that a kill leaves a whole file or none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Containers on one file system may have the same process number.
-    partial = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    with partial.open("wb") as out:
+    with whole_file(file) as out:
         np.savez(out, allow_pickle=False, **scores)
-    partial.replace(file)
 
 
 def with_reference(

@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
+import re
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from train.config import UserError
-from train.distributed.processes import barrier, from_first, is_first
+from train.distributed.processes import barrier, from_each, is_first
 from train.distributed.stop import Stopped, TryAgain
-from train.files.checksums import find_damage, write_manifest
+from train.files.checksums import (
+    Checksums,
+    file_names,
+    find_damage,
+    hash_files,
+    write_manifest,
+)
 from train.training.save_agreement import SaveAgreement, brief
 from train.types import State
 
-# Orbax writes into it once more after `_seal`; a restore does not need it.
 _TIMES = "_CHECKPOINT_METADATA"
+"""A file into which Orbax writes once more after `_seal`; a restore does not need it."""
 _PARTIAL = ".orbax-checkpoint-tmp"
-# Until the first process has the checksums of all files, which the others wait for. One that has gone
-# ends the others long before.
 _SAVE_S = 4 * 3600
+"""Seconds that a save may take. A process that dies ends the others long before."""
 _LOG = logging.getLogger(__name__)
 _policies = ocp.checkpoint_managers
 Warn = Callable[[str], None]
@@ -47,7 +54,7 @@ class Checkpoints:
         every: Save at multiples of this step; None: only when told to.
         keep: Newest checkpoints that stay.
         read_only: Leave the directory as it is; nothing can be saved.
-        warn: Told of a save that failed and of a damaged checkpoint.
+        warn: Called with a message about a save that failed or a damaged checkpoint.
 
     Example:
         >>> with Checkpoints(directory, every=100, keep=2) as checkpoints:  # doctest: +SKIP
@@ -68,7 +75,8 @@ class Checkpoints:
         self._preserve, self._warn = _Preserve(keep), warn
         self._saving: int | None = None
         self._intact: int | None = None
-        self._agreement = SaveAgreement()
+        self._agreement = SaveAgreement(self._hash_own)
+        _hide_reported_errors()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -97,15 +105,15 @@ class Checkpoints:
         return ocp.CheckpointManager(self._directory, options=options)
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint, or None."""
+        """Returns the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """Steps of all complete checkpoints, in order."""
+        """Returns the steps of all complete checkpoints, in order."""
         return sorted(self._manager.all_steps())
 
     def due(self, step: int) -> bool:
-        """Whether `step` is one to save at."""
+        """Whether to save at `step`."""
         return self._manager.should_save(step)
 
     def save(
@@ -131,13 +139,7 @@ class Checkpoints:
         )
         self._preserve.also, self._saving = frozenset(also_keep), step
         self._agreement.begin()
-        failure = None
-        try:
-            self._manager.save(step, args=arguments, force=True)
-        except Exception as error:  # of Orbax, TensorStore or the system
-            failure = error
-        if failure is not None:
-            self._failed(failure)
+        self._try(lambda: self._manager.save(step, args=arguments, force=True))
 
     def wait(self) -> bool:
         """Returns when everything is on disk.
@@ -149,25 +151,30 @@ class Checkpoints:
             UserError: as `save`.
             TryAgain: as `save`.
         """
+        done = self._try(self._manager.wait_until_finished)
+        self._saving = None
+        return done
+
+    def _try(self, action: Callable[[], Any]) -> bool:
+        """Calls Orbax; returns whether that went well, and cleans up where it did not."""
         failure = None
         try:
-            self._manager.wait_until_finished()
-        except Exception as error:
+            action()
+        except Exception as error:  # Orbax, TensorStore and the system raise all kinds
             failure = error
         if failure is not None:
-            self._failed(failure)
-            return False
-        self._saving = None
-        return True
+            self._failed(failure)  # not in `except`: barriers take that for a failure of their own
+        return failure is None
 
     def _failed(self, error: Exception) -> None:
+        """Gives up the save under way, and warns; raises where other processes do not know of it."""
         step, self._saving = self._saving, None
-        # Orbax has forgotten those that it was to delete after this one, and has not deleted them.
+        # Orbax has forgotten the checkpoints that it was to delete after this one; they are there.
         names = (path.name for path in self._directory.iterdir())
         last = max((int(name) for name in names if name.isdigit()), default=None)
         kept = "there is no earlier one" if last is None else f"the one of step {last} stays"
         found = f"the checkpoint of step {step} could not be written ({brief(error)}); {kept}."
-        # To open the directory again all processes have to come, and only one of them may know of it.
+        # To open the directory again all processes have to come, and only this one may know of it.
         if jax.process_count() > 1 and not self._agreement.failed:
             if brief(error) in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)):
                 raise UserError(
@@ -179,11 +186,23 @@ class Checkpoints:
         self._manager = self._open()  # which removes the remains, and frees their space
         self._warn(found)
 
+    def _hash_own(self) -> Checksums:
+        """Computes the checksums of the files of this process; Orbax has just written them."""
+        partial, me = self._partial(), jax.process_index()
+        mine = [name for name in file_names(partial) if _writer(name) == me]
+        # The directories in it have temporary names too, which they lose before `_seal`.
+        return {
+            re.sub(rf"{re.escape(_PARTIAL)}[^/]*", "", name): found
+            for name, found in hash_files(partial, mine).items()
+        }
+
     def _seal(self) -> None:
-        """Called by Orbax when all files are written, before they get their final name."""
-        if is_first():
-            for partial in self._directory.glob(f"{self._saving}{_PARTIAL}*"):
-                write_manifest(partial, ignore=_TIMES)
+        """Writes the manifest. The first process calls this, before the files get their final name."""
+        write_manifest(self._partial(), self._agreement.checksums(), ignore=_TIMES)
+
+    def _partial(self) -> Path:
+        """Returns the directory of the save that is under way."""
+        return next(self._directory.glob(f"{self._saving}{_PARTIAL}*"))
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """Reads a checkpoint.
@@ -198,7 +217,7 @@ class Checkpoints:
         Raises:
             UserError: the files are damaged or do not hold such a state.
         """
-        # Every byte is read for it, so not twice; later on the answer counts no more.
+        # To find damage takes reading every byte, so what `newest_intact` has just found counts once.
         known, self._intact = self._intact, None
         damage = None if step == known else self.damage(step)
         if damage is not None:
@@ -215,12 +234,20 @@ class Checkpoints:
         return restored["state"], restored["data"]
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with the files of a checkpoint, or None. The first process reads them."""
-        found = find_damage(self._directory / str(step)) if is_first() else None
-        return None if from_first(found is None) else found or "see the first process"
+        """Says what is wrong with the files of a checkpoint, or returns None.
+
+        Every process reads the files that a process of its number wrote. All must call this.
+        """
+        me, count = jax.process_index(), jax.process_count()
+        found = find_damage(
+            self._directory / str(step), lambda name: (_writer(name) or 0) % count == me
+        )
+        if count == 1:
+            return found
+        return next(filter(None, from_each(found)), None)
 
     def newest_intact(self) -> int | None:
-        """Step of the newest checkpoint without damage; None when there is no checkpoint.
+        """Finds the step of the newest checkpoint without damage; None when there is no checkpoint.
 
         Newer ones are warned about and moved to ``damaged-checkpoints`` beside the directory, so
         that their steps can be saved again.
@@ -246,16 +273,16 @@ class Checkpoints:
         return None
 
     def _set_aside(self, damaged: dict[int, str], intact: int) -> None:
+        """Moves damaged checkpoints out of the way; a name that is taken gets a number."""
         place = self._directory.with_name(f"damaged-{self._directory.name}")
         for step, damage in damaged.items():
             if is_first():
                 place.mkdir(exist_ok=True)
-                taken = {path.name for path in place.iterdir()}
-                names = (
-                    f"{step}-{count}" if count else str(step) for count in range(len(taken) + 1)
-                )
-                name = next(name for name in names if name not in taken)
-                (self._directory / str(step)).rename(place / name)
+                aside, number = place / str(step), 0
+                while aside.exists():
+                    number += 1
+                    aside = place / f"{step}-{number}"
+                (self._directory / str(step)).rename(aside)
             self._warn(
                 f"the checkpoint of step {step} is damaged ({damage}); going back to the one of "
                 f"step {intact}. The damaged one is now in {place}."
@@ -267,12 +294,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         # One of several processes that ends with an error does not wait for the others, who may not
         # come where Orbax waits for them; `train.distributed.join` tells them.
         if error is None or isinstance(error, Stopped) or jax.process_count() == 1:
@@ -281,7 +303,7 @@ class Checkpoints:
 
 
 class _Preserve(_policies.PreservationPolicy):
-    """The newest checkpoints, and named ones. Orbax asks before a save and deletes after it."""
+    """Keeps the newest checkpoints and named ones. Orbax asks before a save and deletes after it."""
 
     def __init__(self, keep: int) -> None:
         self.keep, self.also = keep, frozenset[int]()
@@ -293,35 +315,31 @@ class _Preserve(_policies.PreservationPolicy):
         return [info.step in newest or info.step in self.also for info in checkpoints]
 
 
-def _reported_here(record: logging.LogRecord) -> bool:
-    return record.exc_info is None or "orbax" not in record.pathname
+def _writer(name: str) -> int | None:
+    """Returns the number of the process that wrote a file; None where it is a file of all."""
+    found = re.search(r"(?:^|[./])process_(\d+)(?:/|$)", name)
+    return int(found[1]) if found else None
 
 
-def _not_of_a_write(record: logging.LogRecord) -> bool:
-    """False where asyncio reports one write of a save; the first of them has ended the save."""
+@functools.cache
+def _hide_reported_errors() -> None:
+    """Keeps Python from showing what Orbax says of a failed save, which `Checkpoints` reports."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_from_orbax)
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda raised: None if _is_late(raised.exc_value) else show(raised)
+
+
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    """Whether a log record has no exception, or one that did not come through Orbax."""
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-    trace = None if error is None else error.__traceback__
-    while trace is not None:
-        if "orbax" in trace.tb_frame.f_code.co_filename:
-            return False
-        trace = trace.tb_next
-    return True
+    frames = traceback.walk_tb(error.__traceback__) if error is not None else ()
+    return not any("orbax" in frame.f_code.co_filename for frame, _ in frames)
 
 
-def _late_news(unraisable: Any) -> bool:
-    """Whether TensorStore told of a write whose save had failed and was given up by then."""
-    error = unraisable.exc_value
+def _is_late(error: BaseException | None) -> bool:
+    """Whether TensorStore reports a write of a save that had failed and was given up."""
     return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-
-
-def _but_late_news(show: Callable[[Any], None]) -> Callable[[Any], None]:
-    return lambda unraisable: None if _late_news(unraisable) else show(unraisable)
-
-
-# Orbax logs the traceback of a failed save, which `Checkpoints` reports.
-logging.getLogger("absl").addFilter(_reported_here)
-logging.getLogger("asyncio").addFilter(_not_of_a_write)
-sys.unraisablehook = _but_late_news(sys.unraisablehook)
 
 
 def restore_params(directory: Path, step: int, like: Any, name: str = "params") -> Any:
@@ -344,7 +362,7 @@ def restore_params(directory: Path, step: int, like: Any, name: str = "params") 
 
 
 def abstract(state: State, shardings: Any = None) -> State:
-    """Shapes, dtypes and places of a state, real or from `jax.eval_shape`.
+    """Returns the shapes, dtypes and places of a state, real or from `jax.eval_shape`.
 
     Args:
         state: Arrays or `jax.ShapeDtypeStruct`.

@@ -1,21 +1,27 @@
-"""Processes that save together learn from each other that a save has failed.
+"""Processes that save together learn from each other that a save has failed, and share checksums.
 
-Orbax lets them wait for each other three times in the background. Where one of them fails, on a full
-disk for instance, it does not come, and the others wait until Orbax's time is over.
+Orbax lets them wait for each other three times in the background. A process that fails, on a full
+disk for instance, does not come, and the others would wait until Orbax's time is over.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from train.files.checksums import Checksums
+
 _saves = itertools.count()
+_WRITTEN = "async_write_complete"
+"""Part of Orbax's name of the barrier to which a process comes when its own files are written."""
 
 
 class SaveFailedElsewhere(Exception):
@@ -23,55 +29,81 @@ class SaveFailedElsewhere(Exception):
 
 
 class SaveAgreement:
-    """Stands for Orbax's barriers of a save (`orbax.checkpoint.AsyncOptions.barrier_sync_fn`).
+    """Takes the place of Orbax's barriers of a save (`orbax.checkpoint.AsyncOptions.barrier_sync_fn`).
 
     A process that has failed says so, comes to the barrier where the others are, and then all fail.
     From then on no process waits for another one in this save.
+
+    Args:
+        hash_own: Computes the checksums of the files that this process has written. Each process
+            calls it once its files are complete, so that all of them read at the same time.
 
     Attributes:
         failed: All processes know that the save has failed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hash_own: Callable[[], Checksums]) -> None:
         self.failed = False
+        self._hash_own = hash_own
         self._place, self._count = "", 0
 
     def begin(self) -> None:
-        """A new save; all processes call this."""
+        """Starts a new save; all processes call this."""
         self.failed, self._place, self._count = False, f"omerge_save/{next(_saves)}", 0
 
     def barrier(self, *, key: str, timeout_ms: int) -> None:
-        """Waits for the others.
+        """Waits for the other processes.
 
-        Orbax calls this in ``finally`` too, so an error on its way is one of this process.
+        Orbax calls this in ``finally`` too, where an exception that is being raised is this
+        process's failure.
 
         Args:
-            key: Orbax's name of the barrier. Not used: the one where a process that has failed is
-                missed has another name than the one where it comes.
-            timeout_ms: To wait.
+            key: Orbax's name of the barrier. The barrier has another name here, because a process
+                that has failed comes to a later one of Orbax's than the others.
+            timeout_ms: Milliseconds to wait.
 
         Raises:
             SaveFailedElsewhere: another process has failed, and this one has not.
+            Exception: this process cannot read what it has written.
             jax.errors.JaxRuntimeError: the others have not come in time.
         """
         if jax.process_count() == 1 or self.failed:
             return
-        client, error = _client(), sys.exc_info()[1]
+        client, me = _client(), jax.process_index()
+        error = sys.exc_info()[1]
+        unreadable: Exception | None = None
+        if error is None and _WRITTEN in key:
+            try:
+                client.key_value_set(f"{self._place}/checksums/{me}", json.dumps(self._hash_own()))
+            except Exception as caught:
+                error = unreadable = caught
         if error is not None:
-            words = f"process {jax.process_index()}: {brief(error)}"
-            client.key_value_set(f"{self._place}/failed/{jax.process_index()}", words)
+            client.key_value_set(f"{self._place}/failed/{me}", f"process {me}: {brief(error)}")
         ocp.multihost.get_barrier_sync_fn()(
             key=f"{self._place}/{self._count}", timeout_ms=timeout_ms
         )
         self._count += 1
         found = client.key_value_dir_get(f"{self._place}/failed/")
         self.failed = bool(found)
+        if unreadable is not None:
+            raise unreadable
         if found and error is None:
             raise SaveFailedElsewhere("; ".join(words for _, words in sorted(found)))
 
+    def checksums(self) -> Checksums:
+        """Collects the checksums that the processes have computed; the first process calls this."""
+        found: Checksums = {}
+        if jax.process_count() > 1:
+            client = _client()
+            for number in range(jax.process_count()):  # one by one: a message has a largest size
+                key = f"{self._place}/checksums/{number}"
+                found |= json.loads(client.key_value_try_get(key))
+                client.key_value_delete(key)  # the store is in memory and outlives the save
+        return found
+
 
 def brief(error: BaseException) -> str:
-    """The operating system's words where an error has them, from under those of TensorStore."""
+    """Returns the operating system's words where an error of TensorStore or Python has them."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code is not None:
         return os.strerror(int(code[1]))
@@ -81,7 +113,7 @@ def brief(error: BaseException) -> str:
 
 
 def _client() -> Any:
-    """The processes' store of short texts, which needs no device and so may be used in a thread."""
+    """Returns the processes' store of short texts, which needs no device: threads may use it."""
     from jax._src import distributed  # Orbax too finds no public way to it
 
     return distributed.global_state.client

@@ -28,7 +28,7 @@ from train.data.formats import where_of
 from train.data.templates import Encoded, Encoder, Row
 from train.evaluation.task_files import filled
 from train.evaluation.text_scores import extract
-from train.files.run_directory import write_atomically
+from train.files.whole import write_json, write_whole
 from train.inputs.model import blamed_on
 from train.taxbench.language_model.sizes import Size
 
@@ -150,9 +150,9 @@ def prepare(data_dir: str, directory: Path, size: Size, tokenizer: Any) -> dict[
         if not records:
             raise UserError(f"data_dir: no record of {name} is short enough for this size.")
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
-        write_atomically(directory / f"{name}.jsonl", "\n".join(lines))
+        write_whole(directory / f"{name}.jsonl", "\n".join(lines))
     counts = {name: len(records) for name, records in chosen.items()}
-    write_atomically(directory / "counts.json", json.dumps(counts, indent=2))
+    write_json(directory / "counts.json", counts)
     return counts
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 
-from train.files.run_directory import write_atomically
+from train.files.whole import write_whole
 from train.taxbench.language_model.stages import ALPHA_TOTAL, METHODS, PLUS_DELTA, Point, Study
 from train.taxbench.miniature.plot import style
 from train.taxbench.miniature.trajectories import capability_at_reward
@@ -162,7 +162,7 @@ def write_report(
     rows = rows_of(points)
     levels = levels_of(rows) if margin is None else {margin: "given"}
     lines = [json.dumps(dataclasses.asdict(point)) for point in points]
-    write_atomically(study.directory / "results.jsonl", "\n".join(lines))
+    write_whole(study.directory / "results.jsonl", "\n".join(lines))
     draw(rows, [*levels], study.directory / "plane.png")
     questions = [counts[name] for name in _FILES]
     text = [
@@ -180,7 +180,7 @@ def write_report(
         _limits(study),
     ]
     path = study.directory / "report.md"
-    write_atomically(path, "\n".join(text))
+    write_whole(path, "\n".join(text))
     return path
 
 

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from train.config import ModelOptions, UserError, require
-from train.files.run_directory import check_place, write_atomically
+from train.files.whole import check_place, write_json
 from train.inputs.model import check_model, load_tokenizer
 from train.taxbench.language_model.data import check_files, prepare
 from train.taxbench.language_model.report import write_report
@@ -106,8 +106,7 @@ def open_directory(config: SecondScaleConfig) -> Path:
     elif directory.exists() and any(directory.iterdir()):
         raise UserError(f"output_dir {str(directory)!r} holds other files; choose another.")
     else:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(settings, indent=2))
+        write_json(file, settings)
     return directory
 
 

@@ -229,7 +229,7 @@ class Study:
         place = Path(config.output)
         result = place.with_name(f"{place.name}.json")
         if not result.exists() and not place.exists():
-            merge.run(config)
+            merge.merge_models(config)
         metrics = self._evaluated(str(place), result, reference=self._export(seed, "sft"))
         shutil.rmtree(place, ignore_errors=True)
         return _point(name, label, seed, at, metrics, control=name != "offline_linear")

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from train.config import UserError, require
+from train.files.whole import write_json, write_whole
 from train.taxbench.miniature import plot, report, tasks
 from train.taxbench.miniature.methods import (
     METHODS,
@@ -234,16 +235,14 @@ def run(config: DemoConfig) -> Path:
     )
     began, cpu = time.perf_counter(), time.process_time()
     settings: dict[str, Any] = dataclasses.asdict(config)
-    (directory / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(directory / "settings.json", settings)
     with Stages(console) as stages:
         lab = Lab()
         subject = prepare(lab, config, stages)
         trajectories, checkpoints = align_all(lab, subject, config, stages)
-    with (directory / "results.jsonl").open("w", encoding="utf-8") as file:
-        for trajectory in trajectories:
-            for record in records(trajectory, subject.questions):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
+    points = [one for each in trajectories for one in records(each, subject.questions)]
+    lines = [json.dumps(point, ensure_ascii=False) for point in points]
+    write_whole(directory / "results.jsonl", "\n".join(lines))
     rows = compare(trajectories, config.reward, families=subject.questions.families)
     figure = directory / "trajectories.png"
     plot.draw(rows, config.reward, figure)

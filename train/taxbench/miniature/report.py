@@ -1,19 +1,19 @@
 """The table for the terminal and the page for the browser, both from the same rows."""
 
-import base64
 import dataclasses
-import html
 import importlib.metadata
 import os
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from rich.table import Table
 
+from train.files.whole import write_whole
+from train.report import html
 from train.taxbench.miniature.trajectories import Row
 
 
@@ -176,22 +176,6 @@ def environment() -> str:
     return f"{versions}; Python {platform.python_version()}, {os.cpu_count()} CPU cores"
 
 
-def html_table(headings: Sequence[str], body: Sequence[Sequence[str]], first: int) -> str:
-    """An HTML table whose first `first` columns hold text, the others numbers."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        inner = "".join(
-            f"<{tag}{'' if i < first else ' class=n'}>{html.escape(cell)}</{tag}>"
-            for i, cell in enumerate(cells)
-        )
-        return f"<tr>{inner}</tr>"
-
-    return (
-        f"<table><thead>{line(headings, 'th')}</thead>"
-        f"<tbody>{''.join(line(cells, 'td') for cells in body)}</tbody></table>"
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Page:
     """What the HTML page shows besides the rows.
@@ -224,69 +208,38 @@ def write_page(rows: Sequence[Row], page: Page, plot: Path, path: Path) -> None:
         plot: PNG file to embed.
         path: file to write.
     """
-    items = "".join(f"<li>{html.escape(n)}</li>" for n in notes(rows, page.level, page.seed))
     settings = [(name, str(value)) for name, value in page.settings.items()]
-    text = _PAGE.substitute(
-        headline=html.escape(headline(rows, page.level)),
-        plot=base64.b64encode(plot.read_bytes()).decode("ascii"),
-        table=html_table(_headings(page.level, page.steps), [_cells(row) for row in rows], first=2),
-        answers=html_table(*page.answers, first=len(page.answers[0])),
-        notes=items,
-        settings=html_table(["setting", "value"], settings, first=2),
-        command=html.escape(page.command),
-        cost=html.escape(page.cost),
-        environment=html.escape(environment()),
+    headings, found = _headings(page.level, page.steps), notes(rows, page.level, page.seed)
+    text = html.document(
+        "The alignment tax in miniature",
+        _INTRODUCTION,
+        f'<p class="lead">{escape(headline(rows, page.level))}</p>',
+        html.image(plot, "Trajectories of reward and capability, and gains at matched reward"),
+        "<h2>Comparison</h2>",
+        html.table(headings, [_cells(row) for row in rows], text_columns=2),
+        "<p>Capability is read where a trajectory first reaches the reward, by linear interpolation "
+        "between two evaluations, never beyond what was measured.</p>",
+        "<h2>Keep in mind</h2>",
+        f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in found)}</ul>",
+        "<h2>Sample answers after the last step</h2>",
+        "<p>The first held-out question of every family; ✗ marks a wrong answer.</p>",
+        html.table(*page.answers, text_columns=len(page.answers[0])),
+        "<h2>Settings</h2>",
+        html.table(["setting", "value"], settings, text_columns=2),
+        "<h2>Run it again</h2>",
+        html.command_line(page.command),
+        f"<footer>{escape(page.cost)}. {escape(environment())}. {_SOURCES}</footer>",
+        width="62rem",
     )
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>The alignment tax in miniature</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff;
-         max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-  h1 { font-size: 1.7rem; margin-bottom: .2rem; }
-  h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
-  .lead { font-size: 1.1rem; background: #f3f7f5; border-left: 4px solid #009e73;
-          padding: .7rem 1rem; }
-  img { width: 100%; height: auto; }
-  .scroll { overflow-x: auto; }
-  table { border-collapse: collapse; font-size: .88rem; }
-  th, td { padding: .3rem .6rem; border-bottom: 1px solid #e2e2e2; text-align: left;
-           vertical-align: top; }
-  th { border-bottom: 2px solid #888; }
-  .n { text-align: right; font-variant-numeric: tabular-nums; }
-  pre { background: #f5f5f5; padding: .7rem 1rem; overflow-x: auto; }
-  footer { margin-top: 2rem; color: #666; font-size: .85rem; }
-</style>
-<h1>The alignment tax in miniature</h1>
-<p>A small decoder was trained from scratch on eight tasks with checkable answers, taught to follow
-instructions, and then aligned with DPO on preferences that know only about <em>style</em>.
-<strong>Reward</strong> is the style of its greedy answers, <strong>capability</strong> the share
-that is still right once style tokens are taken out, both on held-out questions of all eight
-families. Online merging blends every optimizer update with τ, the difference between the
-fine-tuned model and its base.</p>
-<p class="lead">$headline</p>
-<img alt="Trajectories in the plane of reward and capability, and gains at matched reward"
-     src="data:image/png;base64,$plot">
-<h2>Comparison</h2>
-<div class="scroll">$table</div>
-<p>Capability is read where a trajectory first reaches the reward, by linear interpolation between
-two evaluations, never beyond what was measured.</p>
-<h2>Keep in mind</h2>
-<ul>$notes</ul>
-<h2>Sample answers after the last step</h2>
-<p>The first held-out question of every family; ✗ marks a wrong answer.</p>
-<div class="scroll">$answers</div>
-<h2>Settings</h2>
-<div class="scroll">$settings</div>
-<h2>Run it again</h2>
-<pre>$command</pre>
-<footer>$cost. $environment. Method: Lu et al., Online Merging Optimizers for Boosting Rewards and
-Mitigating Tax in Alignment, <a href="https://arxiv.org/abs/2405.17931">arXiv 2405.17931</a>.
-Every evaluated point is in results.jsonl.</footer>
-</html>
-""")
+_INTRODUCTION = """<p>A small decoder was trained from scratch on eight tasks with checkable answers,
+taught to follow instructions, and then aligned with DPO on preferences that know only about
+<em>style</em>. <strong>Reward</strong> is the style of its greedy answers,
+<strong>capability</strong> the share that is still right once style tokens are taken out, both on
+held-out questions of all eight families. Online merging blends every optimizer update with τ, the
+difference between the fine-tuned model and its base.</p>"""
+_SOURCES = """Method: Lu et al., Online Merging Optimizers for Boosting Rewards and Mitigating Tax in
+Alignment, <a href="https://arxiv.org/abs/2405.17931">arXiv 2405.17931</a>. Every evaluated point is
+in results.jsonl."""

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from train.files.whole import whole_file
 from train.taxbench.miniature import examples
 from train.taxbench.miniature.examples import Batch, Questions
 from train.taxbench.miniature.training import Lab, Params, Tick, Trainer
@@ -55,9 +56,8 @@ class Models:
     def save(self, path: Path) -> None:
         """Writes all three into one .npz file."""
         flat: Any = traverse_util.flatten_dict(dataclasses.asdict(self), sep="/")
-        part = path.with_suffix(".part.npz")
-        np.savez(part, allow_pickle=False, **flat)
-        part.replace(path)  # never half a file under the final name
+        with whole_file(path) as file:
+            np.savez(file, allow_pickle=False, **flat)
 
     @classmethod
     def load(cls, path: Path) -> Models:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from string import Template
 
 import numpy as np
 
-from train.taxbench.miniature.report import command_line, html_table
+from train.files.whole import write_whole
+from train.report import html
+from train.taxbench.miniature.report import command_line
 from train.taxbench.suite import plots as suite_plots
 from train.taxbench.suite.candidates import CONTROL
 from train.taxbench.suite.run import Outcome, TaxbenchConfig
@@ -62,9 +62,9 @@ def write_report(outcome: Outcome, config: TaxbenchConfig, directory: Path) -> P
         sections.append(_controls(outcome, config))
     sections += [_study(outcome, study, rows, config, directory) for study, rows in outcome.studies]
     intro = _introduction(outcome, config)
-    (directory / "report.md").write_text(_markdown(intro, sections), encoding="utf-8")
+    write_whole(directory / "report.md", _markdown(intro, sections))
     page = directory / "report.html"
-    page.write_text(_page(intro, sections, directory), encoding="utf-8")
+    write_whole(page, _page(intro, sections, directory))
     return page
 
 
@@ -299,42 +299,15 @@ def _markdown(intro: Sequence[str], sections: Sequence[Section]) -> str:
             parts.append(f"![{section.title}]({section.figure})")
         lines = [section.headings, ["---"] * len(section.headings), *section.rows]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def _page(intro: Sequence[str], sections: Sequence[Section], directory: Path) -> str:
-    parts = [f"<p>{html.escape(text)}</p>" for text in intro]
+    parts = [f"<p>{escape(text)}</p>" for text in intro]
     for section in sections:
-        parts.append(f"<h2>{html.escape(section.title)}</h2>")
-        parts += [f"<p>{html.escape(text)}</p>" for text in section.text]
+        parts.append(f"<h2>{escape(section.title)}</h2>")
+        parts += [f"<p>{escape(text)}</p>" for text in section.text]
         if section.figure:
-            data = base64.b64encode((directory / section.figure).read_bytes()).decode("ascii")
-            parts.append(
-                f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">'
-            )
-        table = html_table(section.headings, section.rows, first=2)
-        parts.append(f'<div class="scroll">{table}</div>')
-    return _PAGE.substitute(body="\n".join(parts))
-
-
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>The alignment tax over seeds</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff;
-         max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-  h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
-  img { max-width: 100%; height: auto; }
-  .scroll { overflow-x: auto; }
-  table { border-collapse: collapse; font-size: .85rem; }
-  th, td { padding: .25rem .6rem; border-bottom: 1px solid #e2e2e2; text-align: left;
-           vertical-align: top; }
-  th { border-bottom: 2px solid #888; }
-  .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-</style>
-<h1>The alignment tax over seeds</h1>
-$body
-</html>
-""")
+            parts.append(html.image(directory / section.figure, section.title))
+        parts.append(html.table(section.headings, section.rows, text_columns=2))
+    return html.document("The alignment tax over seeds", *parts)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from train.config import UserError, require
 from train.files.lock import hold, release
+from train.files.whole import write_json
 from train.taxbench.miniature.sizes import Sizes, check_sizes
 from train.taxbench.suite.candidates import candidates, controls
 from train.taxbench.suite.runner import Job, Runner
@@ -115,7 +116,7 @@ def open_directory(config: TaxbenchConfig) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
             raise UserError(f"output_dir {str(directory)!r} holds other files; choose another.")
-        file.write_text(json.dumps(sizes, indent=2) + "\n")
+        write_json(file, sizes)
     except OSError as error:
         raise UserError(
             f"output_dir {str(directory)!r} cannot be used ({error.strerror}); choose a directory "

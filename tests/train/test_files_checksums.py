@@ -58,6 +58,17 @@ def test_damaged_manifest(directory, content):
     assert damage.startswith("manifest.json cannot be read")
 
 
+def test_files_that_others_have_hashed_are_not_read(directory):
+    known = {name: {"size": 3, "sha256": "as they say"} for name in ("a.bin", "gone.bin")}
+    write_manifest(directory, known, ignore="times")
+    listed = json.loads((directory / "manifest.json").read_text())["files"]
+    assert listed["a.bin"] == known["a.bin"]
+    assert set(listed) == {"a.bin", "deep/er/b.bin"}
+    assert find_damage(directory, lambda name: name != "a.bin") is None
+    damage = find_damage(directory, lambda name: name == "a.bin")
+    assert damage == "the content of a.bin has changed since it was written"
+
+
 def test_missing_manifest(directory):
     (directory / "manifest.json").unlink()
     assert find_damage(directory) == "manifest.json is missing"

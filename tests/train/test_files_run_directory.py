@@ -10,7 +10,7 @@ import pytest
 from tests.train.test_config import GOOD
 from train.cli import configured
 from train.config import DPOConfig, UserError
-from train.files.run_directory import open_output, write_atomically
+from train.files.run_directory import open_output
 
 
 def at(path, **changes) -> DPOConfig:
@@ -34,7 +34,7 @@ def test_settings_can_be_used_again(tmp_path):
 
 
 def test_empty_directory_and_remains_of_a_kill_are_taken(tmp_path):
-    (tmp_path / "run.json.partial").write_text("{")
+    (tmp_path / ".run.json.partial-host-12-0123abcd").write_text("{")
     assert not open_output("dpo", at(tmp_path)).started
 
 
@@ -131,7 +131,7 @@ def test_place_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(*args, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("train.files.run_directory.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("train.files.whole.tempfile.TemporaryFile", refuse)
     with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
         open_output("dpo", at(tmp_path))
 
@@ -140,11 +140,3 @@ def test_damaged_record(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run\.json cannot be read as a run's record"):
         open_output("dpo", at(tmp_path))
-
-
-def test_atomic_write_leaves_no_partial_file(tmp_path):
-    path = tmp_path / "x.json"
-    write_atomically(path, json.dumps([1]))
-    write_atomically(path, json.dumps([2]))
-    assert json.loads(path.read_text()) == [2]
-    assert [item.name for item in tmp_path.iterdir()] == ["x.json"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from tensorboardX.proto.event_pb2 import (  # pyright: ignore[reportAttributeAccessIssue]
     Event,
     SessionLog,
 )
 
+from train.config import UserError
 from train.files.metrics_log import MetricsLog, keep_until, read_metrics
 
 
@@ -82,3 +84,17 @@ def test_resume_drops_a_line_that_was_cut_off(tmp_path):
 def test_new_run_has_nothing_to_drop(tmp_path):
     keep_until(tmp_path / "metrics.jsonl", 0)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_line_that_is_being_written_is_passed_over_and_damage_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1, "loss": 0.5}]
+    for damaged in ('{"loss": 1.0}', "[]", "\0\0", "{"):
+        path.write_text(f'{{"step": 1}}\n{damaged}\n{{"step": 3}}\n')
+        for read in (read_metrics, lambda path: keep_until(path, 3)):
+            with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is damaged"):
+                read(path)
+        assert damaged in path.read_text()
+    keep_until(path, 0)  # a run without a checkpoint starts again, whatever the file holds
+    assert path.read_text() == ""
