@@ -83,10 +83,9 @@ def _without_settings(cells: Sequence[str]) -> list[str]:
     return [cells[0], *cells[2:]]
 
 
-def headline(rows: Sequence[Row], level: float, baseline: str = "adamw") -> str:
+def headline(rows: Sequence[Row], level: float) -> str:
     """The result in one sentence, whichever way it went."""
-    by_name = {row.trajectory.name: row for row in rows}
-    base = by_name[baseline]
+    base = next(row for row in rows if row.trajectory.name == "adamw")
     if base.matched is None:
         return (
             f"{base.trajectory.label} did not reach a reward of {level:g} (its best was "

@@ -1,5 +1,7 @@
 """How large the benchmark is: what results rest on besides seed and recipe."""
 
+from __future__ import annotations
+
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,8 @@ from train.config import UserError, require
 ALIGN_BATCH = 64
 """Pairs in a step of alignment."""
 
-
 VERSION = 2
-"""Of tasks, data, models and what is evaluated; results of another one are not mixed with these."""
+"""Counts changes of tasks, data, models and evaluation; results of two versions are never mixed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Sizes:
     questions: int = 64
     batch_size: int = ALIGN_BATCH
     version: int = VERSION
+
+    @classmethod
+    def of(cls, config: Any) -> Sizes:
+        """Takes the sizes that are fields of a command's settings."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in vars(config).items() if name in names})
 
 
 def check_sizes(config: Any) -> None:
