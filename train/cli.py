@@ -133,9 +133,9 @@ def _taxbench(arguments: Sequence[str]) -> None:
 
 
 def _taxbench_lm(arguments: Sequence[str]) -> None:
-    from train.taxbench.language_model.run import SecondScaleConfig, run
+    from train.taxbench.language_model.run import SecondScaleConfig, run_language_model_taxbench
 
-    run(configured("taxbench-lm", SecondScaleConfig, arguments))
+    run_language_model_taxbench(configured("taxbench-lm", SecondScaleConfig, arguments))
 
 
 class Command(NamedTuple):

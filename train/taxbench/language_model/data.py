@@ -129,11 +129,11 @@ def prepare(data_dir: str, directory: Path, size: Size, tokenizer: Any) -> dict[
     """Writes what a study trains on and asks, once.
 
     Args:
-        data_dir: With the files of `ORIGINS`.
+        data_dir: Directory with the files of `ORIGINS`.
         directory: Gets one ``.jsonl`` for every file, ``pairs`` and ``held_out`` of the preferences,
             and ``counts.json``, written last.
-        size: How much.
-        tokenizer: The model's; lengths are counted with it.
+        size: How much is taken.
+        tokenizer: The model's tokenizer; lengths are counted with it.
 
     Returns:
         Records by file.

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 
+from train.taxbench.miniature.plot import tidy
 from train.taxbench.suite.outcome import Outcome
 from train.taxbench.suite.selection import Entry
 from train.taxbench.suite.statistics import mean_sd
@@ -87,9 +88,7 @@ def draw_study(outcome: Outcome, rows: Sequence[Entry], path: Path) -> None:
         (right, "reward at the last step"),
     ):
         axes.set_xticks(range(len(places)), places)
-        axes.set_title(title, loc="left", weight="bold")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes, title)
         axes.margins(x=0.08)
     left.legend(frameon=False)
     figure.savefig(path, dpi=110)
