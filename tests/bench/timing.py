@@ -33,8 +33,8 @@ class Comparison:
       milliseconds: median of the optimizer's step.
       baseline_milliseconds: median of the baseline's.
       ratio: median of the ratios pair by pair.
-      ratio_low: their first quartile.
-      ratio_high: their third.
+      ratio_low: first quartile of the ratios.
+      ratio_high: third quartile of the ratios.
     """
 
     milliseconds: float
@@ -118,7 +118,7 @@ def time_steps(
     Args:
       shapes: tree of the parameters' shapes.
       rounds: pairs of steps.
-      device: where.
+      device: the device to time on.
       say: is given the name of every optimizer before it is timed.
 
     Returns:

@@ -61,7 +61,7 @@ SCORES: dict[str, Callable[[Metrics], float]] = {
     "log p of right answers": right_logp,
     "WikiText perplexity": lambda metrics: metrics[_PERPLEXITY],
 }
-"""What is compared at the same margin."""
+"""Scores that are compared at the same margin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ def write_report(
     """Writes results.jsonl, plane.png and report.md.
 
     Args:
-        study: What was run.
+        study: The study that was run.
         size: Name of its size.
         points: All evaluated models.
         counts: Records by file, from `train.taxbench.language_model.data.prepare`.

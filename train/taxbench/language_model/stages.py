@@ -106,7 +106,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Where everything is, and how much of it.
+    """A study: its model, its directory, its size, and the stages that it consists of.
 
     Attributes:
         model: Directory of the model before SFT.

@@ -28,7 +28,7 @@ class Method:
     Attributes:
         name: identifier.
         label: name in tables and plots; "(p = 1)" where the density is 1 and nothing is dropped.
-        optimizer: its optimizer, as for `python -m train dpo`.
+        optimizer: settings of its optimizer, as in `python -m train dpo`.
         beta: strength of DPO's pull towards the reference.
     """
 

@@ -110,7 +110,7 @@ def _above_or_below(difference: float) -> str:
 
 
 def notes(rows: Sequence[Row], level: float, seed: int) -> list[str]:
-    """What to keep in mind when reading the numbers."""
+    """Says what limits the numbers, a sentence or two for each point."""
     by_name = {row.trajectory.name: row for row in rows}
     out = [
         f"One seed ({seed}), one base model. The ± counts only the choice of questions, not the "
@@ -193,14 +193,14 @@ def html_table(headings: Sequence[str], body: Sequence[Sequence[str]], first: in
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """What the HTML page shows besides the rows.
+    """Contents of the HTML page besides the rows.
 
     Attributes:
         level: reward at which capability is matched.
         steps: the fixed last step.
         seed: the seed of the run.
         settings: the demo's settings by name.
-        command: what reproduces the run.
+        command: the command line that repeats the run.
         cost: wall and CPU time, in words.
         answers: heading and rows of the table of sample answers.
     """

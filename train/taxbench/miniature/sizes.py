@@ -1,4 +1,4 @@
-"""How large the benchmark is: what results rest on besides seed and recipe."""
+"""Sizes of the benchmark, on which results depend besides seed and recipe."""
 
 from __future__ import annotations
 
@@ -66,5 +66,5 @@ def check_sizes(config: Any) -> None:
 
 
 def models_file(directory: Path, seed: int, sizes: Sizes) -> Path:
-    """Where the base and the fine-tuned model of a seed are kept; models of other lengths elsewhere."""
+    """The file of the base and the fine-tuned model of a seed; other numbers of steps have another."""
     return directory / f"models-{seed}-{sizes.base_steps}-{sizes.sft_steps}.npz"

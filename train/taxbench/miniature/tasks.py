@@ -41,7 +41,7 @@ class Family:
     """A kind of task.
 
     Attributes:
-        name: what the reports call it.
+        name: name in reports.
         token: the id that names it in a prompt.
         sample: `(rng, n) -> (arguments int32 [n, k], answers int32 [n, m])`, as token ids.
         memorised: True where nothing but the trained prompts can be answered, so that there are no

@@ -141,7 +141,7 @@ class Trainer:
 
 
 class Lab:
-    """What every seed and method shares: the model's structure and its compiled functions."""
+    """The model's structure and its compiled functions, which all seeds and methods share."""
 
     def __init__(self) -> None:
         self.graphdef, _ = split_model(Decoder(MODEL, nnx.Rngs(0)))

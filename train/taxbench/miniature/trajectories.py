@@ -42,13 +42,13 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """What one method does to reward and capability, starting at the fine-tuned model.
+    """Rewards and capabilities that one method passes through, starting at the fine-tuned model.
 
     Attributes:
         name: short identifier, as in results.jsonl.
         label: name in tables and plots.
-        settings: its settings, in words.
-        at: what `Point.at` counts: "step" or "weight".
+        settings: description of its settings.
+        at: the quantity that `Point.at` counts, "step" or "weight".
         points: in order, the fine-tuned model first.
         control: True for a row that is there to judge the others by, not a method to recommend.
     """

@@ -22,8 +22,8 @@ def own_directory(
     Args:
         output_dir: field of the command.
         file: name of the file in it that keeps the settings.
-        settings: what has to be the same whenever the directory is used.
-        what: what a directory of other settings holds, for messages; names of settings follow it.
+        settings: settings that have to be the same whenever the directory is used.
+        what: contents of a directory with other settings, for messages; their names follow it.
 
     Yields:
         The absolute path.

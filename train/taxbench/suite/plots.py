@@ -22,7 +22,7 @@ def draw_first(outcome: Outcome, rows: Sequence[Entry], path: Path) -> None:
     """Gain over AdamW at the reward level for every method: mean, and a dot for every seed.
 
     Args:
-        outcome: what the suite found.
+        outcome: the findings of the suite.
         rows: methods; those that reach the level on less than half of AdamW's seeds are left out, as
             a mean of one or two seeds would lead the figure, and fewer seeds than AdamW's are shown.
         path: PNG file to write.
@@ -61,7 +61,7 @@ def draw_study(outcome: Outcome, rows: Sequence[Entry], path: Path) -> None:
     """Matched capability, and the last step's reward, along the axis of a study.
 
     Args:
-        outcome: what the suite found.
+        outcome: the findings of the suite.
         rows: a study's entries; the group is the line, the label the place on the axis.
         path: PNG file to write.
     """

@@ -1,4 +1,4 @@
-"""What one run of the benchmark is: an optimizer, a loss, a delta, and what is made of its models."""
+"""A run of the benchmark: an optimizer, a loss, a delta, and the merges made of its models."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ class Recipe:
     Attributes:
         group: the method; recipes of a group are its settings, among which one is chosen.
         label: name of the group in tables.
-        optimizer: as for `python -m train dpo`.
+        optimizer: settings as in `python -m train dpo`.
         loss: sigmoid, ipo, simpo or kto.
         beta: strength of the loss's pull towards the reference.
-        delta: what is merged in place of τ, the difference of the fine-tuned and the base model.
+        delta: kind of delta that is merged; "tau" is the fine-tuned less the base model.
         ema: decay of the moving average that is scored in place of the parameters.
         anchor: rate and form of the pull towards the start, see `omerge_jax.anchored`.
         lora_rank: rank of the low-rank adapters, where they alone are trained.
-        merges: what is made of its models.
-        control: True for what is there to judge the others by.
+        merges: merges to make of its models.
+        control: True for a recipe that is there to judge the others by.
     """
 
     group: str

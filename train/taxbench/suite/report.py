@@ -21,7 +21,7 @@ from train.taxbench.suite.statistics import Difference, mean_sd, paired
 from train.taxbench.suite.studies import Study
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Of the reward: levels at which methods are compared besides the tables."""
+"""Shares of the reward at which methods are compared besides the tables."""
 _STRONG = ("kl", "kl_ema", "Offline linear", "on_ties", "largest")
 """Methods that every other one is compared with besides AdamW and AdamW + λτ."""
 _FIRST_FIGURE = "methods.png"
@@ -34,8 +34,8 @@ class Section:
     Attributes:
         title: heading.
         text: paragraphs above the table.
-        headings: of the table.
-        rows: its cells.
+        headings: headings of the table.
+        rows: cells of the table.
         figure: file in the report's directory.
     """
 
@@ -50,8 +50,8 @@ def write_report(outcome: Outcome, directory: Path) -> Path:
     """Writes report.md, report.html and their figures.
 
     Args:
-        outcome: what `train.taxbench.suite.run.run_suite` found.
-        directory: where to.
+        outcome: the findings, from `train.taxbench.suite.run.run_suite`.
+        directory: gets the files.
 
     Returns:
         The HTML file.
@@ -131,7 +131,7 @@ def _against(outcome: Outcome) -> Section:
 
 
 def _other_rewards(outcome: Outcome) -> Section:
-    """What every method has over AdamW before the reward of the first table."""
+    """Gains of every method over AdamW at smaller rewards than that of the first table."""
     base = outcome.method("adamw")
     assert base is not None
     rows = [row for row in (*outcome.first, *outcome.controls) if row.key != base.key]
@@ -222,7 +222,7 @@ def _cells(outcome: Outcome, row: Entry, label: str, seeds: Sequence[int]) -> li
 def _gaps(
     outcome: Outcome, row: Entry, others: Sequence[Entry | None], seeds: Sequence[int]
 ) -> list[str]:
-    """What a row has over others, and its p; dashes for the same run and for one that is missing."""
+    """Gains of a row over others, each with its p; dashes where there is nothing to compare with."""
     cells = []
     for other in others:
         gap = None

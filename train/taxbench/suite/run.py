@@ -23,7 +23,7 @@ FIRST_DEV_SEED, FIRST_SEED = 101, 1
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """How much is run.
+    """Numbers of seeds, and the methods that are run on them.
 
     Attributes:
         dev_seeds: number of seeds on which settings are chosen.

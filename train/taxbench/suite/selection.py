@@ -1,4 +1,4 @@
-"""Which settings of every method are reported: those that did best on the dev seeds."""
+"""Selection of every method's reported settings: those that did best on the dev seeds."""
 
 from __future__ import annotations
 

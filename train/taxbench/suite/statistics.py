@@ -32,7 +32,7 @@ class Results:
         return dict(Counter(record["environment"] for record in records))
 
     def has(self, key: Key, seed: int) -> bool:
-        """Whether a trajectory is known."""
+        """Says whether a trajectory is known."""
         return seed in self._by_key.get(key, {})
 
     def _trajectory(self, key: Key, seed: int) -> tuple[np.ndarray, np.ndarray]:

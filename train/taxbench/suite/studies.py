@@ -13,16 +13,16 @@ from train.taxbench.suite.recipes import DeltaKind, Recipe, optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A question.
+    """A question with the recipes that answer it.
 
     Attributes:
         name: section of the report.
-        title: its heading.
-        finding: what the paper found.
-        recipes: what is run; the group is a line of the figure, the label a place on its axis.
+        title: heading of the section.
+        finding: the finding of the paper.
+        recipes: the recipes to run; the group is a line of the figure, the label a place on its axis.
         counterpart: gives, for a line and a place, those of the recipe that is compared with it
             besides AdamW.
-        counterpart_is: the same in words.
+        counterpart_is: name of that recipe in tables.
     """
 
     name: str
