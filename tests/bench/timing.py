@@ -165,8 +165,4 @@ def sampled_share(shapes: Any, steps: int = 4) -> dict[str, float]:
         # A tensor of a few entries keeps a whole number of them.
         wanted = [(n, max(1, int(TIES_DENSITY * size))) for n, size in kept]
         worst = max(worst, *(abs(n / k - 1) for n, k in wanted))
-    return {
-        "wanted": TIES_DENSITY,
-        "kept": statistics.mean(shares),
-        "worst_deviation": worst,
-    }
+    return {"wanted": TIES_DENSITY, "kept": statistics.mean(shares), "worst_deviation": worst}

@@ -9,13 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from train.config import (
-    GenerationTaskOptions,
-    TaskOptions,
-    TaskSetOptions,
-    TextOptions,
-    UserError,
-)
+from train.config import GenerationTaskOptions, TaskOptions, TaskSetOptions, TextOptions, UserError
 from train.data import (
     Record,
     UnusableRecord,
@@ -85,9 +79,7 @@ def task_set(directory: Path, size: Size) -> TaskSetOptions:
             "mmlu": own_choices("mmlu_val"),
             "commonsenseqa": own_choices("commonsenseqa_validation"),
         },
-        texts={
-            "wikitext": TextOptions(path=file("wikitext"), max_length=whole, stride=whole),
-        },
+        texts={"wikitext": TextOptions(path=file("wikitext"), max_length=whole, stride=whole)},
         generation={
             "gsm8k": GenerationTaskOptions(
                 path=file("gsm8k_test"),

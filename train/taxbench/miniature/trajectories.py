@@ -132,11 +132,7 @@ def _read(trajectory: Trajectory, field: str, level: float) -> float:
 
 
 def compare(
-    trajectories: Sequence[Trajectory],
-    level: float,
-    *,
-    families: np.ndarray,
-    resamples: int = 400,
+    trajectories: Sequence[Trajectory], level: float, *, families: np.ndarray, resamples: int = 400
 ) -> list[Row]:
     """Makes the table's rows, in the order given.
 

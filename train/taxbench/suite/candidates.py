@@ -51,10 +51,7 @@ def online_merge(sparsifier: str, consensus: str, **fields: Any) -> OptimizerOpt
 
 
 def grid(
-    group: str,
-    label: str,
-    make: Callable[..., OptimizerOptions] = optimizer,
-    **choices: Any,
+    group: str, label: str, make: Callable[..., OptimizerOptions] = optimizer, **choices: Any
 ) -> list[Recipe]:
     """The recipes of a method, one for every combination of its choices.
 

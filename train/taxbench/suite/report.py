@@ -153,7 +153,7 @@ def _controls(outcome: Outcome) -> Section:
         "What of it is τ? Merges less their controls, at lower rewards too",
         [
             "Points of capability that the method has over its control where both first reach the "
-            "reward, with the number of seeds on which both do, and the p of a paired t-test.",
+            "reward, with the number of seeds on which both do, and the p of a paired t-test."
         ],
         ["method", "control", *(f"at reward {level:g}" for level in _levels(outcome))],
         [
