@@ -120,21 +120,22 @@ def _report(arguments: Sequence[str]) -> None:
 
 
 def _demo(arguments: Sequence[str]) -> None:
-    from train.taxbench.miniature.demo import DemoConfig, run
+    from train.taxbench.miniature.demo import DemoConfig, run_demo
 
-    run(configured("demo", DemoConfig, arguments))
+    run_demo(configured("demo", DemoConfig, arguments))
 
 
 def _taxbench(arguments: Sequence[str]) -> None:
-    from train.taxbench.suite.run import TaxbenchConfig, run
+    from train.taxbench.suite.outcome import TaxbenchConfig
+    from train.taxbench.suite.run import run_taxbench
 
-    run(configured("taxbench", TaxbenchConfig, arguments))
+    run_taxbench(configured("taxbench", TaxbenchConfig, arguments))
 
 
 def _taxbench_lm(arguments: Sequence[str]) -> None:
-    from train.taxbench.language_model.run import SecondScaleConfig, run
+    from train.taxbench.language_model.run import SecondScaleConfig, run_language_model_taxbench
 
-    run(configured("taxbench-lm", SecondScaleConfig, arguments))
+    run_language_model_taxbench(configured("taxbench-lm", SecondScaleConfig, arguments))
 
 
 class Command(NamedTuple):

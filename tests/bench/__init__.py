@@ -1,1 +1,1 @@
-"""What merging costs next to ``optax.adamw``: ``make bench``."""
+"""The cost of merging next to ``optax.adamw``: ``make bench``."""

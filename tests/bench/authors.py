@@ -37,7 +37,7 @@ def linear(alpha: float) -> Consensus:
 
 
 def majority_sign(alpha: float) -> Consensus:
-    """Blends what has the sign of the plain sum of both; zero counts as positive."""
+    """Blends the entries that have the sign of the plain sum of both; zero counts as positive."""
 
     def merge(update: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         positive = update + delta >= 0
@@ -52,13 +52,13 @@ class OnlineMergingAdam:
     """Adam whose updates are merged with a fixed, sparsified delta.
 
     Args:
-      params: the parameters with their gradients in ``grad``; changed in place.
-      deltas: τ_r of each.
-      sparsify: F; applied to the deltas once.
-      consensus: ⊕.
+      params: the parameters, with their gradients in ``grad``; changed in place.
+      deltas: τ_r of each parameter.
+      sparsify: the sparsifier F, applied to every update, and to the deltas once.
+      consensus: the consensus ⊕ of update and delta.
       lr: learning rate.
-      weight_decay: decoupled, of the merged parameters.
-      clip: limit of the sparsified delta.
+      weight_decay: decoupled weight decay, applied after the merge.
+      clip: largest magnitude of an entry of the sparsified delta.
     """
 
     def __init__(

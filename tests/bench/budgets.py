@@ -1,4 +1,4 @@
-"""What a merge may cost, next to what was measured."""
+"""Limits for the cost of a merge, next to the measured cost."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ class Budget:
     """A limit.
 
     Attributes:
-      name: what is limited.
+      name: name of the limited quantity.
       limit: the largest value allowed.
       measured: the value found; None where that part of the benchmark was left out.
       below: whether the limit itself is too much already.
@@ -86,24 +86,16 @@ def _compiled(
     prefix = f"TPU {topology} ".replace("  ", " ")
     leaf = results.get("leaf_bytes", {}).get(topology, 0.0) / 2**20
 
-    def ratio(case: str, limit: float) -> Budget:
-        measured = rows.get(case, {}).get("bytes_ratio")
-        return Budget(f"{prefix}bytes ÷ optax.adamw: {case}", limit, measured)
+    def budget(case: str, figure: str, key: str, limit: float, **options: Any) -> Budget:
+        measured = rows.get(case, {}).get(key)
+        if measured is not None and key == "temp_bytes":
+            measured /= 2**20
+        return Budget(f"{prefix}{figure}: {case}", limit, measured, **options)
 
-    def temp(case: str, limit: float, below: bool = False) -> Budget:
-        measured = rows.get(case, {}).get("temp_bytes")
-        mib = None if measured is None else measured / 2**20
-        return Budget(f"{prefix}temp MiB: {case}", limit, mib, below)
-
-    return [
-        ratio(DARE, 1.08),
-        temp(DARE, 0.0),
-        ratio(TIES_EXACT, 3.0),
-        temp(TIES_EXACT, leaf, below=True),
-        ratio(TIES_FUSED_EXACT, 3.0),
-        temp(TIES_FUSED_EXACT, leaf, below=True),
-        ratio(TIES_CHAINED, 1.5),
-        temp(TIES_CHAINED, leaf, below=True),
-        ratio(TIES_SAMPLED, 1.5),
-        temp(TIES_SAMPLED, leaf, below=True),
-    ]
+    ratio, temp = ("bytes ÷ optax.adamw", "bytes_ratio"), ("temp MiB", "temp_bytes")
+    found = [budget(DARE, *ratio, 1.08), budget(DARE, *temp, 0.0)]
+    exact, sampled = (TIES_EXACT, TIES_FUSED_EXACT), (TIES_CHAINED, TIES_SAMPLED)
+    for names, limit in ((exact, 3.0), (sampled, 1.5)):
+        for case in names:
+            found += [budget(case, *ratio, limit), budget(case, *temp, leaf, below=True)]
+    return found

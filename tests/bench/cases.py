@@ -1,4 +1,4 @@
-"""What is compared: the optimizers, and the shapes they run on."""
+"""The optimizers that are compared, and the shapes they run on."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ class Case:
     """An optimizer to measure.
 
     Attributes:
-      name: what it is called in the tables.
+      name: name in the tables.
       transformation: the optimizer.
       delta: dtype of the delta it is given; ``"recompute"`` where ``update`` takes both models,
         ``"none"`` where there is no merge.

@@ -154,7 +154,7 @@ def search_passes(entries: int, density: float, seed: int = 0) -> dict[str, int]
     Args:
       entries: entries of the tensor.
       density: share kept.
-      seed: of the entries.
+      seed: seed of the entries.
 
     Returns:
       Passes of an ``"exact"`` and of a ``"sampled"`` threshold.

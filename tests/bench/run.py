@@ -21,7 +21,7 @@ class Benchmark:
     """Runs parts of the benchmark, prints their tables and collects their results.
 
     Args:
-      console: where to.
+      console: shows the tables.
       millions: parameters in millions that steps are timed with.
       rounds: pairs of timed steps.
       topologies: TPU topologies to compile for.

@@ -1,4 +1,4 @@
-"""What holding the delta takes, and what each way of holding it does to the parameters."""
+"""Bytes that each way of holding the delta takes, and its effect on the parameters."""
 
 import dataclasses
 from typing import Any
@@ -21,10 +21,10 @@ class Held:
     """A way of holding the delta.
 
     Attributes:
-      name: what it is called in the table.
+      name: name in the table.
       storage: argument of the merge.
-      dtype: of the delta.
-      densities: those it is measured at.
+      dtype: dtype of the delta.
+      densities: densities at which it is measured.
     """
 
     name: str
@@ -141,7 +141,7 @@ def fill_pinned(rows: list[dict[str, Any]], pinned: dict[str, Any], plain: dict[
     """Sets the bytes of the host's memory from the compiler's figures.
 
     Args:
-      rows: what `storage_rows` returned; changed in place.
+      rows: rows from `storage_rows`; changed in place.
       pinned: figures of a step with the delta in the host's memory.
       plain: figures of a step without a merge.
     """

@@ -33,8 +33,8 @@ class Comparison:
       milliseconds: median of the optimizer's step.
       baseline_milliseconds: median of the baseline's.
       ratio: median of the ratios pair by pair.
-      ratio_low: their first quartile.
-      ratio_high: their third.
+      ratio_low: first quartile of the ratios.
+      ratio_high: third quartile of the ratios.
     """
 
     milliseconds: float
@@ -118,7 +118,7 @@ def time_steps(
     Args:
       shapes: tree of the parameters' shapes.
       rounds: pairs of steps.
-      device: where.
+      device: the device to time on.
       say: is given the name of every optimizer before it is timed.
 
     Returns:
@@ -165,8 +165,4 @@ def sampled_share(shapes: Any, steps: int = 4) -> dict[str, float]:
         # A tensor of a few entries keeps a whole number of them.
         wanted = [(n, max(1, int(TIES_DENSITY * size))) for n, size in kept]
         worst = max(worst, *(abs(n / k - 1) for n, k in wanted))
-    return {
-        "wanted": TIES_DENSITY,
-        "kept": statistics.mean(shares),
-        "worst_deviation": worst,
-    }
+    return {"wanted": TIES_DENSITY, "kept": statistics.mean(shares), "worst_deviation": worst}

@@ -66,7 +66,7 @@ class Setting:
 
 
 def sees(device: str) -> bool:
-    """Whether torch can use the device, cpu or cuda."""
+    """Says whether torch can use the device, cpu or cuda."""
     return device == "cpu" or torch.cuda.is_available()
 
 
@@ -78,8 +78,8 @@ def time_published(
     Args:
       shapes: tree of the parameters' shapes.
       rounds: pairs of steps.
-      threads: torch's threads.
-      device: torch's name of where.
+      threads: number of torch's threads.
+      device: torch's name of the device.
 
     Returns:
       A row per optimizer.

@@ -137,7 +137,7 @@ def trl_epochs(settings: Settings) -> Callable[[Callable[[], None], Callable[[in
 
 
 class _Turns:
-    """Waits for a line, times what follows, answers."""
+    """Waits for a line, times the epoch that follows, and answers with its figures."""
 
     def __init__(self, answers: Any, peak: Callable[[], float]) -> None:
         self.answers, self.peak, self.start, self.worked = answers, peak, 0.0, 0.0
@@ -162,7 +162,7 @@ def _resident() -> float:
 
 
 def peak_of(side: str) -> Callable[[], float]:
-    """What reads the most bytes that a side's arrays had on the GPU at once."""
+    """A function that gives the most bytes that a side's arrays had on the GPU at once."""
     if side == "trl":
         import torch
 

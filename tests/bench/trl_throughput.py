@@ -134,7 +134,7 @@ def usable_pairs(
 
 
 class Side:
-    """One process and the epochs it has run."""
+    """One process, and the figures of the epochs that it has run."""
 
     def __init__(self, name: str, settings_file: Path, device: str) -> None:
         environment = {
@@ -167,7 +167,7 @@ class Side:
         return json.loads(line)
 
     def epoch(self) -> None:
-        """Runs one and keeps its figures."""
+        """Runs an epoch and keeps its figures."""
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()

@@ -13,12 +13,11 @@ import omerge_jax as om
 from train.cli import configured
 from train.config import UserError
 from train.taxbench.miniature import demo, examples
-from train.taxbench.miniature.demo import DemoConfig, check, new_run_dir, run
-from train.taxbench.miniature.methods import METHODS, Checkpoint, add_delta, offline_linear
+from train.taxbench.miniature.demo import DemoConfig, check, new_run_dir, run_demo
+from train.taxbench.miniature.methods import METHODS, add_delta, offline_linear
 from train.taxbench.miniature.report import command_line
 from train.taxbench.miniature.subjects import Subject
 from train.taxbench.miniature.training import Lab
-from train.taxbench.miniature.trajectories import grade
 
 TINY = {"base_steps": 3, "sft_steps": 3, "steps": 4, "eval_every": 2, "pairs": 64, "questions": 2}
 
@@ -31,7 +30,7 @@ SOME_METHODS = tuple(method for method in METHODS if method.name in ("adamw", "o
 def tiny_run(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "METHODS", SOME_METHODS)
-        yield run(DemoConfig(output_dir=str(tmp_path_factory.mktemp("demo")), **TINY))
+        yield run_demo(DemoConfig(output_dir=str(tmp_path_factory.mktemp("demo")), **TINY))
 
 
 def test_demo_writes_every_method_at_every_evaluation(tiny_run):
@@ -87,10 +86,10 @@ def test_controls_are_what_their_names_say():
             return np.zeros((len(questions.families), 8), np.int32)
 
     recorder = Recorder()
-    start = grade(recorder.answers(sft, questions), questions, at=0)
+    start = recorder.grade(sft, questions, at=0)
     subject = Subject(base, sft, {}, questions, start, seed=0)
     scored.clear()
-    add_delta(recorder, subject, [Checkpoint(5, trained)], 0.3, lambda units: None)
+    add_delta(recorder, subject, {0: sft, 5: trained}, 0.3, lambda units: None)
     delta = om.task_vector(sft, base)
     for model, origin in zip(scored, (sft, trained), strict=True):
         expected = jax.tree.map(lambda p, d: p + 0.3 * d, origin, delta)
@@ -98,7 +97,7 @@ def test_controls_are_what_their_names_say():
             lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), model, expected
         )
     scored.clear()
-    path = offline_linear(recorder, subject, Checkpoint(5, trained), lambda units: None)
+    path = offline_linear(recorder, subject, {0: sft, 5: trained}, lambda units: None)
     quarter = [point.at for point in path.points].index(0.25) - 1  # points start at the SFT model
     expected = jax.tree.map(lambda s, t: 0.75 * s + 0.25 * t, sft, trained)
     jax.tree.map(
@@ -123,7 +122,7 @@ def test_controls_are_what_their_names_say():
 def test_bad_settings_stop_before_anything_is_written(settings, message, tmp_path):
     config = DemoConfig(output_dir=str(tmp_path / "out"), **settings)
     with pytest.raises(UserError, match=message):
-        run(config)
+        run_demo(config)
     assert not (tmp_path / "out").exists()
 
 

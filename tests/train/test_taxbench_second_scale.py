@@ -191,7 +191,7 @@ def test_methods_are_compared_where_their_margins_are_the_same():
     assert found["offline_linear"] == pytest.approx(0.5 - 0.4 * 0.2 / 0.6)
     assert np.isnan(found["sign_mask"])
     assert {row.name: row.reached_at(0.8)[0] for row in rows}["adamw"] == pytest.approx(15)
-    table = "\n".join(matched_table(rows, 0.8))
+    table = matched_table(rows, 0.8)
     assert "| on_ties | 40.00 | +10.00 |" in table
     assert "| sign_mask | not reached | not reached |" in table
 
@@ -202,7 +202,7 @@ def test_a_seed_that_has_only_begun_counts_where_it_has_run():
     assert [*levels_of([*rows.values()])] == [0.8, 1.0]
     np.testing.assert_allclose(rows["adamw"].matched(capability, 0.8), [0.3, 0.28])
     np.testing.assert_allclose(rows["on_ties"].matched(capability, 0.8), [0.4, np.nan])
-    table = "\n".join(matched_table([*rows.values()], 0.8))
+    table = matched_table([*rows.values()], 0.8)
     assert "| adamw | 29.00 ± 1.41 | – |" in table
     assert "| on_ties | 40.00 (1 of 2) | +10.00 (1 of 2) |" in table
 

@@ -1,20 +1,29 @@
 """The suite: its deltas, selection and statistics by hand or against scipy, and a tiny run resumed."""
 
 import dataclasses
+import fcntl
+import gzip
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from train.config import UserError
+from train.taxbench.miniature.sizes import Sizes
 from train.taxbench.miniature.training import Lab
+from train.taxbench.suite import run as suite
 from train.taxbench.suite.candidates import candidates, controls
 from train.taxbench.suite.deltas import make_delta
+from train.taxbench.suite.directory import own_directory
+from train.taxbench.suite.outcome import TaxbenchConfig
 from train.taxbench.suite.recipes import Merge, Recipe, optimizer
-from train.taxbench.suite.run import Suite, TaxbenchConfig, run
-from train.taxbench.suite.run import run as suite
+from train.taxbench.suite.report import report_text
+from train.taxbench.suite.run import Suite, run_suite, run_taxbench
+from train.taxbench.suite.runner import Runner
 from train.taxbench.suite.selection import Entry, choose, entries, narrowed
 from train.taxbench.suite.statistics import Results, mean_sd, paired
 from train.taxbench.suite.studies import studies
@@ -155,7 +164,7 @@ def test_a_suite_runs_reports_and_goes_on_where_it_stopped(tmp_path, monkeypatch
     whole = suite.studies
     monkeypatch.setattr(suite, "studies", lambda: [s for s in whole() if s.name == "step-k"])
     config = TaxbenchConfig(output_dir=str(tmp_path / "out"), reward=0.01, workers=2, **TINY)
-    directory = run(config)
+    directory = run_taxbench(config)
     results = (directory / "results.jsonl").read_text().splitlines()
     report = (directory / "report.md").read_text()
     for text in (
@@ -171,7 +180,7 @@ def test_a_suite_runs_reports_and_goes_on_where_it_stopped(tmp_path, monkeypatch
     # A second run finds everything; a lost line is made again, with the same numbers.
     lost = json.loads(results[-1])
     (directory / "results.jsonl").write_text("\n".join(results[:-1]) + '\n{"cut": {"of": 1}')
-    run(config)
+    run_taxbench(config)
     again = [
         json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()[-1:]
     ]
@@ -190,14 +199,40 @@ def test_a_suite_runs_reports_and_goes_on_where_it_stopped(tmp_path, monkeypatch
 )
 def test_bad_settings_stop_before_anything_is_written(settings, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        run(TaxbenchConfig(output_dir=str(tmp_path / "out"), **settings))
+        run_taxbench(TaxbenchConfig(output_dir=str(tmp_path / "out"), **settings))
     assert not (tmp_path / "out").exists()
+
+
+def test_published_report_is_made_of_the_published_results(tmp_path):
+    published = Path(__file__).parents[2] / "docs/taxbench"
+    with gzip.open(published / "results.jsonl.gz") as file:
+        (tmp_path / "results.jsonl").write_bytes(file.read())
+    config = TaxbenchConfig(output_dir=str(tmp_path), suite="paper")
+
+    class Complete(Runner):
+        def _pool(self):
+            pytest.fail("a published result is not found under its fingerprint")
+
+    runner = Complete(tmp_path, Sizes.of(config), 1, Console(quiet=True))
+    assert report_text(run_suite(config, runner)) == (published / "report.md").read_text()
+
+
+def test_a_directory_has_one_process_at_a_time(tmp_path):
+    with own_directory(str(tmp_path / "out"), "study.json", {"size": (1, 2)}, "") as directory:
+        assert json.loads((directory / "study.json").read_text()) == {"size": [1, 2]}
+    with (directory / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with (
+            pytest.raises(UserError, match="is in use by process"),
+            own_directory(str(directory), "study.json", {"size": (1, 2)}, ""),
+        ):
+            pass
 
 
 def test_results_of_other_sizes_are_not_mixed(tmp_path):
     (tmp_path / "sizes.json").write_text(json.dumps({"steps": 80}))
     with pytest.raises(UserError, match="other settings of base_steps"):
-        suite.open_directory(TaxbenchConfig(output_dir=str(tmp_path)))
+        run_taxbench(TaxbenchConfig(output_dir=str(tmp_path)))
     (tmp_path / "sizes.json").rename(tmp_path / "mine.json")
     with pytest.raises(UserError, match="holds other files"):
-        suite.open_directory(TaxbenchConfig(output_dir=str(tmp_path)))
+        run_taxbench(TaxbenchConfig(output_dir=str(tmp_path)))

@@ -9,13 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from train.config import (
-    GenerationTaskOptions,
-    TaskOptions,
-    TaskSetOptions,
-    TextOptions,
-    UserError,
-)
+from train.config import GenerationTaskOptions, TaskOptions, TaskSetOptions, TextOptions, UserError
 from train.data import (
     Record,
     UnusableRecord,
@@ -85,9 +79,7 @@ def task_set(directory: Path, size: Size) -> TaskSetOptions:
             "mmlu": own_choices("mmlu_val"),
             "commonsenseqa": own_choices("commonsenseqa_validation"),
         },
-        texts={
-            "wikitext": TextOptions(path=file("wikitext"), max_length=whole, stride=whole),
-        },
+        texts={"wikitext": TextOptions(path=file("wikitext"), max_length=whole, stride=whole)},
         generation={
             "gsm8k": GenerationTaskOptions(
                 path=file("gsm8k_test"),
@@ -129,11 +121,11 @@ def prepare(data_dir: str, directory: Path, size: Size, tokenizer: Any) -> dict[
     """Writes what a study trains on and asks, once.
 
     Args:
-        data_dir: With the files of `ORIGINS`.
+        data_dir: Directory with the files of `ORIGINS`.
         directory: Gets one ``.jsonl`` for every file, ``pairs`` and ``held_out`` of the preferences,
             and ``counts.json``, written last.
-        size: How much.
-        tokenizer: The model's; lengths are counted with it.
+        size: How much is taken.
+        tokenizer: The model's tokenizer; lengths are counted with it.
 
     Returns:
         Records by file.

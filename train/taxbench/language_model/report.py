@@ -12,8 +12,9 @@ import numpy as np
 
 from train.files.whole import write_whole
 from train.taxbench.language_model.stages import ALPHA_TOTAL, METHODS, PLUS_DELTA, Point, Study
-from train.taxbench.miniature.plot import style
+from train.taxbench.miniature.plot import draw_level, draw_path, draw_start, tidy
 from train.taxbench.miniature.trajectories import capability_at_reward
+from train.taxbench.suite.report import markdown_table
 from train.taxbench.suite.statistics import mean_sd
 
 Metrics = Mapping[str, float]
@@ -43,8 +44,8 @@ def capability_error(metrics: Metrics, questions: Sequence[int]) -> float:
     A share p of n questions has the variance p (1 − p) / n; F1, between 0 and 1, at most that.
 
     Args:
-        metrics: Of a model.
-        questions: Number of them for each of `SHARES`.
+        metrics: Scores of a model.
+        questions: Number of questions for each of `SHARES`.
     """
     shares = np.array([metrics[name] for name in SHARES.values()])
     return float(np.sqrt((shares * (1 - shares) / np.array(questions)).sum()) / len(SHARES))
@@ -60,7 +61,7 @@ SCORES: dict[str, Callable[[Metrics], float]] = {
     "log p of right answers": right_logp,
     "WikiText perplexity": lambda metrics: metrics[_PERPLEXITY],
 }
-"""What is compared at the same margin."""
+"""Scores that are compared at the same margin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +69,8 @@ class Row:
     """A method, or a kind of merge, on all seeds.
 
     Attributes:
-        name: Its key.
-        label: Its name in tables.
+        name: Key of the method, or name of the kind of merge.
+        label: Name in tables.
         control: Whether it is there to judge the others by.
         trained: Whether it is an alignment run rather than a merge.
         curves: For every seed the points from the SFT model on, or with λ·τ from that model with
@@ -84,22 +85,20 @@ class Row:
 
     def matched(self, score: Callable[[Metrics], float], level: float) -> np.ndarray:
         """The score where each curve first reaches a margin, float [seeds]; NaN where it does not."""
-        return np.array([_matched(curve, score, level) for curve in self.curves])
+        return self._read(lambda point: score(point.metrics), level)
 
     def reached_at(self, level: float) -> np.ndarray:
         """The step or weight there, float [seeds]; NaN where it is not reached."""
-        return np.array([_read(c, [point.at for point in c], level) for c in self.curves])
+        return self._read(lambda point: point.at, level)
 
-
-def _matched(curve: Sequence[Point], score: Callable[[Metrics], float], level: float) -> float:
-    return _read(curve, [score(point.metrics) for point in curve], level)
-
-
-def _read(curve: Sequence[Point], values: Sequence[float], level: float) -> float:
-    if not curve:
-        return float("nan")
-    margins = np.array([point.margin for point in curve], np.float64)
-    return float(capability_at_reward(margins, np.array(values), level))
+    def _read(self, value: Callable[[Point], float], level: float) -> np.ndarray:
+        found = []
+        for curve in self.curves:
+            # A seed that has not run yet reaches no margin.
+            pairs = [(point.margin, value(point)) for point in curve] or [(np.nan, np.nan)]
+            margins, values = np.array(pairs, np.float64).T
+            found.append(capability_at_reward(margins, values, level))
+        return np.array(found)
 
 
 def rows_of(points: Sequence[Point]) -> list[Row]:
@@ -150,7 +149,7 @@ def write_report(
     """Writes results.jsonl, plane.png and report.md.
 
     Args:
-        study: What was run.
+        study: The study that was run.
         size: Name of its size.
         points: All evaluated models.
         counts: Records by file, from `train.taxbench.language_model.data.prepare`.
@@ -175,7 +174,7 @@ def write_report(
         "",
         "## Every model at its end",
         "",
-        *last_table(points, rows, questions),
+        last_table(points, rows, questions),
         "",
         _limits(study),
     ]
@@ -190,7 +189,7 @@ def _comparisons(rows: Sequence[Row], levels: Mapping[float, str]) -> list[str]:
     lines = []
     for level, what in levels.items():
         title = f"## At the same held-out margin, {level:.3g} ({what})"
-        lines += [title, "", *matched_table(rows, level), ""]
+        lines += [title, "", matched_table(rows, level), ""]
     return lines
 
 
@@ -224,11 +223,6 @@ def _limits(study: Study) -> str:
     )
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *body]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
 def _spread(values: np.ndarray, form: str) -> str:
     mean, sd, n = mean_sd(values)
     if n == 0:
@@ -237,7 +231,7 @@ def _spread(values: np.ndarray, form: str) -> str:
     return f"{mean:{form}}" + (f" ± {sd:{form.lstrip('+')}}" if n > 1 else "") + missing
 
 
-def matched_table(rows: Sequence[Row], level: float) -> list[str]:
+def matched_table(rows: Sequence[Row], level: float) -> str:
     """Every score at the margin, and its difference to AdamW with the same seed."""
     adamw = next(row for row in rows if row.name == "adamw")
     body = []
@@ -254,10 +248,10 @@ def matched_table(rows: Sequence[Row], level: float) -> list[str]:
     head = ["method"]
     for name in SCORES:
         head += [name, "over AdamW"]
-    return _table([*head, "reached at"], body)
+    return markdown_table([*head, "reached at"], body)
 
 
-def last_table(points: Sequence[Point], rows: Sequence[Row], questions: Sequence[int]) -> list[str]:
+def last_table(points: Sequence[Point], rows: Sequence[Row], questions: Sequence[int]) -> str:
     """Scores of the models themselves: means over seeds of every method's last step."""
     groups = [[p for p in points if p.method == name] for name in ("base", "sft")]
     groups += [[c[-1] for c in row.curves if c] for row in rows if row.trained]
@@ -278,7 +272,7 @@ def last_table(points: Sequence[Point], rows: Sequence[Row], questions: Sequence
         body.append([*cells, f"{right_logp(mean):.2f}", f"{mean[_PERPLEXITY]:.2f}"])
     head = ["model", "margin", "pairs right, %", *(f"{name}, %" for name in SHARES)]
     head += ["GSM8K greedy, %", "capability, %", "log p of right answers", "WikiText perplexity"]
-    return _table(head, body)
+    return markdown_table(head, body)
 
 
 def _mean(group: Sequence[Point], field: str, scale: float, form: str) -> str:
@@ -298,26 +292,17 @@ def draw(rows: Sequence[Row], levels: Sequence[float], path: Path) -> None:
     panels = figure.subplots(1, 2)
     for axes, (name, score) in zip(panels, SCORES.items(), strict=False):
         for level in levels:
-            axes.axvline(level, color="#B0B0B0", linestyle="--", linewidth=1, zorder=1)
+            draw_level(axes, level)
         for row in rows:
-            colour, marker = style(row.name.partition("-")[0])
             for number, curve in enumerate(row.curves):
-                axes.plot(
-                    [point.margin for point in curve],
-                    [score(point.metrics) for point in curve],
-                    color=colour,
-                    marker=marker,
-                    markersize=4.5,
-                    linewidth=1.4,
-                    linestyle=":" if row.control else "-",
-                    label=row.label if number == 0 else None,
-                )
+                margins = [point.margin for point in curve]
+                scores = [score(point.metrics) for point in curve]
+                key, label = row.name.partition("-")[0], row.label if number == 0 else None
+                draw_path(axes, margins, scores, key, label, row.control)
         for curve in filter(None, rows[0].curves):
-            axes.plot(0, score(curve[0].metrics), marker="*", markersize=15, color="#D55E00")
+            draw_start(axes, (0, score(curve[0].metrics)))
         axes.set_xlabel("held-out reward margin (β = 0.1); star: SFT model")
-        axes.set_title(name, loc="left", weight="bold")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes, name)
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=130)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,14 +12,14 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from train.config import ModelOptions, UserError, require
-from train.files.whole import check_place, write_json
+from train.config import ModelOptions, require
 from train.inputs.model import check_model, load_tokenizer
 from train.taxbench.language_model.data import check_files, prepare
 from train.taxbench.language_model.report import write_report
 from train.taxbench.language_model.sizes import SIZES
 from train.taxbench.language_model.stages import Point, Study
 from train.taxbench.language_model.work import show_work
+from train.taxbench.suite.directory import own_directory
 
 MethodName = Literal["adamw", "on_ties", "on_dare", "kl", "on_ties_large", "largest", "sign_mask"]
 
@@ -83,60 +82,40 @@ def check(config: SecondScaleConfig) -> None:
     check_model(ModelOptions(path=config.model), name="model")
 
 
-def open_directory(config: SecondScaleConfig) -> Path:
-    """Makes the output directory, or finds the one of a study of the same model, data and size.
-
-    Raises:
-        UserError: it holds another study or other files.
-    """
-    directory = Path(config.output_dir).expanduser().absolute()
-    check_place(directory, "output_dir")
-    # The size itself too: another version of the program may mean something else by its name.
-    given = {name: getattr(config, name) for name in ("model", "data_dir", "size")}
-    fields = given | dataclasses.asdict(SIZES[config.size])
-    file, settings = directory / "study.json", json.loads(json.dumps(fields))
-    if file.exists():
-        found = json.loads(file.read_text())
-        other = [name for name in settings if found.get(name) != settings[name]]
-        if other:
-            raise UserError(
-                f"output_dir {str(directory)!r} holds a study with another {', '.join(other)}; choose "
-                "another directory, or those settings."
-            )
-    elif directory.exists() and any(directory.iterdir()):
-        raise UserError(f"output_dir {str(directory)!r} holds other files; choose another.")
-    else:
-        write_json(file, settings)
-    return directory
-
-
-def run(config: SecondScaleConfig) -> Path:
-    """Every stage that is not done yet, and the report.
+def run_language_model_taxbench(config: SecondScaleConfig) -> Path:
+    """Runs every stage that is not done yet, and writes the report.
 
     Returns:
         The directory with results.jsonl, report.md and plane.png.
 
     Raises:
-        UserError: something given cannot be used; before anything runs.
+        UserError: something given cannot be used, before anything runs; or another process runs the
+            study there.
         Stopped: by a signal; the same command goes on.
     """
     check(config)
-    directory, console, size = open_directory(config), Console(), SIZES[config.size]
-    tokenizer = load_tokenizer(config.model, "model")
-    with console.status("Preparing the data"):
-        counts = prepare(config.data_dir, directory / "data", size, tokenizer)
-    study = Study(config.model, size, directory, tuple(config.methods), config.seeds, console)
-    show_work(study, tokenizer)
-    if config.dry_run:
-        return directory
-    points: list[Point] = []
-    with _compiled_programs_kept(directory / "compiled"):
-        for found in study.run():
-            points += found
-            # After every stage, so that a study that is cut off has one.
-            if any(point.method == "adamw" for point in points):
-                report = write_report(study, config.size, points, counts, config.margin)
-                console.print(f"Report so far: {report}", soft_wrap=True, highlight=False)
+    console, size = Console(), SIZES[config.size]
+    # The size itself too: another version of the program may mean something else by its name.
+    given = {name: getattr(config, name) for name in ("model", "data_dir", "size")}
+    settings = given | dataclasses.asdict(size)
+    with own_directory(
+        config.output_dir, "study.json", settings, "a study with another"
+    ) as directory:
+        tokenizer = load_tokenizer(config.model, "model")
+        with console.status("Preparing the data"):
+            counts = prepare(config.data_dir, directory / "data", size, tokenizer)
+        study = Study(config.model, size, directory, tuple(config.methods), config.seeds, console)
+        show_work(study, tokenizer)
+        if config.dry_run:
+            return directory
+        points: list[Point] = []
+        with _compiled_programs_kept(directory / "compiled"):
+            for found in study.stages():
+                points += found
+                # After every stage, so that a study that is cut off has one.
+                if any(point.method == "adamw" for point in points):
+                    report = write_report(study, config.size, points, counts, config.margin)
+                    console.print(f"Report so far: {report}", soft_wrap=True, highlight=False)
     return directory
 
 

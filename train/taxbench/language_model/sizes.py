@@ -1,4 +1,4 @@
-"""How much of the second scale is run: the reduced size for a CPU, and the full one."""
+"""Sizes of the second scale: the reduced one for a CPU, and the full one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Size:
             training takes by itself.
         points: Evaluations along every alignment, the last step's included.
         sft_lengths: Tokens of a prompt and of an answer, at most.
-        pair_lengths: The same for preferences.
+        pair_lengths: Tokens of a prompt and of an answer of a preference, at most.
         alpaca_pairs: Preferences judged by GPT-4 beside the HH-RLHF pairs.
         held_out: Share of the preferences' prompts that is held out.
         items: Questions of each task, spread evenly over its file; None for all.
-        passages: The same for XQuAD, whose questions come with a passage.
+        passages: Questions of XQuAD, which come with a passage; None for all.
         question_tokens: Tokens of a question, passage included, at most.
         choice_tokens: Tokens of each of a question's own choices, at most; all are padded to the
             longest.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ class Method:
 
     Attributes:
         label: Name in tables and plots.
-        optimizer: ``train/configs/smollm2_{optimizer}.yaml`` has its settings.
+        optimizer: The file ``train/configs/smollm2_{optimizer}.yaml`` has its settings.
         beta: β of the loss.
         alpha_total: α times the number of steps, for those that merge.
         rate: Peak learning rate, as a multiple of AdamW's.
@@ -83,8 +84,8 @@ class Point:
 
     Attributes:
         method: Key of `METHODS`; or base, sft, or the name of a kind of merge.
-        label: Its name in tables.
-        seed: Of the study.
+        label: Name in tables.
+        seed: Number of the study.
         at: Steps of alignment, or the weight of AdamW's model in a merge.
         margin: Held-out reward margin over the SFT model at β = `BETA`; 0 for that model itself, None
             for the base.
@@ -105,14 +106,14 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Where everything is, and how much of it.
+    """A study: its model, its directory, its size, and the stages that it consists of.
 
     Attributes:
         model: Directory of the model before SFT.
-        size: How much.
-        directory: Of the results.
+        size: How much is trained on and asked.
+        directory: Gets data, runs and results.
         methods: Keys of `METHODS`.
-        seeds: Number of them.
+        seeds: Number of seeds.
         console: Where stages are announced.
     """
 
@@ -128,7 +129,7 @@ class Study:
         """Directory of the prepared records."""
         return self.directory / "data"
 
-    def run(self) -> Iterator[list[Point]]:
+    def stages(self) -> Iterator[list[Point]]:
         """Does every stage that is not done yet; yields the models evaluated in each."""
         base = self._evaluated(self.model, self.directory / "base.json")
         yield [Point("base", "before SFT", 0, 0, None, None, base)]
@@ -202,27 +203,35 @@ class Study:
 
     def merges(self, seed: int) -> list[tuple[str, str, float, MergeConfig]]:
         """Name, label, weight of AdamW's model and settings of every merge without training."""
-        adamw, start = self._export(seed, "adamw"), self._export(seed, "sft")
-
-        def of(name: str, weight: float, rest: float, **settings: Any) -> MergeConfig:
-            models = [
-                MergeModelOptions(path=adamw, weight=weight),
-                MergeModelOptions(path=start, weight=rest),
-            ]
-            output = self._place(seed) / "merges" / f"{name}-{weight:g}"
-            return MergeConfig(models=models, output=str(output), dtype="float32", **settings)
-
+        size, linear = self.size, {"method": "linear"}
         found = [
-            ("offline_linear", "offline linear merge", w, of("linear", w, 1 - w, method="linear"))
-            for w in self.size.weights
+            (
+                "offline_linear",
+                "offline linear merge",
+                w,
+                self._merge(seed, "linear", w, 1 - w, linear),
+            )
+            for w in size.weights
         ]
-        for share in self.size.lambdas:
+        arithmetic = {"method": "task_arithmetic", "base": self.model}
+        for share in size.lambdas:
             name, label = f"{PLUS_DELTA}-{share:g}", f"control: AdamW, then + {share:g}·τ"
-            for w in self.size.lambda_weights:
+            for w in size.lambda_weights:
                 # base + w·(adamw − base) + (1 − w + λ)·τ is sft + w·(adamw − sft) + λ·τ.
-                settings = {"method": "task_arithmetic", "base": self.model}
-                found.append((name, label, w, of(name, w, 1 - w + share, **settings)))
+                config = self._merge(seed, name, w, 1 - w + share, arithmetic)
+                found.append((name, label, w, config))
         return found
+
+    def _merge(
+        self, seed: int, name: str, weight: float, rest: float, settings: Mapping[str, Any]
+    ) -> MergeConfig:
+        """Settings of a merge of AdamW's model, by `weight`, and the SFT model, by `rest`."""
+        models = [
+            MergeModelOptions(path=self._export(seed, "adamw"), weight=weight),
+            MergeModelOptions(path=self._export(seed, "sft"), weight=rest),
+        ]
+        output = self._place(seed) / "merges" / f"{name}-{weight:g}"
+        return MergeConfig(models=models, output=str(output), dtype="float32", **settings)
 
     def _merged(self, seed: int, name: str, label: str, at: float, config: MergeConfig) -> Point:
         """The scores of a merge. The model itself, which is quickly made again, is not kept."""
@@ -232,13 +241,13 @@ class Study:
             merge.merge_models(config)
         metrics = self._evaluated(str(place), result, reference=self._export(seed, "sft"))
         shutil.rmtree(place, ignore_errors=True)
-        return _point(name, label, seed, at, metrics, control=name != "offline_linear")
+        return Point(name, label, seed, at, **_scores(metrics), control=name != "offline_linear")
 
     def _points_of_run(self, seed: int, name: str) -> list[Point]:
         method = METHODS[name]
-        # The run's rewards have its own β.
+        scores = functools.partial(_scores, beta=method.beta)
         return [
-            _point(name, method.label, seed, row["step"], row, method.control, BETA / method.beta)
+            Point(name, method.label, seed, row["step"], **scores(row), control=method.control)
             for row in read_metrics(self._place(seed) / name / "metrics.jsonl")
             if "eval_rewards/margins" in row
         ]
@@ -284,24 +293,11 @@ class Study:
         self.console.rule(f"seed {seed}: {stage}")
 
 
-def _point(
-    name: str,
-    label: str,
-    seed: int,
-    at: float,
-    metrics: Mapping[str, float],
-    control: bool,
-    scale: float = 1.0,
-) -> Point:
-    """A point from held-out metrics whose margins are to be multiplied by `scale`."""
+def _scores(metrics: Mapping[str, float], beta: float = BETA) -> dict[str, Any]:
+    """The scores of a `Point`, from held-out metrics whose rewards have this β."""
     tasks = ("eval_tasks/", "eval_texts/", "eval_generation/")
-    return Point(
-        method=name,
-        label=label,
-        seed=seed,
-        at=at,
-        margin=scale * metrics["eval_rewards/margins"],
-        accuracy=metrics["eval_rewards/accuracies"],
-        metrics={key: value for key, value in metrics.items() if key.startswith(tasks)},
-        control=control,
-    )
+    return {
+        "margin": BETA / beta * metrics["eval_rewards/margins"],
+        "accuracy": metrics["eval_rewards/accuracies"],
+        "metrics": {key: value for key, value in metrics.items() if key.startswith(tasks)},
+    }

@@ -1,4 +1,4 @@
-"""How many tokens every stage of the second scale computes."""
+"""Counts the tokens that every stage of the second scale computes."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """`python -m train demo`: the whole comparison from scratch, on a CPU, in minutes."""
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,16 @@ from rich.progress import (
 from train.config import UserError, require
 from train.files.whole import write_json, write_whole
 from train.taxbench.miniature import plot, report, tasks
+from train.taxbench.miniature.examples import Questions
 from train.taxbench.miniature.methods import (
     METHODS,
     OFFLINE_WEIGHTS,
-    Checkpoint,
     add_delta,
     align,
     offline_linear,
 )
 from train.taxbench.miniature.scoring import is_right
-from train.taxbench.miniature.sizes import ALIGN_BATCH, check_sizes
+from train.taxbench.miniature.sizes import Sizes, check_sizes
 from train.taxbench.miniature.subjects import Subject, make_subject, train_models
 from train.taxbench.miniature.training import Lab, Params, Tick
 from train.taxbench.miniature.trajectories import Trajectory, compare, records
@@ -106,38 +106,34 @@ def new_run_dir(output_dir: str) -> Path:
 class Stages:
     """Progress bars of all stages; lines of text where the output is not a terminal."""
 
-    def __init__(self, console: Console):
-        self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description:<22}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+    def __init__(self, console: Console, progress: Progress):
+        self._console, self._progress = console, progress
 
-    def __enter__(self) -> "Stages":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
-
-    @contextmanager
+    @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Tick]:
-        """One stage of `total` units; yields what is told about units done."""
+        """Shows one stage of `total` units; yields what is to be told about units done."""
         bar = self._progress.add_task(name, total=total)
         start = time.perf_counter()
         yield lambda units: self._progress.advance(bar, units)
         if not self._console.is_terminal:
-            self._console.print(f"{name}: {time.perf_counter() - start:.0f} s")
+            self.say(f"{name}: {time.perf_counter() - start:.0f} s")
 
     def say(self, text: str) -> None:
         """Prints a line above the bars."""
         self._console.print(text)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
 
 
 def expected_seconds(config: DemoConfig) -> float:
@@ -148,15 +144,15 @@ def expected_seconds(config: DemoConfig) -> float:
     return 35 + supervised + aligned + evaluations * config.questions * 2e-3
 
 
-def prepare(lab: Lab, config: DemoConfig, stages: Stages) -> Subject:
+def prepare_subject(lab: Lab, config: DemoConfig, stages: Stages) -> Subject:
     """Trains the base model, fine-tunes it and makes the preference data."""
+    sizes = Sizes.of(config)
     with (
         stages.stage("base model", config.base_steps) as base_tick,
         stages.stage("SFT", config.sft_steps) as sft_tick,
     ):
-        ticks = (base_tick, sft_tick)
-        models = train_models(lab, config.seed, config.base_steps, config.sft_steps, ticks)
-    subject = make_subject(lab, models, config.seed, config.pairs, config.questions)
+        models = train_models(lab, config.seed, sizes, (base_tick, sft_tick))
+    subject = make_subject(lab, models, config.seed, sizes)
     stages.say(
         f"SFT model: reward {subject.start.reward:.2f}, {100 * subject.start.capability:.1f} % of "
         "the held-out questions right"
@@ -166,52 +162,38 @@ def prepare(lab: Lab, config: DemoConfig, stages: Stages) -> Subject:
 
 def align_all(
     lab: Lab, subject: Subject, config: DemoConfig, stages: Stages
-) -> tuple[list[Trajectory], dict[str, list[Checkpoint]]]:
-    """Runs every method; returns the trajectories and the trained ones' checkpoints by name."""
-    trajectories, checkpoints = [], {}
+) -> tuple[list[Trajectory], dict[str, Params]]:
+    """Runs every method; returns all trajectories, and each method's last model by its label."""
+    trajectories, last, adamw = [], {}, {}
     for method in METHODS:
         with stages.stage(method.label, config.steps) as tick:
-            trajectory, saved = align(
-                lab,
-                subject,
-                method,
-                steps=config.steps,
-                batch_size=ALIGN_BATCH,
-                eval_every=config.eval_every,
-                tick=tick,
-            )
+            trajectory, models = align(lab, subject, method, Sizes.of(config), tick)
         trajectories.append(trajectory)
-        checkpoints[method.name] = saved
-    adamw = checkpoints["adamw"]
+        last[method.label] = models[config.steps]
+        if method.name == "adamw":
+            adamw = models
     with stages.stage("Offline linear", len(OFFLINE_WEIGHTS)) as tick:
-        trajectories.append(offline_linear(lab, subject, adamw[-1], tick))
-    with stages.stage("Control: AdamW + λτ", len(adamw) + 1) as tick:
+        trajectories.append(offline_linear(lab, subject, adamw, tick))
+    with stages.stage("Control: AdamW + λτ", len(adamw)) as tick:
         trajectories.append(add_delta(lab, subject, adamw, config.control_weight, tick))
-    return trajectories, checkpoints
+    return trajectories, last
 
 
 def sample_answers(
-    lab: Lab, subject: Subject, checkpoints: Mapping[str, Sequence[Checkpoint]]
+    lab: Lab, questions: Questions, models: Mapping[str, Params]
 ) -> tuple[list[str], list[list[str]]]:
-    """The first held-out question of each family with everyone's answer, as a table."""
-    models: dict[str, Params] = {"SFT model": subject.sft}
-    models |= {method.label: checkpoints[method.name][-1].params for method in METHODS}
-    questions = subject.questions
-    first = np.array([np.argmax(questions.families == i) for i in range(len(tasks.FAMILIES))])
+    """The first held-out question of each family with every model's answer, as a table."""
+    first = np.unique(questions.families, return_index=True)[1]
     columns = [[tasks.decode(row[row != tasks.BOS]) for row in questions.prompt_tokens[first]]]
     for params in models.values():
         answers = lab.answers(params, questions)[first]
         right = is_right(answers, questions.answers[first])
-        columns.append(
-            [
-                tasks.decode(answer) + ("" if ok else " ✗")
-                for answer, ok in zip(answers, right, strict=True)
-            ]
-        )
+        marked = zip(answers, right, strict=True)
+        columns.append([tasks.decode(answer) + ("" if ok else " ✗") for answer, ok in marked])
     return ["question", *models], [list(row) for row in zip(*columns, strict=True)]
 
 
-def run(config: DemoConfig) -> Path:
+def run_demo(config: DemoConfig) -> Path:
     """Trains, aligns, compares and reports.
 
     Args:
@@ -236,14 +218,16 @@ def run(config: DemoConfig) -> Path:
     began, cpu = time.perf_counter(), time.process_time()
     settings: dict[str, Any] = dataclasses.asdict(config)
     write_json(directory / "settings.json", settings)
-    with Stages(console) as stages:
-        lab = Lab()
-        subject = prepare(lab, config, stages)
-        trajectories, checkpoints = align_all(lab, subject, config, stages)
-    points = [one for each in trajectories for one in records(each, subject.questions)]
+    with _progress(console) as progress:
+        lab, stages = Lab(), Stages(console, progress)
+        subject = prepare_subject(lab, config, stages)
+        trajectories, last = align_all(lab, subject, config, stages)
+    questions = subject.questions
+    points = [point for trajectory in trajectories for point in records(trajectory, questions)]
     lines = [json.dumps(point, ensure_ascii=False) for point in points]
     write_whole(directory / "results.jsonl", "\n".join(lines))
-    rows = compare(trajectories, config.reward, families=subject.questions.families)
+
+    rows = compare(trajectories, config.reward, families=questions.families)
     figure = directory / "trajectories.png"
     plot.draw(rows, config.reward, figure)
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu
@@ -254,7 +238,7 @@ def run(config: DemoConfig) -> Path:
         settings=settings,
         command=report.command_line("demo", config),
         cost=f"{wall:.0f} s of wall time, {cpu:.0f} s of CPU time",
-        answers=sample_answers(lab, subject, checkpoints),
+        answers=sample_answers(lab, questions, {"SFT model": subject.sft, **last}),
     )
     report.write_page(rows, page, figure, directory / "report.html")
     console.print(report.table(rows, config.reward, config.steps))

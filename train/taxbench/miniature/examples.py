@@ -44,6 +44,13 @@ class Questions:
     families: np.ndarray
     names: tuple[str, ...]
 
+    def by_family(self, values: np.ndarray) -> dict[str, float]:
+        """Means over the questions of every family, rounded; `values` is a number for each question."""
+        return {
+            name: round(float(values[self.families == i].mean()), 4)
+            for i, name in enumerate(self.names)
+        }
+
 
 def _prompts(
     family: Family, arguments: np.ndarray, *, instruct: bool
@@ -65,22 +72,16 @@ def _completions(
     answers: np.ndarray, style: np.ndarray, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lays out `[Sure!] answer [hope] [smile] </s>`; `style` is bool [n, 3]."""
-    n, m = answers.shape
-
-    def column(token: int) -> np.ndarray:
-        return np.full((n, 1), token, np.int32)
-
-    sure, hope, smile, eos = (column(t) for t in (*tasks.STYLE, tasks.EOS))
-    tokens = np.concatenate([sure, answers, hope, smile, eos], axis=1)
-    ones = np.ones((n, m), bool)
+    fixed = np.tile(np.array([*tasks.STYLE, tasks.EOS], np.int32), (len(answers), 1))
+    tokens = np.concatenate([fixed[:, :1], answers, fixed[:, 1:]], axis=1)
+    ones = np.ones(answers.shape, bool)
     keep = np.concatenate([style[:, :1], ones, style[:, 1:], ones[:, :1]], axis=1)
     # A stable sort on "dropped" moves the kept tokens to the front without changing their order.
     order = np.argsort(~keep, axis=1, kind="stable")
     length = keep.sum(1, keepdims=True)
     mask = np.arange(width) < length
-    laid_out = np.full((n, width), tasks.PAD, np.int32)
-    columns = min(width, tokens.shape[1])
-    laid_out[:, :columns] = np.take_along_axis(tokens, order, axis=1)[:, :columns]
+    laid_out = np.take_along_axis(tokens, order, axis=1)[:, :width]
+    laid_out = np.pad(laid_out, ((0, 0), (0, width - laid_out.shape[1])))
     return np.where(mask, laid_out, tasks.PAD), mask
 
 
@@ -111,14 +112,7 @@ def statements(
     Returns:
         A batch of `n` rows: prompt_tokens, prompt_mask, completion_tokens, completion_mask, index.
     """
-    parts = []
-    for name, count in _counts(n, tuple(FAMILIES), weights or {}).items():
-        arguments, answers = tasks.draw(FAMILIES[name], rng, count)
-        prompt, prompt_mask = _prompts(FAMILIES[name], arguments, instruct=False)
-        plain = np.zeros((count, len(tasks.STYLE)), bool)
-        completion, mask = _completions(answers, plain, STATEMENT_COMPLETION)
-        parts.append(_rows(prompt, prompt_mask, completion, mask))
-    return _shuffled(parts, rng)
+    return _supervised(rng, n, weights or {}, style_rate=None)
 
 
 def instructions(rng: np.random.Generator, n: int, style_rate: float) -> Batch:
@@ -132,25 +126,25 @@ def instructions(rng: np.random.Generator, n: int, style_rate: float) -> Batch:
     Returns:
         A batch of `n` rows, keyed as in `statements`.
     """
-    parts = []
-    for name, count in _counts(n, tuple(FAMILIES), {}).items():
-        arguments, answers = tasks.draw(FAMILIES[name], rng, count)
-        prompt, prompt_mask = _prompts(FAMILIES[name], arguments, instruct=True)
-        style = rng.random((count, len(tasks.STYLE))) < style_rate
-        completion, mask = _completions(answers, style, INSTRUCTION_COMPLETION)
-        parts.append(_rows(prompt, prompt_mask, completion, mask))
-    return _shuffled(parts, rng)
+    return _supervised(rng, n, {}, style_rate)
 
 
-def _rows(
-    prompt: np.ndarray, prompt_mask: np.ndarray, completion: np.ndarray, mask: np.ndarray
+def _supervised(
+    rng: np.random.Generator, n: int, weights: Mapping[str, float], style_rate: float | None
 ) -> Batch:
-    return {
-        "prompt_tokens": prompt,
-        "prompt_mask": prompt_mask,
-        "completion_tokens": completion,
-        "completion_mask": mask,
-    }
+    """Instructions with style, or raw statements where `style_rate` is None."""
+    instruct = style_rate is not None
+    width = INSTRUCTION_COMPLETION if instruct else STATEMENT_COMPLETION
+    parts = []
+    for name, count in _counts(n, tuple(FAMILIES), weights).items():
+        arguments, answers = tasks.draw(FAMILIES[name], rng, count)
+        prompt, prompt_mask = _prompts(FAMILIES[name], arguments, instruct=instruct)
+        shape = (count, len(tasks.STYLE))
+        style = rng.random(shape) < style_rate if instruct else np.zeros(shape, bool)
+        tokens, mask = _completions(answers, style, width)
+        part = {"prompt_tokens": prompt, "prompt_mask": prompt_mask}
+        parts.append(part | {"completion_tokens": tokens, "completion_mask": mask})
+    return _shuffled(parts, rng)
 
 
 def preferences(

@@ -6,20 +6,21 @@ their own, among four for each method, by mean capability where the reward first
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
-import jax
 import numpy as np
 
 import omerge_jax as om
 from train.config import OptimizerOptions
 from train.losses import PreferenceLoss, check_starts_at_reference
-from train.taxbench.miniature.subjects import Subject
-from train.taxbench.miniature.training import Lab, Params, Tick
-from train.taxbench.miniature.trajectories import Trajectory, grade
-
-WARMUP_STEPS = 10
+from train.objectives.preference import preference_loss
+from train.optimizers.build import needs_delta
+from train.taxbench.miniature.sizes import Sizes
+from train.taxbench.miniature.subjects import Subject, on_host
+from train.taxbench.miniature.training import Lab, Params, Tick, Trainer, alignment_optimizer
+from train.taxbench.miniature.trajectories import Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Method:
     Attributes:
         name: identifier.
         label: name in tables and plots; "(p = 1)" where the density is 1 and nothing is dropped.
-        optimizer: its optimizer, as for `python -m train dpo`.
+        optimizer: settings of its optimizer, as in `python -m train dpo`.
         beta: strength of DPO's pull towards the reference.
     """
 
@@ -64,92 +65,87 @@ METHODS = (
 OFFLINE_WEIGHTS = tuple(np.linspace(0.05, 1.0, 20).round(2).tolist())
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """Parameters (on the host) after an alignment step."""
-
-    step: int
-    params: Params
-
-
 def align(
-    lab: Lab,
-    subject: Subject,
-    method: Method,
-    *,
-    steps: int,
-    batch_size: int,
-    eval_every: int,
-    tick: Tick,
-) -> tuple[Trajectory, list[Checkpoint]]:
+    lab: Lab, subject: Subject, method: Method, sizes: Sizes, tick: Tick
+) -> tuple[Trajectory, dict[int, Params]]:
     """Runs one method and scores it along the way.
 
     Returns:
-        Its trajectory and the parameters at every evaluation.
+        Its trajectory, and the parameters (on the host) at every step of it, the fine-tuned model's
+        first.
     """
-    trainer = lab.aligner(
-        method.optimizer,
-        beta=method.beta,
-        warmup_steps=min(WARMUP_STEPS, steps - 1),
-        steps=steps,
-        batch_size=batch_size,
+    loss = PreferenceLoss(beta=method.beta)
+    trainer = Trainer(
+        preference_loss(lab.graphdef, loss),
+        alignment_optimizer(method.optimizer, sizes.steps),
+        steps=sizes.steps,
+        batch_size=sizes.batch_size,
+        check_start=partial(check_starts_at_reference, loss=loss),
     )
-    points, checkpoints = [subject.start], []
+    merges, rng = needs_delta(method.optimizer), np.random.default_rng([subject.seed, 3])
+    delta = om.task_vector(subject.sft, subject.base) if merges else None
+    points, models = [subject.start], {0: subject.sft}
+    for step, params, metrics in trainer.train(
+        subject.sft, subject.pairs, rng, every=sizes.eval_every, delta=delta, tick=tick
+    ):
+        points.append(lab.grade(params, subject.questions, step, metrics=metrics))
+        models[step] = on_host(params)
+    words = method.settings(sizes.steps)
+    return Trajectory(method.name, method.label, words, "step", points), models
 
-    def visit(step: int, params: Params, metrics: dict[str, float]) -> None:
-        answers = lab.answers(params, subject.questions)
-        points.append(grade(answers, subject.questions, step, metrics=metrics))
-        checkpoints.append(Checkpoint(step, jax.tree.map(np.asarray, params)))
 
-    merges = method.optimizer.name != "adamw"
-    trainer.run(
-        subject.sft,
-        subject.pairs,
-        np.random.default_rng([subject.seed, 3]),
-        delta=om.task_vector(subject.sft, subject.base) if merges else None,
-        visit=visit,
-        visit_every=eval_every,
-        check_start=partial(check_starts_at_reference, loss=PreferenceLoss(beta=method.beta)),
-        tick=tick,
-    )
-    trajectory = Trajectory(method.name, method.label, method.settings(steps), "step", points)
-    return trajectory, checkpoints
+def merged_by_weight(
+    subject: Subject, trained: Params, method: str, **options: Any
+) -> Iterator[Params]:
+    """Merges the fine-tuned model with a trained one, for every weight of the trained one.
+
+    Args:
+        subject: has the base and the fine-tuned model.
+        trained: the other model.
+        method: a method of `omerge_jax.offline_merge`.
+        **options: more of its arguments.
+
+    Yields:
+        A model for each of `OFFLINE_WEIGHTS`.
+    """
+    for weight in OFFLINE_WEIGHTS:
+        if method == "slerp":
+            yield om.offline_merge(subject.sft, [trained], method="slerp", t=weight)
+        else:
+            models, weights = [subject.sft, trained], [1 - weight, weight]
+            yield om.offline_merge(subject.base, models, method=method, weights=weights, **options)
+
+
+def with_delta_added(subject: Subject, model: Params, weight: float) -> Params:
+    """A model plus `weight` times the reference's delta."""
+    models, weights = [model, subject.sft], [1.0, weight]
+    return om.offline_merge(subject.base, models, method="task_arithmetic", weights=weights)
 
 
 def offline_linear(
-    lab: Lab, subject: Subject, trained: Checkpoint, tick: Callable[[int], None]
+    lab: Lab, subject: Subject, models: Mapping[int, Params], tick: Tick
 ) -> Trajectory:
     """AdamW's last model averaged with the fine-tuned one, over a grid of weights."""
-    points = [subject.start]
-    for weight in OFFLINE_WEIGHTS:
-        merged = om.offline_merge(
-            subject.base,
-            [subject.sft, trained.params],
-            method="linear",
-            weights=[1 - weight, weight],
-        )
-        points.append(grade(lab.answers(merged, subject.questions), subject.questions, weight))
+    last, points = max(models), [subject.start]
+    merged = merged_by_weight(subject, models[last], "linear")
+    for weight, model in zip(OFFLINE_WEIGHTS, merged, strict=True):
+        points.append(lab.grade(model, subject.questions, weight))
         tick(1)
-    settings = f"(1 − w)·SFT + w·AdamW after {trained.step} steps, w = 0.05 … 1"
+    settings = f"(1 − w)·SFT + w·AdamW after {last} steps, w = 0.05 … 1"
     return Trajectory("offline_linear", "Offline linear", settings, "weight", points)
 
 
 def add_delta(
-    lab: Lab, subject: Subject, trained: Sequence[Checkpoint], weight: float, tick: Tick
+    lab: Lab, subject: Subject, models: Mapping[int, Params], weight: float, tick: Tick
 ) -> Trajectory:
     """AdamW's models with `weight` times the reference's delta added once, after training.
 
     The simplest thing that could explain what online merging does, so every claim has to pass it.
     """
     points = []
-    for step, params in [(0, subject.sft), *((c.step, c.params) for c in trained)]:
-        merged = om.offline_merge(
-            subject.base,
-            [params, subject.sft],
-            method="task_arithmetic",
-            weights=[1.0, weight],
-        )
-        points.append(grade(lab.answers(merged, subject.questions), subject.questions, step))
+    for step, params in models.items():
+        merged = with_delta_added(subject, params, weight)
+        points.append(lab.grade(merged, subject.questions, step))
         tick(1)
     settings = f"AdamW's models + {weight:g}·τ, added after training"
     return Trajectory("adamw_plus_delta", "AdamW + λτ", settings, "step", points, control=True)

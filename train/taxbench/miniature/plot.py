@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.figure
 from matplotlib.axes import Axes
@@ -38,30 +39,52 @@ def draw(rows: Sequence[Row], level: float, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def style(name: str) -> tuple[str, str]:
-    """Colour and marker of a method, the same in every figure."""
-    return _STYLES.get(name, _OTHER)
+def draw_path(
+    axes: Axes, x: Sequence[Any], y: Sequence[float], name: str, label: str | None, control: bool
+) -> None:
+    """Draws the points of one method as a line in its own style, dotted for a control."""
+    colour, marker = _STYLES.get(name, _OTHER)
+    axes.plot(
+        x,
+        y,
+        color=colour,
+        marker=marker,
+        markersize=4.5,
+        linewidth=1.4,
+        linestyle=":" if control else "-",
+        label=label,
+        zorder=3,
+    )
+
+
+def draw_level(axes: Axes, level: float) -> None:
+    """Draws the line at which methods are compared."""
+    axes.axvline(level, color=_LEVEL_COLOUR, linestyle="--", linewidth=1, zorder=1)
+
+
+def draw_start(axes: Axes, place: tuple[float, float]) -> None:
+    """Draws the star of the fine-tuned model."""
+    axes.plot(*place, marker="*", markersize=15, color=_START_COLOUR, zorder=4)
+
+
+def tidy(axes: Axes, title: str | None = None) -> None:
+    """Gives a panel its title, a pale grid and no frame at the top and the right."""
+    if title is not None:
+        axes.set_title(title, loc="left", weight="bold")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_plane(axes: Axes, rows: Sequence[Row], level: float) -> None:
-    axes.axvline(level, color=_LEVEL_COLOUR, linestyle="--", linewidth=1, zorder=1)
+    draw_level(axes, level)
     for row in rows:
-        colour, marker = style(row.trajectory.name)
-        points = row.trajectory.points
-        axes.plot(
-            [point.reward for point in points],
-            [100 * point.capability for point in points],
-            color=colour,
-            marker=marker,
-            markersize=4.5,
-            linewidth=1.4,
-            linestyle=":" if row.trajectory.control else "-",
-            label=row.trajectory.label,
-            zorder=3,
-        )
+        path = row.trajectory
+        rewards = [point.reward for point in path.points]
+        capabilities = [100 * point.capability for point in path.points]
+        draw_path(axes, rewards, capabilities, path.name, path.label, path.control)
     start = rows[0].trajectory.points[0]
     place = (start.reward, 100 * start.capability)
-    axes.plot(*place, marker="*", markersize=15, color=_START_COLOUR, zorder=4)
+    draw_start(axes, place)
     axes.annotate(
         "fine-tuned model",
         place,
@@ -83,17 +106,15 @@ def _draw_plane(axes: Axes, rows: Sequence[Row], level: float) -> None:
     axes.margins(y=0.08)
     axes.set_xlabel("reward: style score of greedy answers")
     axes.set_ylabel("capability: right answers, %")
-    axes.set_title("What alignment gains, and what it costs", loc="left", weight="bold")
-    axes.grid(alpha=0.25)
+    tidy(axes, "What alignment gains, and what it costs")
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 0.06), frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_gains(axes: Axes, rows: Sequence[Row], level: float) -> None:
     known = [row for row in rows if row.gain is not None]
     axes.axvline(0, color="#000000", linewidth=1)
     for place, row in enumerate(reversed(known)):
-        colour, marker = style(row.trajectory.name)
+        colour, marker = _STYLES.get(row.trajectory.name, _OTHER)
         gain, error = 100 * (row.gain or 0.0), 100 * (row.gain_error or 0.0)
         axes.errorbar(gain, place, xerr=error, color=colour, marker=marker, markersize=8, capsize=4)
         axes.annotate(

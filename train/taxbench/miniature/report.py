@@ -83,10 +83,9 @@ def _without_settings(cells: Sequence[str]) -> list[str]:
     return [cells[0], *cells[2:]]
 
 
-def headline(rows: Sequence[Row], level: float, baseline: str = "adamw") -> str:
+def headline(rows: Sequence[Row], level: float) -> str:
     """The result in one sentence, whichever way it went."""
-    by_name = {row.trajectory.name: row for row in rows}
-    base = by_name[baseline]
+    base = next(row for row in rows if row.trajectory.name == "adamw")
     if base.matched is None:
         return (
             f"{base.trajectory.label} did not reach a reward of {level:g} (its best was "
@@ -111,7 +110,7 @@ def _above_or_below(difference: float) -> str:
 
 
 def notes(rows: Sequence[Row], level: float, seed: int) -> list[str]:
-    """What to keep in mind when reading the numbers."""
+    """Says what limits the numbers, a sentence or two for each point."""
     by_name = {row.trajectory.name: row for row in rows}
     out = [
         f"One seed ({seed}), one base model. The ± counts only the choice of questions, not the "
@@ -178,14 +177,14 @@ def environment() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """What the HTML page shows besides the rows.
+    """Contents of the HTML page besides the rows.
 
     Attributes:
         level: reward at which capability is matched.
         steps: the fixed last step.
         seed: the seed of the run.
         settings: the demo's settings by name.
-        command: what reproduces the run.
+        command: the command line that repeats the run.
         cost: wall and CPU time, in words.
         answers: heading and rows of the table of sample answers.
     """

@@ -1,4 +1,6 @@
-"""How large the benchmark is: what results rest on besides seed and recipe."""
+"""Sizes of the benchmark, on which results depend besides seed and recipe."""
+
+from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
@@ -9,9 +11,8 @@ from train.config import UserError, require
 ALIGN_BATCH = 64
 """Pairs in a step of alignment."""
 
-
 VERSION = 2
-"""Of tasks, data, models and what is evaluated; results of another one are not mixed with these."""
+"""Counts changes of tasks, data, models and evaluation; results of two versions are never mixed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Sizes:
     batch_size: int = ALIGN_BATCH
     version: int = VERSION
 
+    @classmethod
+    def of(cls, config: Any) -> Sizes:
+        """Takes the sizes that are fields of a command's settings."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in vars(config).items() if name in names})
+
 
 def check_sizes(config: Any) -> None:
     """Checks the fields that the demo and the suite have in common.
@@ -59,5 +66,5 @@ def check_sizes(config: Any) -> None:
 
 
 def models_file(directory: Path, seed: int, sizes: Sizes) -> Path:
-    """Where the base and the fine-tuned model of a seed are kept; models of other lengths elsewhere."""
+    """The file of the base and the fine-tuned model of a seed; other numbers of steps have another."""
     return directory / f"models-{seed}-{sizes.base_steps}-{sizes.sft_steps}.npz"

@@ -13,8 +13,9 @@ from flax import traverse_util
 from train.files.whole import whole_file
 from train.taxbench.miniature import examples
 from train.taxbench.miniature.examples import Batch, Questions
-from train.taxbench.miniature.training import Lab, Params, Tick, Trainer
-from train.taxbench.miniature.trajectories import Point, grade
+from train.taxbench.miniature.sizes import Sizes
+from train.taxbench.miniature.training import Lab, Params, Tick, silent
+from train.taxbench.miniature.trajectories import Point
 
 # The pairs are about two families of eight; the tax shows on all of them.
 PREFERENCE_FAMILIES = ("copy", "add")
@@ -67,38 +68,28 @@ class Models:
 
 
 def train_models(
-    lab: Lab, seed: int, base_steps: int, sft_steps: int, ticks: tuple[Tick, Tick]
+    lab: Lab, seed: int, sizes: Sizes, ticks: tuple[Tick, Tick] = (silent, silent)
 ) -> Models:
     """Trains the base model from scratch and fine-tunes it.
 
     Args:
         lab: compiled functions.
-        seed: of the parameters, the data and their order.
-        base_steps: steps of the first stage.
-        sft_steps: steps of the second.
-        ticks: told about the steps of the two stages.
+        seed: decides the parameters, the data and their order.
+        sizes: numbers of steps.
+        ticks: are told about the steps of the two stages.
     """
     n, rng = SUPERVISED_BATCH, np.random.default_rng([seed, 1])
-
-    def stage(rate: float, steps: int) -> Trainer:
-        warmup = min(50, steps - 1)
-        return lab.supervised(learning_rate=rate, warmup_steps=warmup, steps=steps, batch_size=n)
-
+    base_steps, sft_steps = sizes.base_steps, sizes.sft_steps
     data = examples.statements(rng, n * base_steps, STATEMENT_WEIGHTS)
-    base = stage(BASE_LEARNING_RATE, base_steps).run(
-        lab.fresh_params(seed), data, rng, tick=ticks[0]
-    )
+    trainer = lab.supervised(BASE_LEARNING_RATE, base_steps, n)
+    start = lab.fresh_params(seed)
+    stage = trainer.train(start, data, rng, every=base_steps, tick=ticks[0])
+    [base] = [on_host(params) for _, params, _ in stage]
     data = examples.instructions(rng, n * sft_steps, STYLE_RATE)
-    halves: list[Params] = []
-    sft = stage(SFT_LEARNING_RATE, sft_steps).run(
-        base,
-        data,
-        rng,
-        tick=ticks[1],
-        visit=lambda step, params, metrics: halves.append(on_host(params)),
-        visit_every=max(sft_steps // 2, 1),
-    )
-    return Models(on_host(base), halves[0], on_host(sft))
+    trainer = lab.supervised(SFT_LEARNING_RATE, sft_steps, n)
+    stage = trainer.train(base, data, rng, every=sft_steps // 2, tick=ticks[1])
+    half, *_, sft = [on_host(params) for _, params, _ in stage]
+    return Models(base, half, sft)
 
 
 def on_host(params: Any) -> Params:
@@ -106,17 +97,14 @@ def on_host(params: Any) -> Params:
     return jax.tree.map(np.array, params)
 
 
-def make_subject(lab: Lab, models: Models, seed: int, pairs: int, questions: int) -> Subject:
+def make_subject(lab: Lab, models: Models, seed: int, sizes: Sizes) -> Subject:
     """The preference data and questions for a fine-tuned model."""
+    rng = np.random.default_rng([seed, 2])
     data = examples.preferences(
-        np.random.default_rng([seed, 2]),
-        pairs,
-        PREFERENCE_FAMILIES,
-        noise=LABEL_NOISE,
-        wrong_rate=WRONG_RATE,
+        rng, sizes.pairs, PREFERENCE_FAMILIES, noise=LABEL_NOISE, wrong_rate=WRONG_RATE
     )
-    # Of their own for every seed, so that settings are not chosen on the questions of the report.
-    asked = examples.questions(np.random.default_rng([seed, 5]), questions)
-    start = grade(lab.answers(models.sft, asked), asked, at=0)
+    # Every seed has its own questions, so that settings are not chosen on those of the report.
+    asked = examples.questions(np.random.default_rng([seed, 5]), sizes.questions)
+    start = lab.grade(models.sft, asked, at=0)
     data = lab.with_reference(models.sft, data)
     return Subject(models.base, models.sft, data, asked, start, seed)

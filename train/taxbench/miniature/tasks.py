@@ -14,6 +14,7 @@ Example:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -32,9 +33,6 @@ NUM_FACTS = 300
 # One prompt in this many is never trained on.
 HELD_OUT_SHARE = 7
 
-_CONTROL = {PAD: "", BOS: "<s>", EOS: "</s>", ASK: "ask", REPLY: ":", EQUALS: "="}
-_STYLE_WORDS = {SURE: "Sure!", HOPE: "hope-this-helps", SMILE: ":-)"}
-
 Sampler = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
 
 
@@ -43,7 +41,7 @@ class Family:
     """A kind of task.
 
     Attributes:
-        name: what the reports call it.
+        name: name in reports.
         token: the id that names it in a prompt.
         sample: `(rng, n) -> (arguments int32 [n, k], answers int32 [n, m])`, as token ids.
         memorised: True where nothing but the trained prompts can be answered, so that there are no
@@ -56,48 +54,20 @@ class Family:
     memorised: bool = False
 
 
-def _letters(rng: np.random.Generator, n: int) -> np.ndarray:
-    return LETTER + rng.integers(0, NUM_LETTERS, (n, 4))
+def _rule(
+    first: int, symbols: int, length: int, answer: Callable[[np.ndarray], np.ndarray]
+) -> Sampler:
+    """Prompts of `length` random symbols, from token `first` on, answered by a fixed rule."""
 
+    def sample(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+        x = first + rng.integers(0, symbols, (n, length))
+        return x, answer(x)
 
-def _copy(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    x = _letters(rng, n)
-    return x, x
-
-
-def _reverse(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    x = _letters(rng, n)
-    return x, x[:, ::-1]
-
-
-def _sort(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    x = _letters(rng, n)
-    return x, np.sort(x, axis=1)
-
-
-def _extremes(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    x = DIGIT + rng.integers(0, NUM_DIGITS, (n, 5))
-    return x, np.stack([x.max(1), x.min(1)], axis=1)
-
-
-def _count(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    x = LETTER + rng.integers(0, 3, (n, 6))
-    return x, DIGIT + (x[:, 1:] == x[:, :1]).sum(1, keepdims=True)
-
-
-def _shift(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    x = _letters(rng, n)
-    return x, LETTER + (x - LETTER + 1) % NUM_LETTERS
-
-
-def _add(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    x = rng.integers(0, NUM_DIGITS, (n, 3))
-    total = x.sum(1)
-    return DIGIT + x, DIGIT + np.stack([total // 10, total % 10], axis=1)
+    return sample
 
 
 def _fact_table() -> tuple[np.ndarray, np.ndarray]:
-    """Draws the facts, a part of the benchmark: the same for every seed."""
+    """Draws the facts, which are part of the benchmark and the same for every seed."""
     rng = np.random.default_rng(1234)
     keys = rng.choice(NUM_DIGITS**3, NUM_FACTS, replace=False)
     digits = np.stack([keys // 100, keys // 10 % 10, keys % 10], axis=1)
@@ -113,19 +83,29 @@ def _facts(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 _SAMPLERS: Mapping[str, Sampler] = {
-    "copy": _copy,
-    "reverse": _reverse,
-    "sort": _sort,
-    "shift": _shift,
-    "max-min": _extremes,
-    "count": _count,
-    "add": _add,
+    "copy": _rule(LETTER, NUM_LETTERS, 4, lambda x: x),
+    "reverse": _rule(LETTER, NUM_LETTERS, 4, lambda x: x[:, ::-1]),
+    "sort": _rule(LETTER, NUM_LETTERS, 4, lambda x: np.sort(x, axis=1)),
+    "shift": _rule(LETTER, NUM_LETTERS, 4, lambda x: LETTER + (x - LETTER + 1) % NUM_LETTERS),
+    "max-min": _rule(DIGIT, NUM_DIGITS, 5, lambda x: np.stack([x.max(1), x.min(1)], axis=1)),
+    "count": _rule(LETTER, 3, 6, lambda x: DIGIT + (x[:, 1:] == x[:, :1]).sum(1, keepdims=True)),
+    "add": _rule(
+        DIGIT, NUM_DIGITS, 3, lambda x: DIGIT + np.stack(divmod((x - DIGIT).sum(1), 10), axis=1)
+    ),
     "facts": _facts,
 }
 FAMILIES: Mapping[str, Family] = {
     name: Family(name, FAMILY_NAME + i, sample, memorised=name == "facts")
     for i, (name, sample) in enumerate(_SAMPLERS.items())
 }
+# What a person reads for every token, in the order of their ids; the last one is never used.
+_WORDS = (
+    *("", "<s>", "</s>", "ask", ":", "="),
+    *"0123456789",
+    *"abcdefghijkl",
+    *FAMILIES,
+    *("Sure!", "hope-this-helps", ":-)", "?"),
+)
 
 
 def is_held_out(family: Family, arguments: np.ndarray) -> np.ndarray:
@@ -194,18 +174,5 @@ def spoil(answers: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def decode(tokens: np.ndarray) -> str:
     """Writes one row of token ids the way a person reads it, up to the end-of-text token."""
-    words = []
-    for token in tokens.tolist():
-        if token == EOS:
-            break
-        if token >= SURE:
-            words.append(_STYLE_WORDS.get(token, "?"))
-        elif token >= FAMILY_NAME:
-            words.append(list(FAMILIES)[token - FAMILY_NAME])
-        elif token >= LETTER:
-            words.append(chr(ord("a") + token - LETTER))
-        elif token >= DIGIT:
-            words.append(str(token - DIGIT))
-        else:
-            words.append(_CONTROL[token])
-    return " ".join(word for word in words if word)
+    before_end = itertools.takewhile(lambda token: token != EOS, tokens.tolist())
+    return " ".join(filter(None, (_WORDS[token] for token in before_end)))

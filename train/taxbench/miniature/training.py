@@ -4,7 +4,7 @@ The decoder, the losses, the step and the optimizers are those of `python -m tra
 `python -m train dpo`; only the data come ready-made (`examples`) instead of from files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,21 +15,22 @@ from flax import nnx
 
 from train.config import AdamWOptions, ScheduleOptions
 from train.generation.sampler import make_greedy
-from train.losses import PreferenceLoss
 from train.models import Decoder, ModelConfig, layer_axes, split_model
-from train.objectives.preference import preference_loss, reference_logps_fn
+from train.objectives.preference import reference_logps_fn
 from train.objectives.sft import sft_loss
 from train.optimizers.alpha_scale import AlphaScale
 from train.optimizers.build import make_optimizer, make_schedule
 from train.taxbench.miniature import examples, tasks
 from train.taxbench.miniature.examples import Batch, Questions
+from train.taxbench.miniature.scoring import is_right, style_score
+from train.taxbench.miniature.trajectories import Point
 from train.training.averages import ParameterAverages
 from train.training.step import init_state, make_train_step
 from train.types import LossFn
 
 Params = dict[str, Any]
 Tick = Callable[[int], None]
-Visit = Callable[[int, Params, dict[str, float]], None]
+"""Is told how many more steps, or models, are done."""
 
 MODEL = ModelConfig(
     "llama",
@@ -47,8 +48,26 @@ MODEL = ModelConfig(
 )
 """85 000 parameters: the smallest decoder that learns all families in about a minute."""
 
+_WARMUP_STEPS = 10
 # Steps are dispatched ahead of the device; this often the loop waits, so that progress is real.
 _SYNC_EVERY = 10
+
+
+def silent(units: int) -> None:
+    """A `Tick` that shows nothing."""
+
+
+def alignment_optimizer(options: AdamWOptions, steps: int) -> optax.GradientTransformation:
+    """An optimizer for alignment: its learning rate stays constant after the warm-up."""
+    warmup = min(_WARMUP_STEPS, steps - 1)
+    return _optimizer(options, ScheduleOptions(type="constant", warmup_steps=warmup), steps)
+
+
+def _optimizer(
+    options: AdamWOptions, shape: ScheduleOptions, steps: int
+) -> optax.GradientTransformation:
+    rate = make_schedule(shape, options.learning_rate, steps)
+    return make_optimizer(options, rate, layer_axes=layer_axes, steps=steps)
 
 
 class Trainer:
@@ -59,8 +78,9 @@ class Trainer:
         tx: the optimizer.
         steps: length of a run.
         batch_size: rows of the data in a step.
-        ema_decay: of the moving average that is visited in place of the parameters.
-        alpha_scale: what the weight of the reference is multiplied by, from a step's metrics.
+        ema_decay: decay of the moving average that is given out in place of the parameters.
+        alpha_scale: computes from a step's metrics what the weight of the reference is multiplied by.
+        check_start: is given the metrics of the first step and raises when the run makes no sense.
     """
 
     def __init__(
@@ -72,61 +92,56 @@ class Trainer:
         batch_size: int,
         ema_decay: float | None = None,
         alpha_scale: AlphaScale | None = None,
+        check_start: Callable[[dict[str, jax.Array]], None] = lambda metrics: None,
     ):
-        self._tx = tx
+        self._tx, self._check_start = tx, check_start
         self._averages = ParameterAverages(ema_decay=ema_decay)
-        self._visited = "params" if ema_decay is None else "ema"
+        self._given_out = "params" if ema_decay is None else "ema"
         self._step = make_train_step(loss_fn, tx, averages=self._averages, alpha_scale=alpha_scale)
         self.steps, self.batch_size = steps, batch_size
 
-    def run(
+    def train(
         self,
         params: Params,
         data: Batch,
         rng: np.random.Generator,
         *,
+        every: int,
         delta: Params | None = None,
         frozen: Params | None = None,
-        visit: Visit | None = None,
-        visit_every: int = 1,
-        check_start: Callable[[dict[str, jax.Array]], None] | None = None,
-        tick: Tick = lambda steps: None,
-    ) -> Params:
+        tick: Tick = silent,
+    ) -> Iterator[tuple[int, Params, dict[str, float]]]:
         """Trains from `params`, which stay valid.
 
         Args:
             params: start.
             data: examples, arrays of equal length.
             rng: order of the examples.
+            every: steps from one model that is given out to the next.
             delta: τ_r, where the optimizer merges.
             frozen: parameters beside `params` that are not trained.
-            visit: called with (step, params, metrics of the step) every `visit_every` steps; the
-                parameters are only valid during the call.
-            visit_every: steps from one visit to the next.
-            check_start: given the metrics of the first step; raises when the run makes no sense.
             tick: told how many more steps are done.
 
-        Returns:
-            The trained parameters.
+        Yields:
+            Step, parameters and the step's metrics, every `every` steps and after the last one. The
+            parameters are valid until the next step is asked for.
         """
         state = init_state(params, self._tx, delta, self._averages)
-        done = 0
         batches = examples.batches(data, self.batch_size, rng, self.steps)
         for step, batch in enumerate(batches, start=1):
             state, metrics = self._step(state, batch, frozen)
-            if step == 1 and check_start is not None:
-                check_start(metrics)
+            if step == 1:
+                self._check_start(metrics)
             if step % _SYNC_EVERY == 0 or step == self.steps:
                 jax.block_until_ready(metrics)
-                tick(step - done)
-                done = step
-            if visit is not None and step % visit_every == 0:
-                visit(step, state[self._visited], {name: float(v) for name, v in metrics.items()})
-        return state["params"]
+                tick((step - 1) % _SYNC_EVERY + 1)
+            if step % every == 0 or step == self.steps:
+                numbers = {name: float(value) for name, value in metrics.items()}
+                yield step, state[self._given_out], numbers
 
 
 class Lab:
-    """What every seed and method shares: the model's structure and its compiled functions."""
+    """The model's structure and its compiled functions, which all seeds and methods share."""
 
     def __init__(self) -> None:
         self.graphdef, _ = split_model(Decoder(MODEL, nnx.Rngs(0)))
@@ -142,46 +157,14 @@ class Lab:
         """Random parameters."""
         return split_model(Decoder(MODEL, nnx.Rngs(seed)))[1]
 
-    def supervised(
-        self, *, learning_rate: float, warmup_steps: int, steps: int, batch_size: int
-    ) -> Trainer:
+    def supervised(self, learning_rate: float, steps: int, batch_size: int) -> Trainer:
         """A trainer for the base model or for fine-tuning."""
         # A short memory of squared gradients suits runs of a thousand steps.
         options = AdamWOptions(learning_rate=learning_rate, b2=0.98)
-        shape = ScheduleOptions(type="cosine", warmup_steps=warmup_steps, final_scale=0.02)
-        rate = make_schedule(shape, learning_rate, steps)
-        return Trainer(
-            sft_loss(self.graphdef),
-            make_optimizer(options, rate, layer_axes=layer_axes, steps=steps),
-            steps=steps,
-            batch_size=batch_size,
-        )
-
-    def aligner(
-        self,
-        options: AdamWOptions,
-        *,
-        beta: float,
-        warmup_steps: int,
-        steps: int,
-        batch_size: int,
-    ) -> Trainer:
-        """A trainer for DPO."""
-        return Trainer(
-            preference_loss(self.graphdef, PreferenceLoss(beta=beta)),
-            self.optimizer(options, warmup_steps, steps),
-            steps=steps,
-            batch_size=batch_size,
-        )
-
-    @staticmethod
-    def optimizer(
-        options: AdamWOptions, warmup_steps: int, steps: int
-    ) -> optax.GradientTransformation:
-        """An optimizer for alignment: a learning rate that stays after its warm-up."""
-        shape = ScheduleOptions(type="constant", warmup_steps=warmup_steps)
-        rate = make_schedule(shape, options.learning_rate, steps)
-        return make_optimizer(options, rate, layer_axes=layer_axes, steps=steps)
+        warmup = min(50, steps - 1)
+        shape = ScheduleOptions(type="cosine", warmup_steps=warmup, final_scale=0.02)
+        tx = _optimizer(options, shape, steps)
+        return Trainer(sft_loss(self.graphdef), tx, steps=steps, batch_size=batch_size)
 
     def with_reference(self, params: Params, pairs: Batch) -> Batch:
         """Preference data with the log-probabilities of the reference model `params`."""
@@ -197,3 +180,9 @@ class Lab:
             params, jnp.asarray(questions.prompt_tokens), jnp.asarray(questions.prompt_mask)
         )
         return np.asarray(out)
+
+    def grade(self, params: Params, questions: Questions, at: float, **extra: Any) -> Point:
+        """Scores a model's answers as a point of a trajectory; `extra` are fields of `Point`."""
+        generated = self.answers(params, questions)
+        right = is_right(generated, questions.answers)
+        return Point(at, style_score(generated), right, **extra)

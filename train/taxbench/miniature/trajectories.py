@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from train.taxbench.miniature.examples import Questions
-from train.taxbench.miniature.scoring import is_right, style_score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +42,13 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """What one method does to reward and capability, starting at the fine-tuned model.
+    """Rewards and capabilities that one method passes through, starting at the fine-tuned model.
 
     Attributes:
         name: short identifier, as in results.jsonl.
         label: name in tables and plots.
-        settings: its settings, in words.
-        at: what `Point.at` counts: "step" or "weight".
+        settings: description of its settings.
+        at: the quantity that `Point.at` counts, "step" or "weight".
         points: in order, the fine-tuned model first.
         control: True for a row that is there to judge the others by, not a method to recommend.
     """
@@ -60,11 +59,6 @@ class Trajectory:
     at: str
     points: Sequence[Point]
     control: bool = False
-
-
-def grade(generated: np.ndarray, questions: Questions, at: float, **extra) -> Point:
-    """Scores the answers of one model, int [n, T], as a point; `extra` are fields of `Point`."""
-    return Point(at, style_score(generated), is_right(generated, questions.answers), **extra)
 
 
 def capability_at_reward(rewards: np.ndarray, capabilities: np.ndarray, level: float) -> np.ndarray:
@@ -103,7 +97,7 @@ class Row:
     Attributes:
         trajectory: where it comes from.
         matched: capability at the reward level; None when the level is not reached.
-        gain: `matched` less that of the baseline; None when either is missing.
+        gain: `matched` less that of AdamW; None when either is missing.
         gain_error: standard error of `gain` over the choice of questions (paired bootstrap); it
             says nothing about other training runs.
         reached_at: step or weight at which the level is reached; None when it is not.
@@ -128,50 +122,43 @@ def _resampled_matches(trajectory: Trajectory, counts: np.ndarray, level: float)
     return capability_at_reward(style, right, level)
 
 
-def _reached_at(trajectory: Trajectory, level: float) -> np.ndarray:
-    """Where the level is first reached, in the trajectory's own units; NaN where it is not."""
-    rewards = np.array([point.reward for point in trajectory.points])
-    return capability_at_reward(rewards, np.array([point.at for point in trajectory.points]), level)
+def _read(trajectory: Trajectory, field: str, level: float) -> float:
+    """A field of the points where the level is first reached; NaN where it is not."""
+    rewards, values = (
+        np.array([getattr(point, name) for point in trajectory.points])
+        for name in ("reward", field)
+    )
+    return float(capability_at_reward(rewards, values, level))
 
 
 def compare(
-    trajectories: Sequence[Trajectory],
-    level: float,
-    *,
-    baseline: str = "adamw",
-    families: np.ndarray,
-    resamples: int = 400,
-    seed: int = 0,
+    trajectories: Sequence[Trajectory], level: float, *, families: np.ndarray, resamples: int = 400
 ) -> list[Row]:
     """Makes the table's rows, in the order given.
 
     Args:
-        trajectories: all on the same questions; one of them is named `baseline`.
+        trajectories: all on the same questions; gains are counted from the one named adamw.
         level: reward at which capabilities are compared.
-        baseline: name of the trajectory that gains are counted from.
         families: family of every question, int [n]; questions are resampled within families.
         resamples: bootstrap draws for the standard error.
-        seed: of the bootstrap.
 
     Returns:
         One row for each trajectory.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     counts = np.zeros((resamples, len(families)))
     for family in np.unique(families):
         members = np.flatnonzero(families == family)
         share = np.full(len(members), 1 / len(members))
         counts[:, members] = rng.multinomial(len(members), share, size=resamples)
-    exact = np.ones((1, len(families)))
-    matched = {t.name: float(_resampled_matches(t, exact, level)[0]) for t in trajectories}
-    reached = {t.name: float(_reached_at(t, level)) for t in trajectories}
     spread = {t.name: _resampled_matches(t, counts, level) for t in trajectories}
+    exact = {t.name: _read(t, "capability", level) for t in trajectories}
 
     rows = []
     for trajectory in trajectories:
-        value, gain = matched[trajectory.name], matched[trajectory.name] - matched[baseline]
-        differences = spread[trajectory.name] - spread[baseline]
-        known = np.isfinite(gain) and trajectory.name != baseline
+        value, gain = exact[trajectory.name], exact[trajectory.name] - exact["adamw"]
+        differences = spread[trajectory.name] - spread["adamw"]
+        known = np.isfinite(gain) and trajectory.name != "adamw"
         rows.append(
             Row(
                 trajectory,
@@ -179,7 +166,7 @@ def compare(
                 gain=gain if known else None,
                 # The share of draws that miss the level at all is small when `gain` exists.
                 gain_error=float(np.nanstd(differences)) if known else None,
-                reached_at=reached[trajectory.name] if np.isfinite(value) else None,
+                reached_at=_read(trajectory, "at", level) if np.isfinite(value) else None,
                 best_reward=max(point.reward for point in trajectory.points),
                 final=trajectory.points[-1],
             )
@@ -189,13 +176,6 @@ def compare(
 
 def records(trajectory: Trajectory, questions: Questions) -> list[dict]:
     """The points of a trajectory as dictionaries of plain numbers, for results.jsonl."""
-
-    def by_family(values: np.ndarray) -> dict[str, float]:
-        return {
-            name: round(float(values[questions.families == i].mean()), 4)
-            for i, name in enumerate(questions.names)
-        }
-
     return [
         {
             "method": trajectory.name,
@@ -203,8 +183,8 @@ def records(trajectory: Trajectory, questions: Questions) -> list[dict]:
             trajectory.at: point.at,
             "reward": round(point.reward, 5),
             "capability": round(point.capability, 5),
-            "family_reward": by_family(point.style),
-            "family_capability": by_family(point.right),
+            "family_reward": questions.by_family(point.style),
+            "family_capability": questions.by_family(point.right),
             "metrics": {name: float(value) for name, value in point.metrics.items()},
         }
         for point in trajectory.points

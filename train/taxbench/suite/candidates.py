@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable
 from typing import Any
 
+from train.config import OptimizerOptions
 from train.taxbench.suite.recipes import DeltaKind, Merge, Recipe, optimizer
 
-DENSITIES = (0.1, 0.3, 0.6, 1.0)
 # Every offline method: its settings times twenty weights of the merge.
 OFFLINE = (
     Merge("linear", "Offline linear", "linear"),
-    *(Merge(f"ties-{p:g}", "Offline TIES", "ties", p) for p in DENSITIES),
+    *(Merge(f"ties-{p:g}", "Offline TIES", "ties", p) for p in (0.1, 0.3, 0.6, 1.0)),
     *(Merge(f"dare-{p:g}", "Offline DARE", "dare_linear", p) for p in (0.1, 0.3, 0.6, 0.9)),
     *(Merge(f"della-{p:g}", "Offline DELLA", "della", p) for p in (0.2, 0.4, 0.6, 0.8)),
     Merge("slerp", "Offline slerp", "slerp"),
 )
 CONTROL = "Control: AdamW + λτ"
+_FAST = 1e-4
+"""The learning rate of larger steps."""
+_FAST_RATES = [_FAST, 2 * _FAST]
+_POWERLESS = 1e-9
+"""An α with which a delta moves nothing, and still has its vote or its masks."""
 
 
 def add_delta(label: str = CONTROL) -> tuple[Merge, ...]:
@@ -28,268 +34,216 @@ def add_delta(label: str = CONTROL) -> tuple[Merge, ...]:
     )
 
 
-def on_dare(**fields: Any) -> Any:
+def on_dare(**fields: Any) -> OptimizerOptions:
     """OnDARE with the benchmark's usual settings."""
     return optimizer("on_dare", **({"alpha": 1e-3, "density": 1.0} | fields))
 
 
-def on_ties(**fields: Any) -> Any:
+def on_ties(**fields: Any) -> OptimizerOptions:
     """OnTIES with the benchmark's usual settings."""
     return optimizer("on_ties", **({"alpha": 1e-3, "density": 1.0} | fields))
 
 
-def general(sparsifier: str, consensus: str, **fields: Any) -> Any:
+def online_merge(sparsifier: str, consensus: str, **fields: Any) -> OptimizerOptions:
     """Any other online merge."""
-    return optimizer(
-        "online_merge", sparsifier=sparsifier, consensus=consensus, **({"alpha": 1e-3} | fields)
-    )
+    options = {"alpha": 1e-3, "sparsifier": sparsifier, "consensus": consensus}
+    return optimizer("online_merge", **(options | fields))
+
+
+def grid(
+    group: str, label: str, make: Callable[..., OptimizerOptions] = optimizer, **choices: Any
+) -> list[Recipe]:
+    """The recipes of a method, one for every combination of its choices.
+
+    Args:
+        group: the method.
+        label: its name in tables.
+        make: makes an optimizer from the choices that are not fields of `Recipe`.
+        **choices: further fields of `Recipe` or arguments of `make`. A list has the values to try,
+            the first list varying slowest; anything else is the same for all.
+
+    Example:
+        >>> [recipe.beta for recipe in grid("kl", "AdamW, larger β", beta=[0.2, 0.3])]
+        [0.2, 0.3]
+    """
+    values = [value if isinstance(value, list) else [value] for value in choices.values()]
+    fields, recipes = {field.name for field in dataclasses.fields(Recipe)}, []
+    for combination in itertools.product(*values):
+        settings = dict(zip(choices, combination, strict=True))
+        own = {name: settings.pop(name) for name in choices if name in fields}
+        recipes.append(Recipe(group, label, make(**settings), **own))
+    return recipes
 
 
 def candidates() -> list[Recipe]:
     """Every method with its four settings; the paper's Table 1 and the attempts to beat it."""
-    return [*_baselines(), *_online(), *_attempts(), *_largest()]
+    return [*_baselines(), *_online(), *_parts_of_attempts(), *_attempts(), *_largest()]
 
 
 def _baselines() -> list[Recipe]:
-    def fast(rate: float) -> tuple[Merge, ...]:
-        # Offline merges gain most from the model that went furthest.
-        return OFFLINE if rate == 1e-4 else ()
-
-    def with_rates(group: str, label: str, values: Sequence[Any], field: str, *rates: float) -> Any:
-        for rate in rates:
-            for value in values:
-                extra: dict[str, Any] = {field: value}
-                yield Recipe(group, label, optimizer(learning_rate=rate), **extra)
-
+    slower = [2e-5, 3e-5, 5e-5]
+    # Offline merges gain most from the model that went furthest.
+    merges = (*OFFLINE, *add_delta())
+    weak = [(0.003, "all"), (0.01, "all")]
     return [
-        *(
-            Recipe("adamw", "AdamW", optimizer(learning_rate=r), merges=(*fast(r), *add_delta()))
-            for r in (2e-5, 3e-5, 5e-5, 1e-4)
+        *grid("adamw", "AdamW", learning_rate=slower, merges=add_delta()),
+        *grid("adamw", "AdamW", learning_rate=_FAST, merges=merges),
+        *grid("kl", "AdamW, larger β", beta=[0.2, 0.3, 0.5, 1.0]),
+        *grid("ema", "EMA", learning_rate=[5e-5, _FAST], ema=[0.9, 0.97]),
+        *grid(
+            "child",
+            "ChildTuning",
+            name="child_tuning",
+            density=[0.1, 0.5],
+            learning_rate=[3e-5, _FAST],
         ),
-        *with_rates("kl", "AdamW, larger β", (0.2, 0.3, 0.5, 1.0), "beta", 3e-5),
-        *with_rates("ema", "EMA", (0.9, 0.97), "ema", 5e-5, 1e-4),
-        *(
-            Recipe("child", "ChildTuning", optimizer("child_tuning", density=p, learning_rate=r))
-            for p in (0.1, 0.5)
-            for r in (3e-5, 1e-4)
-        ),
-        *with_rates("lora", "LoRA", (4, 16), "lora_rank", 3e-4, 1e-3),
-        *with_rates(
-            "anchored", "Pull to SFT", ((0.003, "all"), (0.01, "all")), "anchor", 3e-5, 1e-4
-        ),
+        *grid("lora", "LoRA", learning_rate=[3e-4, 1e-3], lora_rank=[4, 16]),
+        *grid("anchored", "Pull to SFT", learning_rate=[3e-5, _FAST], anchor=weak),
     ]
 
 
 def _online() -> list[Recipe]:
-    def grid(group: str, label: str, make: Callable[..., Any], densities: Sequence[float]) -> Any:
-        for alpha in (3e-4, 1e-3):
-            for density in densities:
-                yield Recipe(group, label, make(alpha=alpha, density=density))
+    alphas = [3e-4, 1e-3]
 
-    def della(**fields: Any) -> Any:
-        return general("magnitude_ranked", "linear", **fields)
-
-    def breadcrumbs(**fields: Any) -> Any:
-        return general("band", "linear", **fields)
-
-    def dare_ties(**fields: Any) -> Any:
-        return general("random", "sign", **fields)
+    def online(
+        group: str, label: str, sparsifier: str, consensus: str, density: list[float]
+    ) -> list[Recipe]:
+        kind = {"sparsifier": sparsifier, "consensus": consensus}
+        return grid(group, label, online_merge, alpha=alphas, density=density, **kind)
 
     return [
-        *grid("on_dare", "OnDARE", on_dare, (0.1, 1.0)),
-        *grid("on_ties", "OnTIES", on_ties, (0.1, 1.0)),
-        *grid("on_della", "Online DELLA", della, (0.3, 0.6)),
-        *grid("on_breadcrumbs", "Online Breadcrumbs", breadcrumbs, (0.3, 0.9)),
-        *grid("on_dare_ties", "Online DARE-TIES", dare_ties, (0.1, 0.5)),
+        *grid("on_dare", "OnDARE", on_dare, alpha=alphas, density=[0.1, 1.0]),
+        *grid("on_ties", "OnTIES", on_ties, alpha=alphas, density=[0.1, 1.0]),
+        *online("on_della", "Online DELLA", "magnitude_ranked", "linear", [0.3, 0.6]),
+        *online("on_breadcrumbs", "Online Breadcrumbs", "band", "linear", [0.3, 0.9]),
+        *online("on_dare_ties", "Online DARE-TIES", "random", "sign", [0.1, 0.5]),
     ]
 
 
 def _attempts() -> list[Recipe]:
-    """Attempts at something better than the paper, and what they are made of without τ."""
-    fast, label = 1e-4, "Control: AdamW, larger β, EMA"
+    """Attempts at something better than the paper."""
+    label, alphas = "Control: AdamW, larger β, EMA", [3e-4, 1e-3]
+    pulls = [(0.03, "opposing"), (0.1, "opposing")]
     return [
-        *_without_tau(fast),
-        *(
-            Recipe(
-                "kl_ema",
-                label,
-                optimizer(learning_rate=fast),
-                beta=beta,
-                ema=decay,
-                merges=add_delta(f"{label} + λτ"),
-                control=True,
-            )
-            for beta in (0.3, 0.5)
-            for decay in (0.9, 0.97)
+        *grid(
+            "kl_ema",
+            label,
+            learning_rate=_FAST,
+            beta=[0.3, 0.5],
+            ema=[0.9, 0.97],
+            merges=add_delta(f"{label} + λτ"),
+            control=True,
         ),
-        *(
-            Recipe(
-                "ties_kl_ema",
-                "Attempt 1: OnTIES, larger β, EMA",
-                on_ties(learning_rate=fast, alpha=alpha),
-                beta=beta,
-                ema=0.97,
-            )
-            for alpha in (3e-4, 1e-3)
-            for beta in (0.3, 0.5)
+        *grid(
+            "ties_kl_ema",
+            "Attempt 1: OnTIES, larger β, EMA",
+            on_ties,
+            learning_rate=_FAST,
+            alpha=alphas,
+            beta=[0.3, 0.5],
+            ema=0.97,
         ),
-        *(
-            Recipe(
-                "opposing",
-                "Attempt 2: gated pull",
-                optimizer(learning_rate=rate),
-                anchor=(share, "opposing"),
-            )
-            for rate in (3e-5, 5e-5)
-            for share in (0.03, 0.1)
+        *grid("opposing", "Attempt 2: gated pull", learning_rate=[3e-5, 5e-5], anchor=pulls),
+        *grid(
+            "opposing_kl",
+            "Attempt 3: gated pull, larger β",
+            learning_rate=[5e-5, _FAST],
+            beta=0.3,
+            anchor=pulls,
         ),
-        *(
-            Recipe(
-                "opposing_kl",
-                "Attempt 3: gated pull, larger β",
-                optimizer(learning_rate=rate),
-                beta=0.3,
-                anchor=(share, "opposing"),
-            )
-            for rate in (5e-5, 1e-4)
-            for share in (0.03, 0.1)
+        *grid(
+            "ties_fast",
+            "Attempt 4: OnTIES of few, large steps",
+            on_ties,
+            learning_rate=_FAST,
+            density=0.1,
+            alpha=alphas,
+            beta=[0.1, 0.3],
         ),
-        *(
-            Recipe(
-                "ties_fast",
-                "Attempt 4: OnTIES of few, large steps",
-                on_ties(learning_rate=fast, alpha=alpha, density=0.1),
-                beta=beta,
-            )
-            for alpha in (3e-4, 1e-3)
-            for beta in (0.1, 0.3)
-        ),
-        *(
-            Recipe(
-                "ties_fast_ema",
-                "Attempt 5: as 4, larger β, EMA",
-                on_ties(learning_rate=rate, alpha=alpha, density=0.1),
-                beta=0.5,
-                ema=0.97,
-            )
-            for alpha in (3e-4, 1e-3)
-            for rate in (fast, 2 * fast)
+        *grid(
+            "ties_fast_ema",
+            "Attempt 5: as 4, larger β, EMA",
+            on_ties,
+            alpha=alphas,
+            learning_rate=_FAST_RATES,
+            density=0.1,
+            beta=0.5,
+            ema=0.97,
         ),
     ]
 
 
-def _without_tau(fast: float) -> list[Recipe]:
+def _parts_of_attempts() -> list[Recipe]:
     """Attempts 4 and 5 with one thing taken from them: the merge, α, or τ's place in the tensors."""
     label = "Control: AdamW of few, large steps, larger β"
-    rates = (fast, 2 * fast)
-    parts: tuple[tuple[str, str, float, DeltaKind], ...] = (
-        ("zero", "sign votes alone (α = 0)", 1e-9, "tau"),
-        ("permuted", "τ permuted", 1e-3, "permuted"),
-    )
+    fast: dict[str, Any] = {"learning_rate": _FAST_RATES, "control": True}
+    sparse = fast | {"density": 0.1, "beta": [0.1, 0.3]}
+    attempt = "Control: attempt 4"
+    zero = {"alpha": _POWERLESS}
+    votes = "sign votes alone (α = 0)"
     return [
-        *(
-            Recipe(
-                "kl_fast",
-                label,
-                optimizer(learning_rate=rate),
-                beta=beta,
-                merges=add_delta(f"{label} + λτ"),
-                control=True,
-            )
-            for rate in rates
-            for beta in (0.3, 0.5)
+        *grid("kl_fast", label, **fast, beta=[0.3, 0.5], merges=add_delta(f"{label} + λτ")),
+        *grid("ties_fast-zero", f"{attempt}, {votes}", on_ties, **sparse, **zero),
+        *grid("ties_fast-permuted", f"{attempt}, τ permuted", on_ties, **sparse, delta="permuted"),
+        *grid(
+            "ties_fast-largest", f"{attempt}, largest entries alone", **sparse, name="keep_largest"
         ),
-        *(
-            Recipe(
-                f"ties_fast-{name}",
-                f"Control: attempt 4, {words}",
-                on_ties(learning_rate=rate, alpha=alpha, density=0.1),
-                beta=beta,
-                delta=delta,
-                control=True,
-            )
-            for name, words, alpha, delta in parts
-            for rate in rates
-            for beta in (0.1, 0.3)
-        ),
-        *(
-            Recipe(
-                "ties_fast-largest",
-                "Control: attempt 4, largest entries alone",
-                optimizer("keep_largest", learning_rate=rate, density=0.1),
-                beta=beta,
-                control=True,
-            )
-            for rate in rates
-            for beta in (0.1, 0.3)
-        ),
-        *(
-            Recipe(
-                "ties_fast_ema-zero",
-                "Control: attempt 5, sign votes alone (α = 0)",
-                on_ties(learning_rate=rate, alpha=1e-9, density=density),
-                beta=0.5,
-                ema=0.97,
-                control=True,
-            )
-            for density in (0.1, 0.3)
-            for rate in rates
+        *grid(
+            *("ties_fast_ema-zero", f"Control: attempt 5, {votes}", on_ties),
+            density=[0.1, 0.3],
+            **fast,
+            **zero,
+            beta=0.5,
+            ema=0.97,
         ),
     ]
 
 
 def _largest() -> list[Recipe]:
-    """Attempt 6, which came from the controls of 4 and 5: nothing of τ at all; and its ablation."""
-    label = "Attempt 6: largest entries alone"
-    fast = 1e-4
-    # Learning rate, β and decay of the moving average.
-    settings = ((fast, 0.3, None), (2 * fast, 0.3, None), (fast, 0.3, 0.97), (2 * fast, 0.5, 0.97))
+    """Attempt 6, which came from the controls of 4 and 5 and has nothing of τ, and its ablation."""
 
-    def of(
-        name: str, words: str, kept: Callable[..., Any], grid: Sequence[Any], control: bool
-    ) -> Any:
-        for rate, beta, decay in grid:
-            options = kept(learning_rate=rate, density=0.1)
-            yield Recipe(name, words, options, beta=beta, ema=decay, control=control)
+    def four(group: str, label: str, scale: float = 1.0, **fields: Any) -> list[Recipe]:
+        # Learning rate, β and decay of the moving average.
+        settings = [(_FAST, 0.3, None), (2 * _FAST, 0.3, None)]
+        settings += [(_FAST, 0.3, 0.97), (2 * _FAST, 0.5, 0.97)]
+        recipes = []
+        for rate, beta, ema in settings:
+            own = {"learning_rate": scale * rate, "beta": beta, "ema": ema, "density": 0.1}
+            recipes += grid(group, label, **own, **fields)
+        return recipes
 
-    def largest(**fields: Any) -> Any:
-        return optimizer("keep_largest", **fields)
-
-    def random(**fields: Any) -> Any:
-        return optimizer("child_tuning", **fields)
-
-    # What random masks keep is divided by p, so that their steps need no larger learning rate.
-    slow = [(0.3 * rate, beta, decay) for rate, beta, decay in settings]
-    usual = [(rate, 0.1, decay) for rate in (fast, 2 * fast) for decay in (None, 0.97)]
     return [
-        *of("largest", label, largest, settings, False),
-        *of("largest-beta", "Control: attempt 6 with β = 0.1", largest, usual, True),
-        *of("largest-random", "Control: attempt 6, random entries", random, slow, True),
+        *four("largest", "Attempt 6: largest entries alone", name="keep_largest"),
+        *grid(
+            *("largest-beta", "Control: attempt 6 with β = 0.1"),
+            name="keep_largest",
+            density=0.1,
+            learning_rate=_FAST_RATES,
+            beta=0.1,
+            ema=[None, 0.97],
+            control=True,
+        ),
+        # Random masks divide what they keep by p, so that their steps need no larger learning rate.
+        *four(
+            *("largest-random", "Control: attempt 6, random entries", 0.3),
+            name="child_tuning",
+            control=True,
+        ),
     ]
 
 
 def controls(chosen: Recipe) -> list[Recipe]:
     """The chosen online merge with everything but its settings taken from it, one thing at a time."""
-    name = chosen.group
-    label = chosen.label
-    # A delta of weight 1e-9 moves nothing and still has its vote or its masks.
-    powerless = dataclasses.replace(chosen.optimizer, alpha=1e-9)
+    name, label = chosen.group, f"Control: {chosen.label}"
+    powerless = dataclasses.replace(chosen.optimizer, alpha=_POWERLESS)
+    left = "sign votes" if name == "on_ties" else "masks"
+    found = [Recipe(f"{name}-zero", f"{label}, {left} alone (α = 0)", powerless, control=True)]
     kinds: dict[DeltaKind, str] = {
         "permuted": "τ permuted",
         "negative": "−τ",
         "random": "random direction",
     }
-    left = "sign votes" if name == "on_ties" else "masks"
-    return [
-        Recipe(f"{name}-zero", f"Control: {label}, {left} alone (α = 0)", powerless, control=True),
-        *(
-            dataclasses.replace(
-                chosen,
-                group=f"{name}-{kind}",
-                label=f"Control: {label}, {words}",
-                delta=kind,
-                control=True,
-            )
-            for kind, words in kinds.items()
-        ),
-    ]
+    for kind, words in kinds.items():
+        names: dict[str, Any] = {"group": f"{name}-{kind}", "label": f"{label}, {words}"}
+        found.append(dataclasses.replace(chosen, **names, delta=kind, control=True))
+    return found

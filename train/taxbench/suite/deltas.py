@@ -1,4 +1,4 @@
-"""What is merged in place of the reference's delta: parts of it, and controls that are not."""
+"""Deltas to merge in place of the reference's: parts of it, and controls that have nothing of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_delta(kind: DeltaKind, base: Any, sft: Any, earlier: Any, seed: int) ->
         base: parameters before fine-tuning.
         sft: after it.
         earlier: half-way through it.
-        seed: of what is random.
+        seed: seed of the random kinds.
 
     Returns:
         A tree like ``sft``.

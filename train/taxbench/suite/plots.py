@@ -4,38 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib.figure
 import numpy as np
 
+from train.taxbench.miniature.plot import tidy
+from train.taxbench.suite.outcome import Outcome
+from train.taxbench.suite.selection import Entry
 from train.taxbench.suite.statistics import mean_sd
-
-if TYPE_CHECKING:
-    from train.taxbench.suite.run import Outcome
-    from train.taxbench.suite.selection import Entry
-    from train.taxbench.suite.studies import Study
 
 # Okabe and Ito's colours, which stay apart under colour blindness.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _MARKERS = "oDs^vP"
 
 
-def draw_first(outcome: Outcome, rows: Sequence[Entry], level: float, path: Path) -> None:
+def draw_first(outcome: Outcome, rows: Sequence[Entry], path: Path) -> None:
     """Gain over AdamW at the reward level for every method: mean, and a dot for every seed.
 
     Args:
-        outcome: of the suite.
+        outcome: the findings of the suite.
         rows: methods; those that reach the level on less than half of AdamW's seeds are left out, as
             a mean of one or two seeds would lead the figure, and fewer seeds than AdamW's are shown.
-        level: the reward.
         path: PNG file to write.
     """
     base = next(row for row in rows if row.group == "adamw")
-    zero = outcome.results.matched(base.key, outcome.seeds, level)
+    zero = outcome.matched(base, outcome.seeds)
     of_base, shown = int(np.isfinite(zero).sum()), {}
     for row in rows:
-        gains = 100 * (outcome.results.matched(row.key, outcome.seeds, level) - zero)
+        gains = 100 * (outcome.matched(row, outcome.seeds) - zero)
         count = int(np.isfinite(gains).sum())
         if row.key != base.key and count and 2 * count >= of_base:
             fewer = f" ({count} of {of_base} seeds)" if count < of_base else ""
@@ -53,23 +49,20 @@ def draw_first(outcome: Outcome, rows: Sequence[Entry], level: float, path: Path
         axes.plot(known.mean(), place, "D", color=colour, markersize=8)
     axes.set_yticks(range(len(ordered)), [label for label, _ in ordered])
     axes.set_xlabel(
-        f"points of capability over AdamW at reward {level:g} (dots: seeds; diamond: mean)"
+        f"points of capability over AdamW at reward {outcome.config.reward:g} (dots: seeds; "
+        "diamond: mean)"
     )
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
 
-def draw_study(
-    outcome: Outcome, study: Study, rows: Sequence[Entry], level: float, path: Path
-) -> None:
+def draw_study(outcome: Outcome, rows: Sequence[Entry], path: Path) -> None:
     """Matched capability, and the last step's reward, along the axis of a study.
 
     Args:
-        outcome: of the suite.
-        study: what is asked.
-        rows: its entries; the group is the line, the label the place on the axis.
-        level: the reward at which capability is matched.
+        outcome: the findings of the suite.
+        rows: a study's entries; the group is the line, the label the place on the axis.
         path: PNG file to write.
     """
     figure = matplotlib.figure.Figure(figsize=(11, 4), layout="constrained")
@@ -85,19 +78,17 @@ def draw_study(
         own = [row for row in rows if row.group == line]
         # A little to the side of one another, so that bars do not cover each other.
         x = np.array([places.index(row.label) for row in own]) + 0.08 * (index - 1)
-        matched = [outcome.results.matched(r.key, outcome.study_seeds, level) for r in own]
+        matched = [outcome.matched(r, outcome.study_seeds) for r in own]
         rewards = [outcome.results.last(r.key, outcome.study_seeds)[:, 0] for r in own]
         for axes, values, scale in ((left, matched, 100), (right, rewards, 1)):
             mean, sd, _ = np.array([mean_sd(v) for v in values]).T
             axes.errorbar(x, scale * mean, yerr=scale * np.nan_to_num(sd), **style)
     for axes, title in (
-        (left, f"capability % at reward {level:g}"),
+        (left, f"capability % at reward {outcome.config.reward:g}"),
         (right, "reward at the last step"),
     ):
         axes.set_xticks(range(len(places)), places)
-        axes.set_title(title, loc="left", weight="bold")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes, title)
         axes.margins(x=0.08)
     left.legend(frameon=False)
     figure.savefig(path, dpi=110)

@@ -1,4 +1,4 @@
-"""What one run of the benchmark is: an optimizer, a loss, a delta, and what is made of its models."""
+"""A run of the benchmark: an optimizer, a loss, a delta, and the merges made of its models."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ DeltaKind = Literal[
 ]
 
 
+Key = tuple[str, str | None]
+"""Identifies a trajectory: the fingerprint of a run, and the name of the merge made from it, if any."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """Models made from a run's after training.
+    """Models made from those of a run after training.
 
     Attributes:
         name: identifier of the trajectory it makes.
@@ -47,15 +51,15 @@ class Recipe:
     Attributes:
         group: the method; recipes of a group are its settings, among which one is chosen.
         label: name of the group in tables.
-        optimizer: as for `python -m train dpo`.
+        optimizer: settings as in `python -m train dpo`.
         loss: sigmoid, ipo, simpo or kto.
         beta: strength of the loss's pull towards the reference.
-        delta: what is merged in place of τ, the difference of the fine-tuned and the base model.
+        delta: kind of delta that is merged; "tau" is the fine-tuned less the base model.
         ema: decay of the moving average that is scored in place of the parameters.
         anchor: rate and form of the pull towards the start, see `omerge_jax.anchored`.
-        lora_rank: rank of the adapters that alone are trained.
-        merges: what is made of its models.
-        control: True for what is there to judge the others by.
+        lora_rank: rank of the low-rank adapters, where they alone are trained.
+        merges: merges to make of its models.
+        control: True for a recipe that is there to judge the others by.
     """
 
     group: str
@@ -78,14 +82,18 @@ class Recipe:
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    def trajectories(self) -> list[Key]:
+        """Keys of the trajectories that it makes: its own, and one for each merge."""
+        run = self.fingerprint()
+        return [(run, None), *((run, merge.name) for merge in self.merges)]
+
     def settings(self, steps: int) -> str:
         """Its settings in words, with the total weight of the reference delta over `steps`."""
         options = self.optimizer
         words = [f"lr {options.learning_rate:g}", f"β {self.beta:g}"]
         words += _alpha_words(options.alpha, steps)
         for name in ("density", "every_k", "delta_mask", "sparsifier", "consensus", "election"):
-            value = getattr(options, name)
-            if value is not None:
+            if (value := getattr(options, name)) is not None:
                 words.append(f"{_SHORT.get(name, name)} {value}")
         if self.ema is not None:
             words.append(f"decay {self.ema:g}")
@@ -109,9 +117,7 @@ def _alpha_words(alpha: Any, steps: int) -> list[str]:
         if alpha.relative is not None:
             return [f"relative α {alpha.relative:g}, {shape}"]
         return [f"α {alpha.value:g}, {shape}"]
-    if alpha:
-        return [f"α {alpha:g} (α·T {alpha * steps:.2g})"]
-    return []
+    return [f"α {alpha:g} (α·T {alpha * steps:.2g})"] if alpha else []
 
 
 def optimizer(name: str = "adamw", **fields: Any) -> OptimizerOptions:

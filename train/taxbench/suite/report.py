@@ -15,15 +15,16 @@ from train.report import html
 from train.taxbench.miniature.report import command_line
 from train.taxbench.suite import plots as suite_plots
 from train.taxbench.suite.candidates import CONTROL
-from train.taxbench.suite.run import Outcome, TaxbenchConfig
+from train.taxbench.suite.outcome import Outcome, TaxbenchConfig
 from train.taxbench.suite.selection import Entry
-from train.taxbench.suite.statistics import Difference, Key, mean_sd, paired
+from train.taxbench.suite.statistics import Difference, mean_sd, paired
 from train.taxbench.suite.studies import Study
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Of the reward: levels at which methods are compared besides the tables."""
+"""Shares of the reward at which methods are compared besides the tables."""
 _STRONG = ("kl", "kl_ema", "Offline linear", "on_ties", "largest")
 """Methods that every other one is compared with besides AdamW and AdamW + λτ."""
+_FIRST_FIGURE = "methods.png"
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Section:
     Attributes:
         title: heading.
         text: paragraphs above the table.
-        headings: of the table.
-        rows: its cells.
+        headings: headings of the table.
+        rows: cells of the table.
         figure: file in the report's directory.
     """
 
@@ -45,137 +46,49 @@ class Section:
     figure: str | None = None
 
 
-def write_report(outcome: Outcome, config: TaxbenchConfig, directory: Path) -> Path:
+def write_report(outcome: Outcome, directory: Path) -> Path:
     """Writes report.md, report.html and their figures.
 
     Args:
-        outcome: from `train.taxbench.suite.run.run_suite`.
-        config: the settings.
-        directory: where to.
+        outcome: the findings, from `train.taxbench.suite.run.run_suite`.
+        directory: gets the files.
 
     Returns:
         The HTML file.
     """
-    sections = [_first_table(outcome, config, directory), _against(outcome, config)]
-    sections.append(_other_rewards(outcome, config))
-    if outcome.controls:
-        sections.append(_controls(outcome, config))
-    sections += [_study(outcome, study, rows, config, directory) for study, rows in outcome.studies]
-    intro = _introduction(outcome, config)
-    write_whole(directory / "report.md", _markdown(intro, sections))
+    rows = [*outcome.first, *outcome.controls]
+    suite_plots.draw_first(outcome, rows, directory / _FIRST_FIGURE)
+    for study, entries in outcome.studies:
+        suite_plots.draw_study(outcome, entries, directory / f"{study.name}.png")
+    write_whole(directory / "report.md", report_text(outcome))
     page = directory / "report.html"
-    write_whole(page, _page(intro, sections, directory))
+    write_whole(page, _page(outcome, directory))
     return page
 
 
-def _study(
-    outcome: Outcome, study: Study, rows: Sequence[Entry], config: TaxbenchConfig, directory: Path
-) -> Section:
-    figure = f"{study.name}.png"
-    suite_plots.draw_study(outcome, study, rows, config.reward, directory / figure)
-    seeds, headings = outcome.study_seeds, _headings(config)
-    cells = _rows(outcome, [(f"{r.group}, {r.label}", r) for r in rows], seeds, config)
-    if study.counterpart is not None:
-        headings += [f"over {study.counterpart_is}", "p"]
-        others = _counterparts(study, rows)
-        for row, line in zip(rows, cells, strict=True):
-            line += _gap(
-                _paired(outcome, row, others.get(row.key), seeds, config.reward), len(seeds)
-            )
-    text = [f"The paper: {study.finding}", _seeds_line(seeds)]
-    return Section(study.title, text, headings, cells, figure)
+def report_text(outcome: Outcome) -> str:
+    """The report in Markdown; figures are named, not drawn."""
+    parts = ["# The alignment tax over seeds", *_introduction(outcome)]
+    for section in _sections(outcome):
+        parts += [f"## {section.title}", *section.text]
+        if section.figure:
+            parts.append(f"![{section.title}]({section.figure})")
+        parts.append(markdown_table(section.headings, section.rows))
+    return "\n\n".join(parts) + "\n"
 
 
-def _counterparts(study: Study, rows: Sequence[Entry]) -> dict[Key, Entry]:
-    assert study.counterpart is not None
-    places = {(row.group, row.label): row for row in rows}
-    found = {row.key: places.get(study.counterpart(row.group, row.label)) for row in rows}
-    return {key: other for key, other in found.items() if other is not None and other.key != key}
+def _sections(outcome: Outcome) -> list[Section]:
+    sections = [_first_table(outcome), _against(outcome), _other_rewards(outcome)]
+    if outcome.controls:
+        sections.append(_controls(outcome))
+    return sections + [_study(outcome, study, rows) for study, rows in outcome.studies]
 
 
-def _paired(
-    outcome: Outcome, row: Entry, other: Entry | None, seeds: Sequence[int], level: float
-) -> Difference | None:
-    if other is None:
-        return None
-    results = outcome.results
-    return paired(results.matched(row.key, seeds, level), results.matched(other.key, seeds, level))
-
-
-def _levels(config: TaxbenchConfig) -> list[float]:
-    return [round(share * config.reward, 3) for share in _SHARES]
-
-
-def _gaps(outcome: Outcome, row: Entry, other: Entry, levels: Sequence[float]) -> list[str]:
-    """Differences at several rewards, each with its seeds and p in one cell."""
-    found = [_gap(_paired(outcome, row, other, outcome.seeds, level), 0) for level in levels]
-    return [gap if p == "—" else f"{gap} p {p}" for gap, p in found]
-
-
-def _other_rewards(outcome: Outcome, config: TaxbenchConfig) -> Section:
-    """What every method has over AdamW before the reward of the first table."""
-    levels, base = _levels(config), _of_group(outcome, "adamw")
-    assert base is not None
-    rows = [row for row in (*outcome.first, *outcome.controls) if row.key != base.key]
-    return Section(
-        "Points over AdamW at other rewards",
-        [
-            "Where both first reach the reward, with the number of seeds on which both do, and the p "
-            "of a paired t-test. Settings were chosen at the last of these rewards."
-        ],
-        ["method", *(f"at reward {level:g}" for level in levels)],
-        [[row.label, *_gaps(outcome, row, base, levels)] for row in rows],
-    )
-
-
-def _controls(outcome: Outcome, config: TaxbenchConfig) -> Section:
-    """Chosen merges less their controls at several rewards: a control may be slower, and no worse."""
-    levels, body = _levels(config), []
-    for method in (_of_group(outcome, name) for name in ("on_dare", "on_ties")):
-        if method is None:
-            continue
-        for control in outcome.controls:
-            if control.group.startswith(f"{method.group}-"):
-                gaps = _gaps(outcome, method, control, levels)
-                body.append([method.label, control.label, *gaps])
-    return Section(
-        "What of it is τ? Merges less their controls, at lower rewards too",
-        [
-            "Points of capability that the method has over its control where both first reach the "
-            "reward, with the number of seeds on which both do, and the p of a paired t-test.",
-        ],
-        ["method", "control", *(f"at reward {level:g}" for level in levels)],
-        body,
-    )
-
-
-def _against(outcome: Outcome, config: TaxbenchConfig) -> Section:
-    """Every method less the ones that an honest comparison has to name."""
-    others = [row for row in (_of_group(outcome, name) for name in _STRONG) if row is not None]
-    total, level = len(outcome.seeds), config.reward
-    body = []
-    for row in outcome.first:
-        cells = [row.label]
-        for other in others:
-            # The same run is not compared with itself.
-            gap = (
-                None if other.key == row.key else _paired(outcome, row, other, outcome.seeds, level)
-            )
-            cells += _gap(gap, total)
-        body.append(cells)
-    headings = ["method"]
-    for other in others:
-        headings += [f"over {other.label}", "p"]
-    title = "Against the strongest of the others"
-    return Section(title, [_seeds_line(outcome.seeds)], headings, body)
-
-
-def _introduction(outcome: Outcome, config: TaxbenchConfig) -> list[str]:
+def _introduction(outcome: Outcome) -> list[str]:
+    config = outcome.config
     made = command_line("taxbench", config, left_out=("output_dir", "workers"))
-    where = "; ".join(
-        f"{count} trajectories with {name}"
-        for name, count in outcome.results.environments().items()
-    )
+    environments = outcome.results.environments()
+    where = "; ".join(f"{count} trajectories with {name}" for name, count in environments.items())
     return [
         f"Made by `{made} --output_dir DIR` ({where}).",
         f"Every seed has its own base model ({config.base_steps} steps from scratch), fine-tuned model "
@@ -193,9 +106,8 @@ def _introduction(outcome: Outcome, config: TaxbenchConfig) -> list[str]:
     ]
 
 
-def _first_table(outcome: Outcome, config: TaxbenchConfig, directory: Path) -> Section:
+def _first_table(outcome: Outcome) -> Section:
     rows = [*outcome.first, *outcome.controls]
-    suite_plots.draw_first(outcome, rows, config.reward, directory / "methods.png")
     return Section(
         "All methods (the paper's Table 1)",
         [
@@ -203,10 +115,67 @@ def _first_table(outcome: Outcome, config: TaxbenchConfig, directory: Path) -> S
             "penalties, EMA, ChildTuning, LoRA and offline merging.",
             _seeds_line(outcome.seeds),
         ],
-        _headings(config),
-        _rows(outcome, [(r.label, r) for r in rows], outcome.seeds, config),
-        "methods.png",
+        _headings(outcome.config),
+        [_cells(outcome, row, row.label, outcome.seeds) for row in rows],
+        _FIRST_FIGURE,
     )
+
+
+def _against(outcome: Outcome) -> Section:
+    """Every method less the ones that an honest comparison has to name."""
+    others = [row for row in map(outcome.method, _STRONG) if row is not None]
+    body = [[row.label, *_gaps(outcome, row, others, outcome.seeds)] for row in outcome.first]
+    headings = [heading for other in others for heading in (f"over {other.label}", "p")]
+    title, text = "Against the strongest of the others", [_seeds_line(outcome.seeds)]
+    return Section(title, text, ["method", *headings], body)
+
+
+def _other_rewards(outcome: Outcome) -> Section:
+    """Gains of every method over AdamW at smaller rewards than that of the first table."""
+    base = outcome.method("adamw")
+    assert base is not None
+    rows = [row for row in (*outcome.first, *outcome.controls) if row.key != base.key]
+    return Section(
+        "Points over AdamW at other rewards",
+        [
+            "Where both first reach the reward, with the number of seeds on which both do, and the p "
+            "of a paired t-test. Settings were chosen at the last of these rewards."
+        ],
+        ["method", *(f"at reward {level:g}" for level in _levels(outcome))],
+        [[row.label, *_gaps_by_level(outcome, row, base)] for row in rows],
+    )
+
+
+def _controls(outcome: Outcome) -> Section:
+    """Chosen merges less their controls at several rewards: a control may be slower, and no worse."""
+    methods = [row for row in map(outcome.method, ("on_dare", "on_ties")) if row is not None]
+    return Section(
+        "What of it is τ? Merges less their controls, at lower rewards too",
+        [
+            "Points of capability that the method has over its control where both first reach the "
+            "reward, with the number of seeds on which both do, and the p of a paired t-test."
+        ],
+        ["method", "control", *(f"at reward {level:g}" for level in _levels(outcome))],
+        [
+            [method.label, control.label, *_gaps_by_level(outcome, method, control)]
+            for method in methods
+            for control in outcome.controls
+            if control.group.startswith(f"{method.group}-")
+        ],
+    )
+
+
+def _study(outcome: Outcome, study: Study, rows: Sequence[Entry]) -> Section:
+    seeds, headings = outcome.study_seeds, _headings(outcome.config)
+    cells = [_cells(outcome, row, f"{row.group}, {row.label}", seeds) for row in rows]
+    if study.counterpart is not None:
+        headings += [f"over {study.counterpart_is}", "p"]
+        places = {(row.group, row.label): row for row in rows}
+        for row, line in zip(rows, cells, strict=True):
+            other = places.get(study.counterpart(row.group, row.label))
+            line += _gaps(outcome, row, [other], seeds)
+    text = [f"The paper: {study.finding}", _seeds_line(seeds)]
+    return Section(study.title, text, headings, cells, f"{study.name}.png")
 
 
 def _seeds_line(seeds: Sequence[int]) -> str:
@@ -218,6 +187,10 @@ def _seeds_line(seeds: Sequence[int]) -> str:
 
 def _list(seeds: Sequence[int]) -> str:
     return ", ".join(str(seed) for seed in seeds)
+
+
+def _levels(outcome: Outcome) -> list[float]:
+    return [round(share * outcome.config.reward, 3) for share in _SHARES]
 
 
 def _headings(config: TaxbenchConfig) -> list[str]:
@@ -234,47 +207,42 @@ def _headings(config: TaxbenchConfig) -> list[str]:
     ]
 
 
-def _rows(
-    outcome: Outcome,
-    named: Sequence[tuple[str, Entry]],
-    seeds: Sequence[int],
-    config: TaxbenchConfig,
-) -> list[list[str]]:
-    def matched(row: Entry) -> np.ndarray:
-        return outcome.results.matched(row.key, seeds, config.reward)
-
-    base, control = _of_group(outcome, "adamw"), _of_group(outcome, CONTROL)
-    out = []
-    for label, row in named:
-        values, last = matched(row), outcome.results.last(row.key, seeds)
-        to_base = paired(values, matched(base)) if base and base.key != row.key else None
-        to_control = (
-            paired(values, matched(control)) if control and control.key != row.key else None
-        )
-        # The last weight of an offline merge is the trained model itself.
-        ends = (
-            ["—", "—"]
-            if "w = " in row.settings
-            else [_mean(last[:, 0], 1, 2, len(seeds)), _mean(last[:, 1], 100, 1, len(seeds))]
-        )
-        out.append(
-            [
-                label,
-                row.settings,
-                _mean(values, 100, 1, len(seeds)),
-                *_gap(to_base, len(seeds)),
-                *_gap(to_control, len(seeds)),
-                *ends,
-            ]
-        )
-    return out
+def _cells(outcome: Outcome, row: Entry, label: str, seeds: Sequence[int]) -> list[str]:
+    """A line of a table with `_headings`."""
+    total, last = len(seeds), outcome.results.last(row.key, seeds)
+    others = [outcome.method("adamw"), outcome.method(CONTROL)]
+    # The last weight of an offline merge is the trained model itself.
+    ends = ["—", "—"]
+    if "w = " not in row.settings:
+        ends = [_mean(last[:, 0], 1, 2, total), _mean(last[:, 1], 100, 1, total)]
+    matched = _mean(outcome.matched(row, seeds), 100, 1, total)
+    return [label, row.settings, matched, *_gaps(outcome, row, others, seeds), *ends]
 
 
-def _of_group(outcome: Outcome, group: str) -> Entry | None:
-    return next((row for row in outcome.first if row.group == group), None)
+def _gaps(
+    outcome: Outcome, row: Entry, others: Sequence[Entry | None], seeds: Sequence[int]
+) -> list[str]:
+    """Gains of a row over others, each with its p; dashes where there is nothing to compare with."""
+    cells = []
+    for other in others:
+        gap = None
+        if other is not None and other.key != row.key:
+            gap = paired(outcome.matched(row, seeds), outcome.matched(other, seeds))
+        cells += _gap(gap, len(seeds))
+    return cells
+
+
+def _gaps_by_level(outcome: Outcome, row: Entry, other: Entry) -> list[str]:
+    """Differences at several rewards, each with its seeds and p in one cell."""
+    seeds, cells = outcome.seeds, []
+    for level in _levels(outcome):
+        gap, p = _gap(paired(*(outcome.matched(r, seeds, level) for r in (row, other))), 0)
+        cells.append(gap if p == "—" else f"{gap} p {p}")
+    return cells
 
 
 def _mean(values: np.ndarray, scale: float, digits: int, total: int) -> str:
+    """Mean ± standard deviation, and the number of values where they are fewer than `total`."""
     mean, sd, n = mean_sd(values)
     if n == 0:
         return "—"
@@ -283,6 +251,7 @@ def _mean(values: np.ndarray, scale: float, digits: int, total: int) -> str:
 
 
 def _gap(difference: Difference | None, total: int) -> list[str]:
+    """A difference in points, as `_mean` writes it, and its p."""
     if difference is None or difference.n == 0:
         return ["—", "—"]
     spread = "" if math.isnan(difference.sd) else f" ± {100 * difference.sd:.1f}"
@@ -291,20 +260,15 @@ def _gap(difference: Difference | None, total: int) -> list[str]:
     return [f"{100 * difference.mean:+.1f}{spread}{some}", p]
 
 
-def _markdown(intro: Sequence[str], sections: Sequence[Section]) -> str:
-    parts = ["# The alignment tax over seeds", *intro]
-    for section in sections:
-        parts += [f"## {section.title}", *section.text]
-        if section.figure:
-            parts.append(f"![{section.title}]({section.figure})")
-        lines = [section.headings, ["---"] * len(section.headings), *section.rows]
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join(parts)
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of a Markdown file."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _page(intro: Sequence[str], sections: Sequence[Section], directory: Path) -> str:
-    parts = [f"<p>{escape(text)}</p>" for text in intro]
-    for section in sections:
+def _page(outcome: Outcome, directory: Path) -> str:
+    parts = [f"<p>{escape(text)}</p>" for text in _introduction(outcome)]
+    for section in _sections(outcome):
         parts.append(f"<h2>{escape(section.title)}</h2>")
         parts += [f"<p>{escape(text)}</p>" for text in section.text]
         if section.figure:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from train.taxbench.miniature.sizes import Sizes, models_file
 from train.taxbench.suite.recipes import Recipe
-from train.taxbench.suite.statistics import Key, Results
+from train.taxbench.suite.statistics import Results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,19 +28,15 @@ class Job:
     seed: int
     recipe: Recipe
 
-    def trajectories(self) -> list[Key]:
-        """The trajectories it makes."""
-        run = self.recipe.fingerprint()
-        return [(run, None), *((run, merge.name) for merge in self.recipe.merges)]
-
 
 class Runner:
-    """Runs jobs that have no results yet, in processes of one core each.
+    """Runs jobs that have no results yet.
 
     Args:
-        directory: of models and results.
-        sizes: of everything.
-        workers: processes.
+        directory: keeps models and results.
+        sizes: numbers of steps, data and questions.
+        workers: number of processes.
+        console: shows progress.
     """
 
     def __init__(self, directory: Path, sizes: Sizes, workers: int, console: Console):
@@ -49,36 +46,42 @@ class Runner:
 
     def results(self) -> Results:
         """Everything known by now."""
-        if not self._file.exists():
-            return Results([])
         records = []
-        for line in self._file.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut a line off
-                records.append(json.loads(line))
+        if self._file.exists():
+            for line in self._file.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut a line off
+                    records.append(json.loads(line))
         return Results(records)
 
-    def run(self, title: str, jobs: Sequence[Job]) -> Results:
+    def complete(self, title: str, jobs: Sequence[Job]) -> Results:
         """Runs what is missing of `jobs`; returns all results."""
         known = self.results()
+        # Recipes that differ in their names alone are run once.
         missing = {
-            (job.seed, job.recipe.fingerprint(), job.recipe.merges): job
+            (job.seed, *job.recipe.trajectories()): job
             for job in jobs
-            if not all(known.has(key, job.seed) for key in job.trajectories())
+            if not all(known.has(key, job.seed) for key in job.recipe.trajectories())
         }
-        ordered = sorted(missing.values(), key=lambda job: job.seed)
-        if not ordered:
+        if not missing:
             return known
+        ordered = sorted(missing.values(), key=lambda job: job.seed)
+        seeds = sorted({job.seed for job in ordered})
+        # The models of all seeds are trained first, so that no two processes train the same ones.
+        new = [s for s in seeds if not models_file(self._directory, s, self._sizes).exists()]
+        train = functools.partial(_train_seed, self._directory, self._sizes)
+        run = functools.partial(_run_job, self._directory, self._sizes)
         self._end_last_line()
-        with self._pool() as pool, self._file.open("a", encoding="utf-8") as file:
-            progress = self._progress()
-            with progress:
-                self._train_models(pool, progress, sorted({job.seed for job in ordered}))
-                bar = progress.add_task(title, total=len(ordered))
-                futures = [pool.submit(_run_job, self._directory, self._sizes, j) for j in ordered]
-                for records in _finished(futures):
-                    file.writelines(json.dumps(record) + "\n" for record in records)
-                    file.flush()
-                    progress.advance(bar)
+        with (
+            self._pool() as pool,
+            self._file.open("a", encoding="utf-8") as file,
+            self._progress() as progress,
+        ):
+            if new:
+                for _ in _run_all(pool, progress, "base and SFT models", train, new):
+                    pass
+            for records in _run_all(pool, progress, title, run, ordered):
+                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.flush()
         return self.results()
 
     def _end_last_line(self) -> None:
@@ -86,18 +89,6 @@ class Runner:
         if self._file.exists() and not self._file.read_bytes().endswith(b"\n"):
             with self._file.open("a", encoding="utf-8") as file:
                 file.write("\n")
-
-    def _train_models(
-        self, pool: ProcessPoolExecutor, progress: Progress, seeds: list[int]
-    ) -> None:
-        """Trains the models of all seeds first, so that no two processes train the same ones."""
-        todo = [s for s in seeds if not models_file(self._directory, s, self._sizes).exists()]
-        if not todo:
-            return
-        bar = progress.add_task("base and SFT models", total=len(todo))
-        futures = [pool.submit(_train_seed, self._directory, self._sizes, seed) for seed in todo]
-        for _ in _finished(futures):
-            progress.advance(bar)
 
     def _pool(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
@@ -115,11 +106,20 @@ class Runner:
         )
 
 
-def _finished(futures: Sequence[Future[Any]]) -> Iterator[Any]:
-    """Results as they come; the first error stops everything that has not begun."""
+def _run_all(
+    pool: ProcessPoolExecutor,
+    progress: Progress,
+    title: str,
+    call: Callable[[Any], Any],
+    arguments: Sequence[Any],
+) -> Iterator[Any]:
+    """Results of all calls as they come; the first error stops everything that has not begun."""
+    bar = progress.add_task(title, total=len(arguments))
+    futures = [pool.submit(call, argument) for argument in arguments]
     try:
         for future in as_completed(futures):
             yield future.result()
+            progress.advance(bar)
     except BaseException:
         for future in futures:
             future.cancel()
@@ -133,6 +133,7 @@ def _one_core() -> None:
 
 
 def _train_seed(directory: Path, sizes: Sizes, seed: int) -> None:
+    # The main process needs no code of models.
     from train.taxbench.suite.worker import bench
 
     bench(directory, seed, sizes)

@@ -1,4 +1,4 @@
-"""Which settings of every method are reported: those that did best on the dev seeds."""
+"""Selection of every method's reported settings: those that did best on the dev seeds."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from train.taxbench.suite.recipes import Merge, Recipe
-from train.taxbench.suite.statistics import Key, Results
+from train.taxbench.suite.recipes import Key, Recipe
+from train.taxbench.suite.statistics import Results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +26,12 @@ def entries(recipes: Sequence[Recipe], steps: int) -> list[Entry]:
     """One entry for every trajectory of the recipes, in their order."""
     rows = []
     for recipe in recipes:
-        run, words = recipe.fingerprint(), recipe.settings(steps)
-        rows.append(Entry(recipe.group, recipe.label, words, (run, None), recipe.control))
-        for merge in recipe.merges:
-            group = merge.label
+        words, (own, *of_merges) = recipe.settings(steps), recipe.trajectories()
+        rows.append(Entry(recipe.group, recipe.label, words, own, recipe.control))
+        for merge, key in zip(recipe.merges, of_merges, strict=True):
             control = merge.method == "add_delta"
             settings = f"{merge.settings()}, of AdamW with {words}"
-            rows.append(Entry(group, merge.label, settings, (run, merge.name), control))
+            rows.append(Entry(merge.label, merge.label, settings, key, control))
     return rows
 
 
@@ -56,8 +55,9 @@ def narrowed(recipes: Sequence[Recipe], chosen: Sequence[Entry]) -> list[Recipe]
     """Only the recipes and merges behind the chosen entries."""
     keys, out = {row.key for row in chosen}, []
     for recipe in recipes:
-        run = recipe.fingerprint()
-        merges: tuple[Merge, ...] = tuple(m for m in recipe.merges if (run, m.name) in keys)
-        if merges or (run, None) in keys:
+        own, *of_merges = recipe.trajectories()
+        pairs = zip(recipe.merges, of_merges, strict=True)
+        merges = tuple(merge for merge, key in pairs if key in keys)
+        if merges or own in keys:
             out.append(dataclasses.replace(recipe, merges=merges))
     return out

@@ -11,9 +11,7 @@ import numpy as np
 from scipy import stats
 
 from train.taxbench.miniature.trajectories import capability_at_reward
-
-Key = tuple[str, str | None]
-"""Fingerprint of a run and the name of the merge made from it, if any."""
+from train.taxbench.suite.recipes import Key
 
 
 class Results:
@@ -34,27 +32,24 @@ class Results:
         return dict(Counter(record["environment"] for record in records))
 
     def has(self, key: Key, seed: int) -> bool:
-        """Whether a trajectory is known."""
+        """Says whether a trajectory is known."""
         return seed in self._by_key.get(key, {})
 
-    def trajectory(self, key: Key, seed: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Rewards and capabilities along it; None when it is not known."""
-        record = self._by_key.get(key, {}).get(seed)
-        if record is None:
-            return None
+    def _trajectory(self, key: Key, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rewards and capabilities along a trajectory; NaN, which reaches no level, if unknown."""
+        nothing = {"reward": [np.nan], "capability": [np.nan]}
+        record = self._by_key.get(key, {}).get(seed, nothing)
         return np.array(record["reward"]), np.array(record["capability"])
 
     def matched(self, key: Key, seeds: Sequence[int], level: float) -> np.ndarray:
         """Capability where the reward first reaches `level`, float [seeds]; NaN where it does not."""
-        found = [self.trajectory(key, seed) for seed in seeds]
-        return np.array(
-            [np.nan if f is None else float(capability_at_reward(*f, level)) for f in found]
-        )
+        found = [self._trajectory(key, seed) for seed in seeds]
+        return np.array([capability_at_reward(*pair, level) for pair in found])
 
     def last(self, key: Key, seeds: Sequence[int]) -> np.ndarray:
         """Reward and capability of the last points, float [seeds, 2]; NaN where not known."""
-        found = [self.trajectory(key, seed) for seed in seeds]
-        return np.array([(np.nan, np.nan) if f is None else (f[0][-1], f[1][-1]) for f in found])
+        found = [self._trajectory(key, seed) for seed in seeds]
+        return np.array([[values[-1] for values in pair] for pair in found])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,19 +77,15 @@ def paired(first: np.ndarray, second: np.ndarray) -> Difference:
         >>> d.mean, d.n
         (1.0, 2)
     """
-    both = np.isfinite(first) & np.isfinite(second)
-    gap = (first - second)[both]
-    if len(gap) < 2:
-        return Difference(float(gap.mean()) if len(gap) else np.nan, np.nan, np.nan, len(gap))
-    sd = float(gap.std(ddof=1))
+    gaps = first - second
+    mean, sd, n = mean_sd(gaps)
     # Without any spread the statistic is 0/0 or infinite, and means nothing.
-    p = float(stats.ttest_rel(first[both], second[both]).pvalue) if sd > 0 else np.nan
-    return Difference(float(gap.mean()), sd, p, len(gap))
+    test: Any = stats.ttest_1samp(gaps[np.isfinite(gaps)], 0.0) if sd > 0 else None
+    return Difference(mean, sd, np.nan if test is None else float(test.pvalue), n)
 
 
 def mean_sd(values: np.ndarray) -> tuple[float, float, int]:
-    """Mean, sample standard deviation and number of the finite values."""
+    """Mean, sample standard deviation and number of the finite values; NaN for what is undefined."""
     known = values[np.isfinite(values)]
-    if not len(known):
-        return np.nan, np.nan, 0
-    return float(known.mean()), float(known.std(ddof=1)) if len(known) > 1 else np.nan, len(known)
+    mean = float(known.mean()) if len(known) else np.nan
+    return mean, float(known.std(ddof=1)) if len(known) > 1 else np.nan, len(known)

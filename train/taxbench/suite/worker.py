@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ from train.objectives.unpaired import unpaired_logps_fn, unpaired_loss
 from train.optimizers.alpha_scale import make_alpha_scale
 from train.optimizers.build import needs_delta
 from train.taxbench.miniature.examples import Batch
-from train.taxbench.miniature.methods import OFFLINE_WEIGHTS, WARMUP_STEPS
+from train.taxbench.miniature.methods import OFFLINE_WEIGHTS, merged_by_weight, with_delta_added
 from train.taxbench.miniature.report import environment
 from train.taxbench.miniature.sizes import Sizes, models_file
 from train.taxbench.miniature.subjects import Models, make_subject, on_host, train_models
-from train.taxbench.miniature.training import MODEL, Lab, Params, Trainer
-from train.taxbench.miniature.trajectories import Point, grade
+from train.taxbench.miniature.training import MODEL, Lab, Params, Trainer, alignment_optimizer
+from train.taxbench.miniature.trajectories import Point
 from train.taxbench.suite.deltas import make_delta
 from train.taxbench.suite.recipes import Merge, Recipe
 
@@ -40,8 +40,8 @@ class Bench:
 
     Args:
         directory: where models are kept, see `models_file`.
-        seed: of the models, the data and their order.
-        sizes: of everything.
+        seed: decides the models, the data and their order.
+        sizes: numbers of steps, data and questions.
     """
 
     def __init__(self, directory: Path, seed: int, sizes: Sizes):
@@ -50,10 +50,9 @@ class Bench:
         if path.exists():
             self._models = Models.load(path)
         else:
-            silent = (lambda steps: None, lambda steps: None)
-            self._models = train_models(self._lab, seed, sizes.base_steps, sizes.sft_steps, silent)
+            self._models = train_models(self._lab, seed, sizes)
             self._models.save(path)
-        self.subject = make_subject(self._lab, self._models, seed, sizes.pairs, sizes.questions)
+        self.subject = make_subject(self._lab, self._models, seed, sizes)
 
     def run(self, recipe: Recipe) -> list[dict[str, Any]]:
         """Trains by a recipe; returns its record and those of its merges."""
@@ -64,7 +63,6 @@ class Bench:
 
     def _record(self, recipe: Recipe, points: Sequence[Point], merge: Merge | None = None) -> dict:
         last = points[-1]
-        families = self.subject.questions.families
         return {
             "seed": self.seed,
             "run": recipe.fingerprint(),
@@ -72,11 +70,8 @@ class Bench:
             "at": [point.at for point in points],
             "reward": [round(point.reward, 5) for point in points],
             "capability": [round(point.capability, 5) for point in points],
-            "last_by_family": {
-                name: round(float(last.right[families == i].mean()), 4)
-                for i, name in enumerate(self.subject.questions.names)
-            },
-            "last_metrics": {name: float(value) for name, value in last.metrics.items()},
+            "last_by_family": self.subject.questions.by_family(last.right),
+            "last_metrics": dict(last.metrics),
             "environment": environment(),
         }
 
@@ -94,27 +89,22 @@ class Bench:
             alpha_scale=make_alpha_scale(recipe.optimizer),
         )
         points, kept = [subject.start], [subject.sft]
-
-        def visit(step: int, params: Params, metrics: dict[str, float]) -> None:
-            model = whole(params)
-            points.append(self._score(model, step, metrics=metrics))
-            if recipe.merges:
-                kept.append(on_host(model))
-
-        trainer.run(
+        for step, params, metrics in trainer.train(
             start,
             data,
             np.random.default_rng([subject.seed, 3]),
+            every=sizes.eval_every,
             delta=delta if needs_delta(recipe.optimizer) else None,
             frozen=frozen,
-            visit=visit,
-            visit_every=sizes.eval_every,
-        )
+        ):
+            model = whole(params)
+            points.append(self._grade(model, step, metrics=metrics))
+            if recipe.merges:
+                kept.append(on_host(model))
         return points, kept
 
-    def _score(self, model: Params, at: float, **extra: Any) -> Point:
-        questions = self.subject.questions
-        return grade(self._lab.answers(model, questions), questions, at, **extra)
+    def _grade(self, model: Params, at: float, **extra: Any) -> Point:
+        return self._lab.grade(model, self.subject.questions, at, **extra)
 
     def _trained_part(self, recipe: Recipe) -> tuple[Any, Params, Params | None, Any]:
         """Structure, what is trained, what is not, and how the whole model is put together."""
@@ -132,8 +122,7 @@ class Bench:
         return make_delta(recipe.delta, models.base, models.sft, models.earlier, self.seed)
 
     def _optimizer(self, recipe: Recipe, delta: Any) -> optax.GradientTransformation:
-        warmup = min(WARMUP_STEPS, self.sizes.steps - 1)
-        tx = self._lab.optimizer(recipe.optimizer, warmup, self.sizes.steps)
+        tx = alignment_optimizer(recipe.optimizer, self.sizes.steps)
         if recipe.anchor is None:
             return tx
         rate, gate = recipe.anchor
@@ -167,33 +156,21 @@ class Bench:
         return data | {"index": np.arange(len(order), dtype=np.int32)}
 
     def _merge(self, recipe: Recipe, merge: Merge, models: Sequence[Params]) -> dict:
-        base, sft = self.subject.base, self.subject.sft
+        """The record of a merge of the models that training has passed through."""
+        subject = self.subject
         if merge.method == "add_delta":
             assert merge.weight is not None
-            at: list[float] = [i * self.sizes.eval_every for i in range(len(models))]
-            merged = (
-                om.offline_merge(
-                    base, [model, sft], method="task_arithmetic", weights=[1.0, merge.weight]
-                )
-                for model in models
-            )
+            every, weight = self.sizes.eval_every, merge.weight
+            points = [
+                self._grade(with_delta_added(subject, model, weight), every * number)
+                for number, model in enumerate(models)
+            ]
         else:
-            at, merged = [0.0, *OFFLINE_WEIGHTS], self._along_weights(merge, models[-1])
-        points = [self._score(model, place) for place, model in zip(at, merged, strict=True)]
+            options: Any = {} if merge.density is None else {"density": merge.density}
+            merged = merged_by_weight(subject, models[-1], merge.method, **options)
+            graded = map(self._grade, merged, OFFLINE_WEIGHTS)
+            points = [dataclasses.replace(subject.start, at=0.0), *graded]
         return self._record(recipe, points, merge)
-
-    def _along_weights(self, merge: Merge, trained: Params) -> Iterator[Params]:
-        base, sft = self.subject.base, self.subject.sft
-        yield sft
-        extra: dict[str, Any] = {} if merge.density is None else {"density": merge.density}
-        if merge.method == "slerp":
-            for weight in OFFLINE_WEIGHTS:
-                yield om.offline_merge(sft, [trained], method="slerp", t=weight)
-            return
-        for weight in OFFLINE_WEIGHTS:
-            yield om.offline_merge(
-                base, [sft, trained], method=merge.method, weights=[1 - weight, weight], **extra
-            )
 
 
 @functools.lru_cache(maxsize=1)
