@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.commands.generate import end_tokens
-from train.config import EvalConfig, ModelOptions, UserError, check_records, require
+from train.config import EvalConfig, ModelOptions, UserError, check_settings
 from train.data import TokenDataset, tokenize_preference
 from train.distributed.mesh import abstract_model
 from train.evaluation.held_out import Score, answer_logps, evaluate_preferences
@@ -72,14 +72,10 @@ def run(config: EvalConfig) -> Results:
 
 
 def _check(config: EvalConfig) -> Path:
-    require(config.batch_size > 0, "batch_size", config.batch_size, "positive")
+    check_settings(config)
     named = [*config.tasks, *config.texts, *config.generation]
     if config.preferences is None and not named:
         raise UserError("Nothing to evaluate: give preferences, tasks, texts or generation.")
-    if config.preferences is not None:
-        check_records(config.preferences, "preferences")
-        beta = config.preferences.beta
-        require(beta > 0, "preferences.beta", beta, "positive")
     output = Path(config.output)
     _check_new(output)
     check_place(output, "output")

@@ -53,7 +53,7 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import partial
 
-from train.config import GRPOConfig, check
+from train.config import GRPOConfig, check_settings
 from train.data import tokenize_prompts
 from train.inputs.model import blamed_on
 from train.losses import GroupLoss
@@ -73,7 +73,7 @@ def run(config: GRPOConfig) -> None:
         UserError: something given cannot be used, before training starts; or a reward gives
             something other than finite numbers.
     """
-    check(config)
+    check_settings(config)
     check_merge(config)
     with blamed_on("loss"):
         loss_of = _loss_of(config)

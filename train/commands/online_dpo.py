@@ -34,7 +34,7 @@ from __future__ import annotations
 from functools import partial
 
 from train.commands.dpo import check_loss, settings_of
-from train.config import OnlineDPOConfig, check
+from train.config import OnlineDPOConfig, check_settings
 from train.data import tokenize_prompts
 from train.data.buckets import LEAST_SHARED
 from train.distributed.mesh import Params
@@ -59,7 +59,7 @@ def run(config: OnlineDPOConfig) -> None:
         UserError: something given cannot be used, before training starts; or the reward gives
             something other than finite numbers.
     """
-    check(config)
+    check_settings(config)
     check_merge(config)
     check_loss(config.loss, config.trainer.gradient_accumulation_steps)
     check_rewards(_functions(config), _models(config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from train.config.base import DType
+from train.config.base import DType, UserError, require
 from train.config.data import DataOptions, PromptDataOptions, SFTDataOptions
 from train.config.distributed import DistributedOptions
 from train.config.evaluation import TaskSetOptions
@@ -22,7 +22,8 @@ from train.config.online import (
     RewardOptions,
     SamplingOptions,
 )
-from train.config.optimizer import AdamWOptions, OptimizerOptions, ScheduleOptions
+from train.config.optimizer import AdamWOptions, AlphaOptions, OptimizerOptions, ScheduleOptions
+from train.config.ranges import PositiveInt, UnitIntervalWithoutZero
 from train.config.trainer import TrainerOptions
 
 
@@ -57,6 +58,53 @@ class _RunConfig:
     def steps_per_batch(self) -> int:
         """Optimizer steps on a batch before the next one is taken."""
         return 1
+
+    @property
+    def records(self) -> DataOptions:
+        """How records become tokens."""
+        raise NotImplementedError
+
+    def check_together(self, name: str) -> None:
+        """Checks that evaluations have something to score and to decide by. Raises `UserError`."""
+        trainer, data, tasks = self.trainer, self.records, self.evaluation.metric_prefixes
+        if trainer.eval_every is not None and not (data.eval_path or data.eval_fraction or tasks):
+            raise UserError(
+                f"trainer.eval_every is {trainer.eval_every}, but there is nothing to evaluate on; "
+                "give data.eval_fraction, data.eval_path or tasks under evaluation, or unset it."
+            )
+        if trainer.export_best is not None:
+            _check_task("trainer.export_best", trainer.export_best, tasks)
+        for metric in trainer.early_stop.metrics if trainer.early_stop is not None else ():
+            _check_task("trainer.early_stop", metric, tasks)
+
+
+def _check_task(field_name: str, metric: str, tasks: list[str]) -> None:
+    """Raises `UserError` when a metric is that of a task which is not there."""
+    kinds = ("eval_tasks/", "eval_texts/", "eval_generation/")
+    if metric.startswith(kinds) and not metric.startswith(tuple(tasks)):
+        found = ", ".join(f"{name}…" for name in tasks) or "none"
+        raise UserError(
+            f"{field_name} names {metric!r}, but there is no such task under evaluation; there "
+            f"{'is' if len(tasks) < 2 else 'are'} {found}."
+        )
+
+
+def _check_gate(optimizer: OptimizerOptions) -> None:
+    """Raises `UserError` where alpha goes by a reward accuracy, for losses that have none."""
+    if isinstance(optimizer.alpha, AlphaOptions) and optimizer.alpha.gate is not None:
+        raise UserError(
+            f"optimizer.alpha.gate is {optimizer.alpha.gate}, a reward accuracy, which only losses on "
+            "pairs have (dpo, online-dpo); unset it."
+        )
+
+
+def _check_attention(model: ModelOptions, data: DataOptions | PromptDataOptions) -> None:
+    """Raises `UserError` where answers share a prompt in a row, which splash attention cannot."""
+    if model.attention == "splash" and data.prefix_sharing is not False:
+        raise UserError(
+            "model.attention is splash, which keeps the sequences of a row apart, but "
+            f"data.prefix_sharing is {data.prefix_sharing}; set it to false."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +171,20 @@ class DPOConfig(_AlignmentConfig):
 
     loss: PreferenceLossOptions = field(default_factory=PreferenceLossOptions)
     sync_ref_model: bool = False
-    ref_model_mixup_alpha: float | None = None
-    ref_model_sync_steps: int | None = None
+    ref_model_mixup_alpha: UnitIntervalWithoutZero = 0.6
+    ref_model_sync_steps: PositiveInt = 512
+
+    def check_together(self, name: str) -> None:
+        """Checks the attention, and the settings of a reference that moves. Raises `UserError`."""
+        super().check_together(name)
+        _check_attention(self.model, self.data)
+        for field_name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            value = getattr(self, field_name)
+            if not self.sync_ref_model and value != getattr(DPOConfig, field_name):
+                raise UserError(
+                    f"{field_name} is set to {value}, but sync_ref_model is not; set it, or unset "
+                    f"{field_name}."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +199,15 @@ class KTOConfig(_AlignmentConfig):
     """
 
     loss: UnpairedLossOptions = field(default_factory=UnpairedLossOptions)
+
+    def check_together(self, name: str) -> None:
+        """Checks the batch and the optimizer for the loss. Raises `UserError`."""
+        super().check_together(name)
+        _check_gate(self.optimizer)
+        if self.loss.type == "kto":
+            # The divergence comes from the other completions of a batch.
+            size = self.trainer.batch_size
+            require(size > 1, "trainer.batch_size", size, "at least 2 for loss.type kto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +252,11 @@ class OnlineDPOConfig(_OnPolicyConfig):
     reward: RewardOptions
     loss: PreferenceLossOptions = field(default_factory=PreferenceLossOptions)
 
+    def check_together(self, name: str) -> None:
+        """Checks the attention as well. Raises `UserError`."""
+        super().check_together(name)
+        _check_attention(self.model, self.data)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig(_OnPolicyConfig):
@@ -207,6 +281,24 @@ class GRPOConfig(_OnPolicyConfig):
         """Optimizer steps on the same answers."""
         return self.sampling.num_iterations
 
+    def check_together(self, name: str) -> None:
+        """Checks that nothing is saved while answers are in use. Raises `UserError`."""
+        super().check_together(name)
+        _check_gate(self.optimizer)
+        if self.data.prefix_sharing is True:
+            raise UserError(
+                "data.prefix_sharing is true, but grpo computes the prompt with every answer; unset it."
+            )
+        every = self.sampling.num_iterations
+        for field_name in ("steps", "save_every", "eval_every"):
+            value = getattr(self.trainer, field_name)
+            if value is not None and value % every:
+                raise UserError(
+                    f"trainer.{field_name} must be a multiple of sampling.num_iterations, {every}, got "
+                    f"{value}: a checkpoint holds no sampled answers, so a run goes on only where new "
+                    "ones are sampled."
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
@@ -221,7 +313,7 @@ class ExportConfig:
 
     run: str
     output: str
-    step: int | None = None
+    step: PositiveInt | None = None
     dtype: DType | None = None
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from train.config.ranges import NonNegativeInt, PositiveInt, TenOrMore
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedOptions:
@@ -24,7 +26,7 @@ class DistributedOptions:
 
     mode: Literal["auto", "off"] = "auto"
     coordinator_address: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-    timeout: int = 300
-    heartbeat_timeout: int = 30
+    num_processes: PositiveInt | None = None
+    process_id: NonNegativeInt | None = None
+    timeout: PositiveInt = 300
+    heartbeat_timeout: TenOrMore = 30

@@ -7,6 +7,7 @@ from typing import Literal
 
 from train.config.base import DType
 from train.config.data import RecordOptions
+from train.config.ranges import PositiveFloat, PositiveInt, Seed, TwoOrMore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class PreferenceEvalOptions(RecordOptions):
     """
 
     reference: str
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +52,12 @@ class TaskOptions:
     split: str = "test"
     prompt: str
     answer: str
-    choices: int = 4
+    choices: TwoOrMore = 4
     choices_field: str | None = None
     letters: bool = False
-    limit: int | None = None
+    limit: PositiveInt | None = None
     chat_template: bool = True
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +79,9 @@ class TextOptions:
     split: str = "test"
     field: str = "text"
     separator: str | None = None
-    max_length: int | None = None
-    stride: int | None = None
-    limit: int | None = None
+    max_length: TwoOrMore | None = None
+    stride: PositiveInt | None = None
+    limit: PositiveInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +116,8 @@ class GenerationTaskOptions:
     scoring: Literal["exact_match", "squad"] = "exact_match"
     extract: str | None = None
     answer_extract: str | None = None
-    max_new_tokens: int = 256
-    limit: int | None = None
+    max_new_tokens: PositiveInt = 256
+    limit: PositiveInt | None = None
     chat_template: bool = True
 
 
@@ -156,5 +157,5 @@ class EvalConfig(TaskSetOptions):
     model: str
     output: str
     preferences: PreferenceEvalOptions | None = None
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     dtype: DType = "float32"

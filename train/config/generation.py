@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from train.config.base import DType
+from train.config.ranges import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    PositiveInt,
+    Seed,
+    UnitIntervalWithoutZero,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +46,11 @@ class GenerateConfig:
     split: str = "train"
     output: str | None = None
     chat_template: bool = True
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    batch_size: int = 16
+    max_new_tokens: PositiveInt = 256
+    temperature: NonNegativeFloat = 1.0
+    top_k: PositiveInt | None = None
+    top_p: UnitIntervalWithoutZero = 1.0
+    min_p: ClosedUnitInterval = 0.0
+    seed: Seed = 0
+    batch_size: PositiveInt = 16
     dtype: DType = "float32"

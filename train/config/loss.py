@@ -5,6 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from train.config.ranges import (
+    AboveOne,
+    BelowHalf,
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+    UnitIntervalWithoutZero,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SFTLossOptions:
@@ -15,7 +26,7 @@ class SFTLossOptions:
             are never held whole; null: all at once; auto: in pieces when the vocabulary is large.
     """
 
-    vocab_chunk: int | Literal["auto"] | None = "auto"
+    vocab_chunk: PositiveInt | Literal["auto"] | None = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +40,9 @@ class BetaOptions(SFTLossOptions):
         beta_final: Beta of the last step; only with a schedule.
     """
 
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
     beta_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    beta_final: float | None = None
+    beta_final: PositiveFloat | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +65,10 @@ class PreferenceLossOptions(BetaOptions):
 
     type: list[str] | str = "sigmoid"
     weights: list[float] | None = None
-    label_smoothing: float = 0.0
-    ld_alpha: float | None = None
-    simpo_gamma: float = 0.5
-    discopop_tau: float = 0.05
+    label_smoothing: BelowHalf = 0.0
+    ld_alpha: ClosedUnitInterval | None = None
+    simpo_gamma: NonNegativeFloat = 0.5
+    discopop_tau: UnitIntervalWithoutZero = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +82,8 @@ class UnpairedLossOptions(BetaOptions):
     """
 
     type: Literal["kto", "apo_zero_unpaired"] = "kto"
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
+    desirable_weight: NonNegativeFloat = 1.0
+    undesirable_weight: NonNegativeFloat = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +115,16 @@ class GroupLossOptions(SFTLossOptions):
     """
 
     type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"] = "dapo"
-    beta: float = 0.0
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
+    beta: NonNegativeFloat = 0.0
+    epsilon: OpenUnitInterval = 0.2
+    epsilon_high: PositiveFloat | None = None
+    delta: AboveOne | None = None
     importance_sampling_level: Literal["token", "sequence"] = "token"
     use_bias_correction_kl: bool = True
     mask_truncated_completions: bool = False
-    sapo_temperature_neg: float = 1.05
-    sapo_temperature_pos: float = 1.0
-    vespo_k_pos: float = 2.0
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0
-    vespo_lambda_neg: float = 2.0
+    sapo_temperature_neg: PositiveFloat = 1.05
+    sapo_temperature_pos: PositiveFloat = 1.0
+    vespo_k_pos: NonNegativeFloat = 2.0
+    vespo_lambda_pos: PositiveFloat = 3.0
+    vespo_k_neg: NonNegativeFloat = 3.0
+    vespo_lambda_neg: PositiveFloat = 2.0

@@ -6,6 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from train.config.base import DType
+from train.config.ranges import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    PositiveInt,
+    Seed,
+    UnitIntervalWithoutOne,
+    UnitIntervalWithoutZero,
+)
 
 MergeMethod = Literal[
     "linear",
@@ -35,9 +43,9 @@ class MergeModelOptions:
 
     path: str
     weight: float | None = None
-    density: float | None = None
-    epsilon: float | None = None
-    gamma: float | None = None
+    density: UnitIntervalWithoutZero | None = None
+    epsilon: NonNegativeFloat | None = None
+    gamma: UnitIntervalWithoutOne | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +79,6 @@ class MergeConfig:
     normalize: bool | None = None
     rescale: Literal["inverse", "norm", "none"] | None = None
     election: Literal["weighted", "unweighted", "count"] | None = None
-    t: float | None = None
-    seed: int | None = None
-    max_shard_size: int = 5_000_000_000
+    t: ClosedUnitInterval | None = None
+    seed: Seed | None = None
+    max_shard_size: PositiveInt = 5_000_000_000

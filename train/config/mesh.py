@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from train.config.ranges import PositiveInt
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeshOptions:
@@ -19,6 +21,6 @@ class MeshOptions:
             sequence between the layers. Keep it within the fastest links.
     """
 
-    data: int | None = None
-    fsdp: int | None = None
-    tensor: int = 1
+    data: PositiveInt | None = None
+    fsdp: PositiveInt | None = None
+    tensor: PositiveInt = 1

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from train.config import DistributedOptions, UserError, require
+from train.config import DistributedOptions, UserError, check_settings
 from train.distributed.clusters import Group, find_group
 from train.distributed.peers import Door, Peers
 from train.distributed.roll_call import NotAllCame, call_roll
@@ -49,15 +49,13 @@ def joined(options: DistributedOptions) -> Iterator[None]:
         UserError: they cannot be joined.
         TryAgain: a cluster started them, and they did not find each other in time.
     """
-    require(options.timeout > 0, "distributed.timeout", options.timeout, "positive")
-    silence = options.heartbeat_timeout
-    require(silence >= 10, "distributed.heartbeat_timeout", silence, "10 or larger")
+    check_settings(options, "distributed")
     group = find_group(options, os.environ)
     if group is None:
         yield
         return
     _initialise(group, options)
-    peers = _meet_peers(group, silence)
+    peers = _meet_peers(group, options.heartbeat_timeout)
     from train.distributed.processes import meet
 
     try:

@@ -17,7 +17,13 @@ import numpy as np
 from flax import nnx
 from rich.progress import Progress
 
-from train.config import GenerationTaskOptions, TaskOptions, UserError, require
+from train.config import (
+    GenerationTaskOptions,
+    TaskOptions,
+    UserError,
+    check_settings,
+    require,
+)
 from train.data.dataset import pad_left, pad_right
 from train.data.formats import read_records, where_of
 from train.data.templates import Encoded, Encoder, Row
@@ -71,8 +77,7 @@ def read_questions(
             longer than the model's positions reach.
     """
     field = f"{within}tasks.{name}"
-    require(options.choices >= 2, f"{field}.choices", options.choices, "2 or larger")
-    require(options.limit is None or options.limit > 0, f"{field}.limit", options.limit, "positive")
+    check_settings(options, field)
     check_template(options, tokenizer, field)
     with blamed_on(f"{field}.path"):
         records = read_records(options.path, options.split)

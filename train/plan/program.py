@@ -19,14 +19,9 @@ from train.inputs.model import as_set
 from train.losses import beta_schedule, pair_loss
 from train.models import ModelConfig, layer_axes, read_hf_config
 from train.objectives.preference import preference_loss
-from train.optimizers.build import (
-    delta_on_host,
-    holds_delta,
-    make_optimizer,
-    make_schedule,
-    recomputes_delta,
-)
-from train.optimizers.gate import alpha_gate
+from train.optimizers.alpha import alpha_scale_of
+from train.optimizers.build import make_optimizer
+from train.optimizers.schedules import make_schedule
 from train.training.step import init_state, make_train_step, state_shardings
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -100,8 +95,8 @@ def make_program(
     steps = trainer.steps or 1000  # changes constants of the schedules alone
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, steps)
     tx = make_optimizer(config.optimizer, schedule, layer_axes=layer_axes, steps=steps)
-    delta, on_host = None, delta_on_host(config.optimizer)
-    if holds_delta(config.optimizer):
+    delta, on_host = None, config.optimizer.delta_storage == "pinned_host"
+    if config.optimizer.holds_delta:
         dtype = config.optimizer.delta_dtype
         delta = jax.eval_shape(lambda a, b: om.task_vector(a, b, dtype=dtype), params, params)
     state = jax.eval_shape(lambda p, d: init_state(p, tx, d), params, delta)
@@ -124,10 +119,11 @@ def make_program(
         tx,
         shardings=shardings,
         accumulate=parts,
-        alpha_scale=alpha_gate(config.optimizer),
+        alpha_scale=alpha_scale_of(config.optimizer),
         compiler_options=compiler_options(mesh),
     )
-    given = ("reference_params", "base_params") if recomputes_delta(config.optimizer) else ()
+    recomputes = config.optimizer.delta_storage == "recompute"
+    given = ("reference_params", "base_params") if recomputes else ()
     return Program(step, state, _batch(config, mesh), dict.fromkeys(given, params))
 
 

@@ -25,15 +25,8 @@ from train.evaluation.held_out import Evaluate, Score, answer_logps
 from train.inputs.model import blamed_on, hash_model, hash_start
 from train.models import layer_axes
 from train.models.trainable import join
-from train.optimizers.build import (
-    check_optimizer,
-    delta_on_host,
-    holds_delta,
-    make_optimizer,
-    needs_delta,
-    recomputes_delta,
-    takes_delta,
-)
+from train.optimizers.build import make_optimizer
+from train.optimizers.check import check_optimizer
 from train.runs.reference import Scores, cache_file, with_reference
 from train.runs.run import Run
 from train.training.loop import Prepared
@@ -81,7 +74,8 @@ def check_merge(config: Config) -> None:
     """
     check_optimizer(config.optimizer)
     name, base, lora = config.optimizer.name, config.model.base, config.model.lora
-    if lora is not None and needs_delta(config.optimizer) and lora.adapter is None:
+    merges = config.optimizer.delta_storage is not None
+    if lora is not None and merges and lora.adapter is None:
         raise UserError(
             f"model.lora.adapter is not set; {name} merges adapters with those of the reference, and "
             "fresh ones hold nothing. Give the adapter of the SFT model, or train all weights."
@@ -91,12 +85,12 @@ def check_merge(config: Config) -> None:
             f"model.base is set to {base!r}, but with model.lora the delta is that of the adapters, "
             "whose base has none. Unset it."
         )
-    if lora is None and base is None and needs_delta(config.optimizer):
+    if lora is None and base is None and merges:
         raise UserError(
             f"model.base is not set; {name} merges with the delta between model.path and the "
             "pre-trained model it was fine-tuned from. Give that model's directory."
         )
-    if base is not None and not takes_delta(config.optimizer):
+    if base is not None and config.optimizer.alpha is None:
         raise UserError(
             f"model.base is set to {base!r}, but {name} has no use for it. Unset it, or choose a "
             "merging optimizer.name."
@@ -193,7 +187,7 @@ class _Alignment:
 
     @property
     def _recomputes(self) -> bool:
-        return recomputes_delta(self.config.optimizer)
+        return self.config.optimizer.delta_storage == "recompute"
 
     def _models(self) -> dict[str, Params]:
         """What a delta is computed from at every merge; nothing where it is held."""
@@ -250,7 +244,7 @@ class _Alignment:
         return with_reference(dataset, file, names, compute)
 
     def _make_state(self, params: Params, delta: Params | None) -> State:
-        on_host = delta_on_host(self.config.optimizer)
+        on_host = self.config.optimizer.delta_storage == "pinned_host"
         return init_state(params, self.tx, delta, self.run.followers, delta_on_host=on_host)
 
     def _delta_of(self, params: Params, base: Params) -> Params:
@@ -260,10 +254,10 @@ class _Alignment:
         """The delta, where it is held, and its norm as a share of that of the weights."""
         delta = self._delta_of(params, base)
         size = optax.tree.norm(delta) / optax.tree.norm(params)
-        return delta if holds_delta(self.config.optimizer) else None, size
+        return delta if self.config.optimizer.holds_delta else None, size
 
     def _delta_shapes(self) -> Params | None:
-        if not holds_delta(self.config.optimizer):
+        if not self.config.optimizer.holds_delta:
             return None
         shapes = self.run.trained_shapes
         return jax.eval_shape(self._delta_of, shapes, shapes)
@@ -279,7 +273,7 @@ class _Alignment:
     def _start(self) -> State:
         params, frozen = self.run.split(self._params())
         delta = base = None
-        if needs_delta(self.config.optimizer):
+        if self.config.optimizer.delta_storage is not None:
             base = self._base_of(params)
             delta, size = jax.jit(self._delta_and_size)(params, base)
             if size == 0:

@@ -32,7 +32,8 @@ from train.data import (
 from train.evaluation.tasks import read_tasks
 from train.inputs.model import Tokenize, blamed_on, check_related, load_data, packed
 from train.models import ModelConfig, read_hf_config
-from train.optimizers.build import make_optimizer, make_schedule
+from train.optimizers.build import make_optimizer
+from train.optimizers.schedules import make_schedule
 from train.runs.counts import count_steps
 
 if TYPE_CHECKING:

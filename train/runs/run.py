@@ -21,7 +21,7 @@ from train.config import (
     OnlineDPOConfig,
     SFTConfig,
     UserError,
-    check,
+    check_settings,
 )
 from train.data import TokenDataset, make_buckets, make_loader
 from train.distributed.mesh import (
@@ -48,14 +48,9 @@ from train.inputs.model import (
 from train.models import ModelConfig, from_hf, split_model
 from train.models.lora import fresh_adapters, is_adapter, read_adapters
 from train.models.trainable import Trained, choose, join, leaf_paths, split
-from train.optimizers.build import (
-    check_optimizer,
-    delta_on_host,
-    learning_rates,
-    make_schedule,
-    rounds_updates,
-)
-from train.optimizers.gate import alpha_gate
+from train.optimizers.alpha import alpha_scale_of
+from train.optimizers.check import check_optimizer
+from train.optimizers.schedules import learning_rates, make_schedule
 from train.runs.counts import check_rows, count_steps
 from train.runs.dry_run import check_length, dry_run
 from train.runs.export import export_run, exported_weights
@@ -123,11 +118,11 @@ class Run:
         config, ema = self.config, self.config.trainer.ema
         mixup = None
         if isinstance(config, DPOConfig) and config.sync_ref_model:
-            mixup = config.ref_model_mixup_alpha or 0.6
+            mixup = config.ref_model_mixup_alpha
         return Followers(
             ema_decay=None if ema is None else ema.decay,
             mixup_alpha=mixup,
-            sync_steps=getattr(config, "ref_model_sync_steps", None) or 512,
+            sync_steps=getattr(config, "ref_model_sync_steps", 1),
         )
 
     @property
@@ -219,7 +214,7 @@ class Run:
         """
         trainer = self.config.trainer
         held, given = functools.cache(frozen), functools.cache(models)
-        on_host = delta_on_host(self.config.optimizer)
+        on_host = self.config.optimizer.delta_storage == "pinned_host"
         shardings = state_shardings(like, self.trained_shapes, delta_on_host=on_host)
         step = make_train_step(
             loss_fn,
@@ -228,7 +223,7 @@ class Run:
             accumulate=trainer.gradient_accumulation_steps,
             followers=self.followers,
             reference_columns=reference_columns,
-            alpha_scale=alpha_gate(self.config.optimizer),
+            alpha_scale=alpha_scale_of(self.config.optimizer),
             compiler_options=compiler_options(self.mesh),
         )
 
@@ -343,10 +338,10 @@ def set_up(
         UserError: something given cannot be used.
     """
     console = Console(quiet=not is_first())
-    check(config)
+    check_settings(config)
     check_optimizer(config.optimizer)
     output = open_output(command, config)
-    if config.model.param_dtype == "bfloat16" and not rounds_updates(config.optimizer):
+    if config.model.param_dtype == "bfloat16" and config.optimizer.update_rounding == "nearest":
         console.print(
             "Warning: model.param_dtype bfloat16 loses small updates to rounding; with "
             "optimizer.rounding stochastic or compensated they arrive.",

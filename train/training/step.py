@@ -162,7 +162,7 @@ def make_train_step(
       reference_columns: `f(params, batch)`: columns of a batch that come from the reference. Needed
         where the state holds a reference, whose parameters it is then given at every step.
       alpha_scale: What the weight of the reference is multiplied by in a step, from the metrics of
-        `loss_fn`, see `train.optimizers.gate.alpha_gate`; None for nothing.
+        `loss_fn`, see `train.optimizers.alpha.alpha_scale_of`; None for nothing.
       compiler_options: Of `jax.jit`, see `train.distributed.mesh.compiler_options`.
 
     Returns:

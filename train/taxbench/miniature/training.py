@@ -17,8 +17,9 @@ from train.config import AdamWOptions, ScheduleOptions
 from train.generation.sampler import make_greedy
 from train.models import Decoder, ModelConfig, layer_axes, split_model
 from train.objectives.preference import preference_loss, reference_logps_fn, sft_loss
-from train.optimizers.build import make_optimizer, make_schedule
-from train.optimizers.gate import AlphaScale
+from train.optimizers.alpha import AlphaScale
+from train.optimizers.build import make_optimizer
+from train.optimizers.schedules import make_schedule
 from train.taxbench.miniature import examples, tasks
 from train.taxbench.miniature.examples import Batch, Questions
 from train.training.averages import Followers

@@ -20,8 +20,7 @@ from train.models import Decoder, split_model
 from train.models.lora import TARGETS, fresh_adapters, merge_adapters
 from train.models.trainable import join
 from train.objectives.preference import preference_loss, unpaired_logps_fn, unpaired_loss
-from train.optimizers.build import needs_delta
-from train.optimizers.gate import alpha_gate
+from train.optimizers.alpha import alpha_scale_of
 from train.taxbench.miniature.examples import Batch
 from train.taxbench.miniature.methods import OFFLINE_WEIGHTS, WARMUP_STEPS
 from train.taxbench.miniature.report import environment
@@ -89,7 +88,7 @@ class Bench:
             steps=sizes.steps,
             batch_size=sizes.batch_size,
             ema_decay=recipe.ema,
-            alpha_scale=alpha_gate(recipe.optimizer),
+            alpha_scale=alpha_scale_of(recipe.optimizer),
         )
         points, kept = [subject.start], [subject.sft]
 
@@ -103,7 +102,7 @@ class Bench:
             start,
             data,
             np.random.default_rng([subject.seed, 3]),
-            delta=delta if needs_delta(recipe.optimizer) else None,
+            delta=delta if recipe.optimizer.delta_storage is not None else None,
             frozen=frozen,
             visit=visit,
             visit_every=sizes.eval_every,
