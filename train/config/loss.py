@@ -5,16 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from train.config.ranges import (
-    AboveOne,
-    BelowHalf,
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    OpenUnitInterval,
-    PositiveFloat,
-    PositiveInt,
-    UnitIntervalWithoutZero,
-)
+from train.config import ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +17,7 @@ class SFTLossOptions:
             are never held whole; null: all at once; auto: in pieces when the vocabulary is large.
     """
 
-    vocab_chunk: PositiveInt | Literal["auto"] | None = "auto"
+    vocab_chunk: ranges.PositiveInt | Literal["auto"] | None = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +31,9 @@ class BetaOptions(SFTLossOptions):
         beta_final: Beta of the last step; only with a schedule.
     """
 
-    beta: PositiveFloat = 0.1
+    beta: ranges.PositiveFloat = 0.1
     beta_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    beta_final: PositiveFloat | None = None
+    beta_final: ranges.PositiveFloat | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +56,10 @@ class PreferenceLossOptions(BetaOptions):
 
     type: list[str] | str = "sigmoid"
     weights: list[float] | None = None
-    label_smoothing: BelowHalf = 0.0
-    ld_alpha: ClosedUnitInterval | None = None
-    simpo_gamma: NonNegativeFloat = 0.5
-    discopop_tau: UnitIntervalWithoutZero = 0.05
+    label_smoothing: ranges.BelowHalf = 0.0
+    ld_alpha: ranges.ClosedUnitInterval | None = None
+    simpo_gamma: ranges.NonNegativeFloat = 0.5
+    discopop_tau: ranges.Share = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +73,8 @@ class UnpairedLossOptions(BetaOptions):
     """
 
     type: Literal["kto", "apo_zero_unpaired"] = "kto"
-    desirable_weight: NonNegativeFloat = 1.0
-    undesirable_weight: NonNegativeFloat = 1.0
+    desirable_weight: ranges.NonNegativeFloat = 1.0
+    undesirable_weight: ranges.NonNegativeFloat = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +106,16 @@ class GroupLossOptions(SFTLossOptions):
     """
 
     type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"] = "dapo"
-    beta: NonNegativeFloat = 0.0
-    epsilon: OpenUnitInterval = 0.2
-    epsilon_high: PositiveFloat | None = None
-    delta: AboveOne | None = None
+    beta: ranges.NonNegativeFloat = 0.0
+    epsilon: ranges.OpenUnitInterval = 0.2
+    epsilon_high: ranges.PositiveFloat | None = None
+    delta: ranges.AboveOne | None = None
     importance_sampling_level: Literal["token", "sequence"] = "token"
     use_bias_correction_kl: bool = True
     mask_truncated_completions: bool = False
-    sapo_temperature_neg: PositiveFloat = 1.05
-    sapo_temperature_pos: PositiveFloat = 1.0
-    vespo_k_pos: NonNegativeFloat = 2.0
-    vespo_lambda_pos: PositiveFloat = 3.0
-    vespo_k_neg: NonNegativeFloat = 3.0
-    vespo_lambda_neg: PositiveFloat = 2.0
+    sapo_temperature_neg: ranges.PositiveFloat = 1.05
+    sapo_temperature_pos: ranges.PositiveFloat = 1.0
+    vespo_k_pos: ranges.NonNegativeFloat = 2.0
+    vespo_lambda_pos: ranges.PositiveFloat = 3.0
+    vespo_k_neg: ranges.NonNegativeFloat = 3.0
+    vespo_lambda_neg: ranges.PositiveFloat = 2.0

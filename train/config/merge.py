@@ -5,15 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from train.config import ranges
 from train.config.base import DType
-from train.config.ranges import (
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    PositiveInt,
-    Seed,
-    UnitIntervalWithoutOne,
-    UnitIntervalWithoutZero,
-)
 
 MergeMethod = Literal[
     "linear",
@@ -43,9 +36,9 @@ class MergeModelOptions:
 
     path: str
     weight: float | None = None
-    density: UnitIntervalWithoutZero | None = None
-    epsilon: NonNegativeFloat | None = None
-    gamma: UnitIntervalWithoutOne | None = None
+    density: ranges.Share | None = None
+    epsilon: ranges.NonNegativeFloat | None = None
+    gamma: ranges.BelowOne | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +72,6 @@ class MergeConfig:
     normalize: bool | None = None
     rescale: Literal["inverse", "norm", "none"] | None = None
     election: Literal["weighted", "unweighted", "count"] | None = None
-    t: ClosedUnitInterval | None = None
-    seed: Seed | None = None
-    max_shard_size: PositiveInt = 5_000_000_000
+    t: ranges.ClosedUnitInterval | None = None
+    seed: ranges.Seed | None = None
+    max_shard_size: ranges.PositiveInt = 5_000_000_000

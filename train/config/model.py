@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from train.config import ranges
 from train.config.base import DType, UserError
-from train.config.ranges import PositiveFloat, PositiveInt, Seed
 
 RematPolicy = Literal["none", "full", "dots", "weight_dots"]
 
@@ -29,10 +29,10 @@ class LoraOptions:
             optimizers take it as the delta.
     """
 
-    rank: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
+    rank: ranges.PositiveInt = 16
+    alpha: ranges.PositiveFloat = 32.0
     target_modules: list[str] = field(default_factory=_all_linear)
-    seed: Seed = 0
+    seed: ranges.Seed = 0
     adapter: str | None = None
 
 

@@ -5,14 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from train.config import ranges
 from train.config.base import DType, UserError
-from train.config.ranges import (
-    PositiveFloat,
-    PositiveInt,
-    TwoOrMore,
-    UnitIntervalWithoutOne,
-    UnitIntervalWithoutZero,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +21,11 @@ class SamplingOptions:
         min_p: Sample from tokens at least so probable, relative to the most probable one.
     """
 
-    max_new_tokens: PositiveInt = 64
-    temperature: PositiveFloat = 0.9
-    top_k: TwoOrMore | None = None
-    top_p: UnitIntervalWithoutZero = 1.0
-    min_p: UnitIntervalWithoutOne = 0.0
+    max_new_tokens: ranges.PositiveInt = 64
+    temperature: ranges.PositiveFloat = 0.9
+    top_k: ranges.TwoOrMore | None = None
+    top_p: ranges.Share = 1.0
+    min_p: ranges.BelowOne = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +43,10 @@ class GroupSamplingOptions(SamplingOptions):
         temperature: Divides the logits, those of the loss too.
     """
 
-    num_generations: TwoOrMore = 8
-    num_iterations: PositiveInt = 1
-    max_new_tokens: PositiveInt = 512
-    temperature: PositiveFloat = 1.0
+    num_generations: ranges.TwoOrMore = 8
+    num_iterations: ranges.PositiveInt = 1
+    max_new_tokens: ranges.PositiveInt = 512
+    temperature: ranges.PositiveFloat = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +69,7 @@ class RewardOptions:
     function: str | None = None
     model: str | None = None
     dtype: DType = "float32"
-    missing_eos_penalty: PositiveFloat | None = None
+    missing_eos_penalty: ranges.PositiveFloat | None = None
 
     def check_together(self, name: str) -> None:
         """Checks that one thing scores. Raises `UserError`."""

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from train.config import ranges
 from train.config.base import DType, UserError
-from train.config.ranges import (
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Seed,
-    UnitIntervalWithoutOne,
-    UnitIntervalWithoutZero,
-)
 
 OptimizerName = Literal[
     "adamw",
@@ -37,7 +28,7 @@ Rounding = Literal["stochastic", "compensated", "nearest"]
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
-    """A number over time.
+    """The learning rate, or another number, over the steps of a run.
 
     Attributes:
         type: Shape after the warm-up.
@@ -46,8 +37,8 @@ class ScheduleOptions:
     """
 
     type: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: NonNegativeInt = 0
-    final_scale: ClosedUnitInterval = 0.0
+    warmup_steps: ranges.NonNegativeInt = 0
+    final_scale: ranges.ClosedUnitInterval = 0.0
 
     def check_together(self, name: str) -> None:
         """Refuses an end for a schedule that has none. Raises `UserError`."""
@@ -77,11 +68,11 @@ class AlphaOptions:
             adds nothing of the reference. Unset: every step does.
     """
 
-    value: UnitIntervalWithoutZero | None = None
-    relative: UnitIntervalWithoutZero | None = None
+    value: ranges.Share | None = None
+    relative: ranges.Share | None = None
     scope: Literal["global", "tensor"] | None = None
     schedule: ScheduleOptions = field(default_factory=_constant)
-    gate: UnitIntervalWithoutZero | None = None
+    gate: ranges.Share | None = None
 
     def check_together(self, name: str) -> None:
         """Checks that there is one peak. Raises `UserError`."""
@@ -109,22 +100,22 @@ class AdamWOptions:
             off.
     """
 
-    learning_rate: PositiveFloat
-    b1: UnitIntervalWithoutOne | None = None
-    b2: UnitIntervalWithoutOne | None = None
-    eps: PositiveFloat | None = None
-    weight_decay: NonNegativeFloat = 0.0
-    max_grad_norm: NonNegativeFloat = 1.0
+    learning_rate: ranges.PositiveFloat
+    b1: ranges.BelowOne | None = None
+    b2: ranges.BelowOne | None = None
+    eps: ranges.PositiveFloat | None = None
+    weight_decay: ranges.NonNegativeFloat = 0.0
+    max_grad_norm: ranges.NonNegativeFloat = 1.0
 
     @property
     def inner_name(self) -> Inner:
         """The optimizer whose updates are merged, or applied as they are."""
-        return "adamw"
+        return "lion" if self._setting("name") == "lion" else self._setting("inner") or "adamw"
 
     @property
     def delta_storage(self) -> Storage | None:
         """How the reference delta is held; None where none is merged, as at alpha 0."""
-        return None
+        return (self._setting("storage") or "dense") if self._setting("alpha") else None
 
     @property
     def holds_delta(self) -> bool:
@@ -134,7 +125,12 @@ class AdamWOptions:
     @property
     def update_rounding(self) -> Rounding:
         """How updates are rounded to what parameters can hold."""
-        return "nearest"
+        merges = self.delta_storage is not None
+        return self._setting("rounding") or ("stochastic" if merges else "nearest")
+
+    def _setting(self, name: str) -> Any:
+        """A setting of `OptimizerOptions`, or None where there is none."""
+        return getattr(self, name, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,37 +178,22 @@ class OptimizerOptions(AdamWOptions):
     """
 
     name: OptimizerName = "adamw"
-    alpha: ClosedUnitInterval | AlphaOptions | None = None
+    alpha: ranges.ClosedUnitInterval | AlphaOptions | None = None
     inner: Inner | None = None
     sparsifier: Sparsifier | None = None
     consensus: Consensus | None = None
-    density: UnitIntervalWithoutZero | None = None
-    epsilon: NonNegativeFloat | None = None
-    gamma: UnitIntervalWithoutOne | None = None
-    every_k: PositiveInt | None = None
+    density: ranges.Share | None = None
+    epsilon: ranges.NonNegativeFloat | None = None
+    gamma: ranges.BelowOne | None = None
+    every_k: ranges.PositiveInt | None = None
     rescale: Literal["inverse", "norm", "none"] | None = None
     delta_mask: Literal["fixed", "fresh"] | None = None
-    clip: NonNegativeFloat | None = None
+    clip: ranges.NonNegativeFloat | None = None
     election: Literal["unweighted", "weighted"] | None = None
     threshold: Literal["exact", "sampled"] | None = None
     storage: Storage | None = None
     rounding: Rounding | None = None
     moment_dtype: Literal["float32", "bfloat16"] | None = None
-    seed: Seed | None = None
+    seed: ranges.Seed | None = None
     delta_dtype: DType | None = None
     diagnostics: bool | None = None
-
-    @property
-    def inner_name(self) -> Inner:
-        """The optimizer whose updates are merged, or applied as they are."""
-        return "lion" if self.name == "lion" else self.inner or "adamw"
-
-    @property
-    def delta_storage(self) -> Storage | None:
-        """How the reference delta is held; None where none is merged, as at alpha 0."""
-        return (self.storage or "dense") if self.alpha else None
-
-    @property
-    def update_rounding(self) -> Rounding:
-        """How updates are rounded to what parameters can hold."""
-        return self.rounding or ("stochastic" if self.delta_storage else "nearest")

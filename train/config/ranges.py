@@ -9,19 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import typing
 from collections.abc import Callable
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Literal,
-    NamedTuple,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from train.config.base import require
 
@@ -67,8 +59,8 @@ if TYPE_CHECKING:
     AboveOne = float
     ClosedUnitInterval = float
     OpenUnitInterval = float
-    UnitIntervalWithoutZero = float
-    UnitIntervalWithoutOne = float
+    Share = float
+    BelowOne = float
     BelowHalf = float
 else:
     PositiveInt = _restricted("> 0", "positive", lambda n: n > 0, int)
@@ -81,8 +73,8 @@ else:
     AboveOne = _restricted("> 1", "above 1", lambda x: x > 1)
     ClosedUnitInterval = _restricted("in [0, 1]", "in [0, 1]", lambda x: 0 <= x <= 1)
     OpenUnitInterval = _restricted("in (0, 1)", "between 0 and 1", lambda x: 0 < x < 1)
-    UnitIntervalWithoutZero = _restricted("in (0, 1]", "in (0, 1]", lambda x: 0 < x <= 1)
-    UnitIntervalWithoutOne = _restricted("in [0, 1)", "in [0, 1)", lambda x: 0 <= x < 1)
+    Share = _restricted("in (0, 1]", "in (0, 1]", lambda x: 0 < x <= 1)
+    BelowOne = _restricted("in [0, 1)", "in [0, 1)", lambda x: 0 <= x < 1)
     BelowHalf = _restricted("in [0, 0.5)", "in [0, 0.5)", lambda x: 0 <= x < 0.5)
 
 
@@ -111,24 +103,25 @@ def check_settings(settings: Any, name: str = "") -> None:
 
 @functools.cache
 def _hints(settings: type) -> dict[str, Any]:
-    hints = get_type_hints(settings)
+    hints = typing.get_type_hints(settings)
     return {field.name: hints[field.name] for field in dataclasses.fields(settings)}
 
 
 def _check_field(value: Any, hint: Any, name: str) -> None:
     """Checks a value, or every value of a dictionary or list, against the type of its field."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    inner = {get_origin(kind): get_args(kind) for kind in kinds}
+    union = typing.get_origin(hint) in (typing.Union, UnionType)
+    kinds = typing.get_args(hint) if union else (hint,)
+    inner = {typing.get_origin(kind): typing.get_args(kind) for kind in kinds}
     if dataclasses.is_dataclass(value):
         check_settings(value, name)
     elif isinstance(value, dict) and dict in inner:
         for key, item in value.items():
             place = f"{name}.{key}" if dataclasses.is_dataclass(item) else f"{name}[{key!r}]"
             _check_field(item, inner[dict][1], place)
-    elif isinstance(value, list) and list in inner:
+    elif isinstance(value, list | tuple) and list in inner:
         for index, item in enumerate(value):
             _check_field(item, inner[list][0], f"{name}[{index}]")
-    elif not ((value is None and NoneType in kinds) or value in inner.get(Literal, ())):
+    elif not ((value is None and NoneType in kinds) or value in inner.get(typing.Literal, ())):
         for kind in kinds:
             if kind in RANGES:
                 _check_number(value, RANGES[kind], name)

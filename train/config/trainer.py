@@ -5,15 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from train.config import ranges
 from train.config.base import UserError
-from train.config.ranges import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Seed,
-    UnitIntervalWithoutOne,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +31,10 @@ class EarlyStopOptions:
 
     metric: str | None = None
     mode: Literal["min", "max"] | None = None
-    patience: PositiveInt = 3
-    min_delta: NonNegativeFloat = 0.0
+    patience: ranges.PositiveInt = 3
+    min_delta: ranges.NonNegativeFloat = 0.0
     floors: dict[str, float] = field(default_factory=dict)
-    max_drop: dict[str, NonNegativeFloat] = field(default_factory=dict)
+    max_drop: dict[str, ranges.NonNegativeFloat] = field(default_factory=dict)
 
     @property
     def metrics(self) -> list[str]:
@@ -73,7 +66,7 @@ class EMAOptions:
         evaluate: Evaluate the average during training instead of the weights.
     """
 
-    decay: UnitIntervalWithoutOne = 0.999
+    decay: ranges.BelowOne = 0.999
     export: bool = True
     evaluate: bool = True
 
@@ -106,17 +99,17 @@ class TrainerOptions:
         ema: Moving average of the weights.
     """
 
-    batch_size: PositiveInt
-    steps: PositiveInt | None = None
-    epochs: PositiveFloat | None = None
-    gradient_accumulation_steps: PositiveInt = 1
-    eval_batch_size: PositiveInt | None = None
-    eval_every: PositiveInt | None = None
-    save_every: PositiveInt | None = None
-    keep: PositiveInt = 2
-    log_every: PositiveInt = 1
-    seed: Seed = 0
-    max_skipped_steps: NonNegativeInt = 10
+    batch_size: ranges.PositiveInt
+    steps: ranges.PositiveInt | None = None
+    epochs: ranges.PositiveFloat | None = None
+    gradient_accumulation_steps: ranges.PositiveInt = 1
+    eval_batch_size: ranges.PositiveInt | None = None
+    eval_every: ranges.PositiveInt | None = None
+    save_every: ranges.PositiveInt | None = None
+    keep: ranges.PositiveInt = 2
+    log_every: ranges.PositiveInt = 1
+    seed: ranges.Seed = 0
+    max_skipped_steps: ranges.NonNegativeInt = 10
     early_stop: EarlyStopOptions | None = None
     export_best: str | None = None
     ema: EMAOptions | None = None

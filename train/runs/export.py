@@ -13,7 +13,14 @@ import jax.numpy as jnp
 import yaml
 from rich.console import Console
 
-from train.config import ExportConfig, LoraOptions, ModelOptions, TrainerOptions, UserError
+from train.config import (
+    ExportConfig,
+    LoraOptions,
+    ModelOptions,
+    TrainerOptions,
+    UserError,
+    check_settings,
+)
 from train.distributed.mesh import abstract_model
 from train.distributed.processes import first_says, is_first
 from train.files.model_card import run_card
@@ -75,6 +82,7 @@ def run(config: ExportConfig) -> None:
     Raises:
         UserError: no such run or checkpoint, or the output is not empty.
     """
+    check_settings(config)
     record = Path(config.run) / "run.json"
     if not record.is_file():
         raise UserError(f"run: {config.run!r} holds no run (there is no run.json).")
