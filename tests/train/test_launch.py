@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.cli import COMMANDS, configured
+from train.cli import COMMANDS
 from train.config import DPOConfig
+from train.config.command_line import configured
 
 LAUNCH = Path(__file__).parents[2] / "train" / "launch"
 SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))

@@ -155,7 +155,7 @@ def test_dry_run_shows_the_prompts(inputs, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"reward__function": None}, "Give exactly one of reward.function and reward.model."),
-        ({"sampling__temperature": 0.0}, "sampling.temperature must be above 0"),
+        ({"sampling__temperature": 0.0}, "sampling.temperature must be positive, got 0.0"),
         ({"sampling__max_new_tokens": 0}, "sampling.max_new_tokens must be positive, got 0"),
         (
             {"sampling__max_new_tokens": 250},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,11 @@ import torch
 from transformers import get_scheduler
 
 import omerge_jax as om
-from train.config import AlphaOptions, OptimizerOptions, ScheduleOptions, UserError
-from train.optimizers.alpha_scale import make_alpha_scale
-from train.optimizers.build import (
-    FIELDS,
-    SPARSIFIERS,
-    check_optimizer,
-    learning_rates,
-    make_optimizer,
-    make_schedule,
-    needs_delta,
-)
+from train.config import AlphaOptions, OptimizerOptions, ScheduleOptions, Sparsifier, UserError
+from train.optimizers.alpha import alpha_scale_of
+from train.optimizers.build import make_optimizer
+from train.optimizers.check import check_optimizer
+from train.optimizers.schedules import learning_rates, make_schedule
 from train.training.step import init_state, make_train_step
 
 MERGE = {"alpha": 1e-3, "density": 0.5}
@@ -50,7 +44,7 @@ def walk(
     params = as_jax(draw(0))
     tx = make_optimizer(chosen, rate)
     state: Any = tx.init(params)
-    if delta and needs_delta(chosen):
+    if delta and chosen.delta_storage is not None:
         state = om.with_delta(state, as_jax(draw(1)))
     update = jax.jit(tx.update)
     for step in range(steps):
@@ -91,10 +85,13 @@ def test_a_full_mask_and_no_reference_leave_adamw(name):
         np.testing.assert_allclose(found[leaf], expected[leaf], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if "alpha" in FIELDS[name]])
+@pytest.mark.parametrize(
+    "name", ["on_dare", "on_dare_adamw", "on_ties", "on_ties_adamw", "online_merge"]
+)
 def test_merging_optimizers_want_the_delta(name):
     more = {"sparsifier": "random", "consensus": "sign"} if name == "online_merge" else {}
-    assert needs_delta(options(name, **MERGE, **more))
+    assert options(name, **MERGE, **more).holds_delta
+    assert options(name, density=0.5, alpha=0.0, **more).delta_storage is None
     with pytest.raises(ValueError, match="with_delta"):
         walk(options(name, **MERGE, **more), delta=False)
     moved = walk(options(name, **MERGE, **more))
@@ -274,7 +271,7 @@ def test_inner_is_what_is_merged():
 
 
 @pytest.mark.parametrize("consensus", ["linear", "sign"])
-@pytest.mark.parametrize("sparsifier", list(SPARSIFIERS))
+@pytest.mark.parametrize("sparsifier", get_args(Sparsifier))
 def test_every_sparsifier_meets_every_consensus(sparsifier, consensus):
     more = {} if sparsifier == "identity" else {"density": 0.5}
     if sparsifier == "magnitude_ranked":
@@ -412,7 +409,7 @@ def test_the_gate_opens_with_the_reward_accuracy():
     def loss_fn(params, batch):
         return jnp.sum(params["w"] ** 2), {"rewards/accuracies": jnp.mean(batch["right"])}
 
-    step = make_train_step(loss_fn, tx, alpha_scale=make_alpha_scale(chosen))
+    step = make_train_step(loss_fn, tx, alpha_scale=alpha_scale_of(chosen))
     state = init_state({"w": jnp.ones(8)}, tx, {"w": jnp.ones(8)})
     found = []
     for right in ([1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]):

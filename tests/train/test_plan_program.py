@@ -35,7 +35,8 @@ import jax
 from tests.train.test_plan_program import make_config
 from train.config import MeshOptions
 from train.models import from_hf, layer_axes, split_model
-from train.optimizers.build import make_optimizer, make_schedule
+from train.optimizers.build import make_optimizer
+from train.optimizers.schedules import make_schedule
 from train.plan.program import make_program, read_shape
 from train.distributed.mesh import make_mesh, on_mesh
 from train.training.step import init_state

@@ -14,7 +14,7 @@ import omerge_jax as om
 from tests.train.tiny_runs import read_tensors, run_flags, write_inputs
 from train.cli import main
 from train.config import OptimizerOptions
-from train.optimizers.build import holds_delta, make_optimizer, needs_delta, recomputes_delta
+from train.optimizers.build import make_optimizer
 from train.training.step import init_state, make_train_step
 
 
@@ -67,8 +67,8 @@ def test_step_takes_both_models(name):
             name=name, storage=storage, learning_rate=1e-2, alpha=0.1, density=0.5
         )
         recomputes = storage == "recompute"
-        assert needs_delta(options)
-        assert (holds_delta(options), recomputes_delta(options)) == (not recomputes, recomputes)
+        assert options.delta_storage == storage
+        assert options.holds_delta == (not recomputes)
         tx = make_optimizer(options, optax.constant_schedule(1e-2))
         step = make_train_step(lambda p, b: (((p["w"] - b["x"]) ** 2).mean(), {}), tx)
         state = init_state(params, tx, None if recomputes else delta)

@@ -136,7 +136,7 @@ def test_nothing_within_the_floors_is_not_exported(inputs, tmp_path, capsys):
         ),
         (
             {"trainer__early_stop__max_drop": json.dumps({SKILL: -0.1})},
-            "trainer.early_stop.max_drop: that of eval_tasks/sums/accuracy must be 0 or larger",
+            "trainer.early_stop.max_drop['eval_tasks/sums/accuracy'] must be 0 or larger",
         ),
         (
             {

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import omerge_jax as om
-from train.cli import configured
 from train.config import UserError
+from train.config.command_line import configured
 from train.taxbench.miniature import demo, examples
 from train.taxbench.miniature.demo import DemoConfig, check, new_run_dir, run_demo
 from train.taxbench.miniature.methods import METHODS, add_delta, offline_linear

@@ -16,7 +16,7 @@ import omerge_jax as om
 from tests.train.tiny_runs import make_model_dir, make_tokenizer
 from train.cli import main
 from train.commands.merge import merge_settings
-from train.config import UserError, check
+from train.config import UserError, check_settings
 from train.distributed.stop import EXIT_STATUS, Stopped
 from train.taxbench.language_model import run as second_scale
 from train.taxbench.language_model.data import (
@@ -244,7 +244,7 @@ def study(tmp_path):
 def test_runs_have_the_settings_of_the_files_but_for_their_size(study):
     tuned, merging = study.dpo_config(0, "adamw"), study.dpo_config(0, "on_ties")
     for config in (study.sft_config(0), tuned, merging):
-        check(config)
+        check_settings(config)
     assert tuned.optimizer.learning_rate == merging.optimizer.learning_rate == 1e-4
     assert merging.optimizer.alpha * merging.trainer.steps == pytest.approx(0.1)
     assert (merging.optimizer.density, merging.model.base) == (0.1, "base")
@@ -252,7 +252,7 @@ def test_runs_have_the_settings_of_the_files_but_for_their_size(study):
     assert [study.dpo_config(0, name).loss.beta for name in ("kl", "sign_mask")] == [0.3, 0.1]
     large, largest = study.dpo_config(0, "on_ties_large"), study.dpo_config(0, "largest")
     for config in (large, largest):
-        check(config)
+        check_settings(config)
         assert config.optimizer.learning_rate == pytest.approx(3e-4)
         assert config.loss.beta == 0.3
         assert config.optimizer.density == 0.1

@@ -10,7 +10,7 @@ from train.evaluation.held_out import evaluate_preferences
 from train.losses import check_starts_at_reference
 from train.losses.options import beta_from, check_preference_loss
 from train.objectives.preference import preference_loss, reference_logps_fn
-from train.runs.set_up import check_settings, set_up
+from train.runs.set_up import check_config, set_up
 from train.runs.train import Objective, train
 
 
@@ -21,7 +21,7 @@ def train_dpo(config: DPOConfig) -> None:
         UserError: something given cannot be used; before training starts.
     """
     loss = check_preference_loss(config.loss, config.trainer.gradient_accumulation_steps)
-    check_settings(config)
+    check_config(config)
     if config.sync_ref_model and not loss.needs_reference:
         raise UserError(
             f"sync_ref_model is set, but loss.type {' and '.join(loss.types)} has no reference; "

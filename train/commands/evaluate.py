@@ -15,8 +15,7 @@ from train.config import (
     ModelOptions,
     PreferenceEvalOptions,
     UserError,
-    check_records,
-    require,
+    check_settings,
 )
 from train.data import TokenDataset, tokenize_preference
 from train.evaluation.held_out import answer_logps, evaluate_preferences
@@ -74,15 +73,10 @@ def _read_pairs(options: PreferenceEvalOptions, tokenizer: Any) -> TokenDataset:
 
 
 def _check(config: EvalConfig) -> Path:
-    """Checks the settings; returns the file to write."""
-    require(config.batch_size > 0, "batch_size", config.batch_size, "positive")
+    check_settings(config)
     named = [*config.tasks, *config.texts, *config.generation]
     if config.preferences is None and not named:
         raise UserError("Nothing to evaluate: give preferences, tasks, texts or generation.")
-    if config.preferences is not None:
-        check_records(config.preferences, "preferences")
-        beta = config.preferences.beta
-        require(beta > 0, "preferences.beta", beta, "positive")
     output = Path(config.output)
     _check_new(output)
     check_place(output, "output")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import yaml
 from rich.console import Console
 
-from train.config import ExportConfig, LoraOptions, ModelOptions, UserError
+from train.config import ExportConfig, LoraOptions, ModelOptions, UserError, check_settings
 from train.files.model_card import run_card
 from train.files.whole import check_absent_or_empty
 from train.inputs.model import blamed_on, check_model, hash_model
@@ -29,6 +29,7 @@ def export_checkpoint(config: ExportConfig) -> None:
     Raises:
         UserError: no such run or checkpoint, or the output is not empty.
     """
+    check_settings(config)
     record = Path(config.run) / "run.json"
     if not record.is_file():
         raise UserError(f"run: {config.run!r} holds no run (there is no run.json).")

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from train.config import GenerateConfig, ModelOptions, UserError, require
+from train.config import GenerateConfig, ModelOptions, UserError, check_settings
 from train.data import Record, read_records
 from train.data.padding import pad_prompts
 from train.data.tokenizing import encode_prompts
@@ -96,26 +96,19 @@ def _key(config: GenerateConfig, records: Any, prompts: Any, ends: list[int]) ->
 
 
 def _check(config: GenerateConfig) -> Filters:
-    """Checks the settings; returns those of the draws."""
+    check_settings(config)
     if (config.prompt is None) == (config.prompts is None):
         raise UserError("Give exactly one of prompt and prompts.")
     if (config.prompts is None) != (config.output is None):
         raise UserError(
             "output is the file for the continuations of prompts: give both, or neither."
         )
-    for name in ("max_new_tokens", "batch_size"):
-        require(getattr(config, name) > 0, name, getattr(config, name), "positive")
-    require(0 <= config.seed < 2**32, "seed", config.seed, "in [0, 2**32)")
-    try:
-        filters = Filters(config.temperature, config.top_k, config.top_p, config.min_p)
-    except ValueError as error:
-        raise UserError(f"{error}.") from error
     if config.output is not None:
         output = Path(config.output)
         if output.exists():
             raise UserError(f"output: {config.output!r} exists; nothing is overwritten.")
         check_place(output, "output")
-    return filters
+    return Filters(config.temperature, config.top_k, config.top_p, config.min_p)
 
 
 def _check_lengths(

@@ -61,7 +61,7 @@ from train.on_policy.groups import GroupBatches
 from train.on_policy.reward import stack_rewards
 from train.on_policy.setup import check_rewards, hash_rewards, make_on_policy, make_rewards
 from train.runs.run import Run
-from train.runs.set_up import check_settings, set_up
+from train.runs.set_up import check_config, set_up
 from train.runs.train import Objective, train
 
 
@@ -72,7 +72,7 @@ def train_grpo(config: GRPOConfig) -> None:
         UserError: something given cannot be used, before training starts; or a reward gives
             something other than finite numbers.
     """
-    check_settings(config)
+    check_config(config)
     length = config.sampling.max_new_tokens
     loss = loss_from(GroupLoss, config.loss, max_completion_length=length)
     check_rewards(config)

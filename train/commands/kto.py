@@ -14,7 +14,7 @@ from train.inputs.model import blamed_on
 from train.losses import UnpairedLoss, check_unpaired_start, label_balance_warning
 from train.losses.options import beta_from, loss_from
 from train.objectives.unpaired import unpaired_logps_fn, unpaired_loss
-from train.runs.set_up import check_settings, set_up
+from train.runs.set_up import check_config, set_up
 from train.runs.train import Objective, train
 
 
@@ -26,7 +26,7 @@ def train_kto(config: KTOConfig) -> None:
     """
     loss = loss_from(UnpairedLoss, config.loss)
     beta_from(config.loss, steps=1)
-    check_settings(config)
+    check_config(config)
     if loss.needs_kl:
         # Its batches are made once, with other completions for the divergence.
         for name, value in (("mix", config.data.mix), ("buckets", config.data.buckets)):

@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 import omerge_jax as om
 from train.commands.merge_checks import check_room, check_tied, network_differences
-from train.config import MergeConfig, UserError, require
+from train.config import MergeConfig, UserError, check_settings
 from train.files.model_card import merge_card
 from train.files.whole import check_absent_or_empty, check_place, remove_remains
 from train.inputs.model import blamed_on, load_tokenizer
@@ -79,7 +79,7 @@ def merge_settings(config: MergeConfig) -> dict[str, Any]:
     Raises:
         UserError: the method refuses them, a weight is missing, or there is no base.
     """
-    require(config.max_shard_size > 0, "max_shard_size", config.max_shard_size, "positive")
+    check_settings(config)
     if not config.models:
         raise UserError("models is empty; give the models to merge.")
     if config.base is None and config.method != "linear":

@@ -42,7 +42,7 @@ from train.objectives.preference import preference_loss, reference_logps_fn
 from train.on_policy.rollouts import ANSWERS, pair_figures, with_objectives
 from train.on_policy.setup import check_rewards, hash_rewards, make_on_policy, make_rewards
 from train.runs.run import Run
-from train.runs.set_up import check_settings, set_up
+from train.runs.set_up import check_config, set_up
 from train.runs.train import Objective, train
 from train.types import Batch, Params, Prepared
 
@@ -54,7 +54,7 @@ def train_online_dpo(config: OnlineDPOConfig) -> None:
         UserError: something given cannot be used, before training starts; or the reward gives
             something other than finite numbers.
     """
-    check_settings(config)
+    check_config(config)
     loss = check_preference_loss(config.loss, config.trainer.gradient_accumulation_steps)
     check_rewards(config)
     run = set_up("online-dpo", config, tokenize_prompts)

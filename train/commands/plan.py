@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
-from train.config import PlanConfig, UserError, check, flatten
+from train.config import PlanConfig, UserError, check_settings, flatten
 from train.files.whole import check_place, write_whole
 from train.losses.options import check_preference_loss
 from train.models import ModelConfig
-from train.optimizers.build import check_optimizer
+from train.optimizers.check import check_optimizer
 from train.plan.advice import advice
 from train.plan.figures import Plan
 from train.plan.measure import make_plan, without_merge
@@ -34,7 +34,7 @@ def plan(config: PlanConfig) -> None:
     """
     # Tables are not to be folded where they go to a file.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    check(config)
+    check_settings(config)
     check_optimizer(config.optimizer)
     check_preference_loss(config.loss, config.trainer.gradient_accumulation_steps)
     output = None if config.output_file is None else Path(config.output_file)

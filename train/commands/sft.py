@@ -11,7 +11,7 @@ from train.data import TokenDataset, tokenize_sft
 from train.evaluation.held_out import evaluate_sft
 from train.inputs.records import packed
 from train.objectives.sft import sft_loss
-from train.runs.set_up import check_settings, set_up
+from train.runs.set_up import check_config, set_up
 from train.runs.train import Objective, train
 
 
@@ -27,7 +27,7 @@ def train_sft(config: SFTConfig) -> None:
     ) -> tuple[TokenDataset, TokenDataset | None]:
         return packed(config.data, data, console), held_out
 
-    check_settings(config)
+    check_config(config)
     run = set_up("sft", config, tokenize_sft, arrange)
     if run is None:
         return

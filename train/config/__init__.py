@@ -2,8 +2,8 @@
 
 A settings file (YAML) and flags fill the same fields: ``--trainer.steps 10`` is ``trainer: {steps:
 10}``. Nothing heavy is imported here, so that ``--help`` and a misspelt field answer at once. The
-ranges are checked by `check`, which every command calls before it reads a weight; fields that
-belong to one optimizer are checked in `train.optimizers.build`.
+type of a field holds its range. Every command calls `check_settings` before it reads a weight; what
+the chosen optimizer has no use for is refused in `train.optimizers.check`.
 """
 
 from train.config.base import DType, UserError, flatten, require
@@ -14,16 +14,11 @@ from train.config.commands import (
     GRPOConfig,
     KTOConfig,
     OnlineDPOConfig,
+    PlanConfig,
     SFTConfig,
 )
-from train.config.data import (
-    DataOptions,
-    PromptDataOptions,
-    RecordOptions,
-    SFTDataOptions,
-    check_records,
-)
-from train.config.distributed import DistributedOptions
+from train.config.data import DataOptions, PromptDataOptions, RecordOptions, SFTDataOptions
+from train.config.devices import DistributedOptions, MeshOptions
 from train.config.evaluation import (
     EvalConfig,
     GenerationTaskOptions,
@@ -41,7 +36,6 @@ from train.config.loss import (
     UnpairedLossOptions,
 )
 from train.config.merge import MergeConfig, MergeModelOptions
-from train.config.mesh import MeshOptions
 from train.config.model import LoraOptions, ModelOptions, PolicyOptions
 from train.config.online import (
     GroupRewardOptions,
@@ -52,62 +46,11 @@ from train.config.online import (
 from train.config.optimizer import (
     AdamWOptions,
     AlphaOptions,
+    Consensus,
     OptimizerName,
     OptimizerOptions,
     ScheduleOptions,
+    Sparsifier,
 )
-from train.config.plan import PlanConfig
-from train.config.ranges import check
+from train.config.ranges import check_settings
 from train.config.trainer import EarlyStopOptions, EMAOptions, TrainerOptions
-
-__all__ = [
-    "FREE_FIELDS",
-    "AdamWOptions",
-    "AlphaOptions",
-    "BetaOptions",
-    "DPOConfig",
-    "DType",
-    "DataOptions",
-    "DistributedOptions",
-    "EMAOptions",
-    "EarlyStopOptions",
-    "EvalConfig",
-    "ExportConfig",
-    "GRPOConfig",
-    "GenerateConfig",
-    "GenerationTaskOptions",
-    "GroupLossOptions",
-    "GroupRewardOptions",
-    "GroupSamplingOptions",
-    "KTOConfig",
-    "LoraOptions",
-    "MergeConfig",
-    "MergeModelOptions",
-    "MeshOptions",
-    "ModelOptions",
-    "OnlineDPOConfig",
-    "OptimizerName",
-    "OptimizerOptions",
-    "PlanConfig",
-    "PolicyOptions",
-    "PreferenceEvalOptions",
-    "PreferenceLossOptions",
-    "PromptDataOptions",
-    "RecordOptions",
-    "RewardOptions",
-    "SFTConfig",
-    "SFTDataOptions",
-    "SFTLossOptions",
-    "SamplingOptions",
-    "ScheduleOptions",
-    "TaskOptions",
-    "TaskSetOptions",
-    "TextOptions",
-    "TrainerOptions",
-    "UnpairedLossOptions",
-    "UserError",
-    "check",
-    "check_records",
-    "flatten",
-    "require",
-]

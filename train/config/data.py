@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from train.config.base import require
+from train.config import ranges
+from train.config.base import UserError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,9 @@ class PromptOptions:
 
     path: str
     split: str = "train"
-    eval_fraction: float | None = None
-    split_seed: int = 0
-    max_prompt_length: int = 512
+    eval_fraction: ranges.OpenUnitInterval | None = None
+    split_seed: ranges.Seed = 0
+    max_prompt_length: ranges.PositiveInt = 512
     template: Literal["auto", "chat"] = "auto"
     truncation: Literal["keep_end", "keep_start"] = "keep_end"
     prefix_sharing: bool | Literal["auto"] = "auto"
@@ -50,12 +51,12 @@ class RecordOptions(PromptOptions):
             their end, and are counted.
     """
 
-    max_completion_length: int = 512
+    max_completion_length: ranges.PositiveInt = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sources:
-    """Several files, and those to evaluate on.
+class PromptDataOptions(PromptOptions):
+    """Prompts, and those to evaluate on. Answers in the records are ignored.
 
     Attributes:
         mix: Further data sets, each with a weight: how often its records come in an epoch in which
@@ -70,14 +71,29 @@ class _Sources:
             as wide as the longest. Unset: up to 16, fewer where there are few batches.
     """
 
-    mix: dict[str, float] = field(default_factory=dict)
+    mix: dict[str, ranges.PositiveFloat] = field(default_factory=dict)
     eval_path: str | None = None
     eval_split: str | None = None
-    buckets: int | None = None
+    buckets: ranges.PositiveInt | None = None
+
+    def check_together(self, name: str) -> None:
+        """Checks that each source is given once. Raises `UserError`."""
+        if self.eval_path is not None and self.eval_fraction is not None:
+            raise UserError(
+                f"{name}.eval_path and {name}.eval_fraction are both set; give the file to evaluate "
+                "on, or the share to hold out."
+            )
+        if self.eval_split is not None and self.eval_path is None:
+            raise UserError(
+                f"{name}.eval_split is {self.eval_split!r}, but there is no {name}.eval_path that it "
+                f"is a split of; give it, or unset {name}.eval_split."
+            )
+        other = f"of other data sets than {name}.path"
+        require(self.path not in self.mix, f"{name}.mix", self.path, other)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(_Sources, RecordOptions):
+class DataOptions(PromptDataOptions, RecordOptions):
     """Training records, and those to evaluate on."""
 
 
@@ -95,18 +111,18 @@ class SFTDataOptions(DataOptions):
     """
 
     packing: bool = False
-    packed_length: int | None = None
+    packed_length: ranges.PositiveInt | None = None
 
-
-@dataclass(frozen=True, kw_only=True)
-class PromptDataOptions(_Sources, PromptOptions):
-    """Prompts to sample answers to, and those to evaluate on."""
-
-
-def check_records(options: PromptOptions, name: str) -> None:
-    """Checks the ranges of a group of record fields. Raises `UserError`."""
-    for field_name in ("max_prompt_length", "max_completion_length"):
-        value = getattr(options, field_name, None)
-        require(value is None or value > 0, f"{name}.{field_name}", value, "positive")
-    share = options.eval_fraction
-    require(share is None or 0 < share < 1, f"{name}.eval_fraction", share, "between 0 and 1")
+    def check_together(self, name: str) -> None:
+        """Checks the settings of packed rows as well. Raises `UserError`."""
+        super().check_together(name)
+        if self.packed_length is not None and not self.packing:
+            raise UserError(
+                f"{name}.packed_length is {self.packed_length}, but {name}.packing is not set; set "
+                "it, or unset the length."
+            )
+        if self.packing and self.buckets is not None:
+            raise UserError(
+                f"{name}.buckets is {self.buckets}, but packed rows have one shape; unset it, or "
+                f"{name}.packing."
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from train.config import ranges
 from train.config.base import DType
 from train.config.data import RecordOptions
 
@@ -21,17 +22,30 @@ class PreferenceEvalOptions(RecordOptions):
     """
 
     reference: str
-    beta: float = 0.1
+    beta: ranges.PositiveFloat = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskOptions:
-    """Multiple choice by log-likelihood on the records of a file.
+class _ScoredFile:
+    """What a model is scored on.
 
     Attributes:
         path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub, with
             its configuration as in openai/gsm8k:main if it has several.
         split: Split of a data set on the hub; where it has no test split, another, such as validation.
+        limit: Use only the first so many records or texts.
+    """
+
+    path: str
+    split: str = "test"
+    limit: ranges.PositiveInt | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(_ScoredFile):
+    """Multiple choice by log-likelihood on the records of a file.
+
+    Attributes:
         prompt: Python format string over a record's fields, for example "{Body} {Question}".
         answer: Format string of the right answer, for example "{Answer:g}". With `choices_field`:
             of its label, its letter, or its number from 0, for example "{answerKey}".
@@ -41,56 +55,44 @@ class TaskOptions:
             with the lists "text" and "label". Unset: they are drawn.
         letters: With `choices_field`: score the letters A, B, … in place of the texts, which the
             prompt then shows, for example by "A. {choices[0]}".
-        limit: Use only the first so many records.
         chat_template: Put the prompt into the tokenizer's chat template; otherwise the answer
             follows it as plain text, after one space.
         seed: Seed of the draw of wrong answers.
     """
 
-    path: str
-    split: str = "test"
     prompt: str
     answer: str
-    choices: int = 4
+    choices: ranges.TwoOrMore = 4
     choices_field: str | None = None
     letters: bool = False
-    limit: int | None = None
     chat_template: bool = True
-    seed: int = 0
+    seed: ranges.Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions:
+class TextOptions(_ScoredFile):
     """Perplexity on the texts of a file, with a sliding window.
 
     Attributes:
         path: A .txt file, which is one text, or a file or data set of records as for the other tasks.
-        split: Split of a data set on the hub; where it has no test split, another, such as validation.
         field: Field of a record that holds the text.
         separator: Makes one text of all records with this between them, as transformers' guide to
             perplexity does with a blank line. Unset: each record is a text of its own.
         max_length: Tokens in a window. Unset: 1024, or what the model was made for if that is less.
         stride: Tokens from one window's start to the next. Unset: half of a window.
-        limit: Use only the first so many texts.
     """
 
-    path: str
-    split: str = "test"
     field: str = "text"
     separator: str | None = None
-    max_length: int | None = None
-    stride: int | None = None
-    limit: int | None = None
+    max_length: ranges.TwoOrMore | None = None
+    stride: ranges.PositiveInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationTaskOptions:
+class GenerationTaskOptions(_ScoredFile):
     """Greedily generated answers, compared with the right ones.
 
     Attributes:
-        path: A .json, .jsonl, .jsonl.gz or .parquet file, or the name of a data set on the hub, with
-            its configuration as in openai/gsm8k:main if it has several.
-        split: Split of a data set on the hub; where it has no test split, another, such as validation.
         prompt: Python format string over a record's fields.
         answer: Format string of the right answer. Not used with `answers_field`.
         answers_field: Field of a record that holds its right answers, any of which will do: a list
@@ -103,20 +105,16 @@ class GenerationTaskOptions:
         answer_extract: The same for the right answers, for example "#### (.+)" of GSM8K. Unset:
             all of it.
         max_new_tokens: Tokens to generate at most.
-        limit: Use only the first so many records.
         chat_template: Put the prompt into the tokenizer's chat template.
     """
 
-    path: str
-    split: str = "test"
     prompt: str
     answer: str | None = None
     answers_field: str | None = None
     scoring: Literal["exact_match", "squad"] = "exact_match"
     extract: str | None = None
     answer_extract: str | None = None
-    max_new_tokens: int = 256
-    limit: int | None = None
+    max_new_tokens: ranges.PositiveInt = 256
     chat_template: bool = True
 
 
@@ -156,5 +154,5 @@ class EvalConfig(TaskSetOptions):
     model: str
     output: str
     preferences: PreferenceEvalOptions | None = None
-    batch_size: int = 32
+    batch_size: ranges.PositiveInt = 32
     dtype: DType = "float32"

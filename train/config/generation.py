@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from train.config import ranges
 from train.config.base import DType
 
 
@@ -39,11 +40,11 @@ class GenerateConfig:
     split: str = "train"
     output: str | None = None
     chat_template: bool = True
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    batch_size: int = 16
+    max_new_tokens: ranges.PositiveInt = 256
+    temperature: ranges.NonNegativeFloat = 1.0
+    top_k: ranges.PositiveInt | None = None
+    top_p: ranges.Share = 1.0
+    min_p: ranges.ClosedUnitInterval = 0.0
+    seed: ranges.Seed = 0
+    batch_size: ranges.PositiveInt = 16
     dtype: DType = "float32"

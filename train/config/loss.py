@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from train.config import ranges
+
 
 @dataclass(frozen=True, kw_only=True)
 class SFTLossOptions:
@@ -15,7 +17,7 @@ class SFTLossOptions:
             are never held whole; null: all at once; auto: in pieces when the vocabulary is large.
     """
 
-    vocab_chunk: int | Literal["auto"] | None = "auto"
+    vocab_chunk: ranges.PositiveInt | Literal["auto"] | None = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +31,9 @@ class BetaOptions(SFTLossOptions):
         beta_final: Beta of the last step; only with a schedule.
     """
 
-    beta: float = 0.1
+    beta: ranges.PositiveFloat = 0.1
     beta_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    beta_final: float | None = None
+    beta_final: ranges.PositiveFloat | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +56,10 @@ class PreferenceLossOptions(BetaOptions):
 
     type: list[str] | str = "sigmoid"
     weights: list[float] | None = None
-    label_smoothing: float = 0.0
-    ld_alpha: float | None = None
-    simpo_gamma: float = 0.5
-    discopop_tau: float = 0.05
+    label_smoothing: ranges.BelowHalf = 0.0
+    ld_alpha: ranges.ClosedUnitInterval | None = None
+    simpo_gamma: ranges.NonNegativeFloat = 0.5
+    discopop_tau: ranges.Share = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,8 @@ class UnpairedLossOptions(BetaOptions):
     """
 
     type: Literal["kto", "apo_zero_unpaired"] = "kto"
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
+    desirable_weight: ranges.NonNegativeFloat = 1.0
+    undesirable_weight: ranges.NonNegativeFloat = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +106,16 @@ class GroupLossOptions(SFTLossOptions):
     """
 
     type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"] = "dapo"
-    beta: float = 0.0
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
+    beta: ranges.NonNegativeFloat = 0.0
+    epsilon: ranges.OpenUnitInterval = 0.2
+    epsilon_high: ranges.PositiveFloat | None = None
+    delta: ranges.AboveOne | None = None
     importance_sampling_level: Literal["token", "sequence"] = "token"
     use_bias_correction_kl: bool = True
     mask_truncated_completions: bool = False
-    sapo_temperature_neg: float = 1.05
-    sapo_temperature_pos: float = 1.0
-    vespo_k_pos: float = 2.0
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0
-    vespo_lambda_neg: float = 2.0
+    sapo_temperature_neg: ranges.PositiveFloat = 1.05
+    sapo_temperature_pos: ranges.PositiveFloat = 1.0
+    vespo_k_pos: ranges.NonNegativeFloat = 2.0
+    vespo_lambda_pos: ranges.PositiveFloat = 3.0
+    vespo_k_neg: ranges.NonNegativeFloat = 3.0
+    vespo_lambda_neg: ranges.PositiveFloat = 2.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from train.config import ranges
 from train.config.base import DType
 
 MergeMethod = Literal[
@@ -35,9 +36,9 @@ class MergeModelOptions:
 
     path: str
     weight: float | None = None
-    density: float | None = None
-    epsilon: float | None = None
-    gamma: float | None = None
+    density: ranges.Share | None = None
+    epsilon: ranges.NonNegativeFloat | None = None
+    gamma: ranges.BelowOne | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,6 @@ class MergeConfig:
     normalize: bool | None = None
     rescale: Literal["inverse", "norm", "none"] | None = None
     election: Literal["weighted", "unweighted", "count"] | None = None
-    t: float | None = None
-    seed: int | None = None
-    max_shard_size: int = 5_000_000_000
+    t: ranges.ClosedUnitInterval | None = None
+    seed: ranges.Seed | None = None
+    max_shard_size: ranges.PositiveInt = 5_000_000_000

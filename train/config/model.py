@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from train.config.base import DType
+from train.config import ranges
+from train.config.base import DType, UserError
 
 RematPolicy = Literal["none", "full", "dots", "weight_dots"]
 
 
-_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
 def _all_linear() -> list[str]:
-    return list(_LINEAR)
+    return ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +29,10 @@ class LoraOptions:
             optimizers take it as the delta.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: ranges.PositiveInt = 16
+    alpha: ranges.PositiveFloat = 32.0
     target_modules: list[str] = field(default_factory=_all_linear)
-    seed: int = 0
+    seed: ranges.Seed = 0
     adapter: str | None = None
 
 
@@ -72,6 +70,14 @@ class ModelOptions:
     lora: LoraOptions | None = None
     freeze: list[str] = field(default_factory=list)
     trainable: list[str] | None = None
+
+    def check_together(self, name: str) -> None:
+        """Refuses moments in float16. Raises `UserError`."""
+        if self.param_dtype == "float16":
+            raise UserError(
+                f"{name}.param_dtype is float16, in which the optimizer's moments underflow; use "
+                f"float32 ({name}.dtype may be lower)."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from train.config.base import DType, UserError, require
+from train.config import ranges
+from train.config.base import DType, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +21,11 @@ class SamplingOptions:
         min_p: Sample from tokens at least so probable, relative to the most probable one.
     """
 
-    max_new_tokens: int = 64
-    temperature: float = 0.9
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
+    max_new_tokens: ranges.PositiveInt = 64
+    temperature: ranges.PositiveFloat = 0.9
+    top_k: ranges.TwoOrMore | None = None
+    top_p: ranges.Share = 1.0
+    min_p: ranges.BelowOne = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +43,10 @@ class GroupSamplingOptions(SamplingOptions):
         temperature: Divides the logits, those of the loss too.
     """
 
-    num_generations: int = 8
-    num_iterations: int = 1
-    max_new_tokens: int = 512
-    temperature: float = 1.0
+    num_generations: ranges.TwoOrMore = 8
+    num_iterations: ranges.PositiveInt = 1
+    max_new_tokens: ranges.PositiveInt = 512
+    temperature: ranges.PositiveFloat = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,12 @@ class RewardOptions:
     function: str | None = None
     model: str | None = None
     dtype: DType = "float32"
-    missing_eos_penalty: float | None = None
+    missing_eos_penalty: ranges.PositiveFloat | None = None
+
+    def check_together(self, name: str) -> None:
+        """Checks that one thing scores. Raises `UserError`."""
+        if (self.function is None) == (self.model is None):
+            raise UserError(f"Give exactly one of {name}.function and {name}.model.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +111,7 @@ class GroupRewardOptions:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models, likewise."""
+        """The models, whether one or several are given."""
         return _several(self.model)
 
     @property
@@ -114,68 +120,31 @@ class GroupRewardOptions:
         functions = [one.rpartition(":")[2].rpartition(".")[2] for one in self.functions]
         return *functions, *(one.rstrip("/").rpartition("/")[2] for one in self.models)
 
+    def check_together(self, name: str) -> None:
+        """Checks the rewards' names, weights and scale. Raises `UserError`."""
+        names = self.names
+        if not names:
+            raise UserError(f"Give {name}.function or {name}.model, or both.")
+        twice = sorted({one for one in names if names.count(one) > 1})
+        if twice:
+            raise UserError(
+                f"{name}.function and {name}.model have {twice[0]!r} more than once, which would be "
+                "logged under one name; rename one of them."
+            )
+        if self.weights is not None and len(self.weights) != len(names):
+            raise UserError(
+                f"{name}.weights must be {len(names)} numbers, one for each of {', '.join(names)}; "
+                f"got {len(self.weights)}."
+            )
+        summed = self.multi_objective_aggregation == "sum_then_normalize"
+        if not summed and self.scale_rewards != "group":
+            raise UserError(
+                f"{name}.scale_rewards is {self.scale_rewards}, which normalize_then_sum has no use "
+                f"for; unset it or {name}.multi_objective_aggregation."
+            )
+
 
 def _several(given: list[str] | str | None) -> tuple[str, ...]:
     if given is None:
         return ()
     return (given,) if isinstance(given, str) else tuple(given)
-
-
-def check_sampling(sampling: SamplingOptions) -> None:
-    """Checks the ranges of the group. Raises `UserError`."""
-    new, temperature = sampling.max_new_tokens, sampling.temperature
-    require(new > 0, "sampling.max_new_tokens", new, "positive")
-    require(
-        0 < temperature < float("inf"),
-        "sampling.temperature",
-        temperature,
-        "above 0 (greedy answers to one prompt are the same)",
-    )
-    top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
-    require(top_k is None or top_k > 1, "sampling.top_k", top_k, "at least 2")
-    require(0 < top_p <= 1, "sampling.top_p", top_p, "in (0, 1]")
-    require(0 <= min_p < 1, "sampling.min_p", min_p, "in [0, 1)")
-
-
-def check_reward(reward: RewardOptions) -> None:
-    """Checks the ranges of the group. Raises `UserError`."""
-    if (reward.function is None) == (reward.model is None):
-        raise UserError("Give exactly one of reward.function and reward.model.")
-    penalty = reward.missing_eos_penalty
-    require(
-        penalty is None or 0 < penalty < float("inf"),
-        "reward.missing_eos_penalty",
-        penalty,
-        "positive",
-    )
-
-
-def check_groups(sampling: GroupSamplingOptions, reward: GroupRewardOptions) -> None:
-    """Checks what is asked of groups of answers. Raises `UserError`."""
-    answers, iterations = sampling.num_generations, sampling.num_iterations
-    require(answers > 1, "sampling.num_generations", answers, "at least 2")
-    require(iterations > 0, "sampling.num_iterations", iterations, "positive")
-    names, weights = reward.names, reward.weights
-    if not names:
-        raise UserError("Give reward.function or reward.model, or both.")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(
-            f"reward.function and reward.model have {twice[0]!r} more than once, which would be logged "
-            "under one name; rename one of them."
-        )
-    if weights is not None and len(weights) != len(names):
-        raise UserError(
-            f"reward.weights must be {len(names)} numbers, one for each of {', '.join(names)}; got "
-            f"{len(weights)}."
-        )
-    if (
-        reward.multi_objective_aggregation != "sum_then_normalize"
-        and reward.scale_rewards != "group"
-    ):
-        raise UserError(
-            f"reward.scale_rewards is {reward.scale_rewards}, which normalize_then_sum has no use for; "
-            "unset it or reward.multi_objective_aggregation."
-        )
-    for weight in weights or ():
-        require(abs(weight) < float("inf"), "reward.weights", weight, "finite numbers")

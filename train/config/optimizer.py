@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from train.config.base import DType
+from train.config import ranges
+from train.config.base import DType, UserError
 
 OptimizerName = Literal[
     "adamw",
     "lion",
     "on_dare",
-    "on_ties",
     "on_dare_adamw",
+    "on_ties",
     "on_ties_adamw",
     "child_tuning",
     "keep_largest",
     "online_merge",
 ]
+Sparsifier = Literal["random", "magnitude", "magnitude_ranked", "band", "identity"]
+Consensus = Literal["linear", "sign"]
+Inner = Literal["adamw", "lion", "sgd"]
+Storage = Literal["dense", "sparse", "pinned_host", "recompute"]
+Rounding = Literal["stochastic", "compensated", "nearest"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
-    """A number over time.
+    """The learning rate, or another number, over the steps of a run.
 
     Attributes:
         type: Shape after the warm-up.
@@ -31,8 +37,16 @@ class ScheduleOptions:
     """
 
     type: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int = 0
-    final_scale: float = 0.0
+    warmup_steps: ranges.NonNegativeInt = 0
+    final_scale: ranges.ClosedUnitInterval = 0.0
+
+    def check_together(self, name: str) -> None:
+        """Refuses an end for a schedule that has none. Raises `UserError`."""
+        if self.type == "constant" and self.final_scale:
+            raise UserError(
+                f"{name}.final_scale is {self.final_scale}, but a constant schedule has no use for "
+                f"it; unset it, or choose another {name}.type."
+            )
 
 
 def _constant() -> ScheduleOptions:
@@ -54,11 +68,21 @@ class AlphaOptions:
             adds nothing of the reference. Unset: every step does.
     """
 
-    value: float | None = None
-    relative: float | None = None
+    value: ranges.Share | None = None
+    relative: ranges.Share | None = None
     scope: Literal["global", "tensor"] | None = None
     schedule: ScheduleOptions = field(default_factory=_constant)
-    gate: float | None = None
+    gate: ranges.Share | None = None
+
+    def check_together(self, name: str) -> None:
+        """Checks that there is one peak. Raises `UserError`."""
+        if (self.value is None) == (self.relative is None):
+            raise UserError(f"Give exactly one of {name}.value and {name}.relative.")
+        if self.scope is not None and self.relative is None:
+            raise UserError(
+                f"{name}.scope is set to {self.scope!r}, but only alpha.relative has a use for it. "
+                "Unset it."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +91,46 @@ class AdamWOptions:
 
     Attributes:
         learning_rate: Peak learning rate.
-        b1: Decay of the first moment. Unset: the optimizer's own default, as for the two below.
-        b2: Decay of the second moment.
-        eps: Added to the root of the second moment.
+        b1: Decay of the first moment. Unset: 0.9.
+        b2: Decay of the second moment. Unset: 0.999, and 0.99 for lion.
+        eps: Added to the root of the second moment. Unset: 1e-8, and 1e-6 for on_dare_adamw and
+            on_ties_adamw.
         weight_decay: Decoupled weight decay.
         max_grad_norm: Gradients of a larger global norm are scaled down to it; 0 turns clipping
             off.
     """
 
-    learning_rate: float
-    b1: float | None = None
-    b2: float | None = None
-    eps: float | None = None
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    learning_rate: ranges.PositiveFloat
+    b1: ranges.BelowOne | None = None
+    b2: ranges.BelowOne | None = None
+    eps: ranges.PositiveFloat | None = None
+    weight_decay: ranges.NonNegativeFloat = 0.0
+    max_grad_norm: ranges.NonNegativeFloat = 1.0
+
+    @property
+    def inner_name(self) -> Inner:
+        """The optimizer whose updates are merged, or applied as they are."""
+        return "lion" if self._setting("name") == "lion" else self._setting("inner") or "adamw"
+
+    @property
+    def delta_storage(self) -> Storage | None:
+        """How the reference delta is held; None where none is merged, as at alpha 0."""
+        return (self._setting("storage") or "dense") if self._setting("alpha") else None
+
+    @property
+    def holds_delta(self) -> bool:
+        """Whether the state holds a delta, which has to be set before the first step."""
+        return self.delta_storage not in (None, "recompute")
+
+    @property
+    def update_rounding(self) -> Rounding:
+        """How updates are rounded to what parameters can hold."""
+        merges = self.delta_storage is not None
+        return self._setting("rounding") or ("stochastic" if merges else "nearest")
+
+    def _setting(self, name: str) -> Any:
+        """A setting of `OptimizerOptions`, or None where there is none."""
+        return getattr(self, name, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,48 +150,50 @@ class OptimizerOptions(AdamWOptions):
         consensus: How online_merge joins update and delta: linear or sign.
         density: Share of the entries that are kept, in (0, 1].
         epsilon: Half the width of the window of probabilities around density (magnitude_ranked).
-        gamma: Share of the largest entries that are dropped (band).
-        every_k: Merge on every k-th step only.
+            Unset: 0.15.
+        gamma: Share of the largest entries that are dropped (band). Unset: 0.01.
+        every_k: Merge on every k-th step only. Unset: 1.
         rescale: What makes up for dropped entries: inverse (divide by density), norm (keep the L1
-            norm), none.
+            norm), none. Unset: inverse for random masks, none for the largest entries.
         delta_mask: fresh (a new random mask on the delta at each step) or fixed (one for the whole
-            run, as in the authors' code).
+            run, as in the authors' code). Unset: fresh.
         clip: Bound on the entries of the sparsified delta, and with rescale norm of the update; 0
-            turns it off.
+            turns it off. Unset: 1.
         election: Sign vote of TIES: unweighted (the authors' code) or weighted (the paper).
+            Unset: unweighted.
         threshold: How TIES finds the largest entries: exact, or sampled (faster; the share kept is
-            off by about half a percent of itself).
+            off by about half a percent of itself). Unset: exact.
         storage: How the delta is held: dense, sparse (kept entries alone; with random masks it needs
             delta_mask fixed), pinned_host (in the host's memory, on an accelerator) or recompute (not
             at all: the weights of reference and base stay in memory, which are subtracted at
-            every merge, and checkpoints hold none of it).
+            every merge, and checkpoints hold none of it). Unset: dense.
         rounding: stochastic or compensated (what is added arrives, however small, also in bfloat16) or
             nearest. Unset: stochastic where a delta is merged, nearest otherwise.
         moment_dtype: Type of the optimizer's moments. Unset: that of the parameters; bfloat16 second
             moments hardly decay.
-        seed: Seed of the random masks and of the rounding.
+        seed: Seed of the random masks and of the rounding. Unset: 0.
         delta_dtype: Type in which the delta is held. Unset: that of the parameters.
         diagnostics: Whether to log the full set of merge/... metrics. Unset: only merge/alpha and
             alpha_total.
     """
 
     name: OptimizerName = "adamw"
-    alpha: float | AlphaOptions | None = None
-    inner: Literal["adamw", "lion", "sgd"] | None = None
-    sparsifier: Literal["random", "magnitude", "magnitude_ranked", "band", "identity"] | None = None
-    consensus: Literal["linear", "sign"] | None = None
-    density: float | None = None
-    epsilon: float | None = None
-    gamma: float | None = None
-    every_k: int | None = None
+    alpha: ranges.ClosedUnitInterval | AlphaOptions | None = None
+    inner: Inner | None = None
+    sparsifier: Sparsifier | None = None
+    consensus: Consensus | None = None
+    density: ranges.Share | None = None
+    epsilon: ranges.NonNegativeFloat | None = None
+    gamma: ranges.BelowOne | None = None
+    every_k: ranges.PositiveInt | None = None
     rescale: Literal["inverse", "norm", "none"] | None = None
     delta_mask: Literal["fixed", "fresh"] | None = None
-    clip: float | None = None
+    clip: ranges.NonNegativeFloat | None = None
     election: Literal["unweighted", "weighted"] | None = None
     threshold: Literal["exact", "sampled"] | None = None
-    storage: Literal["dense", "sparse", "pinned_host", "recompute"] | None = None
-    rounding: Literal["stochastic", "compensated", "nearest"] | None = None
+    storage: Storage | None = None
+    rounding: Rounding | None = None
     moment_dtype: Literal["float32", "bfloat16"] | None = None
-    seed: int | None = None
+    seed: ranges.Seed | None = None
     delta_dtype: DType | None = None
     diagnostics: bool | None = None

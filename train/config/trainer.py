@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from train.config import ranges
+from train.config.base import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStopOptions:
@@ -28,10 +31,29 @@ class EarlyStopOptions:
 
     metric: str | None = None
     mode: Literal["min", "max"] | None = None
-    patience: int = 3
-    min_delta: float = 0.0
+    patience: ranges.PositiveInt = 3
+    min_delta: ranges.NonNegativeFloat = 0.0
     floors: dict[str, float] = field(default_factory=dict)
-    max_drop: dict[str, float] = field(default_factory=dict)
+    max_drop: dict[str, ranges.NonNegativeFloat] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The held-out metrics that decide."""
+        return [*([] if self.metric is None else [self.metric]), *self.floors, *self.max_drop]
+
+    def check_together(self, name: str) -> None:
+        """Checks that a metric decides, and each in one way. Raises `UserError`."""
+        if not self.metrics:
+            raise UserError(
+                f"{name} has neither a metric nor floors nor max_drop; give one, or unset early_stop."
+            )
+        for metric in self.max_drop:
+            if metric in self.floors:
+                raise UserError(
+                    f"{name} has {metric} both in floors and in max_drop; keep one of them."
+                )
+        if self.mode is not None and self.metric is None:
+            raise UserError(f"{name}.mode is set without a metric; give one, or unset mode.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +66,7 @@ class EMAOptions:
         evaluate: Evaluate the average during training instead of the weights.
     """
 
-    decay: float = 0.999
+    decay: ranges.BelowOne = 0.999
     export: bool = True
     evaluate: bool = True
 
@@ -77,17 +99,28 @@ class TrainerOptions:
         ema: Moving average of the weights.
     """
 
-    batch_size: int
-    steps: int | None = None
-    epochs: float | None = None
-    gradient_accumulation_steps: int = 1
-    eval_batch_size: int | None = None
-    eval_every: int | None = None
-    save_every: int | None = None
-    keep: int = 2
-    log_every: int = 1
-    seed: int = 0
-    max_skipped_steps: int = 10
+    batch_size: ranges.PositiveInt
+    steps: ranges.PositiveInt | None = None
+    epochs: ranges.PositiveFloat | None = None
+    gradient_accumulation_steps: ranges.PositiveInt = 1
+    eval_batch_size: ranges.PositiveInt | None = None
+    eval_every: ranges.PositiveInt | None = None
+    save_every: ranges.PositiveInt | None = None
+    keep: ranges.PositiveInt = 2
+    log_every: ranges.PositiveInt = 1
+    seed: ranges.Seed = 0
+    max_skipped_steps: ranges.NonNegativeInt = 10
     early_stop: EarlyStopOptions | None = None
     export_best: str | None = None
     ema: EMAOptions | None = None
+
+    def check_together(self, name: str) -> None:
+        """Checks that the run has one length, and its evaluations a time. Raises `UserError`."""
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError(f"Give exactly one of {name}.steps and {name}.epochs.")
+        for field_name in ("early_stop", "export_best"):
+            if getattr(self, field_name) is not None and self.eval_every is None:
+                raise UserError(
+                    f"{name}.{field_name} is set, but {name}.eval_every is not, so that nothing is "
+                    "evaluated before the end; give it, or unset the former."
+                )

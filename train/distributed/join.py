@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from train.config import DistributedOptions, UserError, require
+from train.config import DistributedOptions, UserError, check_settings
 from train.distributed.clusters import Group, find_group
 from train.distributed.failure_detector import FailureDetector, Listener
 from train.distributed.rendezvous import RendezvousTimeout, rendezvous
@@ -49,15 +49,13 @@ def joined(options: DistributedOptions) -> Iterator[None]:
         UserError: the processes cannot be joined.
         TryAgain: a cluster started them, and they did not find each other in time.
     """
-    require(options.timeout > 0, "distributed.timeout", options.timeout, "positive")
-    silence = options.heartbeat_timeout
-    require(silence >= 10, "distributed.heartbeat_timeout", silence, "10 or larger")
+    check_settings(options, "distributed")
     group = find_group(options, os.environ)
     if group is None:
         yield
         return
     _initialise(group, options)
-    detector = _detect_failures(group, silence)
+    detector = _detect_failures(group, options.heartbeat_timeout)
     from train.distributed.processes import barrier
 
     try:

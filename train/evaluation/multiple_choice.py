@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from train.config import TaskOptions, UserError, require
+from train.config import TaskOptions, UserError, check_settings, require
 from train.data.formats import Record, read_records, where_of
 from train.data.templates import Encoded, Encoder, Row
 from train.evaluation.likelihoods import LikelihoodScorer, Query
@@ -59,9 +59,8 @@ def read_questions(
         UserError: a file or field is missing, there are too few different answers, or a question is
             longer than the model's positions reach.
     """
+    check_settings(options, field)
     given = options.choices_field is not None
-    require(options.choices >= 2, f"{field}.choices", options.choices, "2 or larger")
-    require(options.limit is None or options.limit > 0, f"{field}.limit", options.limit, "positive")
     require(given or not options.letters, f"{field}.letters", True, "false without choices_field")
     check_template(options, tokenizer, field)
     with blamed_on(f"{field}.path"):

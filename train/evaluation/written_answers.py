@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from train.config import GenerationTaskOptions, UserError, require
+from train.config import GenerationTaskOptions, UserError, check_settings
 from train.data.formats import Record, read_records, where_of
 from train.data.tokenizing import encode_prompts
 from train.evaluation.task_files import check_lengths, check_template, filled
@@ -71,10 +71,7 @@ def read_problems(
 
 
 def _check(options: GenerationTaskOptions, field: str) -> None:
-    """Raises `UserError` where a setting cannot be used."""
-    for setting in ("limit", "max_new_tokens"):
-        value = getattr(options, setting)
-        require(value is None or value > 0, f"{field}.{setting}", value, "positive")
+    check_settings(options, field)
     for pattern in ("extract", "answer_extract"):
         try:
             re.compile(getattr(options, pattern) or "")

@@ -13,7 +13,6 @@ from train.config import DPOConfig, OptimizerOptions, UserError
 from train.distributed.mesh import on_mesh
 from train.models import ModelConfig
 from train.models.hf_names import decoder_leaves
-from train.optimizers.build import delta_on_host, inner_name, needs_delta
 from train.plan.arithmetic import estimate, model_flops, temporaries
 from train.plan.cost import program_cost
 from train.plan.figures import Memory, Plan, State, Work
@@ -76,7 +75,11 @@ def _check_attention(kind: str, target: Target) -> None:
 
 def _check_storage(options: OptimizerOptions, target: Target) -> None:
     """Raises `UserError` for a delta in the host's memory where the devices have no other."""
-    if delta_on_host(options) and target.devices and target.devices[0].platform == "cpu":
+    if (
+        options.delta_storage == "pinned_host"
+        and target.devices
+        and target.devices[0].platform == "cpu"
+    ):
         raise UserError(
             "optimizer.storage is pinned_host, which is for accelerators, and topology is "
             f"{target.topology}; use dense or sparse."
@@ -85,8 +88,8 @@ def _check_storage(options: OptimizerOptions, target: Target) -> None:
 
 def without_merge(options: OptimizerOptions) -> OptimizerOptions | None:
     """The optimizer that a merging one is built on, or None where it has no name of its own."""
-    name = inner_name(options)
-    if not needs_delta(options) or name not in ("adamw", "lion"):
+    name = options.inner_name
+    if options.delta_storage is None or name not in ("adamw", "lion"):
         return None
     kept = {
         item.name: getattr(options, item.name)

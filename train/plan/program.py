@@ -21,14 +21,9 @@ from train.losses.options import beta_from, loss_from
 from train.models import ModelConfig, layer_axes, read_hf_config
 from train.models.abstract import abstract_model
 from train.objectives.preference import preference_loss
-from train.optimizers.alpha_scale import make_alpha_scale
-from train.optimizers.build import (
-    delta_on_host,
-    holds_delta,
-    make_optimizer,
-    make_schedule,
-    recomputes_delta,
-)
+from train.optimizers.alpha import alpha_scale_of
+from train.optimizers.build import make_optimizer
+from train.optimizers.schedules import make_schedule
 from train.training.checkpoint import abstract
 from train.training.step import init_state, make_train_step, state_shardings
 
@@ -95,8 +90,8 @@ def make_program(
     steps = trainer.steps or 1000  # changes constants of the schedules alone
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, steps)
     tx = make_optimizer(config.optimizer, schedule, layer_axes=layer_axes, steps=steps)
-    delta, on_host = None, delta_on_host(config.optimizer)
-    if holds_delta(config.optimizer):
+    delta, on_host = None, config.optimizer.delta_storage == "pinned_host"
+    if config.optimizer.holds_delta:
         dtype = config.optimizer.delta_dtype
         delta = jax.eval_shape(lambda a, b: om.task_vector(a, b, dtype=dtype), params, params)
     state = jax.eval_shape(lambda p, d: init_state(p, tx, d), params, delta)
@@ -114,12 +109,12 @@ def make_program(
         loss_fn,
         tx,
         shardings=shardings,
-        accumulate=parts,
-        alpha_scale=make_alpha_scale(config.optimizer),
         microbatches=parts,
+        alpha_scale=alpha_scale_of(config.optimizer),
         compiler_options=compiler_options(mesh),
     )
-    given = ("reference_params", "base_params") if recomputes_delta(config.optimizer) else ()
+    recomputes = config.optimizer.delta_storage == "recompute"
+    given = ("reference_params", "base_params") if recomputes else ()
     return Program(step, state, _batch(config, loss, mesh), dict.fromkeys(given, params))
 
 

@@ -77,11 +77,11 @@ class Run:
         config, ema = self.config, self.config.trainer.ema
         mixup = None
         if isinstance(config, DPOConfig) and config.sync_ref_model:
-            mixup = config.ref_model_mixup_alpha or 0.6
+            mixup = config.ref_model_mixup_alpha
         return ParameterAverages(
             ema_decay=None if ema is None else ema.decay,
             mixup_alpha=mixup,
-            sync_steps=getattr(config, "ref_model_sync_steps", None) or 512,
+            sync_steps=getattr(config, "ref_model_sync_steps", 1),
         )
 
     @property

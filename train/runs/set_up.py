@@ -14,7 +14,7 @@ from train.config import (
     SFTConfig,
     TrainerOptions,
     UserError,
-    check,
+    check_settings,
 )
 from train.data import TokenDataset
 from train.distributed.batches import check_batch
@@ -27,14 +27,9 @@ from train.inputs.records import Tokenize, load_data
 from train.models import ModelConfig, layer_axes
 from train.models.abstract import abstract_model
 from train.models.trainable import choose, leaf_paths
-from train.optimizers.build import (
-    check_optimizer,
-    make_optimizer,
-    make_schedule,
-    needs_delta,
-    rounds_updates,
-    takes_delta,
-)
+from train.optimizers.build import make_optimizer
+from train.optimizers.check import check_optimizer
+from train.optimizers.schedules import make_schedule
 from train.runs.dry_run import describe_models, show_data, show_run
 from train.runs.run import Config, Run
 from train.runs.summary import show_summary
@@ -44,13 +39,13 @@ Arrange = Callable[
 ]
 
 
-def check_settings(config: Config) -> None:
+def check_config(config: Config) -> None:
     """Checks what needs no file: ranges, the optimizer, and the models that it merges.
 
     Raises:
         UserError: names the first field that cannot be used.
     """
-    check(config)
+    check_settings(config)
     check_optimizer(config.optimizer)
     if not isinstance(config, SFTConfig):
         _check_merge(config)
@@ -63,7 +58,7 @@ def set_up(
 
     Args:
         command: "sft", "dpo", "kto", "online-dpo" or "grpo".
-        config: Settings that `check_settings` accepts.
+        config: Settings that `check_config` accepts.
         tokenize: Makes rows of records.
         arrange: Orders and completes the training and the held-out rows.
 
@@ -76,7 +71,7 @@ def set_up(
     """
     console = Console(quiet=not is_first())
     output = open_output(command, config)
-    if config.model.param_dtype == "bfloat16" and not rounds_updates(config.optimizer):
+    if config.model.param_dtype == "bfloat16" and config.optimizer.update_rounding == "nearest":
         console.print(
             "Warning: model.param_dtype bfloat16 loses small updates to rounding; with "
             "optimizer.rounding stochastic or compensated they arrive.",
@@ -151,7 +146,7 @@ def _models(config: Config) -> tuple[ModelConfig, Any]:
 def _check_merge(config: Any) -> None:
     """Raises `UserError` where a base model or an adapter to merge is missing, or of no use."""
     name, base, lora = config.optimizer.name, config.model.base, config.model.lora
-    if lora is not None and needs_delta(config.optimizer) and lora.adapter is None:
+    if lora is not None and config.optimizer.delta_storage is not None and lora.adapter is None:
         raise UserError(
             f"model.lora.adapter is not set; {name} merges adapters with those of the reference, and "
             "fresh ones hold nothing. Give the adapter of the SFT model, or train all weights."
@@ -161,12 +156,12 @@ def _check_merge(config: Any) -> None:
             f"model.base is set to {base!r}, but with model.lora the delta is that of the adapters, "
             "whose base has none. Unset it."
         )
-    if lora is None and base is None and needs_delta(config.optimizer):
+    if lora is None and base is None and config.optimizer.delta_storage is not None:
         raise UserError(
             f"model.base is not set; {name} merges with the delta between model.path and the "
             "pre-trained model it was fine-tuned from. Give that model's directory."
         )
-    if base is not None and not takes_delta(config.optimizer):
+    if base is not None and config.optimizer.alpha is None:
         raise UserError(
             f"model.base is set to {base!r}, but {name} has no use for it. Unset it, or choose a "
             "merging optimizer.name."

@@ -19,7 +19,6 @@ from train.inputs.model import blamed_on, hash_adapter, hash_model
 from train.models import from_hf, split_model
 from train.models.lora import fresh_adapters, is_adapter, read_adapters
 from train.models.trainable import join, split
-from train.optimizers.build import delta_on_host, holds_delta, needs_delta, recomputes_delta
 from train.runs.run import Run
 from train.training.step import init_state
 from train.types import Params, State
@@ -67,7 +66,7 @@ class StartWeights:
         self._run, self._options = run, run.config.optimizer
         self._delta_dtype = getattr(run.config.optimizer, "delta_dtype", None)
         self._scores_answers = scores_answers
-        self._recomputes = recomputes_delta(self._options)
+        self._recomputes = self._options.delta_storage == "recompute"
         self._keeps_reference = scores_answers or self._recomputes
         self.loaded: Params | None = None
         self.frozen: Params = {}
@@ -107,7 +106,7 @@ class StartWeights:
         """
         params, frozen = self._run.split(self.load())
         delta = base = None
-        if needs_delta(self._options):
+        if self._options.delta_storage is not None:
             base = self._load_base(params)
             delta, size = jax.jit(self._delta_and_size)(params, base)
             if size == 0:
@@ -129,7 +128,7 @@ class StartWeights:
     def abstract_state(self) -> State:
         """The shapes and dtypes of what `start` makes."""
         shapes, delta = self._run.trained_shapes, None
-        if holds_delta(self._options):
+        if self._options.holds_delta:
             delta = jax.eval_shape(self._delta, shapes, shapes)
         return jax.eval_shape(self._make_state, shapes, delta)
 
@@ -169,7 +168,7 @@ class StartWeights:
         return self._run.split(self._read("model.base", base))[0]
 
     def _make_state(self, params: Params, delta: Params | None) -> State:
-        run, on_host = self._run, delta_on_host(self._options)
+        run, on_host = self._run, self._options.delta_storage == "pinned_host"
         return init_state(params, run.optimizer, delta, run.averages, delta_on_host=on_host)
 
     def _delta(self, params: Params, base: Params) -> Params:
@@ -179,4 +178,4 @@ class StartWeights:
         """The delta, where the state holds it, and its norm as a share of that of the weights."""
         delta = self._delta(params, base)
         size = optax.tree.norm(delta) / optax.tree.norm(params)
-        return delta if holds_delta(self._options) else None, size
+        return delta if self._options.holds_delta else None, size

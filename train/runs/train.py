@@ -21,8 +21,8 @@ from train.files.lock import release
 from train.inputs.model import blamed_on
 from train.models.model_dir import end_tokens
 from train.models.trainable import join
-from train.optimizers.alpha_scale import make_alpha_scale
-from train.optimizers.build import delta_on_host, learning_rates
+from train.optimizers.alpha import alpha_scale_of
+from train.optimizers.schedules import learning_rates
 from train.runs.export import export_run
 from train.runs.reference import Scores, cache_file, with_reference
 from train.runs.run import Run
@@ -121,7 +121,7 @@ def _job(
     """Puts together what the loop calls: a step, batches, and held-out metrics."""
     config, trainer = run.config, run.config.trainer
     sample, check_first = objective.sample, objective.check_first
-    like, on_host = weights.abstract_state(), delta_on_host(config.optimizer)
+    like, on_host = weights.abstract_state(), config.optimizer.delta_storage == "pinned_host"
     shardings = state_shardings(like, run.trained_shapes, delta_on_host=on_host)
     step = make_train_step(
         objective.loss_fn,
@@ -130,7 +130,7 @@ def _job(
         microbatches=trainer.gradient_accumulation_steps,
         averages=run.averages,
         reference_columns=objective.reference_columns if objective.synced else None,
-        alpha_scale=make_alpha_scale(config.optimizer),
+        alpha_scale=alpha_scale_of(config.optimizer),
         compiler_options=compiler_options(run.mesh),
     )
     evaluated = "ema" if trainer.ema is not None and trainer.ema.evaluate else "params"

@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 
-from train.cli import configured
 from train.commands import dpo, evaluate, merge, sft
 from train.config import (
     DPOConfig,
@@ -22,6 +21,7 @@ from train.config import (
     PreferenceEvalOptions,
     SFTConfig,
 )
+from train.config.command_line import configured
 from train.evaluation.tasks import as_metrics
 from train.files.metrics_log import read_metrics
 from train.taxbench.language_model.data import SFT_FILES, task_set

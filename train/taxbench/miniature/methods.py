@@ -16,7 +16,6 @@ import omerge_jax as om
 from train.config import OptimizerOptions
 from train.losses import PreferenceLoss, check_starts_at_reference
 from train.objectives.preference import preference_loss
-from train.optimizers.build import needs_delta
 from train.taxbench.miniature.sizes import Sizes
 from train.taxbench.miniature.subjects import Subject, on_host
 from train.taxbench.miniature.training import Lab, Params, Tick, Trainer, alignment_optimizer
@@ -82,7 +81,10 @@ def align(
         batch_size=sizes.batch_size,
         check_start=partial(check_starts_at_reference, loss=loss),
     )
-    merges, rng = needs_delta(method.optimizer), np.random.default_rng([subject.seed, 3])
+    merges, rng = (
+        method.optimizer.delta_storage is not None,
+        np.random.default_rng([subject.seed, 3]),
+    )
     delta = om.task_vector(subject.sft, subject.base) if merges else None
     points, models = [subject.start], {0: subject.sft}
     for step, params, metrics in trainer.train(

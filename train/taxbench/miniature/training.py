@@ -18,8 +18,9 @@ from train.generation.sampler import make_greedy
 from train.models import Decoder, ModelConfig, layer_axes, split_model
 from train.objectives.preference import reference_logps_fn
 from train.objectives.sft import sft_loss
-from train.optimizers.alpha_scale import AlphaScale
-from train.optimizers.build import make_optimizer, make_schedule
+from train.optimizers.alpha import AlphaScale
+from train.optimizers.build import make_optimizer
+from train.optimizers.schedules import make_schedule
 from train.taxbench.miniature import examples, tasks
 from train.taxbench.miniature.examples import Batch, Questions
 from train.taxbench.miniature.scoring import is_right, style_score

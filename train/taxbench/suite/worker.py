@@ -22,8 +22,7 @@ from train.models.lora import TARGETS, fresh_adapters, merge_adapters
 from train.models.trainable import join
 from train.objectives.preference import preference_loss
 from train.objectives.unpaired import unpaired_logps_fn, unpaired_loss
-from train.optimizers.alpha_scale import make_alpha_scale
-from train.optimizers.build import needs_delta
+from train.optimizers.alpha import alpha_scale_of
 from train.taxbench.miniature.examples import Batch
 from train.taxbench.miniature.methods import OFFLINE_WEIGHTS, merged_by_weight, with_delta_added
 from train.taxbench.miniature.report import environment
@@ -86,7 +85,7 @@ class Bench:
             steps=sizes.steps,
             batch_size=sizes.batch_size,
             ema_decay=recipe.ema,
-            alpha_scale=make_alpha_scale(recipe.optimizer),
+            alpha_scale=alpha_scale_of(recipe.optimizer),
         )
         points, kept = [subject.start], [subject.sft]
         for step, params, metrics in trainer.train(
@@ -94,7 +93,7 @@ class Bench:
             data,
             np.random.default_rng([subject.seed, 3]),
             every=sizes.eval_every,
-            delta=delta if needs_delta(recipe.optimizer) else None,
+            delta=None if recipe.optimizer.delta_storage is None else delta,
             frozen=frozen,
         ):
             model = whole(params)
