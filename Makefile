@@ -65,6 +65,7 @@ lint: $(VENV)/.test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
+	$(VENV)/bin/lint-imports --no-cache
 
 test: lint $(VENV)/tpu
 	$(PY) -m pytest -m "not slow" -n 2 --dist worksteal

@@ -63,7 +63,7 @@ def _adamw() -> optax.GradientTransformation:
 
 
 def _dare_cases() -> list[Case]:
-    dare = functools.partial(om.on_dare, _ALPHA, 0.01)
+    dare = functools.partial(om.on_dare, _ALPHA, density=0.01)
     measured = om.fused_chain(_adamw(), dare(diagnostics=True))
     return [
         Case(DARE, optax.chain(_adamw(), dare())),
@@ -85,8 +85,8 @@ def _dare_cases() -> list[Case]:
 
 def _ties_cases() -> list[Case]:
     ties = functools.partial(om.on_ties, _ALPHA, layer_axes=layer_axes)
-    exact = functools.partial(ties, TIES_DENSITY)
-    sampled = functools.partial(ties, TIES_DENSITY, threshold="sampled")
+    exact = functools.partial(ties, density=TIES_DENSITY)
+    sampled = functools.partial(ties, density=TIES_DENSITY, threshold="sampled")
     preset = om.on_ties_adamw(
         1e-6, alpha=_ALPHA, density=TIES_DENSITY, threshold="sampled", layer_axes=layer_axes
     )
@@ -99,7 +99,7 @@ def _ties_cases() -> list[Case]:
         case(TIES_EXACT, chain(_adamw(), exact()), "exact"),
         case(
             "chain, on_ties exact p=0.01, sparse",
-            chain(_adamw(), ties(0.01, storage="sparse")),
+            chain(_adamw(), ties(density=0.01, storage="sparse")),
             "exact",
         ),
         case(
