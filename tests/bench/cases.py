@@ -129,22 +129,19 @@ def _ties_cases() -> list[Case]:
 def parameter_shapes(millions: float) -> dict[str, Any]:
     """Shapes like a decoder's with about ``millions`` million parameters, float32."""
     width = max(64, int((millions * 1e6 / (_LAYERS * 4 + 16)) ** 0.5) // 32 * 32)
-    leaf = jax.ShapeDtypeStruct
-    return {
-        "embed": leaf((16 * width, width), jnp.float32),
-        "layers": {"up": leaf((_LAYERS, width, 4 * width), jnp.float32)},
-        "norm": leaf((width,), jnp.float32),
-    }
+    return _shapes(16 * width, width, (_LAYERS, width, 4 * width))
 
 
 def large_shapes() -> dict[str, Any]:
     """Shapes whose shards do not fit into a TPU core's own memory, as a large model's do not."""
-    leaf = jax.ShapeDtypeStruct
-    return {
-        "embed": leaf((65536, 8192), jnp.float32),
-        "layers": {"up": leaf((16, 8192, 8192), jnp.float32)},
-        "norm": leaf((8192,), jnp.float32),
-    }
+    return _shapes(65536, 8192, (16, 8192, 8192))
+
+
+def _shapes(vocabulary: int, width: int, up: tuple[int, int, int]) -> dict[str, Any]:
+    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    return {"embed": leaf(vocabulary, width), "layers": {"up": leaf(*up)}, "norm": leaf(width)}
 
 
 def random_tree(shapes: Any, scale: float, seed: int) -> Any:

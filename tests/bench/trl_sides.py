@@ -77,15 +77,39 @@ def trl_epochs(settings: Settings) -> Callable[[Callable[[], None], Callable[[in
 
     Its own loop calls back, so this gives a function of what to call before and after an epoch.
     """
-    import datasets
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import TrainerCallback
+
+    on_gpu = settings["device"] == "gpu"
+    trainer = _trl_trainer(settings, on_gpu)
+
+    def train(before: Callable[[], None], after: Callable[[int], None]) -> None:
+        class Turns(TrainerCallback):
+            done = 0
+
+            def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+                before()
+
+            def on_epoch_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+                if on_gpu:
+                    torch.cuda.synchronize()
+                after(state.global_step - self.done)
+                self.done = state.global_step
+
+        trainer.add_callback(Turns())
+        trainer.train()
+
+    return train
+
+
+def _trl_trainer(settings: Settings, on_gpu: bool) -> Any:
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
     from train.data import read_records
 
-    on_gpu = settings["device"] == "gpu"
     records = [dict(record) for record in read_records(settings["data"])]
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     config = DPOConfig(
@@ -108,7 +132,7 @@ def trl_epochs(settings: Settings) -> Callable[[Callable[[], None], Callable[[in
         save_strategy="no",
         report_to=[],
     )
-    trainer = DPOTrainer(
+    return DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(
             settings["model"], dtype="float32", attn_implementation="sdpa"
         ),
@@ -116,24 +140,6 @@ def trl_epochs(settings: Settings) -> Callable[[Callable[[], None], Callable[[in
         train_dataset=datasets.Dataset.from_list(records),
         processing_class=tokenizer,
     )
-
-    def train(before: Callable[[], None], after: Callable[[int], None]) -> None:
-        class Turns(TrainerCallback):
-            done = 0
-
-            def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-                before()
-
-            def on_epoch_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-                if on_gpu:
-                    torch.cuda.synchronize()
-                after(state.global_step - self.done)
-                self.done = state.global_step
-
-        trainer.add_callback(Turns())
-        trainer.train()
-
-    return train
 
 
 class _Turns:

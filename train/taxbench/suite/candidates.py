@@ -85,18 +85,13 @@ def _baselines() -> list[Recipe]:
     # Offline merges gain most from the model that went furthest.
     merges = (*OFFLINE, *add_delta())
     weak = [(0.003, "all"), (0.01, "all")]
+    kept: dict[str, Any] = {"name": "child_tuning", "density": [0.1, 0.5]}
     return [
         *grid("adamw", "AdamW", learning_rate=slower, merges=add_delta()),
         *grid("adamw", "AdamW", learning_rate=_FAST, merges=merges),
         *grid("kl", "AdamW, larger β", beta=[0.2, 0.3, 0.5, 1.0]),
         *grid("ema", "EMA", learning_rate=[5e-5, _FAST], ema=[0.9, 0.97]),
-        *grid(
-            "child",
-            "ChildTuning",
-            name="child_tuning",
-            density=[0.1, 0.5],
-            learning_rate=[3e-5, _FAST],
-        ),
+        *grid("child", "ChildTuning", **kept, learning_rate=[3e-5, _FAST]),
         *grid("lora", "LoRA", learning_rate=[3e-4, 1e-3], lora_rank=[4, 16]),
         *grid("anchored", "Pull to SFT", learning_rate=[3e-5, _FAST], anchor=weak),
     ]
@@ -178,9 +173,9 @@ def _parts_of_attempts() -> list[Recipe]:
     label = "Control: AdamW of few, large steps, larger β"
     fast: dict[str, Any] = {"learning_rate": _FAST_RATES, "control": True}
     sparse = fast | {"density": 0.1, "beta": [0.1, 0.3]}
-    attempt = "Control: attempt 4"
+    attempt, votes = "Control: attempt 4", "sign votes alone (α = 0)"
     zero = {"alpha": _POWERLESS}
-    votes = "sign votes alone (α = 0)"
+    averaged = {"beta": 0.5, "ema": 0.97, "density": [0.1, 0.3]}
     return [
         *grid("kl_fast", label, **fast, beta=[0.3, 0.5], merges=add_delta(f"{label} + λτ")),
         *grid("ties_fast-zero", f"{attempt}, {votes}", on_ties, **sparse, **zero),
@@ -189,12 +184,12 @@ def _parts_of_attempts() -> list[Recipe]:
             "ties_fast-largest", f"{attempt}, largest entries alone", **sparse, name="keep_largest"
         ),
         *grid(
-            *("ties_fast_ema-zero", f"Control: attempt 5, {votes}", on_ties),
-            density=[0.1, 0.3],
+            "ties_fast_ema-zero",
+            f"Control: attempt 5, {votes}",
+            on_ties,
+            **averaged,
             **fast,
             **zero,
-            beta=0.5,
-            ema=0.97,
         ),
     ]
 
@@ -212,23 +207,15 @@ def _largest() -> list[Recipe]:
             recipes += grid(group, label, **own, **fields)
         return recipes
 
+    control: dict[str, Any] = {"control": True}
+    usual = control | {"beta": 0.1, "density": 0.1, "name": "keep_largest"}
+    rates = {"learning_rate": _FAST_RATES, "ema": [None, 0.97]}
+    # Random masks divide what they keep by p, so that their steps need no larger learning rate.
+    random = control | {"scale": 0.3, "name": "child_tuning"}
     return [
         *four("largest", "Attempt 6: largest entries alone", name="keep_largest"),
-        *grid(
-            *("largest-beta", "Control: attempt 6 with β = 0.1"),
-            name="keep_largest",
-            density=0.1,
-            learning_rate=_FAST_RATES,
-            beta=0.1,
-            ema=[None, 0.97],
-            control=True,
-        ),
-        # Random masks divide what they keep by p, so that their steps need no larger learning rate.
-        *four(
-            *("largest-random", "Control: attempt 6, random entries", 0.3),
-            name="child_tuning",
-            control=True,
-        ),
+        *grid("largest-beta", "Control: attempt 6 with β = 0.1", **usual, **rates),
+        *four("largest-random", "Control: attempt 6, random entries", **random),
     ]
 
 

@@ -242,22 +242,25 @@ def _gaps_by_level(outcome: Outcome, row: Entry, other: Entry) -> list[str]:
 
 
 def _mean(values: np.ndarray, scale: float, digits: int, total: int) -> str:
-    """Mean ± standard deviation, and the number of values where they are fewer than `total`."""
     mean, sd, n = mean_sd(values)
-    if n == 0:
-        return "—"
-    spread = "" if math.isnan(sd) else f" ± {scale * sd:.{digits}f}"
-    return f"{scale * mean:.{digits}f}{spread}" + ("" if n == total else f" ({n})")
+    return _with_spread(scale * mean, scale * sd, n, total, f".{digits}f")
 
 
 def _gap(difference: Difference | None, total: int) -> list[str]:
-    """A difference in points, as `_mean` writes it, and its p."""
+    """A difference in points, and its p."""
     if difference is None or difference.n == 0:
         return ["—", "—"]
-    spread = "" if math.isnan(difference.sd) else f" ± {100 * difference.sd:.1f}"
+    mean, sd = 100 * difference.mean, 100 * difference.sd
     p = "—" if math.isnan(difference.p) else f"{difference.p:.2g}"
-    some = "" if difference.n == total else f" ({difference.n})"
-    return [f"{100 * difference.mean:+.1f}{spread}{some}", p]
+    return [_with_spread(mean, sd, difference.n, total, "+.1f"), p]
+
+
+def _with_spread(mean: float, sd: float, n: int, total: int, form: str) -> str:
+    """Mean ± standard deviation, and the number of values where they are fewer than `total`."""
+    if n == 0:
+        return "—"
+    spread = "" if math.isnan(sd) else f" ± {sd:{form.lstrip('+')}}"
+    return f"{mean:{form}}{spread}" + ("" if n == total else f" ({n})")
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
