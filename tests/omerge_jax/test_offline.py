@@ -268,10 +268,12 @@ def test_the_last_of_k_steps_is_an_offline_merge(election):
         ours = ctx.role in ("update", "model0")
         return jnp.asarray(np.random.default_rng(int(ours)).uniform(size=x.shape) < density)
 
+    # Stochastic rounding of the steps in between would be divided by the density with the span.
+    span = {"density": DENSITY, "every_k": STEPS, "rounding": "nearest"}
     online = (
-        om.on_ties(ALPHA, density=DENSITY, every_k=STEPS, election=election)
+        om.on_ties(ALPHA, election=election, **span)
         if election
-        else om.on_dare(ALPHA, density=DENSITY, every_k=STEPS, clip=None, draw=pick)
+        else om.on_dare(ALPHA, clip=None, draw=pick, **span)
     )
     adamw = optax.adamw(1e-2)
     trained = run(optax.chain(adamw, online), reference, delta, gradients)
