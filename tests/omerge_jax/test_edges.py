@@ -47,7 +47,7 @@ def test_integer_leaves_of_a_base_pass_through_an_offline_merge():
     assert int(merged["count"]) == 7
 
 
-@pytest.mark.parametrize("name", MERGES.keys() | {"anchored"})
+@pytest.mark.parametrize("name", [*MERGES, "anchored"])
 def test_complex_leaves_are_refused_by_name(name):
     params = {"z": jnp.ones(3, jnp.complex64)}
     tx = ALL[name].make()
