@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.train.test_step import make_batch, make_model
+from tests.train.builders import make_batch, make_model
 from tests.train.tiny_runs import run_flags, write_inputs
 from train.cli import main
 from train.losses import PreferenceLoss, kto

@@ -8,34 +8,19 @@ import math
 import numpy as np
 import pytest
 
+from tests.train.builders import GOOD
 from train.config import (
     AdamWOptions,
-    DataOptions,
     DPOConfig,
     EarlyStopOptions,
     GroupRewardOptions,
     MergeConfig,
     MergeModelOptions,
-    OptimizerOptions,
-    PolicyOptions,
-    PreferenceLossOptions,
-    ScheduleOptions,
     TaskSetOptions,
     TextOptions,
-    TrainerOptions,
     UserError,
     check_settings,
     flatten,
-)
-
-GOOD = DPOConfig(
-    output_dir="out",
-    model=PolicyOptions(path="sft", base="base"),
-    data=DataOptions(path="pairs.jsonl", eval_fraction=0.1),
-    optimizer=OptimizerOptions(learning_rate=1e-6),
-    trainer=TrainerOptions(batch_size=4, steps=10),
-    loss=PreferenceLossOptions(),
-    schedule=ScheduleOptions(),
 )
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.train.builders import save_reward_model
 from tests.train.groups import Wound, run_group, statuses
-from tests.train.test_reward import save_reward_model
 from tests.train.tiny_runs import flags, read_tensors, run_flags, write_inputs, write_jsonl
 from train.cli import main
 from train.files.metrics_log import read_metrics

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.train.test_config import GOOD
+from tests.train.builders import GOOD
 from train.config import DPOConfig, UserError
 from train.config.command_line import configured
 from train.files.run_directory import open_output

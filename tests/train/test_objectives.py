@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.train.test_step import COMPLETION, ROWS, make_batch, make_model
+from tests.train.builders import COMPLETION, ROWS, make_batch, make_model
 from train.losses import (
     PreferenceLoss,
     UnpairedLoss,

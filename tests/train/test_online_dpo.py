@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.train.test_reward import save_reward_model
+from tests.train.builders import save_reward_model
 from tests.train.tiny_rewards import write_reward_inputs
 from tests.train.tiny_runs import flags, read_tensors
 from tests.virtual_devices import run_python

@@ -1,17 +1,13 @@
 """`python -m train plan` against the memory that the same run holds, and by the TPU compiler."""
 
-import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.train.builders import ROOT, big, needs_compiler, planned, run_with_compiler, tiny
 from tests.train.tiny_runs import flags, make_model_dir, make_tokenizer, write_jsonl
 from train.cli import main
 from train.commands.plan import check_output
@@ -19,13 +15,6 @@ from train.config import MeshOptions, UserError
 from train.plan.figures import State
 from train.plan.measure import refused_temporaries
 from train.plan.target import read_target
-
-ROOT = Path(__file__).parents[2]
-COMPILER = Path(sys.prefix) / "tpu"
-HAS_COMPILER = (COMPILER / "libtpu").is_dir() or importlib.util.find_spec("libtpu") is not None
-needs_compiler = pytest.mark.skipif(
-    not HAS_COMPILER, reason="the TPU compiler is not built for this platform"
-)
 
 # Runs a real `dpo` on eight devices and notes what its second step holds and needs.
 RUN = """
@@ -59,34 +48,6 @@ print("NOTES", json.dumps(notes[-1]))
 """
 
 
-def run_python(*arguments, devices=None):
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(COMPILER), env.get("PYTHONPATH", "")])
-    if devices is not None:
-        count = f"--xla_force_host_platform_device_count={devices}"
-        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {count}"
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env=env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stderr + done.stdout
-
-
-def planned(values, tmp_path, topology):
-    """The content of the file that the command line writes."""
-    file = tmp_path / "plan.json"
-    values = {**values, "topology": topology, "output_file": file}
-    shown = run_python("-m", "train", "plan", *flags(values))
-    assert "total" in shown
-    return json.loads(file.read_text())
-
-
 def settings(tmp_path, model, base, prompt, answer, **changes):
     """Of a run whose rows are all as long as they may be, so that batches have the planned shape."""
     long = "many words " * 50
@@ -114,7 +75,7 @@ def settings(tmp_path, model, base, prompt, answer, **changes):
 def assert_plan_is_the_run(values, tmp_path):
     plan = planned(values, tmp_path, "cpu:8")["plan"]
     run = flags({**values, "output_dir": tmp_path / "run"})
-    out = run_python("-c", RUN, json.dumps(run), devices=8)
+    out = run_with_compiler("-c", RUN, json.dumps(run), devices=8)
     notes = json.loads(out.split("NOTES ", 1)[1].splitlines()[0])
     hbm = plan["hbm_bytes_per_chip"]
     state = hbm["parameters"] + hbm["optimizer"] + hbm["delta"]
@@ -161,42 +122,6 @@ def test_a_model_of_30m_holds_what_was_planned(tmp_path, remat):
     assert 29e6 < 8 * hbm["parameters"] / 4 < 32e6
 
 
-def big(model, batch_size, **changes):
-    """The settings of a plan for a published model, of which nothing but its shapes is needed."""
-    values = {
-        "model.path": model,
-        "model.dtype": "bfloat16",
-        "model.param_dtype": "bfloat16",
-        "model.remat": "full",
-        "data.path": "unused",
-        "data.max_prompt_length": 1024,
-        "data.max_completion_length": 1024,
-        "optimizer.name": "on_dare",
-        "optimizer.learning_rate": 1e-6,
-        "optimizer.alpha": 5e-7,
-        "optimizer.density": 0.01,
-        "optimizer.delta_dtype": "bfloat16",
-        "trainer.batch_size": batch_size,
-        "trainer.steps": 100,
-    }
-    return values | changes
-
-
-def tiny(path, batch_size, **changes):
-    """The same for a model of two narrow layers and rows of 192 tokens."""
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-    )
-    config.save_pretrained(path)
-    lengths = {"data.max_prompt_length": 64, "data.max_completion_length": 64}
-    return big(path, batch_size, **lengths, **changes)
-
-
 SPARSE = {"optimizer.storage": "sparse", "optimizer.delta_mask": "fixed"}
 
 
@@ -232,7 +157,7 @@ def test_the_compiler_warns_of_no_option_on_a_v6e(tmp_path, monkeypatch):
     monkeypatch.setenv("TPU_STDERR_LOG_LEVEL", "0")
     monkeypatch.setenv("TPU_MIN_LOG_LEVEL", "0")
     values = tiny(tmp_path / "model", 4) | {"topology": "v6e:2x2"}
-    shown = run_python("-m", "train", "plan", *flags(values))
+    shown = run_with_compiler("-m", "train", "plan", *flags(values))
     assert "END_TO_END stage duration" in shown  # the log is on
     assert "Continuation fusion for AllGather is enabled" not in shown
 
@@ -307,7 +232,7 @@ def test_the_search_compiles_for_a_slice_and_its_best_is_what_a_plan_says(tmp_pa
         del values[f"optimizer.{name}"]
     file = tmp_path / "search.json"
     flagged = {**values, "topology": "v5e:2x2", "search": "true", "output_file": file}
-    shown = run_python("-m", "train", "plan", *flags(flagged))
+    shown = run_with_compiler("-m", "train", "plan", *flags(flagged))
     found = json.loads(file.read_text())["search"]
     assert len(found) == 14
     assert {one["source"] for one in found} == {"compiler"}

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from jax.sharding import AbstractMesh
 
-from tests.train.test_plan_program import make_config
+from tests.train.builders import make_plan_config
 from train.plan.advice import advice
 from train.plan.arithmetic import estimate, model_flops, temporaries
 from train.plan.figures import State
@@ -20,7 +20,7 @@ NOTHING = State(parameters=0.0, optimizer=0.0, delta=0.0, batch=0.0)
 
 def config_of(attention, *, length=256, shared=False, **model):
     """Of 8 pairs with prompts and answers of `length` tokens."""
-    config = make_config("unused", attention=attention, dtype="bfloat16", **model)
+    config = make_plan_config("unused", attention=attention, dtype="bfloat16", **model)
     lengths = {"max_prompt_length": length, "max_completion_length": length}
     data = dataclasses.replace(config.data, **lengths, prefix_sharing=shared)
     loss = dataclasses.replace(config.loss, vocab_chunk=None)  # logits are computed once

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.train.test_plan import needs_compiler, run_python
+from tests.train.builders import needs_compiler, run_with_compiler
 from train.plan.cost import program_cost
 
 HEADS, KV_HEADS, LENGTH, WIDTH = 8, 2, 1536, 128
@@ -51,7 +51,7 @@ print("FOUND", json.dumps({**found, "visited": visited}))
 
 @needs_compiler
 def test_products_are_those_of_the_blocks_that_the_kernel_visits():
-    out = run_python("-c", COUNT, json.dumps([HEADS, KV_HEADS, LENGTH, WIDTH]))
+    out = run_with_compiler("-c", COUNT, json.dumps([HEADS, KV_HEADS, LENGTH, WIDTH]))
     found = json.loads(out.split("FOUND ", 1)[1])
     product = 2 * HEADS * LENGTH**2 * WIDTH
     # Two products forward and four backward over all pairs of tokens, in each of three layers.

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.train.test_plan import big, needs_compiler, planned, run_python, tiny
+from tests.train.builders import big, needs_compiler, planned, run_with_compiler, tiny
 from tests.train.tiny_runs import flags
 from train.cli import main
 from train.plan.cost import program_cost
@@ -50,7 +50,7 @@ print("FOUND", json.dumps(found))
 
 @needs_compiler
 def test_collectives_over_slices_bring_what_the_algorithms_need():
-    shown = run_python("-c", KINDS)
+    shown = run_with_compiler("-c", KINDS)
     found = json.loads(shown.split("FOUND ", 1)[1].splitlines()[0])
     others = 3 / 4
     assert found == {
@@ -176,7 +176,7 @@ def test_a_second_slice_adds_the_sum_of_the_gradients(tmp_path):
 def test_a_state_that_does_not_fit_is_not_compiled(tmp_path):
     file = tmp_path / "plan.json"
     values = big("llama-3-8b", 4) | {"topology": "v5e:2x2", "output_file": file}
-    shown = run_python("-m", "train", "plan", *flags(values))
+    shown = run_with_compiler("-m", "train", "plan", *flags(values))
     assert "16.1 GB are held from step to step; so nothing was compiled" in shown
     written = json.loads(file.read_text())
     hbm = written["plan"]["hbm_bytes_per_chip"]
@@ -192,7 +192,7 @@ def test_the_search_keeps_parameters_within_slices(tmp_path):
     """Of a model whose state fits nowhere, so that nothing is compiled."""
     file = tmp_path / "search.json"
     values = big("llama-3-8b", 32) | {"topology": "2xv5e:2x2", "output_file": file}
-    run_python("-m", "train", "plan", *flags(values | {"search": "true"}))
+    run_with_compiler("-m", "train", "plan", *flags(values | {"search": "true"}))
     found = json.loads(file.read_text())["search"]
     meshes = {tuple(one["mesh"].values()) for one in found}
     assert meshes == {(2, 4, 1), (2, 2, 2), (2, 1, 4), (4, 2, 1)}

@@ -4,15 +4,11 @@ import dataclasses
 
 import pytest
 
+from tests.train.builders import make_plan_config
 from tests.train.tiny_models import save_model
 from tests.virtual_devices import run_python
 from train.config import (
-    DataOptions,
-    DPOConfig,
     LoraOptions,
-    OptimizerOptions,
-    PolicyOptions,
-    TrainerOptions,
     UserError,
 )
 from train.models.hf_names import decoder_leaves
@@ -32,7 +28,7 @@ PARAMETERS = {
 PROGRAM = """
 import sys
 import jax
-from tests.train.test_plan_program import make_config
+from tests.train.builders import make_plan_config
 from train.config import MeshOptions
 from train.models import from_hf, layer_axes, split_model
 from train.optimizers.build import make_optimizer
@@ -41,7 +37,7 @@ from train.plan.program import make_program, read_shape
 from train.distributed.mesh import make_mesh, on_mesh
 from train.training.step import init_state
 
-config = make_config(sys.argv[1])
+config = make_plan_config(sys.argv[1])
 mesh = make_mesh(MeshOptions(fsdp=4, tensor=2))
 program = make_program(config, read_shape(sys.argv[1]), mesh)
 params = split_model(from_hf(sys.argv[1], mesh=mesh))[1]
@@ -73,17 +69,6 @@ print("as planned")
 """
 
 
-def make_config(path, **model):
-    optimizer = {"alpha": 5e-7, "density": 0.01, "delta_dtype": "bfloat16"}
-    return DPOConfig(
-        output_dir="unused",
-        model=PolicyOptions(path=path, base="unused", **model),
-        data=DataOptions(path="unused", max_prompt_length=8, max_completion_length=8),
-        optimizer=OptimizerOptions(name="on_dare", learning_rate=1e-6, **optimizer),
-        trainer=TrainerOptions(batch_size=8, steps=10),
-    )
-
-
 @pytest.mark.slow
 def test_state_and_memory_are_those_of_the_run(tmp_path):
     save_model("qwen2-tied", tmp_path)
@@ -107,7 +92,7 @@ def test_unknown_shapes_name_the_known_ones():
 
 
 def state_with(storage):
-    config = make_config("llama-3-8b")
+    config = make_plan_config("llama-3-8b")
     dtype = None if storage == "recompute" else "bfloat16"
     merging = dataclasses.replace(config.optimizer, storage=storage, delta_dtype=dtype)
     model, target = read_shape("llama-3-8b"), read_target("gpu:8x80")
@@ -130,7 +115,7 @@ def test_a_delta_that_is_computed_anew_takes_two_more_models():
 
 
 def test_a_host_has_no_memory_besides_its_own():
-    config = make_config("llama-3-8b")
+    config = make_plan_config("llama-3-8b")
     merging = dataclasses.replace(config.optimizer, storage="pinned_host")
     config = dataclasses.replace(config, optimizer=merging)
     with pytest.raises(UserError, match=r"storage is pinned_host.*topology is cpu:1"):
@@ -139,4 +124,6 @@ def test_a_host_has_no_memory_besides_its_own():
 
 def test_runs_that_train_adapters_are_refused():
     with pytest.raises(UserError, match=r"model\.lora is set"):
-        make_program(make_config("llama-3-8b", lora=LoraOptions()), read_shape("llama-3-8b"), None)
+        make_program(
+            make_plan_config("llama-3-8b", lora=LoraOptions()), read_shape("llama-3-8b"), None
+        )

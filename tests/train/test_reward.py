@@ -9,52 +9,23 @@ import jax
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    Qwen2Config,
-    Qwen2ForSequenceClassification,
-    Qwen3Config,
-    Qwen3ForSequenceClassification,
-)
 from trl.data_utils import apply_chat_template
 
-from tests.train.tiny_models import SMALL
+from tests.train.builders import REWARD_FAMILIES, UNUSED_TOKEN, save_reward_model
 from tests.train.tiny_runs import make_tokenizer
 from train.config import UserError
 from train.models.reward import check_reward_model, last_token_scores, load_reward_model
 from train.on_policy.reward import Answers, function_reward, model_reward, try_reward
 
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForSequenceClassification, {}),
-    "qwen2": (Qwen2Config, Qwen2ForSequenceClassification, {"tie_word_embeddings": True}),
-    "qwen3": (Qwen3Config, Qwen3ForSequenceClassification, {"head_dim": 16}),
-}
-VOCAB, PAD = 264, 263  # of the tokenizer; no text has the last one
-
-
-def save_reward_model(path, family="llama", *, labels=1, seed=0):
-    """A random model for sequence classification with the tests' tokenizer."""
-    config_class, model_class, options = FAMILIES[family]
-    torch.manual_seed(seed)
-    config = config_class(
-        **{**SMALL, **options, "vocab_size": VOCAB, "pad_token_id": PAD, "initializer_range": 0.3},
-        num_labels=labels,
-    )
-    model = model_class(config).eval()
-    model.save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return model
-
 
 def scores_of_transformers(model, tokens, mask):
-    filled = np.where(mask, tokens, PAD)
+    filled = np.where(mask, tokens, UNUSED_TOKEN)
     with torch.no_grad():
         out = model(torch.tensor(filled), attention_mask=torch.tensor(mask, dtype=torch.long))
     return out.logits[:, 0].numpy()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REWARD_FAMILIES)
 def test_scores_are_those_of_transformers(family, tmp_path):
     theirs = save_reward_model(tmp_path, family)
     ours = load_reward_model(tmp_path)

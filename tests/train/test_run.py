@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from tests.train.test_config import GOOD
+from tests.train.builders import GOOD
 from tests.train.tiny_runs import make_model_dir
 from train.config import ModelOptions, TrainerOptions, UserError
 from train.data import tokenize_preference

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from tests.train.test_plan import needs_compiler, run_python
+from tests.train.builders import needs_compiler
 from train.config import MeshOptions, UserError
 from train.distributed.batches import row_devices
 from train.distributed.mesh import arrange, count_slices, mesh_shape
@@ -145,4 +145,4 @@ print("as arranged")
 
 @needs_compiler
 def test_slices_as_the_compiler_describes_them():
-    assert "as arranged" in run_python("-c", REAL)
+    assert "as arranged" in run_with_compiler("-c", REAL)

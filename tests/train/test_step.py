@@ -8,55 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
-import omerge_jax as om
+from tests.train.builders import (
+    COMPLETION,
+    OPTIMIZERS,
+    PROMPT,
+    ROWS,
+    VOCAB,
+    make_batch,
+    make_model,
+)
 from tests.virtual_devices import run_python
 from train.losses import PreferenceLoss, check_starts_at_reference
-from train.models import Decoder, ModelConfig, merge_model, split_model
+from train.models import Decoder, merge_model
 from train.objectives.logps import AUTO_VOCAB_CHUNK, completion_statistics, resolve_vocab_chunk
 from train.objectives.preference import preference_loss, reference_logps_fn
 from train.objectives.sft import sft_loss
 from train.training.step import init_state, make_train_step
-
-VOCAB, ROWS, PROMPT, COMPLETION = 61, 4, 7, 6
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "rms_norm_eps": 1e-5,
-}
-OPTIMIZERS = {
-    "adamw": lambda: optax.adamw(1e-2),
-    "on_dare": lambda: om.on_dare_adamw(1e-2, alpha=1e-3, density=0.5),
-    # An eps of the gradients' size: Adam's first updates are otherwise nearly all ±learning rate, and
-    # rounding, which differs between meshes, would choose among those ties.
-    "on_ties": lambda: optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(1e-2, eps=1e-2),
-        om.on_ties(alpha=1e-3, density=0.5),
-    ),
-}
-
-
-def make_model(seed=0):
-    return split_model(Decoder(ModelConfig.from_hf(CONFIG), nnx.Rngs(seed)))
-
-
-def make_batch(names, seed=0):
-    rng = np.random.default_rng(seed)
-    batch = {
-        "prompt_tokens": rng.integers(0, VOCAB, (ROWS, PROMPT), dtype=np.int32),
-        "prompt_mask": np.arange(PROMPT) >= rng.integers(0, PROMPT - 1, (ROWS, 1)),
-    }
-    for name in names:
-        batch[f"{name}_tokens"] = rng.integers(0, VOCAB, (ROWS, COMPLETION), dtype=np.int32)
-        batch[f"{name}_mask"] = np.arange(COMPLETION) < rng.integers(1, COMPLETION + 1, (ROWS, 1))
-    return batch
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +185,7 @@ PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from tests.train.test_step import CONFIG, OPTIMIZERS, make_batch, make_model
+from tests.train.builders import CONFIG, OPTIMIZERS, make_batch, make_model
 from train.models import ModelConfig, param_shardings
 from train.objectives.preference import *
 from train.training.step import *

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.train.test_reward import save_reward_model
+from tests.train.builders import save_reward_model
 from tests.train.tiny_runs import write_inputs, write_jsonl
 
 
