@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from tests.train.builders import needs_compiler
+from tests.train.builders import needs_compiler, run_with_compiler
 from train.config import MeshOptions, UserError
 from train.distributed.batches import row_devices
 from train.distributed.mesh import arrange, count_slices, mesh_shape
