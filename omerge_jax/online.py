@@ -28,6 +28,7 @@ from omerge_jax.diagnostics import zero_scalars
 from omerge_jax.numerics import copied
 from omerge_jax.paths import (
     LayerAxes,
+    layer_axes_of,
     layer_axes_rule,
     leaves_by_path,
     path_names,
@@ -165,15 +166,7 @@ def merge_then_round(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the transformation of `online_merge`, which documents the arguments.
 
-    Args:
-      sparsifier: F.
-      consensus: ⊕.
-      between: is given the merged updates, in float32 or wider, before they are rounded.
-      delta: τ_r or None.
-      delta_mask: whether F(τ_r) is drawn once or at every step.
-      rounding: how updates are rounded.
-      seed: fixes stochastic rounding.
-      settings: the other arguments of `online_merge`.
+    ``between`` is given the merged updates, in float32 or wider, before they are rounded.
     """
     check_choice("delta_mask", delta_mask, get_args(DeltaMask))
     check_callable("sparsifier", sparsifier, ("x", "ctx"), "omerge_jax.random(0.1)")
@@ -193,7 +186,7 @@ def merge_then_round(
 
 
 def _check(settings: MergeSettings, delta: Any) -> None:
-    """Raises ValueError where the settings of a merge are out of range or do not go together."""
+    """Raises ValueError where settings of a merge are out of range or contradict each other."""
     alpha, every_k = settings.alpha, settings.every_k
     if not isinstance(alpha, Relative):
         check_schedule("alpha", alpha, "in [0, 1]", ALPHA)
@@ -221,7 +214,7 @@ def _check(settings: MergeSettings, delta: Any) -> None:
 def _transformation(
     settings: MergeSettings, delta: Any, after: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the merge, followed by ``after`` before updates have their own dtype again."""
+    """Returns the merge and then ``after``, which is given updates in float32 or wider."""
 
     def init(params: optax.Params) -> OnlineMergeState:
         state = _unset_state(settings, params, after)
@@ -270,7 +263,7 @@ def _unset_state(
         shape, path = tuple(param.shape), path_names(key_path)
         if settings.storage != "sparse":
             return UnsetDelta(shape, Recipe(settings.storage))
-        axes = settings.axes(path, len(shape))
+        axes = layer_axes_of(settings.layer_axes, path, len(shape))
         return UnsetDelta(shape, Recipe("sparse", sparsifier, axes, path))
 
     delta_fit = None

@@ -35,11 +35,7 @@ def fixed_context(path: Path, layers: int) -> SparsifyContext:
 class Recipe:
     """How one leaf of a delta is to be held; static, and kept with the leaf.
 
-    Attributes:
-      storage: how.
-      sparsifier: F, where its result is held.
-      layer_axes: axes of the leaf that index separate tensors.
-      path: path names of the leaf.
+    The sparsifier is F, where F(τ_r) is held; None otherwise.
     """
 
     storage: Storage
@@ -93,12 +89,7 @@ class Recipe:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class UnsetDelta:
-    """Marks, without any array, where a leaf of the reference delta belongs.
-
-    Attributes:
-      shape: shape of the parameter.
-      recipe: how the leaf will be held.
-    """
+    """Marks, without any array, where a leaf of the reference delta of this shape belongs."""
 
     shape: tuple[int, ...]
     recipe: Recipe
@@ -107,13 +98,10 @@ class UnsetDelta:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparseDelta:
-    """The entries of F(τ_r) of one leaf.
+    """The entries of F(τ_r) of one leaf of ``shape``.
 
-    Attributes:
-      places: int32 [*layers, kept], row-major positions within each tensor; 0 where unused.
-      values: [*layers, kept]; 0 where unused.
-      shape: shape of the leaf.
-      recipe: how it was made.
+    ``places``, int32 [*layers, kept], are row-major positions within each tensor; they and the
+    ``values`` [*layers, kept] are 0 where unused.
     """
 
     places: jax.Array
@@ -140,10 +128,7 @@ class SparseDelta:
 class DeltaFit:
     """What a sparsifier fitted to the leaves of a fixed delta that are not sparse.
 
-    Attributes:
-      values: float32 [m], the fits of all leaves, one after the other.
-      sparsifier: F.
-      layer_axes: which axes of a leaf index separate tensors, see `layer_axes_of`.
+    ``values``, float32 [m], are the fits of all leaves, one after the other.
     """
 
     values: jax.Array
@@ -171,11 +156,9 @@ class DeltaFit:
         return dataclasses.replace(self, values=jnp.zeros([size], jnp.float32))
 
     def fit(self, held: dict[Path, Any], delta: dict[Path, Any]) -> jax.Array:
-        """Returns the values of the fit to a delta.
+        """Returns the values of the fit to the leaves of a ``delta`` on the device, as given.
 
-        Args:
-          held: the leaves of the state, which tell where F(τ_r) itself is held.
-          delta: the leaves as they were given, on the device.
+        ``held`` are the leaves of the state, which tell where F(τ_r) itself is held.
         """
         parts = [
             jnp.ravel(jnp.asarray(self._fit(path, jnp.asarray(delta[path]))))
@@ -201,7 +184,7 @@ def is_delta_leaf(node: Any) -> bool:
 
 
 def has_hash(value: Any) -> bool:
-    """Whether a static part of a pytree can hold ``value``: it is made of Python numbers."""
+    """Whether ``value`` has a hash, as a static part of a pytree must: it has no arrays in it."""
     try:
         hash(value)
     except TypeError:
@@ -212,10 +195,7 @@ def has_hash(value: Any) -> bool:
 def check_storage(storage: Storage, sparsifier: BaseSparsifier, stands_still: bool) -> None:
     """Raises ValueError where a delta cannot be held that way.
 
-    Args:
-      storage: how.
-      sparsifier: F.
-      stands_still: whether F(τ_r) is the same at every step.
+    ``stands_still`` says whether F(τ_r) is the same at every step.
     """
     check_choice("storage", storage, get_args(Storage))
     if storage != "sparse":
@@ -245,8 +225,3 @@ def _to_host(delta: jax.Array) -> jax.Array:
             "and donating a buffer of that kind ends the process; use storage='dense'"
         )
     return jax.device_put(delta, jax.memory.Space.Host)
-
-
-def to_device(delta: jax.Array) -> jax.Array:
-    """Returns a delta of the host's memory as an array of the device; inside jit."""
-    return jax.device_put(delta, jax.memory.Space.Device)
