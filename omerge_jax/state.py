@@ -50,16 +50,9 @@ def merge_states(opt_state: Any) -> list[OnlineMergeState]:
 def place_delta(template: Any, delta: Any) -> Any:
     """Returns ``delta`` in the structure of ``template``, matched by path, copied, held alike.
 
-    Args:
-      template: the delta of a state: ``UnsetDelta`` leaves, or an older delta.
-      delta: the reference delta in any containers; leaves the template lacks (masked ones) are left
-        out.
-
-    Returns:
-      A tree like ``template``.
-
-    Raises:
-      ValueError: the delta lacks a leaf or has one of another shape.
+    The template is the delta of a state: ``UnsetDelta`` leaves, or an older delta. Leaves that it lacks
+    (masked ones) are left out. Raises ValueError where the delta lacks a leaf or has one of another
+    shape.
     """
     leaves = leaves_by_path(delta)
 

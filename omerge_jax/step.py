@@ -135,9 +135,9 @@ class LeafMerge:
         if not self.settings.diagnostics:
             return None
         sparsifier, shape, ctx = self.settings.sparsifier, self.update.shape, self.context("update")
-        if isinstance(sparsifier, FittedSparsifier):
-            if (fitted_to := sparsifier.choose_sample(shape, ctx)) is not None:
-                return fitted_to
+        fits = isinstance(sparsifier, FittedSparsifier)
+        if fits and (fitted_to := sparsifier.choose_sample(shape, ctx)) is not None:
+            return fitted_to
         return choose_sample(shape, ctx.layer_axes, SAMPLE_ENTRIES, self.step)
 
     def _delta(self, sample: Sample | None = None) -> jax.Array | None:

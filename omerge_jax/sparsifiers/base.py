@@ -47,11 +47,9 @@ class SparsifyContext:
 
     def coordinates(self, x: jax.Array) -> list[jax.Array]:
         """Returns, per axis of the leaf, the uint32 coordinates of the entries of ``x``."""
-        return (
-            random_mask.all_coordinates(x.shape)
-            if self.sample is None
-            else (self.sample.coordinates())
-        )
+        if self.sample is None:
+            return random_mask.all_coordinates(x.shape)
+        return self.sample.coordinates()
 
     def leaf_shape(self, x: Shaped) -> Sequence[int]:
         """Returns the shape of the leaf that ``x`` is, or is a sample of."""
@@ -194,11 +192,7 @@ def keeps_all(density: optax.ScalarOrSchedule) -> bool:
 
 
 def static_density(density: optax.ScalarOrSchedule) -> float:
-    """Returns a density that is a Python number.
-
-    Raises:
-      ValueError: it is a schedule or an array, so that nobody knows how many entries it keeps.
-    """
+    """Returns a density that is a Python number; raises ValueError for others, as storage needs one."""
     if not isinstance(density, (int, float)):
         raise ValueError(
             "storage='sparse' needs a density that is a Python number (under "
@@ -214,6 +208,27 @@ def count_at(share: jax.typing.ArrayLike, entries: int) -> jax.Array:
     # The product may round up, also to 2**32, which uint32 does not hold.
     count = jnp.minimum(jnp.floor(jnp.float32(share) * entries), 4294967040.0).astype(jnp.uint32)
     return jnp.minimum(count, jnp.uint32(entries))
+
+
+def draw_mask(
+    x: jax.Array,
+    share: jax.typing.ArrayLike,
+    ctx: SparsifyContext,
+    draw: Draw | None,
+    seed: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Returns which entries of ``x`` are kept, drawn by ``draw`` or, where None, from their places."""
+    if draw is not None:
+        return draw(x, share, ctx)
+    return random_mask.bernoulli(
+        ctx.leaf_shape(x),
+        share,
+        seed=seed,
+        step=ctx.step,
+        path=ctx.path,
+        role=ctx.role,
+        coordinates=ctx.coordinates(x),
+    )
 
 
 def random_capacity(density: optax.ScalarOrSchedule, entries: int) -> int:
@@ -238,5 +253,5 @@ def norm_ratio(
 
 def tie_order(x: Shaped, ctx: SparsifyContext, seed: jax.typing.ArrayLike) -> TieOrder:
     """Returns the order in which equal magnitudes of ``x`` are kept."""
-    start = random_mask.order_start(seed, ctx.step, ctx.path)
+    start = random_mask.mask_key(seed, ctx.step, ctx.path, "order")[0]
     return TieOrder(start, tuple(ctx.leaf_shape(x)), ctx.layer_axes, ctx.sample)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omerge_jax import random_mask
 from omerge_jax.checks import check_choice, check_integer, check_number
 from omerge_jax.sparsifiers.base import (
     BaseSparsifier,
@@ -16,6 +15,7 @@ from omerge_jax.sparsifiers.base import (
     SparsifyContext,
     check_density,
     density_at,
+    draw_mask,
     keeps_all,
     norm_ratio,
     random_capacity,
@@ -41,7 +41,7 @@ class _Random(BaseSparsifier):
         kept = x
         if not keeps_all(self.density):
             # F(x) = m ⊙ x with m ~ Bernoulli(p) (Eq. 3).
-            kept = jnp.where(self._mask(x, density, ctx), x, 0)
+            kept = jnp.where(draw_mask(x, density, ctx, self.draw, self.seed), x, 0)
             if self.rescale != "none":
                 # F(x) = m ⊙ x / p, as dropout does, times the inverse: a division per entry would
                 # cost as much as the mask.
@@ -54,19 +54,6 @@ class _Random(BaseSparsifier):
             limit = jnp.asarray(self.clip, kept.dtype)
             kept = jnp.clip(kept, -limit, limit)
         return kept
-
-    def _mask(self, x: jax.Array, density: jax.typing.ArrayLike, ctx: SparsifyContext) -> jax.Array:
-        if self.draw is not None:
-            return self.draw(x, density, ctx)
-        return random_mask.bernoulli(
-            ctx.leaf_shape(x),
-            density,
-            seed=self.seed,
-            step=ctx.step,
-            path=ctx.path,
-            role=ctx.role,
-            coordinates=ctx.coordinates(x),
-        )
 
     def capacity(self, entries: int) -> int:
         return random_capacity(self.density, entries)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omerge_jax import random_mask
 from omerge_jax.checks import check_choice, check_integer, check_number, known
 from omerge_jax.paths import Path, show
 from omerge_jax.sparsifiers.base import (
@@ -19,6 +18,7 @@ from omerge_jax.sparsifiers.base import (
     SparsifyContext,
     check_density,
     density_at,
+    draw_mask,
     keeps_all,
     norm_ratio,
     random_capacity,
@@ -41,7 +41,7 @@ class _Ranked(BaseSparsifier):
         if keeps_all(self.density):
             return x
         share = self._keep_probability(x, ctx)
-        mask = self._mask(x, share, ctx)
+        mask = draw_mask(x, share, ctx, self.draw, self.seed)
         scaled = (x / share).astype(x.dtype) if self.rescale == "inverse" else x
         kept = jnp.where(mask, scaled, 0)
         if self.rescale == "norm":
@@ -64,23 +64,12 @@ class _Ranked(BaseSparsifier):
         rank = jnp.argsort(order, axis=axis).astype(jnp.float32) / (entries - 1)
         return (density - epsilon + rank * 2 * epsilon).reshape(x.shape)
 
-    def _mask(self, x: jax.Array, share: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        if self.draw is not None:
-            return self.draw(x, share, ctx)
-        return random_mask.bernoulli(
-            x.shape, share, seed=self.seed, step=ctx.step, path=ctx.path, role=ctx.role
-        )
-
     def capacity(self, entries: int) -> int:
         return random_capacity(self.density, entries)
 
 
 def rank_axis_of(axis: RankAxis, shape: Sequence[int], layer_axes: int, path: Path) -> int | None:
-    """Returns the axis of a leaf to rank over; None for all axes of a tensor.
-
-    Raises:
-      ValueError: the tensors of the leaf have no such axis.
-    """
+    """Returns the axis of a leaf to rank over, None for all; ValueError where a tensor lacks it."""
     axis = axis(path) if callable(axis) else axis
     own_axes = len(shape) - layer_axes
     if own_axes < 2 or axis is None:
