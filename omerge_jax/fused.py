@@ -30,12 +30,7 @@ _CALLS = (
 
 
 class FusedChainState(NamedTuple):
-    """State of `fused_chain`.
-
-    Attributes:
-      inner_state: state of the optimizer.
-      merge_state: state of the merge.
-    """
+    """State of `fused_chain`: that of the optimizer, and that of the merge."""
 
     inner_state: Any
     merge_state: Any
@@ -128,12 +123,9 @@ def _require_merge(state: Any) -> None:
 
 
 class _Proposed:
-    """The updates that an elementwise optimizer proposes, as leaves that can be read again.
+    """The updates that an optimizer proposes, as leaves that can be read again.
 
-    Args:
-      inner: the optimizer.
-      step: its update.
-      arguments: gradients, state and parameters (or None).
+    ``step`` is the update of ``inner``, ``arguments`` are gradients, state and parameters (or None).
     """
 
     def __init__(self, inner: Any, step: Step, arguments: tuple[Any, Any, Any]):
@@ -176,7 +168,7 @@ class _Proposed:
             if _is_masked(x):
                 return x
             # The other leaves are left out, or a step of many would be traced many times.
-            return part(x) if name.path == path else optax.MaskedNode()
+            return part(x) if name == repr(path) else optax.MaskedNode()
 
         grads, state, params = self._arguments
         state = optax.tree.map_params(self._inner, of, state, self._paths, is_leaf=_is_masked)
@@ -207,15 +199,9 @@ def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-class _Named:
-    """The path of a leaf, as a leaf of a tree."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-
 def _paths(tree: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: _Named(path_names(path)), tree)
+    """Returns a tree like ``tree`` with the path of every leaf as text, since a tuple is no leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: repr(path_names(path)), tree)
 
 
 def _require_elementwise(step: Step, arguments: tuple[Any, Any, Any]) -> None:

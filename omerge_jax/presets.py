@@ -81,10 +81,6 @@ def _decay_merged(
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
         return optax.identity()
 
-    def init(params: optax.Params) -> optax.ScaleByScheduleState:
-        del params
-        return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
-
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
@@ -102,6 +98,7 @@ def _decay_merged(
         count = jnp.asarray(optax.safe_increment(state.count))
         return map_by_path(decay, updates, params), optax.ScaleByScheduleState(count)
 
+    init = lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))  # noqa: E731
     decayed = optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
     return decayed if mask is None else optax.masked(decayed, mask)
 

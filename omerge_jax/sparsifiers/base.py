@@ -88,7 +88,7 @@ class BaseSparsifier(abc.ABC):
         """
 
     def capacity(self, entries: int) -> int | None:
-        """Returns how many of a tensor's entries are kept at most; None where nobody knows.
+        """Returns how many of a tensor's entries are kept at most; None where that is unknown.
 
         Called when a transformation with ``storage="sparse"`` is made, and for every leaf of its delta.
         """
@@ -192,7 +192,7 @@ def keeps_all(density: optax.ScalarOrSchedule) -> bool:
 
 
 def static_density(density: optax.ScalarOrSchedule) -> float:
-    """Returns a density that is a Python number; raises ValueError for others, as storage needs one."""
+    """Returns a density, which must be a Python number; raises ValueError for any other."""
     if not isinstance(density, (int, float)):
         raise ValueError(
             "storage='sparse' needs a density that is a Python number (under "
