@@ -47,7 +47,14 @@ def leaf_sums(
     kept_delta = jnp.zeros_like(update) if kept_delta is None else kept_delta
     both = (kept != 0) & (kept_delta != 0)
     moving = merged != 0
-    lost = jnp.zeros_like(moving) if param is None else moving & (move(param, merged) == 0)
+    lost = jnp.zeros_like(moving)
+    if param is not None:
+        # An update is lost where θ + u, rounded to the dtype of θ, is θ. It is rounded explicitly, as a
+        # compiler may carry a bfloat16 sum on in float32, where nothing is lost.
+        wide, kind = wide_dtype(param.dtype), jnp.finfo(param.dtype)
+        total = param.astype(wide) + merged.astype(wide)
+        rounded = jax.lax.reduce_precision(total, kind.nexp, kind.nmant)
+        lost = moving & (rounded - param.astype(wide) == 0)
     terms = [
         update != 0,
         kept != 0,
@@ -69,17 +76,6 @@ def leaf_sums(
     return jnp.stack([jnp.sum(term) for term in terms])
 
 
-def move(param: jax.Array, update: jax.Array) -> jax.Array:
-    """What adding ``update`` moves ``param`` by once the sum is rounded to its dtype.
-
-    Rounded explicitly: a compiler may carry a bfloat16 sum on in float32, where nothing is lost.
-    """
-    wide = wide_dtype(param.dtype)
-    kind = jnp.finfo(param.dtype)
-    total = param.astype(wide) + update.astype(wide)
-    return jax.lax.reduce_precision(total, kind.nexp, kind.nmant) - param.astype(wide)
-
-
 def scalars_from_sums(leaves: Sequence[jax.Array], *, knows_params: bool) -> dict[str, jax.Array]:
     """Returns the metrics of one step from the sums of every leaf, float32 [_SUMS] each."""
     total = sum(leaves, jnp.zeros([_SUMS], jnp.float32))
@@ -89,7 +85,7 @@ def scalars_from_sums(leaves: Sequence[jax.Array], *, knows_params: bool) -> dic
     def share(part: jax.Array, whole: jax.Array) -> jax.Array:
         return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
 
-    return {
+    metrics = {
         "kept_share": share(kept, proposed),
         "sign_agreement": share(agree, both),
         "reference_ratio": share(jnp.sqrt(theirs), jnp.sqrt(ours)),
@@ -97,6 +93,7 @@ def scalars_from_sums(leaves: Sequence[jax.Array], *, knows_params: bool) -> dic
         "update_norm": jnp.sqrt(merged_square),
         "rounding_lost": share(lost, moving) if knows_params else jnp.float32(jnp.nan),
     }
+    return prefixed(metrics)
 
 
 def merge_metrics(opt_state: Any) -> dict[str, jax.Array]:

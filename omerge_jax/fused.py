@@ -1,5 +1,6 @@
 """An elementwise optimizer and a merge, chained so that statistics cost no pass of their own."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,9 +93,7 @@ def fused_chain(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, FusedChainState]:
-        def step(grads: Any, inner_state: Any, params: Any) -> tuple[Any, Any]:
-            return inner.update(grads, inner_state, params, **extra_args)
-
+        step = functools.partial(inner.update, **extra_args)
         proposed = _Proposed(inner, step, (updates, state.inner_state, params))
         merged, merge_state = merge.update(
             proposed.entries(), state.merge_state, params, **extra_args

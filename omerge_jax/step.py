@@ -13,7 +13,7 @@ import optax
 from omerge_jax.alpha import Alpha, Relative, alpha_at, alpha_of_leaves
 from omerge_jax.checks import is_float
 from omerge_jax.consensus import Consensus
-from omerge_jax.diagnostics import SAMPLE_ENTRIES, leaf_sums, prefixed, scalars_from_sums
+from omerge_jax.diagnostics import SAMPLE_ENTRIES, leaf_sums, scalars_from_sums
 from omerge_jax.entries import Entries, Sample, choose_sample, entries_of
 from omerge_jax.numerics import wide_dtype, widened
 from omerge_jax.paths import (
@@ -273,8 +273,7 @@ class MergeStep:
                 sums.append(leaf.measure(both, alphas[path]))
         scalars = self._alpha_scalars(leaves, alphas)
         if self.settings.diagnostics:
-            metrics = scalars_from_sums(sums, knows_params=self.params is not None)
-            scalars |= prefixed(metrics)
+            scalars |= scalars_from_sums(sums, knows_params=self.params is not None)
 
         def emit(path: Path, update: Any) -> jax.Array:
             return merged[path] if path in merged else entries_of(update).whole()

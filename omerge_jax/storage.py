@@ -135,15 +135,18 @@ class DeltaFit:
     sparsifier: FittedSparsifier = dataclasses.field(metadata={"static": True})
     layer_axes: LayerAxes = dataclasses.field(metadata={"static": True})
 
-    def shape(self, path: Path, leaf: Any) -> tuple[int, ...] | None:
-        """Returns the shape of the fit of a leaf of the delta; None where there is none."""
-        if isinstance(leaf, SparseDelta):
-            return None
-        if isinstance(leaf, UnsetDelta) and leaf.recipe.entries_kept(leaf.shape) is not None:
-            return None
-        like = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
-        fitted = jax.eval_shape(lambda x: self._fit(path, x), like)
-        return None if fitted is None else tuple(fitted.shape)
+    def _shapes(self, leaves: dict[Path, Any]) -> dict[Path, tuple[int, ...]]:
+        """Returns the shapes of the fits to leaves of a state's delta, without those that have none."""
+        shapes = {}
+        for path, leaf in leaves.items():
+            unset = (
+                isinstance(leaf, UnsetDelta) and leaf.recipe.entries_kept(leaf.shape) is not None
+            )
+            if not unset and not isinstance(leaf, SparseDelta):
+                like = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+                fitted = jax.eval_shape(lambda x, path=path: self._fit(path, x), like)
+                shapes |= {} if fitted is None else {path: tuple(fitted.shape)}
+        return shapes
 
     def _fit(self, path: Path, delta: jax.Array) -> jax.Array | None:
         axes = layer_axes_of(self.layer_axes, path, delta.ndim)
@@ -151,8 +154,7 @@ class DeltaFit:
 
     def unset(self, leaves: dict[Path, Any]) -> "DeltaFit":
         """Returns the fit of a delta that is not set: zeros of the size that it will have."""
-        shapes = [self.shape(path, leaf) for path, leaf in leaves.items()]
-        size = sum(math.prod(shape) for shape in shapes if shape is not None)
+        size = sum(map(math.prod, self._shapes(leaves).values()))
         return dataclasses.replace(self, values=jnp.zeros([size], jnp.float32))
 
     def fit(self, held: dict[Path, Any], delta: dict[Path, Any]) -> jax.Array:
@@ -162,8 +164,7 @@ class DeltaFit:
         """
         parts = [
             jnp.ravel(jnp.asarray(self._fit(path, jnp.asarray(delta[path]))))
-            for path, leaf in held.items()
-            if self.shape(path, leaf) is not None
+            for path in self._shapes(held)
         ]
         return jnp.concatenate([jnp.zeros([0], jnp.float32), *parts])
 
@@ -171,10 +172,9 @@ class DeltaFit:
         """Returns the fits by the paths of their leaves."""
         fits: dict[Path, jax.Array] = {}
         start = 0
-        for path, leaf in held.items():
-            if (shape := self.shape(path, leaf)) is not None:
-                fits[path] = self.values[start : start + math.prod(shape)].reshape(shape)
-                start += math.prod(shape)
+        for path, shape in self._shapes(held).items():
+            fits[path] = self.values[start : start + math.prod(shape)].reshape(shape)
+            start += math.prod(shape)
         return fits
 
 

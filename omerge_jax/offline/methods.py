@@ -74,17 +74,15 @@ class MergeSettings(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One leaf of all the trees: its path, its arrays, and which axes stack layers."""
+    """One leaf of all the trees: its path, its arrays, and which axes stack layers.
+
+    Those axes are in front where the leaf is merged.
+    """
 
     path: Path
     base: Any
     models: tuple[Any, ...]
     axes: Axes
-
-    @property
-    def layer_axes(self) -> int:
-        """How many axes stack layers; they are in front where a leaf is merged."""
-        return len(self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +114,7 @@ class Plan:
         self.weights(leaf)
         if "rank_axis" in self.settings:
             shape = jnp.shape(leaf.base)
-            rank_axis_of(self.settings["rank_axis"], shape, leaf.layer_axes, leaf.path)
+            rank_axis_of(self.settings["rank_axis"], shape, len(leaf.axes), leaf.path)
         if self.method.merge is _linear:
             return
         for array in (leaf.base, *leaf.models):
@@ -233,12 +231,12 @@ def _task_vectors(plan: Plan, leaf: Leaf, origin: jax.Array, others: list[jax.Ar
 
 
 def _sparsified(plan: Plan, leaf: Leaf, index: int, delta: jax.Array) -> jax.Array:
-    ctx = SparsifyContext(jnp.int32(0), leaf.path, f"model{index}", leaf.layer_axes)
-    entries = math.prod(delta.shape[leaf.layer_axes :])
+    ctx = SparsifyContext(jnp.int32(0), leaf.path, f"model{index}", len(leaf.axes))
+    entries = math.prod(delta.shape[len(leaf.axes) :])
     kept = plan.method.sparsifier(plan.of_model(index), entries)(delta, ctx)
     # Here, not in the sparsifiers: `random` has the online authors' own variant of it.
     if plan.settings.get("rescale") == "norm":
-        kept = kept * per_layer(norm_ratio(delta, kept, leaf.layer_axes, 0.0), delta)
+        kept = kept * per_layer(norm_ratio(delta, kept, len(leaf.axes), 0.0), delta)
     return kept
 
 
@@ -256,7 +254,7 @@ def _slerp(plan: Plan, leaf: Leaf, origin: jax.Array, others: list[jax.Array]) -
     (other,) = others
     (t,) = plan.weights(leaf)
     t = jnp.asarray(t, origin.dtype)
-    axes = tuple(range(leaf.layer_axes, origin.ndim))
+    axes = tuple(range(len(leaf.axes), origin.ndim))
 
     def unit(x: jax.Array) -> jax.Array:
         norm = jnp.sqrt(jnp.sum(x * x, axes, keepdims=True))

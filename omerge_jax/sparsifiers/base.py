@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from omerge_jax.checks import check_number, check_schedule
 from omerge_jax.entries import Entries, Sample
 from omerge_jax.numerics import wide_dtype, widened
 from omerge_jax.paths import Path
-from omerge_jax.threshold.edge import TieOrder
+from omerge_jax.threshold.edge import TieOrder, per_layer
 
 _DENSITY = "the share of entries kept"
 Shaped = jax.Array | jax.ShapeDtypeStruct
@@ -138,6 +138,39 @@ class FittedSparsifier(BaseSparsifier):
         if sample is None:
             return self.fit(widened(entries.whole()), ctx)
         return self.fit(widened(entries.sample(sample)), dataclasses.replace(ctx, sample=sample))
+
+
+@dataclasses.dataclass(frozen=True)
+class EdgeSparsifier(FittedSparsifier):
+    """Keeps the entries on one side of magnitudes; ``"norm"`` puts a factor after them in the fit."""
+
+    density: optax.ScalarOrSchedule
+    rescale: Literal["none", "norm"]
+    seed: jax.typing.ArrayLike
+
+    @property
+    def takes_samples(self) -> bool:
+        """Edges that were found for a leaf, or for a sample of it, hold for any sample of it."""
+        return True
+
+    @abc.abstractmethod
+    def keep(self, x: jax.Array, edges: jax.Array, ctx: SparsifyContext) -> jax.Array:
+        """Returns ``x`` with 0 where its edges, from `top_k_edge`, leave an entry out."""
+
+    def with_scale(self, edges: jax.Array, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
+        """Returns the edges, followed by the factor that ``rescale="norm"`` needs."""
+        if self.rescale == "none":
+            return edges
+        scale = norm_ratio(x, self.keep(x, edges, ctx), ctx.layer_axes, 0.0)
+        return jnp.concatenate([edges, scale.astype(jnp.float32)[..., None]], axis=-1)
+
+    def apply(self, x: jax.Array, fitted: jax.Array | None, ctx: SparsifyContext) -> jax.Array:
+        """Returns ``x`` sparsified, with the norm it had before where ``rescale="norm"``."""
+        if fitted is None:
+            return x
+        kept = self.keep(x, fitted, ctx)
+        # F(x) ← F(x) · ‖x‖₁ / ‖F(x)‖₁
+        return kept if self.rescale == "none" else kept * per_layer(fitted[..., -1], x)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,19 +82,6 @@ def rank_axis_of(axis: RankAxis, shape: Sequence[int], layer_axes: int, path: Pa
     return layer_axes + axis % own_axes
 
 
-def check_epsilon(epsilon: jax.typing.ArrayLike, density: optax.ScalarOrSchedule) -> None:
-    """Raises ValueError where known numbers put ``density ± epsilon`` outside (0, 1)."""
-    check_number("epsilon", epsilon, "at least 0")
-    width, middle = known(epsilon), known(density)
-    if width is None or middle is None or middle == 1:
-        return
-    if not 0 < middle - width <= middle + width < 1:
-        raise ValueError(
-            "density - epsilon and density + epsilon must lie in (0, 1), got density = "
-            f"{density} and epsilon = {epsilon}; take a smaller epsilon"
-        )
-
-
 def magnitude_ranked(
     density: optax.ScalarOrSchedule,
     *,
@@ -144,7 +131,15 @@ def magnitude_ranked(
       Deep et al., DELLA-Merging, https://arxiv.org/abs/2406.11617, Section 3.
     """
     check_density(density)
-    check_epsilon(epsilon, density)
+    check_number("epsilon", epsilon, "at least 0")
+    width, middle = known(epsilon), known(density)
+    if width is None or middle is None or middle == 1:
+        pass
+    elif not 0 < middle - width <= middle + width < 1:
+        raise ValueError(
+            "density - epsilon and density + epsilon must lie in (0, 1), got density = "
+            f"{density} and epsilon = {epsilon}; take a smaller epsilon"
+        )
     check_choice("rescale", rescale, ("inverse", "norm", "none"))
     check_integer("seed", seed)
     return _Ranked(density, epsilon, rescale, axis, seed, draw)

@@ -65,8 +65,8 @@ def top_k_threshold(x: jax.Array, k: jax.typing.ArrayLike, layer_axes: int = 0) 
 
     ``abs(x) >= threshold`` keeps the k largest of each tensor of ``x`` [*layers, ...] and what ties
     with the smallest of them; values are compared as float32. The threshold lies above the next
-    magnitude and at or below the k-th. ``k`` is an integer from 1 to the entries of a tensor, and may be traced.
-    Raises ValueError where a tensor has 2**32 entries or more, which the counts cannot hold.
+    magnitude and at or below the k-th. ``k`` is an integer from 1 to the entries of a tensor, and may
+    be traced. Raises ValueError where a tensor has 2**32 entries or more, which no count can hold.
 
     Example:
       >>> x = jnp.array([0.1, -5.0, 2.0, -0.3])
