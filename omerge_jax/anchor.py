@@ -66,7 +66,14 @@ def anchored(
       Li et al., Explicit Inductive Bias for Transfer Learning, https://arxiv.org/abs/1802.01483;
       Loshchilov and Hutter, https://arxiv.org/abs/1711.05101. The gate is this project's own.
     """
-    _check(rate, gate, delta)
+    check_schedule("rate", rate, "in [0, 1]", _RATE)
+    check_choice("gate", gate, ("all", "opposing"))
+    if (delta is not None) != (gate == "opposing"):
+        raise ValueError(
+            f"gate={gate!r} {'needs' if delta is None else 'has no use for'} a delta; give delta= "
+            "with gate='opposing', and only there"
+        )
+    check_delta(delta)
 
     def init(params: Any) -> AnchoredState:
         held = None if delta is None else place_delta(params, delta)
@@ -82,17 +89,6 @@ def anchored(
         return _pull(now, *trees), state._replace(step=optax.safe_increment(state.step))
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check(rate: optax.ScalarOrSchedule, gate: str, delta: Any) -> None:
-    check_schedule("rate", rate, "in [0, 1]", _RATE)
-    check_choice("gate", gate, ("all", "opposing"))
-    if (delta is not None) != (gate == "opposing"):
-        raise ValueError(
-            f"gate={gate!r} {'needs' if delta is None else 'has no use for'} a delta; give delta= "
-            "with gate='opposing', and only there"
-        )
-    check_delta(delta)
 
 
 def _pull(rate: jax.typing.ArrayLike, *trees: Any) -> Any:

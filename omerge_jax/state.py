@@ -70,17 +70,16 @@ def place_delta(template: Any, delta: Any) -> Any:
                 f"delta leaf {show(path)} has shape {tuple(leaf.shape)}, the parameter has "
                 f"{tuple(wanted.shape)}"
             )
-        recipe = wanted.recipe if is_delta_leaf(wanted) else _recipe_of_array(wanted)
+        if is_delta_leaf(wanted):
+            recipe = wanted.recipe
+        else:
+            kind = getattr(getattr(wanted, "sharding", None), "memory_kind", None)
+            recipe = Recipe("pinned_host" if kind == "pinned_host" else "dense")
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.eval_shape(recipe.encode, leaf)
         return recipe.encode(jnp.asarray(leaf))
 
     return jax.tree_util.tree_map_with_path(pick, template, is_leaf=is_delta_leaf)
-
-
-def _recipe_of_array(leaf: Any) -> Recipe:
-    kind = getattr(getattr(leaf, "sharding", None), "memory_kind", None)
-    return Recipe("pinned_host" if kind == "pinned_host" else "dense")
 
 
 def with_delta(opt_state: chex.ArrayTree, delta: Any) -> Any:

@@ -57,15 +57,14 @@ class MergeSettings:
 class HeldDelta(NamedTuple):
     """What a step is given of the delta of one leaf.
 
-    Attributes:
-      arrays: τ_r or F(τ_r): one array, or two whose difference it is, in the dtypes they are held in
-        (converted here, the compiler would write the result out).
-      sparse: whether it is F(τ_r).
-      fit: what the sparsifier fitted to it when it was set; None where it did not.
+    ``arrays`` are τ_r or F(τ_r): one array, or two whose difference it is, in the dtypes they are held
+    in (converted here, the compiler would write the result out).
     """
 
     arrays: tuple[jax.Array, ...]
+    # Whether it is F(τ_r).
     sparse: bool = False
+    # What the sparsifier fitted to it when it was set; None where it did not.
     fit: jax.Array | None = None
 
 
@@ -97,6 +96,7 @@ class LeafMerge:
         ndim = self.update.ndim
         self.axes = layer_axes_of(self.settings.layer_axes, self.path, ndim)
         self.update = self.update.front(self.axes)
+        self.ctx = self.context("update")
         self.moved = None if self.moved is None else to_front(self.moved, self.axes)
         self.param = None if self.param is None else to_front(self.param, self.axes)
 
@@ -104,8 +104,10 @@ class LeafMerge:
         """Makes the reads that must come before the whole of an update that is not stored."""
         if self.update.stored:
             return
-        sparsifier, shape, ctx = self.settings.sparsifier, self.update.shape, self.context("update")
-        fits = isinstance(sparsifier, FittedSparsifier) and not sparsifier.fits_whole(shape, ctx)
+        sparsifier, shape = self.settings.sparsifier, self.update.shape
+        fits = isinstance(sparsifier, FittedSparsifier) and not sparsifier.fits_whole(
+            shape, self.ctx
+        )
         for known in (self.fit if fits else None, self.sampled_update):
             if known is not None:
                 self.update.wait(known)
@@ -122,7 +124,7 @@ class LeafMerge:
         sparsifier = self.settings.sparsifier
         if not isinstance(sparsifier, FittedSparsifier):
             return None
-        return sparsifier.fit_entries(self.update, self.context("update"))
+        return sparsifier.fit_entries(self.update, self.ctx)
 
     @functools.cached_property
     def sampled_update(self) -> jax.Array | None:
@@ -134,11 +136,10 @@ class LeafMerge:
         """Which entries the metrics are measured on; None for all of them."""
         if not self.settings.diagnostics:
             return None
-        sparsifier, shape, ctx = self.settings.sparsifier, self.update.shape, self.context("update")
-        fits = isinstance(sparsifier, FittedSparsifier)
-        if fits and (fitted_to := sparsifier.choose_sample(shape, ctx)) is not None:
-            return fitted_to
-        return choose_sample(shape, ctx.layer_axes, SAMPLE_ENTRIES, self.step)
+        sparsifier, shape, fitted_to = self.settings.sparsifier, self.update.shape, None
+        if isinstance(sparsifier, FittedSparsifier):
+            fitted_to = sparsifier.choose_sample(shape, self.ctx)
+        return fitted_to or choose_sample(shape, len(self.axes), SAMPLE_ENTRIES, self.step)
 
     def _delta(self, sample: Sample | None = None) -> jax.Array | None:
         """Returns τ_r = θ_r − θ_b, or F(τ_r), or a sample of it, in the dtype of the merge."""

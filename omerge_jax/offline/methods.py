@@ -218,7 +218,11 @@ def _task_vectors(plan: Plan, leaf: Leaf, origin: jax.Array, others: list[jax.Ar
     deltas = [_sparsified(plan, leaf, i, other - origin) for i, other in enumerate(others)]
     terms = [w * delta for w, delta in zip(weights, deltas, strict=True)]
     if "election" in plan.settings:
-        enters = _have_elected_sign(deltas, terms, plan.settings["election"])
+        election = plan.settings["election"]
+        votes = deltas if election == "unweighted" else terms
+        positive = _sum([jnp.sign(v) for v in votes] if election == "count" else votes) >= 0
+        # An entry that was dropped, or is 0, must not count in the divisor.
+        enters = [(vote != 0) & ((vote > 0) == positive) for vote in votes]
         terms = [jnp.where(enter, term, 0) for enter, term in zip(enters, terms, strict=True)]
         divisor = _sum([jnp.where(enter, w, 0) for enter, w in zip(enters, weights, strict=True)])
         divisor = jnp.where(divisor == 0, 1, divisor)
@@ -238,16 +242,6 @@ def _sparsified(plan: Plan, leaf: Leaf, index: int, delta: jax.Array) -> jax.Arr
     if plan.settings.get("rescale") == "norm":
         kept = kept * per_layer(norm_ratio(delta, kept, len(leaf.axes), 0.0), delta)
     return kept
-
-
-def _have_elected_sign(
-    deltas: list[jax.Array], terms: list[jax.Array], election: str
-) -> list[jax.Array]:
-    votes = deltas if election == "unweighted" else terms
-    ballot = _sum([jnp.sign(vote) for vote in votes] if election == "count" else votes)
-    positive = ballot >= 0
-    # An entry that was dropped, or is 0, must not count in the divisor.
-    return [(vote != 0) & ((vote > 0) == positive) for vote in votes]
 
 
 def _slerp(plan: Plan, leaf: Leaf, origin: jax.Array, others: list[jax.Array]) -> jax.Array:

@@ -8,17 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omerge_jax.checks import check_choice, check_integer, check_number
+from omerge_jax.checks import check_number
 from omerge_jax.sparsifiers.base import (
     EdgeSparsifier,
     FittedSparsifier,
     SparsifyContext,
-    check_density,
+    check_common,
     count_at,
-    density_at,
     keeps_all,
     static_density,
-    tie_order,
 )
 from omerge_jax.threshold.edge import is_beyond, top_k_edge
 
@@ -31,7 +29,7 @@ class _Band(EdgeSparsifier):
         if keeps_all(self.density):
             return None
         outliers, kept = self._counts(x, ctx)
-        order = tie_order(x, ctx, self.seed)
+        order = self.order(x, ctx)
         edges = [
             top_k_edge(x, count, order, ctx.layer_axes) for count in (outliers + kept, outliers)
         ]
@@ -42,12 +40,11 @@ class _Band(EdgeSparsifier):
 
     def _counts(self, x: jax.Array, ctx: SparsifyContext) -> tuple[jax.Array, jax.Array]:
         """Numbers of entries of a tensor that are dropped as outliers, and that are kept."""
-        entries = math.prod(x.shape[ctx.layer_axes :])
-        kept = count_at(density_at(self.density, ctx.step), entries)
+        entries, kept = math.prod(x.shape[ctx.layer_axes :]), self.count(x, ctx)
         return jnp.minimum(count_at(self.gamma, entries), jnp.uint32(entries) - kept), kept
 
     def keep(self, x: jax.Array, edges: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        order = tie_order(x, ctx, self.seed)
+        order = self.order(x, ctx)
         # What is not finite is no outlier to be dropped: it must be seen.
         outlier = is_beyond(x, edges[..., 3:6], order) & jnp.isfinite(x)
         return jnp.where(is_beyond(x, edges[..., :3], order) & ~outlier, x, 0)
@@ -93,8 +90,6 @@ def band(
     References:
       Davari and Belilovsky, Model Breadcrumbs, https://arxiv.org/abs/2312.06795, Section 3.
     """
-    check_density(density)
+    check_common(density, rescale, ("none", "norm"), seed)
     check_number("gamma", gamma, "in [0, 1)", "the share of outliers dropped")
-    check_choice("rescale", rescale, ("none", "norm"))
-    check_integer("seed", seed)
     return _Band(density, rescale, seed, gamma)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from omerge_jax import random_mask
-from omerge_jax.checks import check_number, check_schedule
+from omerge_jax.checks import check_choice, check_integer, check_number, check_schedule
 from omerge_jax.entries import Entries, Sample
 from omerge_jax.numerics import wide_dtype, widened
 from omerge_jax.paths import Path
@@ -157,6 +157,15 @@ class EdgeSparsifier(FittedSparsifier):
     def keep(self, x: jax.Array, edges: jax.Array, ctx: SparsifyContext) -> jax.Array:
         """Returns ``x`` with 0 where its edges, from `top_k_edge`, leave an entry out."""
 
+    def order(self, x: Shaped, ctx: SparsifyContext) -> TieOrder:
+        """Returns the order in which equal magnitudes of ``x`` are kept."""
+        return tie_order(x, ctx, self.seed)
+
+    def count(self, x: Shaped, ctx: SparsifyContext) -> jax.Array:
+        """Returns int(p·n) for n entries of each tensor of ``x``, a uint32 scalar."""
+        entries = math.prod(x.shape[ctx.layer_axes :])
+        return count_at(density_at(self.density, ctx.step), entries)
+
     def with_scale(self, edges: jax.Array, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
         """Returns the edges, followed by the factor that ``rescale="norm"`` needs."""
         if self.rescale == "none":
@@ -210,6 +219,15 @@ def identity() -> Sparsifier:
 def check_density(density: optax.ScalarOrSchedule) -> None:
     """Raises ValueError where a number is not a density: 0 < density <= 1."""
     check_schedule("density", density, "in (0, 1]", _DENSITY)
+
+
+def check_common(
+    density: optax.ScalarOrSchedule, rescale: str, rescales: Sequence[str], seed: object
+) -> None:
+    """Checks the arguments that all sparsifiers have."""
+    check_density(density)
+    check_choice("rescale", rescale, rescales)
+    check_integer("seed", seed)
 
 
 def density_at(density: optax.ScalarOrSchedule, step: jax.Array) -> jax.typing.ArrayLike:

@@ -9,19 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omerge_jax.checks import check_choice, check_integer
+from omerge_jax.checks import check_choice
 from omerge_jax.entries import Entries, Sample, choose_sample, entries_of
 from omerge_jax.sparsifiers.base import (
     EdgeSparsifier,
     FittedSparsifier,
     Shaped,
     SparsifyContext,
-    check_density,
-    count_at,
-    density_at,
+    check_common,
     keeps_all,
     static_density,
-    tie_order,
 )
 from omerge_jax.threshold.bracketed import Bracket, find_edge, large_top_k_edge
 from omerge_jax.threshold.edge import is_beyond, search, top_k_edge, top_k_threshold
@@ -50,7 +47,7 @@ class _Magnitude(EdgeSparsifier):
         sample = None if ctx.sample is not None else self.choose_sample(x.shape, ctx)
         if sample is not None:
             return self.fit(sample.take(x), dataclasses.replace(ctx, sample=sample))
-        count, order = self._count(x, ctx), tie_order(x, ctx, self.seed)
+        count, order = self._count(x, ctx), self.order(x, ctx)
         first = self._first_sample(x.shape, ctx)
         if first is None:
             edge = top_k_edge(x, count, order, ctx.layer_axes)
@@ -63,8 +60,7 @@ class _Magnitude(EdgeSparsifier):
         return super().fits_whole(shape, ctx) and self._first_sample(shape, ctx) is None
 
     def fit_entries(self, entries: Entries, ctx: SparsifyContext) -> jax.Array | None:
-        sampled = self.choose_sample(entries.shape, ctx) is not None
-        if entries.stored or sampled or self.fits_whole(entries.shape, ctx):
+        if entries.stored or self._first_sample(entries.shape, ctx) is None:
             return super().fit_entries(entries, ctx)
         # A large leaf that is not stored is read in passes.
         edge = self._find_edge(entries, ctx)[0]
@@ -74,7 +70,7 @@ class _Magnitude(EdgeSparsifier):
 
     def keep(self, x: jax.Array, edges: jax.Array, ctx: SparsifyContext) -> jax.Array:
         # F(x): the int(p·n) entries of largest magnitude (Section 3.2, OnTIES).
-        return jnp.where(is_beyond(x, edges[..., :3], tie_order(x, ctx, self.seed)), x, 0)
+        return jnp.where(is_beyond(x, edges[..., :3], self.order(x, ctx)), x, 0)
 
     def capacity(self, entries: int) -> int:
         return int(static_density(self.density) * entries) or entries
@@ -85,8 +81,7 @@ class _Magnitude(EdgeSparsifier):
             return self._find_edge(entries_of(x), ctx)[1]
         if (sample := self.choose_sample(x.shape, ctx)) is not None:
             x, ctx = sample.take(x), dataclasses.replace(ctx, sample=sample)
-        order = tie_order(x, ctx, self.seed)
-        return search(x, self._count(x, ctx), order, ctx.layer_axes)[2]
+        return search(x, self._count(x, ctx), self.order(x, ctx), ctx.layer_axes)[2]
 
     @property
     def _share(self) -> float:
@@ -95,9 +90,8 @@ class _Magnitude(EdgeSparsifier):
 
     def _first_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
         """Returns the sample that says where the exact search of a large leaf begins."""
-        if ctx.sample is not None or keeps_all(self.density):
-            return None
-        if self.choose_sample(shape, ctx) is not None:
+        exact = ctx.sample is None and self.choose_sample(shape, ctx) is None
+        if keeps_all(self.density) or not exact:
             return None
         return choose_sample(shape, ctx.layer_axes, _BRACKET_ENTRIES / self._share, ctx.step)
 
@@ -106,8 +100,8 @@ class _Magnitude(EdgeSparsifier):
         assert first is not None
         like = jax.ShapeDtypeStruct(entries.shape, jnp.float32)
         bracket = self._bracket(entries.sample(first), ctx)
-        order = tie_order(like, ctx, self.seed)
-        return find_edge(entries, self._count(like, ctx), order, ctx.layer_axes, bracket)
+        count, order = self._count(like, ctx), self.order(like, ctx)
+        return find_edge(entries, count, order, ctx.layer_axes, bracket)
 
     def _bracket(self, sampled: jax.Array, ctx: SparsifyContext) -> Bracket:
         """Returns where a sample says that the threshold is."""
@@ -120,9 +114,8 @@ class _Magnitude(EdgeSparsifier):
 
     def _count(self, x: Shaped, ctx: SparsifyContext) -> jax.Array:
         """Returns k = int(p·n), or n where that is 0: such a tensor is left dense."""
-        entries = math.prod(x.shape[ctx.layer_axes :])
-        count = count_at(density_at(self.density, ctx.step), entries)
-        return jnp.where(count >= 1, count, jnp.uint32(entries))
+        count = self.count(x, ctx)
+        return jnp.where(count >= 1, count, jnp.uint32(math.prod(x.shape[ctx.layer_axes :])))
 
 
 def magnitude(
@@ -164,8 +157,6 @@ def magnitude(
       Yadav et al., TIES-Merging, https://arxiv.org/abs/2306.01708; Lu et al.,
       https://arxiv.org/abs/2405.17931, Section 3.2.
     """
-    check_density(density)
-    check_choice("rescale", rescale, ("none", "norm"))
+    check_common(density, rescale, ("none", "norm"), seed)
     check_choice("threshold", threshold, ("exact", "sampled"))
-    check_integer("seed", seed)
     return _Magnitude(density, rescale, seed, threshold)

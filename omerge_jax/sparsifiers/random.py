@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omerge_jax.checks import check_choice, check_integer, check_number
+from omerge_jax.checks import check_number
 from omerge_jax.sparsifiers.base import (
     BaseSparsifier,
     Draw,
     Sparsifier,
     SparsifyContext,
-    check_density,
+    check_common,
     density_at,
     draw_mask,
     keeps_all,
@@ -99,9 +99,7 @@ def random(
       Yu et al., Language Models are Super Mario, https://arxiv.org/abs/2311.03099; Lu et al.,
       https://arxiv.org/abs/2405.17931, Eq. 3.
     """
-    check_density(density)
-    check_choice("rescale", rescale, ("inverse", "norm", "none"))
-    check_integer("seed", seed)
+    check_common(density, rescale, ("inverse", "norm", "none"), seed)
     check_number("eps", eps, "at least 0")
     if clip is not None:
         check_number("clip", clip, "above 0", "the largest size of an entry of the delta")

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omerge_jax.checks import check_choice, check_integer, check_number, known
+from omerge_jax.checks import check_number, known
 from omerge_jax.paths import Path, show
 from omerge_jax.sparsifiers.base import (
     BaseSparsifier,
     Draw,
     Sparsifier,
     SparsifyContext,
-    check_density,
+    check_common,
     density_at,
     draw_mask,
     keeps_all,
@@ -130,16 +130,14 @@ def magnitude_ranked(
     References:
       Deep et al., DELLA-Merging, https://arxiv.org/abs/2406.11617, Section 3.
     """
-    check_density(density)
+    check_common(density, rescale, ("inverse", "norm", "none"), seed)
     check_number("epsilon", epsilon, "at least 0")
     width, middle = known(epsilon), known(density)
-    if width is None or middle is None or middle == 1:
-        pass
-    elif not 0 < middle - width <= middle + width < 1:
-        raise ValueError(
-            "density - epsilon and density + epsilon must lie in (0, 1), got density = "
-            f"{density} and epsilon = {epsilon}; take a smaller epsilon"
-        )
-    check_choice("rescale", rescale, ("inverse", "norm", "none"))
-    check_integer("seed", seed)
+    if width is not None and middle is not None and middle != 1:
+        low, high = middle - width, middle + width
+        if not 0 < low <= high < 1:
+            raise ValueError(
+                "density - epsilon and density + epsilon must lie in (0, 1), got density = "
+                f"{density} and epsilon = {epsilon}; take a smaller epsilon"
+            )
     return _Ranked(density, epsilon, rescale, axis, seed, draw)
