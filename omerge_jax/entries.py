@@ -35,8 +35,7 @@ class Sample:
     # Rows in a block, which divides ``shape[axis]``, and rows taken of every block.
     block: int = dataclasses.field(metadata={"static": True})
     width: int = dataclasses.field(metadata={"static": True})
-    # int32 scalar; successive steps look at other rows.
-    step: jax.Array
+    step: jax.Array  # int32 scalar; successive steps look at other rows
 
     @property
     def offset(self) -> jax.Array:
@@ -84,14 +83,12 @@ class Entries:
 
     shape: tuple[int, ...]
     dtype: Any
-    # Gives the leaf as an array that is computed once.
-    whole: Callable[[], jax.Array]
+    whole: Callable[[], jax.Array]  # gives the leaf as an array that is computed once
     # Gives a part of the leaf: the function that takes it is applied to what the leaf is made from.
     read: Callable[[Part], jax.Array]
     # Has an array computed before the whole leaf is.
     wait: Callable[[jax.Array], None] = lambda known: None
-    # Whether the leaf is an array, so that a reading computes nothing.
-    stored: bool = False
+    stored: bool = False  # whether the leaf is an array, so that a reading computes nothing
 
     @property
     def ndim(self) -> int:

@@ -73,15 +73,14 @@ def online_merge(
     Chain it after an optimizer, after its learning rate, and last: what is emitted is rounded to what
     the parameters can hold.
 
-    With ``every_k`` = K it follows Algorithm 2: the updates pass, only rounded, for K − 1 steps, and
-    step K emits ``merge(Δc + Δθ) − Δc``, where Δc is what the parameters have moved by since the last
-    merge. They are thereby left at the roll-back plus the merge of the whole span. Δc is θ − θ_m, with
-    the parameters θ_m of the last merge kept in the state, where the authors' code sums the updates
-    that were proposed. The roll-back is exact whatever follows in the chain, as long as ``update`` is
-    given the parameters that its updates are added to. On recorded runs of their code (float32, K = 3,
-    9 steps) both ways end within 1.3e-7 of the largest parameter of it; in bfloat16 the sum of
-    proposals would roll back what rounding never moved. K counts steps of this transformation: with
-    ``optax.MultiSteps`` put ``MultiSteps`` outermost.
+    With ``every_k`` = K it follows Algorithm 2: updates pass, only rounded, for K − 1 steps, and step K
+    emits ``merge(Δc + Δθ) − Δc``. Δc = θ − θ_m is what the parameters have moved since the last merge,
+    whose parameters θ_m are kept in the state. They end at the roll-back plus the merge of the whole
+    span, whatever follows in the chain, as long as ``update`` is given the parameters that its updates
+    are added to. The authors' code sums the proposed updates instead: in bfloat16 that rolls back what
+    rounding never moved; on recorded runs of their code (float32, K = 3, 9 steps) both ways end within
+    1.3e-7 of the largest parameter. K counts steps of this transformation: put ``optax.MultiSteps``
+    outermost.
 
     Args:
       sparsifier: F, a callable ``(x, ctx) -> array``, such as `random` or `magnitude`. It is given

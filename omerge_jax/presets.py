@@ -128,7 +128,7 @@ def on_dare_adamw(
       learning_rate: a float or a schedule.
       b1, b2: decays of the first and of the second moment.
       eps: added to the uncorrected square root.
-      weight_decay: decay per unit of learning rate.
+      weight_decay: decay per unit of learning rate, on the merged parameters.
       alpha, density, delta, every_k, rescale, delta_mask, clip: as in `on_dare`; with
         ``rescale="norm"`` the norm that is divided by gets ``eps`` added, as in the authors' code.
       storage, rounding, seed, layer_axes, diagnostics, draw: as in `on_dare`.
@@ -190,14 +190,9 @@ def on_ties_adamw(
     """AdamW with OnTIES, as the authors' code orders it; see `on_dare_adamw` for the differences.
 
     Args:
-      learning_rate: a float or a schedule.
-      b1, b2: decays of the first and of the second moment.
-      eps: added to the uncorrected square root.
-      weight_decay: decay per unit of learning rate, on the merged parameters.
+      learning_rate, b1, b2, eps, weight_decay, mask, mu_dtype: as in `on_dare_adamw`.
       alpha, density, delta, every_k, rescale, election, threshold: as in `on_ties`.
       storage, rounding, seed, layer_axes, diagnostics: as in `on_ties`.
-      mask: which parameters decay, as in ``optax.adamw``.
-      mu_dtype: dtype of the first moment; None for the parameters'.
 
     Returns:
       A transformation; ``update`` needs the parameters where weight decay is not 0.

@@ -158,12 +158,7 @@ def rounded(how: Rounding, *, seed: Any = 0) -> optax.GradientTransformationExtr
             residual = jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p.dtype)), params)
         return RoundedState(jnp.zeros([], jnp.int32), residual)
 
-    def update(
-        updates: optax.Updates,
-        state: RoundedState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, RoundedState]:
+    def update(updates: Any, state: RoundedState, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
         if params is None:
             raise ValueError(

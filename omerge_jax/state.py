@@ -85,11 +85,11 @@ def place_delta(template: Any, delta: Any) -> Any:
 def with_delta(opt_state: chex.ArrayTree, delta: Any) -> Any:
     """Returns ``opt_state`` with the reference delta of every online merge inside it set.
 
-    Finds the merge states anywhere: inside ``optax.chain``, ``masked``, ``partition``,
-    ``MultiSteps``, ``inject_hyperparams``, ``apply_if_finite`` … A delta that was set before is
-    replaced. A merge whose alpha is the literal 0 goes on without one. Pure: works under ``jax.jit``
-    (with ``out_shardings``) and ``jax.eval_shape``; under jit pass the delta as an argument, or it
-    becomes a constant of the program.
+    Merge states are found anywhere: in ``optax.chain``, ``masked``, ``partition``, ``MultiSteps``,
+    ``inject_hyperparams``, ``apply_if_finite`` … A delta that was set before is replaced; a merge whose
+    alpha is the literal 0 goes on without one. It is pure and works under ``jax.jit`` (also with
+    ``out_shardings``; pass the delta as an argument, or it becomes a constant of the program) and
+    ``jax.eval_shape``.
 
     Args:
       opt_state: what ``tx.init(params)`` returned.

@@ -39,12 +39,10 @@ class MergeSettings:
     consensus: Consensus
     alpha: Alpha
     every_k: int
-    # Whether F(τ_r) is the same at every step.
-    fixed_delta: bool
+    fixed_delta: bool  # whether F(τ_r) is the same at every step
     storage: Storage
     layer_axes: LayerAxes
-    # Whether a rounding follows, so that no update is lost to the addition.
-    rounds: bool
+    rounds: bool  # whether a rounding follows, so that no update is lost to the addition
     diagnostics: bool
 
     @property
@@ -62,8 +60,7 @@ class HeldDelta(NamedTuple):
     """
 
     arrays: tuple[jax.Array, ...]
-    # Whether it is F(τ_r).
-    sparse: bool = False
+    sparse: bool = False  # whether it is F(τ_r)
     # What the sparsifier fitted to it when it was set; None where it did not.
     fit: jax.Array | None = None
 
@@ -81,16 +78,12 @@ class LeafMerge:
 
     settings: MergeSettings
     path: Path
-    # int32 scalar, the optimizer steps taken before this one.
-    step: jax.Array
-    # Δθ, or with step-K the span Δθ + θ − θ_m since the last merge.
-    update: Entries
+    step: jax.Array  # int32 scalar, the optimizer steps taken before this one
+    update: Entries  # Δθ, or with step-K the span Δθ + θ − θ_m since the last merge
     # θ − θ_m, what the parameter has moved since the last merge; None for every_k=1.
     moved: jax.Array | None
-    # None without a reference.
-    delta: HeldDelta | None
-    # θ, for the diagnostics; None where it is unknown.
-    param: jax.Array | None
+    delta: HeldDelta | None  # None without a reference
+    param: jax.Array | None  # θ, for the diagnostics; None where it is unknown
 
     def __post_init__(self) -> None:
         ndim = self.update.ndim
@@ -185,11 +178,9 @@ class LeafMerge:
 
     def squares(self, kept: Kept) -> tuple[jax.Array, jax.Array]:
         """Returns ‖F(Δθ)‖² and ‖F(τ_r)‖² of every tensor, float32 [*layers]."""
-        axes = tuple(range(len(self.axes), kept.update.ndim))
-        theirs = jnp.zeros_like(kept.update) if kept.delta is None else kept.delta
-        ours, theirs = (
-            jnp.sum(jnp.square(x.astype(jnp.float32)), axes) for x in (kept.update, theirs)
-        )
+        assert kept.delta is not None
+        axes, both = tuple(range(len(self.axes), kept.update.ndim)), (kept.update, kept.delta)
+        ours, theirs = (jnp.sum(jnp.square(x.astype(jnp.float32)), axes) for x in both)
         return ours, theirs
 
     def measure(self, kept: Kept, alpha: jax.Array) -> jax.Array:

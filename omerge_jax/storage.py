@@ -57,7 +57,13 @@ class Recipe:
     def encode(self, delta: jax.Array) -> Any:
         """Returns the leaf that goes into the state."""
         if self.storage == "pinned_host":
-            return _to_host(delta)
+            # Under a trace nobody knows the device yet.
+            if not isinstance(delta, Tracer) and delta.devices().pop().platform == "cpu":
+                raise ValueError(
+                    "storage='pinned_host' is for accelerators: on the CPU backend all memory is the "
+                    "host's, and donating a buffer of that kind ends the process; use storage='dense'"
+                )
+            return jax.device_put(delta, jax.memory.Space.Host)
         kept = self.entries_kept(delta.shape)
         # A copy, so that the state and whatever the delta came from can both be donated.
         return jnp.array(delta, copy=True) if kept is None else self._compress(delta, kept)
@@ -215,13 +221,3 @@ def check_storage(storage: Storage, sparsifier: BaseSparsifier, stands_still: bo
             "storage='sparse' needs a sparsifier made of Python numbers (under "
             f"optax.inject_hyperparams name density, seed and clip in static_args), got {sparsifier!r}"
         )
-
-
-def _to_host(delta: jax.Array) -> jax.Array:
-    # Under a trace nobody knows the device yet.
-    if not isinstance(delta, Tracer) and delta.devices().pop().platform == "cpu":
-        raise ValueError(
-            "storage='pinned_host' is for accelerators: on the CPU backend all memory is the host's, "
-            "and donating a buffer of that kind ends the process; use storage='dense'"
-        )
-    return jax.device_put(delta, jax.memory.Space.Host)

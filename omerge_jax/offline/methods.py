@@ -192,19 +192,17 @@ def make_plan(name: str, models: int, given: Settings) -> Plan:
         if key == "scale":
             check_number(key, value, "finite")
         if key in _PER_MODEL:
-            settings[key] = _per_model(key, value, models)
+            values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * models
+            if len(values) != models:
+                raise ValueError(
+                    f"{key} needs one entry a model, got {len(values)} for {models} models"
+                )
+            settings[key] = values
     plan = Plan(method, settings)
     for own in map(plan.of_model, range(models)):
         check_density(own.get("density", 1.0))
         method.sparsifier(own, 1)
     return plan
-
-
-def _per_model(key: str, value: Any, models: int) -> tuple[Any, ...]:
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * models
-    if len(values) != models:
-        raise ValueError(f"{key} needs one entry a model, got {len(values)} for {models} models")
-    return values
 
 
 def _linear(plan: Plan, leaf: Leaf, origin: jax.Array, others: list[jax.Array]) -> jax.Array:

@@ -41,10 +41,8 @@ _SPREAD = 4.0
 class Bracket(NamedTuple):
     """Where a threshold is thought to be, float32 [*layers]; if it is not there, the search goes on."""
 
-    # A magnitude that ``k`` entries or more are thought to reach.
-    low: jax.Array
-    # A magnitude that fewer are thought to exceed.
-    high: jax.Array
+    low: jax.Array  # a magnitude that ``k`` entries or more are thought to reach
+    high: jax.Array  # a magnitude that fewer are thought to exceed
 
 
 # Compiled by itself, or every call outside of jax.jit would compile its loop anew.
@@ -131,19 +129,15 @@ class _Interval(NamedTuple):
     """
 
     low: jax.Array
-    # Inclusive.
-    last: jax.Array
+    last: jax.Array  # inclusive
     # How many entries reach ``low``, how many lie beyond ``last``, and whether both were counted.
     reaching: jax.Array
     above: jax.Array
     known: jax.Array
-    # Whether the next candidates are spread over all of the interval.
-    evenly: jax.Array
-    # Whether keys are the order of the entries of magnitude ``settled``.
-    ordering: jax.Array
+    evenly: jax.Array  # whether the next candidates are spread over all of the interval
+    ordering: jax.Array  # whether keys are the order of the entries of magnitude ``settled``
     settled: jax.Array
-    # Whether the slots hold all entries of the interval.
-    collected: jax.Array
+    collected: jax.Array  # whether the slots hold all entries of the interval
 
 
 def _start(low: jax.Array, high: jax.Array) -> _Interval:
@@ -187,14 +181,11 @@ def _candidates(interval: _Interval, wanted: jax.Array) -> list[jax.Array]:
 class _Seen(NamedTuple):
     """What a pass over a leaf sees."""
 
-    # uint32 [*layers] each, how many entries reach each candidate.
-    counts: list[jax.Array]
-    # uint32 [*layers], how many lie beyond the interval.
-    beyond: jax.Array
+    counts: list[jax.Array]  # uint32 [*layers] each, how many entries reach each candidate
+    beyond: jax.Array  # uint32 [*layers], how many lie beyond the interval
     # uint32 [*layers, *rows, slots], entries inside as 1 + key − low and the place in the row, or 0.
     slots: jax.Array
-    # bool [*layers], whether the slots hold all of them.
-    all_kept: jax.Array
+    all_kept: jax.Array  # bool [*layers], whether the slots hold all of them
 
 
 def _look(

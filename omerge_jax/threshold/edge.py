@@ -34,8 +34,7 @@ class TieOrder:
     Held as an array it would be as large as the leaf. With a ``sample`` it is the order of its entries.
     """
 
-    # uint32 scalar, from the seed, the step and the leaf.
-    start: jax.Array
+    start: jax.Array  # uint32 scalar, from the seed, the step and the leaf
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     layer_axes: int = dataclasses.field(metadata={"static": True})
     sample: Sample | None = None
@@ -187,10 +186,8 @@ class _Interval(NamedTuple):
     """Numbers, uint32 [*layers], between which the largest one is sought that enough keys reach."""
 
     low: jax.Array
-    # Inclusive.
-    last: jax.Array
-    # How many keys reach ``low``.
-    reaching: jax.Array
+    last: jax.Array  # inclusive
+    reaching: jax.Array  # how many keys reach ``low``
 
 
 def _narrow(
