@@ -16,12 +16,7 @@ from omerge_jax.online import online_merge
 from omerge_jax.presets import on_dare_adamw, on_ties_adamw
 from omerge_jax.rounding import RoundedState, rounded
 from omerge_jax.sparsifiers.band import band
-from omerge_jax.sparsifiers.base import (
-    FittedSparsifier,
-    Sparsifier,
-    SparsifyContext,
-    identity,
-)
+from omerge_jax.sparsifiers.base import FittedSparsifier, Sparsifier, SparsifyContext, identity
 from omerge_jax.sparsifiers.magnitude import magnitude
 from omerge_jax.sparsifiers.random import random
 from omerge_jax.sparsifiers.ranked import magnitude_ranked

@@ -17,30 +17,10 @@ Scope = Literal["global", "tensor"]
 
 @dataclasses.dataclass(frozen=True)
 class Relative:
-    """What `relative` returns: a share of the step's norm, to be turned into alpha at every step.
-
-    Attributes:
-      share: a float, a schedule of the step, or traced.
-      scope: what the norms are taken over.
-    """
+    """What `relative` returns: a share of the step's norm, to be turned into alpha at every step."""
 
     share: optax.ScalarOrSchedule
     scope: Scope
-
-    def alpha(self, update_norm: jax.Array, delta_norm: jax.Array) -> jax.Array:
-        """Returns the alpha that gives the reference term its share; 0 where a norm is 0.
-
-        Args:
-          update_norm: ‖F(Δθ)‖, float32 of any shape.
-          delta_norm: ‖F(τ_r)‖, same shape.
-
-        A schedule has to be evaluated before.
-        """
-        share = jnp.asarray(self.share, jnp.float32)
-        # α·‖F(τ)‖ = share · (α·‖F(τ)‖ + (1 − α)·‖F(Δθ)‖), solved for α.
-        ours, theirs = share * update_norm, (1 - share) * delta_norm
-        known = (update_norm > 0) & (delta_norm > 0)
-        return jnp.where(known, ours / jnp.where(known, ours + theirs, 1), 0)
 
 
 Alpha = optax.ScalarOrSchedule | Relative
@@ -61,17 +41,21 @@ def alpha_of_leaves(
 ) -> dict[Path, jax.Array]:
     """Returns the alpha of every leaf: a scalar, or [*layers] with ``scope="tensor"``.
 
-    Args:
-      alpha: the share of the norm, evaluated at the step.
-      squares: ‖F(Δθ)‖² and ‖F(τ_r)‖² of every tensor of every leaf, float32 [*layers].
+    ``alpha.share`` is evaluated at the step; ``squares`` are ‖F(Δθ)‖² and ‖F(τ_r)‖² of every tensor
+    of every leaf, float32 [*layers]. Where one of them is 0, alpha is.
     """
     if alpha.scope == "global" and squares:
         ours, theirs = (sum(jnp.sum(pair[i]) for pair in squares.values()) for i in (0, 1))
         squares = dict.fromkeys(squares, (jnp.asarray(ours), jnp.asarray(theirs)))
-    return {
-        path: alpha.alpha(jnp.sqrt(ours), jnp.sqrt(theirs))
-        for path, (ours, theirs) in squares.items()
-    }
+    share = jnp.asarray(alpha.share, jnp.float32)
+    alphas = {}
+    for path, pair in squares.items():
+        update_norm, delta_norm = map(jnp.sqrt, pair)
+        # α·‖F(τ)‖ = share · (α·‖F(τ)‖ + (1 − α)·‖F(Δθ)‖), solved for α.
+        ours, theirs = share * update_norm, (1 - share) * delta_norm
+        known = (update_norm > 0) & (delta_norm > 0)
+        alphas[path] = jnp.where(known, ours / jnp.where(known, ours + theirs, 1), 0)
+    return alphas
 
 
 def relative(share: optax.ScalarOrSchedule, *, scope: Scope = "global") -> Relative:

@@ -66,7 +66,14 @@ def anchored(
       Li et al., Explicit Inductive Bias for Transfer Learning, https://arxiv.org/abs/1802.01483;
       Loshchilov and Hutter, https://arxiv.org/abs/1711.05101. The gate is this project's own.
     """
-    _check(rate, gate, delta)
+    check_schedule("rate", rate, "in [0, 1]", _RATE)
+    check_choice("gate", gate, ("all", "opposing"))
+    if (delta is not None) != (gate == "opposing"):
+        raise ValueError(
+            f"gate={gate!r} {'needs' if delta is None else 'has no use for'} a delta; give delta= "
+            "with gate='opposing', and only there"
+        )
+    check_delta(delta)
 
     def init(params: Any) -> AnchoredState:
         held = None if delta is None else place_delta(params, delta)
@@ -78,34 +85,19 @@ def anchored(
             raise ValueError("anchored needs the parameters: tx.update(updates, state, params)")
         now = rate(state.step) if callable(rate) else rate
         check_number("rate", now, "in [0, 1]", _RATE)
+
+        def pull(key_path: Any, update: Any, param: Any, start: Any, tau: Any = None) -> Any:
+            if update is None or not is_float(path_names(key_path), update, param):
+                return update
+            wide = wide_dtype(param.dtype)
+            moved = param.astype(wide) - start.astype(wide)
+            if tau is not None:
+                moved = jnp.where(moved * tau.astype(wide) < 0, moved, 0)
+            # Δθ − rate · m ⊙ (θ − θ₀)
+            return (update.astype(wide) - jnp.asarray(now, wide) * moved).astype(update.dtype)
+
         trees = (updates, params, state.start, *(() if delta is None else (state.delta,)))
-        return _pull(now, *trees), state._replace(step=optax.safe_increment(state.step))
+        pulled = jax.tree_util.tree_map_with_path(pull, *trees, is_leaf=lambda leaf: leaf is None)
+        return pulled, state._replace(step=optax.safe_increment(state.step))
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check(rate: optax.ScalarOrSchedule, gate: str, delta: Any) -> None:
-    check_schedule("rate", rate, "in [0, 1]", _RATE)
-    check_choice("gate", gate, ("all", "opposing"))
-    if (delta is not None) != (gate == "opposing"):
-        raise ValueError(
-            f"gate={gate!r} {'needs' if delta is None else 'has no use for'} a delta; give delta= "
-            "with gate='opposing', and only there"
-        )
-    check_delta(delta)
-
-
-def _pull(rate: jax.typing.ArrayLike, *trees: Any) -> Any:
-    """Returns the updates with the pull; ``trees`` are updates, θ, θ₀ and, with a gate, τ_r."""
-
-    def one(key_path: Any, update: Any, param: Any, start: Any, tau: Any = None) -> Any:
-        if update is None or not is_float(path_names(key_path), update, param):
-            return update
-        wide = wide_dtype(param.dtype)
-        moved = param.astype(wide) - start.astype(wide)
-        if tau is not None:
-            moved = jnp.where(moved * tau.astype(wide) < 0, moved, 0)
-        # Δθ − rate · m ⊙ (θ − θ₀)
-        return (update.astype(wide) - jnp.asarray(rate, wide) * moved).astype(update.dtype)
-
-    return jax.tree_util.tree_map_with_path(one, *trees, is_leaf=lambda leaf: leaf is None)

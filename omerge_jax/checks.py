@@ -40,13 +40,9 @@ def is_number(value: Any, kind: Any = jnp.number) -> bool:
 
 
 def check_number(name: str, value: Any, wanted: str, meaning: str = "") -> None:
-    """Raises ValueError where ``value`` is not a number as ``wanted``, one of the keys above.
+    """Raises ValueError where ``value`` is not a number as ``wanted``, one of the keys of `_INSIDE`.
 
-    Args:
-      name: what the argument is called.
-      value: what was given.
-      wanted: such as ``"in [0, 1]"``.
-      meaning: what the number is, for the message.
+    The message names it by ``name``, and says what it means where that is given.
     """
     must = f"{name} {f'is {meaning} and ' if meaning else ''}must be "
     if not is_number(value):
@@ -115,12 +111,7 @@ def check_not_swapped(alpha: Any, density: Any) -> None:
 def is_float(path: Path, *arrays: Any) -> bool:
     """Whether a leaf is to be merged: floats are, integers and booleans pass as they are.
 
-    Args:
-      path: path names of the leaf.
-      arrays: its update and its parameter, or None where one is unknown.
-
-    Raises:
-      ValueError: the leaf is complex.
+    ``arrays`` are its update and its parameter, None where unknown. Raises ValueError for complex ones.
     """
     dtypes = [array.dtype for array in arrays if array is not None]
     for dtype in dtypes:
@@ -154,10 +145,7 @@ def check_whole(path: Path, leaf: Any) -> None:
 
 
 def check_delta(delta: Any) -> None:
-    """Raises ValueError where a delta is zero, has a NaN or is not of floats.
-
-    Traced and abstract leaves are not looked at.
-    """
+    """Raises ValueError where a delta, if it is not traced, is zero, has a NaN or is not of floats."""
     moves = []
     for path, leaf in leaves_by_path(delta).items():
         if isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)):

@@ -9,46 +9,24 @@ import jax.numpy as jnp
 from omerge_jax.numerics import sum_together, wide_dtype
 from omerge_jax.state import merge_states
 
+# Entries of each tensor that the metrics are estimated from.
+SAMPLE_ENTRIES = 2.0**18
 # Set off from the names of hyperparameters, by which optax.tree.get finds things.
 _PREFIX = "merge_"
-# The sums over all entries of a leaf from which the metrics are made, in the order of `leaf_sums`.
-_SUMS = (
-    "proposed",
-    "kept",
-    "both",
-    "agree",
-    "ours",
-    "theirs",
-    "dot",
-    "update_sq",
-    "delta_sq",
-    "merged_sq",
-    "moving",
-    "lost",
-)
-_NAMES = (
-    "kept_share",
-    "sign_agreement",
-    "reference_ratio",
-    "cosine",
-    "update_norm",
-    "rounding_lost",
-)
+# How many sums over all entries of a leaf the metrics are made from.
+_SUMS = 12
+_NAMES = "kept_share sign_agreement reference_ratio cosine update_norm rounding_lost"
 
 
 def zero_scalars(diagnostics: bool) -> dict[str, jax.Array]:
     """Returns the scalars of a state before its first step."""
-    names = ("alpha", "alpha_total", *(_NAMES if diagnostics else ()))
+    names = ("alpha", "alpha_total", *(_NAMES.split() if diagnostics else ()))
     return prefixed({name: jnp.zeros([], jnp.float32) for name in names})
 
 
 def prefixed(scalars: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns the scalars by the names they have in the state."""
     return {_PREFIX + name: value for name, value in scalars.items()}
-
-
-SAMPLE_ENTRIES = 2.0**18
-"""Entries of each tensor that the metrics are estimated from."""
 
 
 def leaf_sums(
@@ -60,22 +38,23 @@ def leaf_sums(
     param: jax.Array | None,
     alpha: jax.Array,
 ) -> jax.Array:
-    """Returns the sums of one leaf, float32 [len(_SUMS)].
+    """Returns the sums of one leaf, float32 [_SUMS].
 
-    Args:
-      update: Δθ [...].
-      delta: τ_r [...]; None where there is none.
-      kept: F(Δθ) [...].
-      kept_delta: F(τ_r) [...]; None where there is none.
-      merged: the update that is emitted [...], before it is rounded.
-      param: the parameter [...], or None when it is unknown.
-      alpha: float32 scalar.
+    The arrays, all of one shape, are Δθ, τ_r or None, F(Δθ), F(τ_r) or None, what is emitted before
+    it is rounded, and the parameter, None where it is unknown or a rounding follows.
     """
     delta = jnp.zeros_like(update) if delta is None else delta
     kept_delta = jnp.zeros_like(update) if kept_delta is None else kept_delta
     both = (kept != 0) & (kept_delta != 0)
     moving = merged != 0
-    lost = jnp.zeros_like(moving) if param is None else moving & (move(param, merged) == 0)
+    lost = jnp.zeros_like(moving)
+    if param is not None:
+        # An update is lost where θ + u, rounded to the dtype of θ, is θ. It is rounded explicitly, as a
+        # compiler may carry a bfloat16 sum on in float32, where nothing is lost.
+        wide, kind = wide_dtype(param.dtype), jnp.finfo(param.dtype)
+        total = param.astype(wide) + merged.astype(wide)
+        rounded = jax.lax.reduce_precision(total, kind.nexp, kind.nmant)
+        lost = moving & (rounded - param.astype(wide) == 0)
     terms = [
         update != 0,
         kept != 0,
@@ -97,33 +76,24 @@ def leaf_sums(
     return jnp.stack([jnp.sum(term) for term in terms])
 
 
-def move(param: jax.Array, update: jax.Array) -> jax.Array:
-    """What adding ``update`` moves ``param`` by once the sum is rounded to its dtype.
-
-    Rounded explicitly: a compiler may carry a bfloat16 sum on in float32, where nothing is lost.
-    """
-    wide = wide_dtype(param.dtype)
-    kind = jnp.finfo(param.dtype)
-    total = param.astype(wide) + update.astype(wide)
-    return jax.lax.reduce_precision(total, kind.nexp, kind.nmant) - param.astype(wide)
-
-
 def scalars_from_sums(leaves: Sequence[jax.Array], *, knows_params: bool) -> dict[str, jax.Array]:
-    """Returns the metrics of one step from the sums of every leaf, float32 [len(_SUMS)] each."""
-    total = sum(leaves, jnp.zeros([len(_SUMS)], jnp.float32))
-    s = dict(zip(_SUMS, total, strict=True))
+    """Returns the metrics of one step from the sums of every leaf, float32 [_SUMS] each."""
+    total = sum(leaves, jnp.zeros([_SUMS], jnp.float32))
+    proposed, kept, both, agree, ours, theirs, dot, *rest = total
+    update_square, delta_square, merged_square, moving, lost = rest
 
     def share(part: jax.Array, whole: jax.Array) -> jax.Array:
         return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
 
-    return {
-        "kept_share": share(s["kept"], s["proposed"]),
-        "sign_agreement": share(s["agree"], s["both"]),
-        "reference_ratio": share(jnp.sqrt(s["theirs"]), jnp.sqrt(s["ours"])),
-        "cosine": share(s["dot"], jnp.sqrt(s["update_sq"]) * jnp.sqrt(s["delta_sq"])),
-        "update_norm": jnp.sqrt(s["merged_sq"]),
-        "rounding_lost": share(s["lost"], s["moving"]) if knows_params else jnp.float32(jnp.nan),
+    metrics = {
+        "kept_share": share(kept, proposed),
+        "sign_agreement": share(agree, both),
+        "reference_ratio": share(jnp.sqrt(theirs), jnp.sqrt(ours)),
+        "cosine": share(dot, jnp.sqrt(update_square) * jnp.sqrt(delta_square)),
+        "update_norm": jnp.sqrt(merged_square),
+        "rounding_lost": share(lost, moving) if knows_params else jnp.float32(jnp.nan),
     }
+    return prefixed(metrics)
 
 
 def merge_metrics(opt_state: Any) -> dict[str, jax.Array]:

@@ -28,20 +28,14 @@ class Sample:
     Statistics of an update (a threshold, a norm, a share) need not read all of it. An axis is split
     into blocks, which a mesh axis that divides the array also divides, so that no device asks another
     for entries. From every block come the same few neighbouring rows, which a TPU reads as whole tiles.
-
-    Attributes:
-      shape: shape of the leaf.
-      axis: the axis that is sampled.
-      block: rows per block along ``axis``; divides ``shape[axis]``.
-      width: rows taken of every block.
-      step: int32 scalar; successive steps look at other rows.
     """
 
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     axis: int = dataclasses.field(metadata={"static": True})
+    # Rows in a block, which divides ``shape[axis]``, and rows taken of every block.
     block: int = dataclasses.field(metadata={"static": True})
     width: int = dataclasses.field(metadata={"static": True})
-    step: jax.Array
+    step: jax.Array  # int32 scalar; successive steps look at other rows
 
     @property
     def offset(self) -> jax.Array:
@@ -69,14 +63,7 @@ def choose_sample(
 ) -> Sample | None:
     """Returns a sample of at least about ``entries`` entries of each tensor of a leaf.
 
-    Args:
-      shape: shape of the leaf.
-      layer_axes: number of leading axes that index separate tensors.
-      entries: wanted entries per tensor.
-      step: int32 scalar; successive steps look at other rows.
-
-    Returns:
-      A sample of 1/64 of the leaf or more, or None where all of it should be taken.
+    That is 1/64 of the leaf or more; None where all of it should be taken.
     """
     size = math.prod(shape[layer_axes:])
     if not size:
@@ -92,24 +79,16 @@ def choose_sample(
 
 @dataclasses.dataclass(frozen=True)
 class Entries:
-    """A leaf that can be read more than once, stored or not.
-
-    Attributes:
-      shape: its shape.
-      dtype: its dtype.
-      whole: gives the leaf as an array that is computed once.
-      read: gives a part of the leaf, from a function that takes the part of an array of its shape;
-        whatever the leaf is computed from, the function is applied to.
-      wait: has an array computed before the whole leaf is.
-      stored: whether the leaf is an array, so that a reading computes nothing.
-    """
+    """A leaf that can be read more than once, stored or not."""
 
     shape: tuple[int, ...]
     dtype: Any
-    whole: Callable[[], jax.Array]
+    whole: Callable[[], jax.Array]  # gives the leaf as an array that is computed once
+    # Gives a part of the leaf: the function that takes it is applied to what the leaf is made from.
     read: Callable[[Part], jax.Array]
+    # Has an array computed before the whole leaf is.
     wait: Callable[[jax.Array], None] = lambda known: None
-    stored: bool = False
+    stored: bool = False  # whether the leaf is an array, so that a reading computes nothing
 
     @property
     def ndim(self) -> int:
@@ -126,11 +105,10 @@ class Entries:
         return self.read(sample.take)
 
     def again(self, turn: jax.Array) -> jax.Array:
-        """Returns the whole leaf, read once more.
+        """Returns the whole leaf, read once more, which the compiler takes to depend on ``turn``.
 
-        Args:
-          turn: int32 scalar that the result depends on as far as the compiler knows. What does not
-            change in a loop the compiler would compute before the loop and write out.
+        ``turn`` is an int32 scalar. What does not change in a loop the compiler would compute before
+        the loop and write out.
         """
         return self.read(lambda x: renewed(x, turn))
 

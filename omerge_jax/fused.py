@@ -1,5 +1,6 @@
 """An elementwise optimizer and a merge, chained so that statistics cost no pass of their own."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,12 +31,7 @@ _CALLS = (
 
 
 class FusedChainState(NamedTuple):
-    """State of `fused_chain`.
-
-    Attributes:
-      inner_state: state of the optimizer.
-      merge_state: state of the merge.
-    """
+    """State of `fused_chain`: that of the optimizer, and that of the merge."""
 
     inner_state: Any
     merge_state: Any
@@ -47,12 +43,11 @@ def fused_chain(
     """``optax.chain(inner, merge)`` for an elementwise inner optimizer, with cheaper statistics.
 
     A sampled threshold and the metrics of a merge look at a small part of every update. In a plain
-    chain the compiler computes the whole update first, writes it out and reads it again, because two
-    things use it. Here the few entries are computed a second time from the same entries of the
-    gradients, moments and parameters, so that the whole step stays one pass over memory and needs no
-    temporary array. An exact threshold takes about three more passes; every one computes the update
-    anew, so that no array of it is needed here either. With ``every_k`` other than 1 the span that
-    an exact threshold is found of is written out, as in a plain chain.
+    chain the compiler writes the whole update out and reads it again, because two things use it. Here
+    the few entries are computed a second time from the same entries of the gradients, moments and
+    parameters, so that the step stays one pass over memory and needs no temporary array. An exact
+    threshold takes about three more passes, each of which computes the update anew. With ``every_k``
+    other than 1 the span that it is found of is written out, as in a plain chain.
 
     Args:
       inner: an optimizer whose update of an entry depends on that entry alone, such as ``optax.adamw``,
@@ -70,9 +65,9 @@ def fused_chain(
 
     Raises:
       ValueError: in ``init``, another transformation stands around the merge; and, when ``update`` is
-        traced and something is to be computed twice, ``inner`` mixes
-        entries of a parameter (a norm, a matrix product); the operations are named. Where nothing is
-        (a random mask without metrics, small leaves) this is ``optax.chain``, whatever ``inner`` is.
+        traced and something is to be computed twice, ``inner`` mixes entries of a parameter (a norm, a
+        matrix product). Where nothing is (a random mask without metrics, small leaves) this is
+        ``optax.chain``, whatever ``inner`` is.
 
     Example:
       >>> import optax, omerge_jax as om
@@ -91,19 +86,11 @@ def fused_chain(
         _require_merge(merge_state)
         return FusedChainState(inner.init(params), merge_state)
 
-    def update(
-        updates: optax.Updates,
-        state: FusedChainState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, FusedChainState]:
-        def step(grads: Any, inner_state: Any, params: Any) -> tuple[Any, Any]:
-            return inner.update(grads, inner_state, params, **extra_args)
-
+    def update(updates: Any, state: FusedChainState, params: Any = None, **extra_args: Any) -> Any:
+        step = functools.partial(inner.update, **extra_args)
         proposed = _Proposed(inner, step, (updates, state.inner_state, params))
-        merged, merge_state = merge.update(
-            proposed.entries(), state.merge_state, params, **extra_args
-        )
+        updates = proposed.entries()
+        merged, merge_state = merge.update(updates, state.merge_state, params, **extra_args)
         # A merge inside of optax.masked gives the other leaves back as they were.
         merged = jax.tree.map(lambda leaf: entries_of(leaf).whole(), merged)
         return merged, FusedChainState(proposed.step()[1], merge_state)
@@ -128,12 +115,9 @@ def _require_merge(state: Any) -> None:
 
 
 class _Proposed:
-    """The updates that an elementwise optimizer proposes, as leaves that can be read again.
+    """The updates that an optimizer proposes, as leaves that can be read again.
 
-    Args:
-      inner: the optimizer.
-      step: its update.
-      arguments: gradients, state and parameters (or None).
+    ``step`` is the update of ``inner``, ``arguments`` are gradients, state and parameters (or None).
     """
 
     def __init__(self, inner: Any, step: Step, arguments: tuple[Any, Any, Any]):
@@ -168,7 +152,13 @@ class _Proposed:
     def _read(self, path: Path, part: Part) -> jax.Array:
         """Returns a part of the update of one leaf, computed from the same part of its inputs."""
         if not self._is_checked:
-            _require_elementwise(self._step, self._arguments)
+            mixing = sorted(_mixing(jax.make_jaxpr(self._step)(*self._arguments).jaxpr))
+            if mixing:
+                raise ValueError(
+                    "fused_chain needs an inner optimizer that treats every entry on its own, but it "
+                    f"uses {', '.join(map(repr, mixing))}: move what does (such as "
+                    "clip_by_global_norm) in front of fused_chain, or use optax.chain"
+                )
             self._is_checked = True
 
         def of(x: Any, name: Any) -> Any:
@@ -176,7 +166,7 @@ class _Proposed:
             if _is_masked(x):
                 return x
             # The other leaves are left out, or a step of many would be traced many times.
-            return part(x) if name.path == path else optax.MaskedNode()
+            return part(x) if name == repr(path) else optax.MaskedNode()
 
         grads, state, params = self._arguments
         state = optax.tree.map_params(self._inner, of, state, self._paths, is_leaf=_is_masked)
@@ -207,26 +197,9 @@ def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-class _Named:
-    """The path of a leaf, as a leaf of a tree."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-
 def _paths(tree: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: _Named(path_names(path)), tree)
-
-
-def _require_elementwise(step: Step, arguments: tuple[Any, Any, Any]) -> None:
-    """Raises ValueError where an update of an entry may depend on other entries."""
-    mixing = sorted(_mixing(jax.make_jaxpr(step)(*arguments).jaxpr))
-    if mixing:
-        raise ValueError(
-            "fused_chain needs an inner optimizer that treats every entry on its own, but it uses "
-            f"{', '.join(map(repr, mixing))}: move what does (such as clip_by_global_norm) in front of "
-            "fused_chain, or use optax.chain"
-        )
+    """Returns a tree like ``tree`` with the path of every leaf as text, since a tuple is no leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: repr(path_names(path)), tree)
 
 
 def _mixing(jaxpr: Any) -> set[str]:

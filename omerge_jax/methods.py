@@ -1,4 +1,8 @@
-"""The merging methods by name: a sparsifier, a consensus and a rounding each."""
+"""The merging methods by name: a sparsifier, a consensus and a rounding each.
+
+Below them `omerge_jax.online` makes the transformation, `omerge_jax.step` takes one step of it, and the
+arithmetic stands in `omerge_jax.sparsifiers`, `omerge_jax.consensus` and `omerge_jax.rounding`.
+"""
 
 from typing import Any, Literal
 
@@ -62,7 +66,9 @@ def on_dare(
       Lu et al., https://arxiv.org/abs/2405.17931, Section 3.2 (OnDARE), Eq. 3 and 4.
     """
     return online_merge(
+        # F(x) = m ⊙ x / p with m ~ Bernoulli(p) (Eq. 3; "none" leaves 1/p out as the paper does).
         random(density, rescale=rescale, clip=clip, seed=seed, draw=draw),
+        # F(Δθ) ⊕ F(τ_r) = (1 − α)·F(Δθ) + α·F(τ_r) (Eq. 4).
         consensus.linear(),
         alpha=alpha,
         delta=delta,
@@ -100,8 +106,7 @@ def on_ties(
       alpha: weight of the reference in [0, 1], see `online_merge`.
       density: share of entries kept per tensor, p, in (0, 1]; a float, a schedule or traced.
       delta, every_k, storage, rounding, diagnostics: as in `online_merge`.
-      rescale: as in `magnitude`.
-      election: as in `sign`.
+      rescale, election: as in `magnitude` and in `sign`.
       threshold: as in `magnitude`; in `fused_chain` neither needs an array of the update.
       seed: integer that fixes the rounding and which of equal magnitudes are kept.
       layer_axes: as in `online_merge`: with stacked layers the largest entries are found per layer.
@@ -120,7 +125,9 @@ def on_ties(
       Lu et al., https://arxiv.org/abs/2405.17931, Section 3.2 (OnTIES), Eq. 5 to 7.
     """
     return online_merge(
+        # F(x): the int(p·n) entries of largest magnitude (Section 3.2).
         magnitude(density, rescale=rescale, threshold=threshold, seed=seed),
+        # F(Δθ) ⊕ F(τ_r): the sum of the weighted terms that have the elected sign (Eq. 5 to 7).
         consensus.sign(election),
         alpha=alpha,
         delta=delta,
@@ -165,6 +172,7 @@ def child_tuning(
     References:
       Xu et al., Raise a Child in Large Language Model, https://arxiv.org/abs/2109.05687.
     """
+    # α = 0: F(Δθ) alone.
     return on_dare(
         0,
         density=density,
@@ -212,6 +220,7 @@ def keep_largest(
       No paper: what is left of OnTIES (https://arxiv.org/abs/2405.17931) without its reference;
       docs/taxbench.md has what it does.
     """
+    # α = 0: F(Δθ) alone.
     return on_ties(
         0,
         density=density,

@@ -21,10 +21,10 @@ def copied(x: Any) -> Any:
 
 
 def widened(x: jax.Array) -> jax.Array:
-    """Returns ``x`` in the dtype it is computed in, as it is where it is stored.
+    """Returns ``x`` in the dtype it is computed in, with the value that it has where it is stored.
 
-    What has just been computed in bfloat16 compilers are free not to round in between, and whether
-    they do may differ from one place where it is computed to the next.
+    A compiler is free not to round what it has just computed in bfloat16, and may do so in one place
+    where it is computed and not in the next.
     """
     wide = x.astype(wide_dtype(x.dtype))
     if x.dtype != jnp.bfloat16:
@@ -60,5 +60,5 @@ def sum_together(arrays: Sequence[jax.Array], axes: tuple[int, ...]) -> list[jax
 
 
 def renewed(tree: Any, turn: jax.Array) -> Any:
-    """Returns a tree of arrays as it is, which the compiler takes to depend on ``turn``."""
+    """Returns ``tree`` unchanged; the compiler takes it to depend on ``turn``."""
     return jax.lax.optimization_barrier((turn, tree))[1]

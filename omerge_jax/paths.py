@@ -18,12 +18,6 @@ def path_names(key_path: tuple[Any, ...]) -> Path:
     A dict key, an attribute and a sequence index count by their name alone, and the trailing
     ``value`` that ``flax.nnx`` variables and boxed parameters add is dropped, so that a plain dict,
     a ``FrozenDict``, an ``nnx.State`` and a ``NamedTuple`` of the same parameters agree.
-
-    Args:
-      key_path: a key path as given by ``jax.tree_util.tree_flatten_with_path``.
-
-    Returns:
-      The names, outermost first.
     """
     keys = list(key_path)
     while keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
@@ -44,14 +38,9 @@ def show(path: Path) -> str:
 
 
 def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[Path, Any]:
-    """Returns the leaves of ``tree`` by the names on their path.
+    """Returns the leaves of ``tree`` by the names on their path; ``is_leaf`` as in ``jax.tree.map``.
 
-    Args:
-      tree: any pytree.
-      is_leaf: what else counts as a leaf, as in ``jax.tree.map``.
-
-    Raises:
-      ValueError: two leaves share a name (for example the keys ``1`` and ``"1"`` of one dict).
+    Raises ValueError where two leaves share a name, such as the keys ``1`` and ``"1"`` of one dict.
     """
     leaves: dict[Path, Any] = {}
     for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]:
@@ -65,10 +54,7 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
 def map_by_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Maps ``function(path, leaf, *others)`` over the leaves of ``tree``.
 
-    Args:
-      function: takes the path names of a leaf, the leaf, and the leaves at the same path in ``others``.
-      tree: any pytree.
-      others: trees that may use other containers and may hold more leaves.
+    The ``others`` are matched by path: they may use other containers and may hold more leaves.
     """
     known = [leaves_by_path(other) for other in others]
 
@@ -80,17 +66,13 @@ def map_by_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 
 def layer_axes_of(layer_axes: LayerAxes, path: Path, ndim: int) -> Axes:
-    """Returns which axes of the leaf at ``path`` index separate tensors.
+    """Returns which axes of the leaf at ``path``, which has ``ndim``, index separate tensors.
 
-    Args:
-      layer_axes: ``None`` (no stacked leaf), an int n for the n leading axes of every leaf, a tuple of
-        ints for these axes, a callable of the path that returns one of these, or a pytree of them
-        whose structure is a prefix of the parameters'. A tuple at the top is a tuple of axes.
-      path: the leaf's path names.
-      ndim: the leaf's number of axes.
+    ``layer_axes`` is None (no stacked leaf), an int n for the n leading axes of every leaf, a tuple of
+    ints for these axes, a callable of the path that returns one of these, or a pytree of them whose
+    structure is a prefix of the parameters'. A tuple at the top is a tuple of axes.
 
-    Raises:
-      ValueError: the leaf has no such axes, or a pytree prefix has no entry for the leaf.
+    Raises ValueError where the leaf has no such axes, or a pytree prefix has no entry for the leaf.
 
     Example:
       >>> layer_axes_of({"layers": (1,), "head": 0}, ("layers", "kernel"), ndim=3)
@@ -156,8 +138,7 @@ class _Prefix:
 
 def layer_axes_rule(layer_axes: LayerAxes) -> LayerAxes:
     """Returns ``layer_axes`` in a form that has a hash: a tree prefix becomes a callable."""
-    if layer_axes is None or isinstance(layer_axes, (int, jax.Array)) or callable(layer_axes):
-        return layer_axes
-    if _is_axes(layer_axes):
+    is_rule = callable(layer_axes) or isinstance(layer_axes, (int, jax.Array, type(None)))
+    if is_rule or _is_axes(layer_axes):
         return layer_axes
     return _Prefix(tuple(leaves_by_path(layer_axes, _is_axes).items()))

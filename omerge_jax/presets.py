@@ -39,27 +39,22 @@ def _adam(
     """
     moments = optax.scale_by_adam(b1, b2, mu_dtype=mu_dtype)
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         # The caller may have set strict promotion, but moments and gradients may differ in dtype.
         with jax.numpy_dtype_promotion("standard"):
-            return step(updates, state)
-
-    def step(updates: Any, state: Any) -> tuple[optax.Updates, optax.OptState]:
-        count = jnp.asarray(optax.safe_increment(state.count))
-        # m ← β1·m + (1 − β1)·g and v ← β2·v + (1 − β2)·g².
-        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
-        nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g * g, updates, state.nu)
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        # Δθ = −lr·√(1 − β2^t)/(1 − β1^t) · m/(√v + eps).
-        size = -jnp.sqrt(_one_minus_power(b2, count)) * (rate / _one_minus_power(b1, count))
-        steps = jax.tree.map(
-            lambda g, m, v: (size * (m / (jnp.sqrt(v) + eps))).astype(g.dtype), updates, mu, nu
-        )
-        if mu_dtype is not None:
-            mu = optax.tree.cast(mu, mu_dtype)
+            count = jnp.asarray(optax.safe_increment(state.count))
+            # m ← β1·m + (1 − β1)·g and v ← β2·v + (1 − β2)·g².
+            mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
+            nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g * g, updates, state.nu)
+            rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+            # Δθ = −lr·√(1 − β2^t)/(1 − β1^t) · m/(√v + eps).
+            size = -jnp.sqrt(_one_minus_power(b2, count)) * (rate / _one_minus_power(b1, count))
+            steps = jax.tree.map(
+                lambda g, m, v: (size * (m / (jnp.sqrt(v) + eps))).astype(g.dtype), updates, mu, nu
+            )
+            if mu_dtype is not None:
+                mu = optax.tree.cast(mu, mu_dtype)
         return steps, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(moments.init, update)  # pyright: ignore
@@ -81,14 +76,7 @@ def _decay_merged(
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
         return optax.identity()
 
-    def init(params: optax.Params) -> optax.ScaleByScheduleState:
-        del params
-        return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
-
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        assert isinstance(state, optax.ScaleByScheduleState)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("weight decay needs the parameters: call update(grads, state, params)")
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
@@ -102,6 +90,7 @@ def _decay_merged(
         count = jnp.asarray(optax.safe_increment(state.count))
         return map_by_path(decay, updates, params), optax.ScaleByScheduleState(count)
 
+    init = lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))  # noqa: E731
     decayed = optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
     return decayed if mask is None else optax.masked(decayed, mask)
 
@@ -137,10 +126,9 @@ def on_dare_adamw(
 
     Args:
       learning_rate: a float or a schedule.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
+      b1, b2: decays of the first and of the second moment.
       eps: added to the uncorrected square root.
-      weight_decay: decay per unit of learning rate.
+      weight_decay: decay per unit of learning rate, on the merged parameters.
       alpha, density, delta, every_k, rescale, delta_mask, clip: as in `on_dare`; with
         ``rescale="norm"`` the norm that is divided by gets ``eps`` added, as in the authors' code.
       storage, rounding, seed, layer_axes, diagnostics, draw: as in `on_dare`.
@@ -202,15 +190,9 @@ def on_ties_adamw(
     """AdamW with OnTIES, as the authors' code orders it; see `on_dare_adamw` for the differences.
 
     Args:
-      learning_rate: a float or a schedule.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the uncorrected square root.
-      weight_decay: decay per unit of learning rate, on the merged parameters.
+      learning_rate, b1, b2, eps, weight_decay, mask, mu_dtype: as in `on_dare_adamw`.
       alpha, density, delta, every_k, rescale, election, threshold: as in `on_ties`.
       storage, rounding, seed, layer_axes, diagnostics: as in `on_ties`.
-      mask: which parameters decay, as in ``optax.adamw``.
-      mu_dtype: dtype of the first moment; None for the parameters'.
 
     Returns:
       A transformation; ``update`` needs the parameters where weight decay is not 0.

@@ -38,14 +38,7 @@ _GOLDEN, _SILVER = 0x9E3779B9, 0x6A09E667
 def mask_key(
     seed: jax.typing.ArrayLike, step: jax.typing.ArrayLike, path: Path, role: str = ""
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the three uint32 scalars that key the draws of one leaf at one step.
-
-    Args:
-      seed: integer scalar.
-      step: integer scalar, the optimizer step.
-      path: the leaf's path names.
-      role: what the draws are for.
-    """
+    """Returns the three uint32 scalars that key the draws of one leaf at one step, for one role."""
     digest = hashlib.blake2b("\0".join((role, *path)).encode(), digest_size=8).digest()
     name = [int.from_bytes(digest[i : i + 4], "little") for i in (0, 4)]
     seed = seed % _WORD if isinstance(seed, int) else seed
@@ -62,17 +55,11 @@ def mask_key(
 def element_index(
     coordinates: Sequence[jax.Array], shape: Sequence[int]
 ) -> tuple[jax.Array | None, jax.Array]:
-    """Returns the row-major index of elements as two 32-bit words.
+    """Returns the row-major index of elements as two uint32 words, ``(high, low)``.
 
-    Args:
-      coordinates: one uint32 array per axis, broadcastable against each other.
-      shape: the shape of the whole array; its size may exceed 2**32.
-
-    Returns:
-      ``(high, low)`` uint32 words of the index; ``high`` is None where the size is at most 2**32.
-
-    Raises:
-      ValueError: a single axis, or the product of the leading axes, exceeds 2**32.
+    ``coordinates`` are one uint32 array per axis, broadcastable against each other; ``high`` is None
+    where the size of the whole array is at most 2**32. Raises ValueError where a single axis, or the
+    product of the leading axes, exceeds 2**32.
     """
     if not shape:
         return None, jnp.uint32(0)
@@ -124,41 +111,9 @@ def hash_index(
     return x ^ (x >> 16)
 
 
-def random_bits(
-    shape: Sequence[int],
-    *,
-    seed: jax.typing.ArrayLike,
-    step: jax.typing.ArrayLike,
-    path: Path = (),
-    role: str = "update",
-    coordinates: Sequence[jax.Array] | None = None,
-) -> jax.Array:
-    """Returns 32 uniform bits per element, see `bernoulli` for the arguments.
-
-    Args:
-      shape: shape of the whole leaf.
-      seed: integer scalar.
-      step: integer scalar.
-      path: path names of the leaf.
-      role: what the bits are for. The two roles of a merge ("update", "delta") share a hash, which the
-        compiler computes once.
-      coordinates: uint32 coordinates per axis of the elements that are asked for; None for all.
-    """
-    high, low = element_index(coordinates or all_coordinates(shape), shape)
-    key = mask_key(seed, step, path, "" if role in _STREAMS else role)
-    bits = hash_index(key, high, low)
-    stream = _STREAMS.get(role)
-    return bits if stream is None else bits * jnp.uint32(stream)
-
-
 def all_coordinates(shape: Sequence[int]) -> list[jax.Array]:
     """Returns, per axis, the uint32 coordinates of all elements."""
     return [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
-
-
-def order_start(seed: jax.typing.ArrayLike, step: jax.typing.ArrayLike, path: Path) -> jax.Array:
-    """Returns where a leaf's order begins at a step, a uint32 scalar, see `spread_order`."""
-    return mask_key(seed, step, path, "order")[0]
 
 
 def spread_order(
@@ -167,37 +122,21 @@ def spread_order(
     """Returns a different uint32 for every element of a tensor of at most 2**32 elements.
 
     The elements beyond any limit are spread evenly over the tensor (multiples of an odd number near
-    2**32 times the fractional part of the square root of 2). One multiplication per element.
-
-    Args:
-      start: uint32 scalar; another one puts other elements first.
-      coordinates: uint32 coordinates per axis of the elements that are asked for.
-      shape: shape of the tensor.
+    2**32 times the fractional part of the square root of 2); another ``start``, a uint32 scalar, puts
+    other elements first. One multiplication per element.
     """
     return element_index(coordinates, shape)[1] * jnp.uint32(_SILVER) + start
 
 
 def rounding_bits(
-    shape: Sequence[int],
-    *,
-    seed: jax.typing.ArrayLike,
-    step: jax.typing.ArrayLike,
-    path: Path,
-    coordinates: Sequence[jax.Array] | None = None,
+    shape: Sequence[int], *, seed: jax.typing.ArrayLike, step: jax.typing.ArrayLike, path: Path
 ) -> jax.Array:
-    """Returns 32 bits per element for stochastic rounding; one multiplication per element.
+    """Returns 32 bits per element of a leaf for stochastic rounding; one multiplication per element.
 
     For every element they are uniform and independent from step to step, which is what keeps a sum
     over steps unbiased. Within a step the elements share them out evenly instead of independently.
-
-    Args:
-      shape: shape of the whole leaf.
-      seed: integer scalar.
-      step: integer scalar.
-      path: path names of the leaf.
-      coordinates: uint32 coordinates per axis of the elements that are asked for; None for all.
     """
-    _, low = element_index(coordinates or all_coordinates(shape), shape)
+    _, low = element_index(all_coordinates(shape), shape)
     start, _, _ = mask_key(seed, step, path, "rounding")
     return low * jnp.uint32(_GOLDEN) + start
 
@@ -212,31 +151,25 @@ def bernoulli(
     role: str = "update",
     coordinates: Sequence[jax.Array] | None = None,
 ) -> jax.Array:
-    """Draws a mask that keeps each element with probability ``density``.
+    """Draws a mask that keeps each element of a leaf with probability ``density``.
 
-    Args:
-      shape: shape of the whole leaf.
-      density: probability of True, in (0, 1]; a float, or a (traced) array that broadcasts to the
-        mask, one probability per element.
-      seed: integer scalar.
-      step: integer scalar; another step is another draw.
-      path: path names of the leaf; another path is another draw.
-      role: what the mask is for; another role is another draw.
-      coordinates: uint32 coordinates per axis of the elements that are asked for; None for all.
+    The density, in (0, 1], is a float or a (traced) array that broadcasts to the mask, one probability
+    per element. Another step, path or role is another draw; the same arguments give the same mask under
+    any sharding. With ``coordinates``, uint32 per axis of the leaf, the mask has their shape and is
+    that of these elements, else it has the leaf's ``shape``.
 
-    Returns:
-      bool array of ``shape`` (or of the shape of the coordinates). The same arguments give the same
-      mask under any sharding.
-
-    Raises:
-      ValueError: a single axis of ``shape`` exceeds 2**32 elements, or ``density`` does not broadcast.
+    Raises ValueError where a single axis exceeds 2**32 elements, or ``density`` does not broadcast.
 
     Example:
       >>> mask = bernoulli((1000, 1000), 0.01, seed=0, step=0, path=("kernel",))
       >>> bool(abs(mask.mean() - 0.01) < 1e-3)
       True
     """
-    bits = random_bits(shape, seed=seed, step=step, path=path, role=role, coordinates=coordinates)
+    high, low = element_index(coordinates or all_coordinates(shape), shape)
+    # The two roles of a merge share a hash, which the compiler computes once.
+    bits = hash_index(mask_key(seed, step, path, "" if role in _STREAMS else role), high, low)
+    if (stream := _STREAMS.get(role)) is not None:
+        bits = bits * jnp.uint32(stream)
     share = jnp.asarray(density, jnp.float32)
     if share.ndim:
         share = jnp.broadcast_to(share, bits.shape)

@@ -22,12 +22,8 @@ Rounding = Literal["stochastic", "compensated", "nearest"]
 def _grid(param: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the ulp, in the dtype of ``param``, of the larger of two values, and its inverse.
 
-    Args:
-      param: the parameter, any float dtype.
-      update: what is to be added to it, float32 or float64 of the same shape.
-
-    Returns:
-      Two powers of two per entry, in the dtype of ``update``.
+    ``update``, float32 or float64, is what is to be added to ``param``, of any float dtype and the same
+    shape. Both results are powers of two per entry, in the dtype of ``update``.
     """
     kind, wide = jnp.finfo(param.dtype), jnp.finfo(update.dtype)
     eps, word = float(kind.eps), jnp.uint32 if wide.bits == 32 else jnp.uint64
@@ -50,18 +46,10 @@ def _grid(param: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
 def round_stochastically(update: jax.Array, param: jax.Array, bits: jax.Array) -> jax.Array:
     """Rounds an update to a multiple of its parameter's ulp, up or down at random, without bias.
 
-    Args:
-      update: float32 or float64 [...].
-      param: the parameter [...].
-      bits: uint32 [...], uniform.
-
-    Returns:
-      The rounded update, in the dtype of ``update``; its mean over ``bits`` is ``update``, up to the
-      last digit of ``update``. A parameter that has the digits of its update and is less than four
-      times as large gets a multiple of a coarser ulp, at most two of its own off.
-
-    References:
-      Zamirai et al., Revisiting BFloat16 Training, https://arxiv.org/abs/2010.06192.
+    ``update`` is float32 or float64, ``bits`` are uniform uint32, all of one shape. The result has the
+    dtype of ``update``; its mean over ``bits`` is ``update``, up to the last digit of that. A parameter
+    that has the digits of its update and is less than four times as large gets a multiple of a coarser
+    ulp, at most two of its own off (Zamirai et al., https://arxiv.org/abs/2010.06192).
     """
     if param.dtype == update.dtype:
         return _round_by_dither(update, param, bits)
@@ -100,16 +88,8 @@ def round_compensated(
 ) -> tuple[jax.Array, jax.Array]:
     """Rounds an update to its parameter's ulp and keeps what was cut off for the next step.
 
-    Args:
-      update: float32 or float64 [...].
-      residual: what earlier steps cut off [...], same dtype.
-      param: the parameter [...].
-
-    Returns:
-      ``(rounded, residual)``; ``rounded + residual`` is what was due.
-
-    References:
-      Kahan summation; Zamirai et al., https://arxiv.org/abs/2010.06192.
+    ``update`` and ``residual``, what earlier steps cut off, are float32 or float64 alike. Returns
+    ``(rounded, residual)``, which add up to what was due (Kahan summation; Zamirai et al.).
     """
     # u + c is due; ulp·round((u + c)/ulp) is emitted, and the rest is the next c.
     due = update + residual
@@ -172,15 +152,13 @@ def rounded(how: Rounding, *, seed: Any = 0) -> optax.GradientTransformationExtr
         return optax.with_extra_args_support(optax.identity())
 
     def init(params: optax.Params) -> RoundedState:
-        residual = jax.tree.map(_zero_residual, params) if how == "compensated" else None
+        residual = None
+        if how == "compensated":
+            # Made from the parameter, so that a sharded one gets a residual that is sharded alike.
+            residual = jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p.dtype)), params)
         return RoundedState(jnp.zeros([], jnp.int32), residual)
 
-    def update(
-        updates: optax.Updates,
-        state: RoundedState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, RoundedState]:
+    def update(updates: Any, state: RoundedState, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
         if params is None:
             raise ValueError(
@@ -197,8 +175,8 @@ def rounded(how: Rounding, *, seed: Any = 0) -> optax.GradientTransformationExtr
             if how == "compensated":
                 emitted, residuals[path] = round_compensated(wide, residuals[path], param)
             else:
-                where: Any = {"seed": seed, "step": state.round_count, "path": path}
-                emitted = round_stochastically(wide, param, rounding_bits(wide.shape, **where))
+                bits = rounding_bits(wide.shape, seed=seed, step=state.round_count, path=path)
+                emitted = round_stochastically(wide, param, bits)
             return emitted.astype(update.dtype)
 
         emitted = map_by_path(emit, updates, params)
@@ -208,8 +186,3 @@ def rounded(how: Rounding, *, seed: Any = 0) -> optax.GradientTransformationExtr
         )
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def _zero_residual(param: jax.Array) -> jax.Array:
-    # Of the parameter, so that a sharded one gets a residual that is sharded alike.
-    return jnp.zeros_like(param, dtype=wide_dtype(param.dtype))

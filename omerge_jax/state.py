@@ -50,16 +50,9 @@ def merge_states(opt_state: Any) -> list[OnlineMergeState]:
 def place_delta(template: Any, delta: Any) -> Any:
     """Returns ``delta`` in the structure of ``template``, matched by path, copied, held alike.
 
-    Args:
-      template: the delta of a state: ``UnsetDelta`` leaves, or an older delta.
-      delta: the reference delta in any containers; leaves the template lacks (masked ones) are left
-        out.
-
-    Returns:
-      A tree like ``template``.
-
-    Raises:
-      ValueError: the delta lacks a leaf or has one of another shape.
+    The template is the delta of a state: ``UnsetDelta`` leaves, or an older delta. Leaves that it lacks
+    (masked ones) are left out. Raises ValueError where the delta lacks a leaf or has one of another
+    shape.
     """
     leaves = leaves_by_path(delta)
 
@@ -77,7 +70,11 @@ def place_delta(template: Any, delta: Any) -> Any:
                 f"delta leaf {show(path)} has shape {tuple(leaf.shape)}, the parameter has "
                 f"{tuple(wanted.shape)}"
             )
-        recipe = wanted.recipe if is_delta_leaf(wanted) else _recipe_of_array(wanted)
+        if is_delta_leaf(wanted):
+            recipe = wanted.recipe
+        else:
+            kind = getattr(getattr(wanted, "sharding", None), "memory_kind", None)
+            recipe = Recipe("pinned_host" if kind == "pinned_host" else "dense")
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.eval_shape(recipe.encode, leaf)
         return recipe.encode(jnp.asarray(leaf))
@@ -85,19 +82,14 @@ def place_delta(template: Any, delta: Any) -> Any:
     return jax.tree_util.tree_map_with_path(pick, template, is_leaf=is_delta_leaf)
 
 
-def _recipe_of_array(leaf: Any) -> Recipe:
-    kind = getattr(getattr(leaf, "sharding", None), "memory_kind", None)
-    return Recipe("pinned_host" if kind == "pinned_host" else "dense")
-
-
 def with_delta(opt_state: chex.ArrayTree, delta: Any) -> Any:
     """Returns ``opt_state`` with the reference delta of every online merge inside it set.
 
-    Finds the merge states anywhere: inside ``optax.chain``, ``masked``, ``partition``,
-    ``MultiSteps``, ``inject_hyperparams``, ``apply_if_finite`` … A delta that was set before is
-    replaced. A merge whose alpha is the literal 0 goes on without one. Pure: works under ``jax.jit``
-    (with ``out_shardings``) and ``jax.eval_shape``; under jit pass the delta as an argument, or it
-    becomes a constant of the program.
+    Merge states are found anywhere: in ``optax.chain``, ``masked``, ``partition``, ``MultiSteps``,
+    ``inject_hyperparams``, ``apply_if_finite`` … A delta that was set before is replaced; a merge whose
+    alpha is the literal 0 goes on without one. It is pure and works under ``jax.jit`` (also with
+    ``out_shardings``; pass the delta as an argument, or it becomes a constant of the program) and
+    ``jax.eval_shape``.
 
     Args:
       opt_state: what ``tx.init(params)`` returned.

@@ -13,11 +13,10 @@ import optax
 from omerge_jax.alpha import Alpha, Relative, alpha_at, alpha_of_leaves
 from omerge_jax.checks import is_float
 from omerge_jax.consensus import Consensus
-from omerge_jax.diagnostics import SAMPLE_ENTRIES, leaf_sums, prefixed, scalars_from_sums
+from omerge_jax.diagnostics import SAMPLE_ENTRIES, leaf_sums, scalars_from_sums
 from omerge_jax.entries import Entries, Sample, choose_sample, entries_of
 from omerge_jax.numerics import wide_dtype, widened
 from omerge_jax.paths import (
-    Axes,
     LayerAxes,
     Path,
     from_front,
@@ -28,34 +27,22 @@ from omerge_jax.paths import (
 )
 from omerge_jax.sparsifiers.base import BaseSparsifier, FittedSparsifier, SparsifyContext
 from omerge_jax.state import OnlineMergeState
-from omerge_jax.storage import SparseDelta, Storage, is_delta_leaf, to_device
+from omerge_jax.storage import SparseDelta, Storage, is_delta_leaf
 from omerge_jax.threshold.edge import per_layer
 
 
 @dataclasses.dataclass(frozen=True)
 class MergeSettings:
-    """Settings of a merge that stay fixed across steps; `online_merge` documents them.
-
-    Attributes:
-      sparsifier: F.
-      consensus: ⊕.
-      alpha: weight of the reference.
-      every_k: steps from one merge to the next.
-      fixed_delta: whether F(τ_r) is the same at every step.
-      storage: how the delta is held.
-      layer_axes: which axes of a leaf index separate tensors.
-      rounds: whether a rounding follows, so that no update is lost to the addition.
-      diagnostics: whether the full metrics are measured.
-    """
+    """Settings of a merge that stay fixed across steps; `online_merge` documents them."""
 
     sparsifier: BaseSparsifier
     consensus: Consensus
     alpha: Alpha
     every_k: int
-    fixed_delta: bool
+    fixed_delta: bool  # whether F(τ_r) is the same at every step
     storage: Storage
     layer_axes: LayerAxes
-    rounds: bool
+    rounds: bool  # whether a rounding follows, so that no update is lost to the addition
     diagnostics: bool
 
     @property
@@ -64,80 +51,62 @@ class MergeSettings:
         alpha = self.alpha
         return not (isinstance(alpha, (int, float, np.number)) and alpha == 0)
 
-    def axes(self, path: Path, ndim: int) -> Axes:
-        """Returns which axes of a leaf index separate tensors."""
-        return layer_axes_of(self.layer_axes, path, ndim)
-
 
 class HeldDelta(NamedTuple):
     """What a step is given of the delta of one leaf.
 
-    Attributes:
-      arrays: τ_r or F(τ_r): one array, or two whose difference it is, in the dtypes they are held in
-        (converted here, the compiler would write the result out).
-      sparse: whether it is F(τ_r).
-      fit: what the sparsifier fitted to it when it was set; None where it did not.
+    ``arrays`` are τ_r or F(τ_r): one array, or two whose difference it is, in the dtypes they are held
+    in (converted here, the compiler would write the result out).
     """
 
     arrays: tuple[jax.Array, ...]
-    sparse: bool = False
+    sparse: bool = False  # whether it is F(τ_r)
+    # What the sparsifier fitted to it when it was set; None where it did not.
     fit: jax.Array | None = None
 
 
 class Kept(NamedTuple):
-    """What sparsifiers keep of a leaf, or of a sample of it.
-
-    Attributes:
-      update: F(Δθ).
-      delta: F(τ_r); None without a reference.
-    """
+    """F(Δθ), and F(τ_r) or None without a reference, of a leaf or of a sample of it."""
 
     update: jax.Array
     delta: jax.Array | None
 
 
+@dataclasses.dataclass(eq=False)
 class LeafMerge:
-    """The merge of one leaf at one step, with the leaf's layer axes in front.
+    """The merge of one leaf at one step; arrays have the leaf's layer axes moved to the front."""
 
-    Args:
-      settings: what does not change from step to step.
-      path: path names of the leaf.
-      step: int32 scalar, the optimizer steps taken before this one.
-      update: Δθ, or with step-K the span Δθ + θ − θ_m since the last merge.
-      moved: θ − θ_m, what the parameter has moved since the last merge; None for ``every_k=1``.
-      delta: what is held of τ_r; None without a reference.
-      param: θ, for the diagnostics; None where it is unknown.
-    """
+    settings: MergeSettings
+    path: Path
+    step: jax.Array  # int32 scalar, the optimizer steps taken before this one
+    update: Entries  # Δθ, or with step-K the span Δθ + θ − θ_m since the last merge
+    # θ − θ_m, what the parameter has moved since the last merge; None for every_k=1.
+    moved: jax.Array | None
+    delta: HeldDelta | None  # None without a reference
+    param: jax.Array | None  # θ, for the diagnostics; None where it is unknown
 
-    def __init__(
-        self,
-        settings: MergeSettings,
-        path: Path,
-        step: jax.Array,
-        update: Entries,
-        moved: jax.Array | None,
-        delta: HeldDelta | None,
-        param: jax.Array | None,
-    ):
-        self.settings, self.path, self.step = settings, path, step
-        self.axes = settings.axes(path, update.ndim)
-        self.update = update.front(self.axes)
-        self.moved = None if moved is None else to_front(moved, self.axes)
-        self.param = None if param is None else to_front(param, self.axes)
-        self.delta = delta
+    def __post_init__(self) -> None:
+        ndim = self.update.ndim
+        self.axes = layer_axes_of(self.settings.layer_axes, self.path, ndim)
+        self.update = self.update.front(self.axes)
+        self.ctx = self.context("update")
+        self.moved = None if self.moved is None else to_front(self.moved, self.axes)
+        self.param = None if self.param is None else to_front(self.param, self.axes)
 
     def look_ahead(self) -> None:
-        """Reads of an update that is not stored what is to be read before it is computed whole."""
+        """Makes the reads that must come before the whole of an update that is not stored."""
         if self.update.stored:
             return
-        sparsifier, shape, ctx = self.settings.sparsifier, self.update.shape, self.context("update")
-        fits = isinstance(sparsifier, FittedSparsifier) and not sparsifier.fits_whole(shape, ctx)
+        sparsifier, shape = self.settings.sparsifier, self.update.shape
+        fits = isinstance(sparsifier, FittedSparsifier) and not sparsifier.fits_whole(
+            shape, self.ctx
+        )
         for known in (self.fit if fits else None, self.sampled_update):
             if known is not None:
                 self.update.wait(known)
 
     def context(self, role: str, sample: Sample | None = None) -> SparsifyContext:
-        """Returns what a sparsifier is told; the step of a fixed delta stands still."""
+        """Returns the context of a sparsifier; a fixed delta is always at step 0."""
         still = role == "delta" and self.settings.fixed_delta
         step = jnp.zeros([], jnp.int32) if still else self.step
         return SparsifyContext(step, self.path, role, len(self.axes), sample)
@@ -148,24 +117,22 @@ class LeafMerge:
         sparsifier = self.settings.sparsifier
         if not isinstance(sparsifier, FittedSparsifier):
             return None
-        return sparsifier.fit_entries(self.update, self.context("update"))
+        return sparsifier.fit_entries(self.update, self.ctx)
 
     @functools.cached_property
     def sampled_update(self) -> jax.Array | None:
-        """The sample of the update that the diagnostics look at; None for all of it."""
+        """The sample of the update that the metrics are measured on; None for all of it."""
         return None if self.sample is None else widened(self.update.sample(self.sample))
 
     @functools.cached_property
     def sample(self) -> Sample | None:
-        """Which entries the diagnostics look at; None for all of them."""
+        """Which entries the metrics are measured on; None for all of them."""
         if not self.settings.diagnostics:
             return None
-        sparsifier, shape, ctx = self.settings.sparsifier, self.update.shape, self.context("update")
+        sparsifier, shape, fitted_to = self.settings.sparsifier, self.update.shape, None
         if isinstance(sparsifier, FittedSparsifier):
-            fitted_to = sparsifier.choose_sample(shape, ctx)
-            if fitted_to is not None:
-                return fitted_to
-        return choose_sample(shape, ctx.layer_axes, SAMPLE_ENTRIES, self.step)
+            fitted_to = sparsifier.choose_sample(shape, self.ctx)
+        return fitted_to or choose_sample(shape, len(self.axes), SAMPLE_ENTRIES, self.step)
 
     def _delta(self, sample: Sample | None = None) -> jax.Array | None:
         """Returns τ_r = θ_r − θ_b, or F(τ_r), or a sample of it, in the dtype of the merge."""
@@ -175,6 +142,7 @@ class LeafMerge:
         arrays = arrays if sample is None else [sample.take(x) for x in arrays]
         wide = wide_dtype(arrays[0].dtype, arrays[-1].dtype)
         first, *second = (x.astype(wide) for x in arrays)
+        # τ_r = θ_r − θ_b, where the two are given at every step (storage="recompute").
         delta = first - second[0] if second else first
         return delta.astype(wide_dtype(self.update.dtype))
 
@@ -184,6 +152,7 @@ class LeafMerge:
         update = widened(self.update.whole()) if sample is None else self.sampled_update
         assert update is not None
         ctx = self.context("update", sample)
+        # F(Δθ): a random share (Eq. 3) or the largest entries, as the sparsifier says.
         if isinstance(sparsifier, FittedSparsifier):
             kept = sparsifier.apply(update, self.fit, ctx)
         else:
@@ -191,19 +160,17 @@ class LeafMerge:
         delta = self._delta(sample)
         if delta is None or self.delta is None or self.delta.sparse:
             return Kept(kept, delta)
+        # F(τ_r), by the same F.
         ctx = self.context("delta", sample)
         if self.delta.fit is not None and isinstance(sparsifier, FittedSparsifier):
             return Kept(kept, sparsifier.apply(delta, self.delta.fit, ctx))
         return Kept(kept, sparsifier(delta, ctx))
 
-    def merge(self, kept: Kept, alpha: jax.Array) -> jax.Array:
-        """Returns what is emitted before it is rounded, in the order of the leaf's own axes."""
-        return from_front(self._merge(kept, alpha, self.moved), self.axes)
-
-    def _merge(self, kept: Kept, alpha: jax.Array, moved: jax.Array | None) -> jax.Array:
+    def merge(self, kept: Kept, alpha: jax.Array, moved: jax.Array | None) -> jax.Array:
+        """Returns what is emitted before it is rounded, from all of a leaf or from a sample."""
         merged = kept.update
         if kept.delta is not None:
-            # F(Δθ) ⊕ F(τ_r) (Eq. 2), with α of the tensor.
+            # F(Δθ) ⊕ F(τ_r) (Eq. 2), with α of the tensor; ⊕ is Eq. 4 or Eq. 5 to 7.
             weight = per_layer(alpha.astype(merged.dtype), merged)
             merged = self.settings.consensus(merged, kept.delta, weight)
         # θ_m + F(Δc + Δθ) ⊕ F(τ_r) (Algorithm 2), as an update of θ = θ_m + Δc.
@@ -211,15 +178,13 @@ class LeafMerge:
 
     def squares(self, kept: Kept) -> tuple[jax.Array, jax.Array]:
         """Returns ‖F(Δθ)‖² and ‖F(τ_r)‖² of every tensor, float32 [*layers]."""
-        axes = tuple(range(len(self.axes), kept.update.ndim))
-        theirs = jnp.zeros_like(kept.update) if kept.delta is None else kept.delta
-        ours, theirs = (
-            jnp.sum(jnp.square(x.astype(jnp.float32)), axes) for x in (kept.update, theirs)
-        )
+        assert kept.delta is not None
+        axes, both = tuple(range(len(self.axes), kept.update.ndim)), (kept.update, kept.delta)
+        ours, theirs = (jnp.sum(jnp.square(x.astype(jnp.float32)), axes) for x in both)
         return ours, theirs
 
     def measure(self, kept: Kept, alpha: jax.Array) -> jax.Array:
-        """Returns the sums that the metrics are made of, from a sample where the leaf is large."""
+        """Returns the sums that the metrics need, from a sample where the leaf is large."""
         sample, share = self.sample, 1.0
 
         def taken(x: jax.Array | None) -> jax.Array | None:
@@ -235,7 +200,7 @@ class LeafMerge:
                 kept = self.sparsify(sample)
             else:
                 kept = Kept(sample.take(kept.update), taken(kept.delta))
-        emitted = self._merge(kept, alpha, taken(self.moved)).astype(self.update.dtype)
+        emitted = self.merge(kept, alpha, taken(self.moved)).astype(self.update.dtype)
         param = None if self.settings.rounds else taken(self.param)
         return share * leaf_sums(
             update, self._delta(sample), kept.update, kept.delta, emitted, param, jnp.mean(alpha)
@@ -243,15 +208,7 @@ class LeafMerge:
 
 
 class MergeStep:
-    """One step over all leaves.
-
-    Args:
-      settings: what does not change from step to step.
-      state: the state before the step.
-      params: θ, or None.
-      reference: θ_r and θ_b, for ``storage="recompute"``.
-      alpha_scale: what alpha is multiplied by in this step.
-    """
+    """One step over all leaves; ``reference`` is θ_r and θ_b, for ``storage="recompute"``."""
 
     def __init__(
         self,
@@ -269,18 +226,22 @@ class MergeStep:
     def merge(
         self, updates: optax.Updates, moved: dict[Path, jax.Array] | None
     ) -> tuple[optax.Updates, dict[str, jax.Array]]:
-        """Merges every leaf.
+        """Returns what is emitted before it is rounded, and the scalars of the step.
 
-        Args:
-          updates: Δθ, or the span since the last merge; arrays, or entries that can be read again.
-          moved: θ − θ_m by path, see `LeafMerge`; None for ``every_k=1``.
-
-        Returns:
-          What is emitted before it is rounded, in float32 or wider, and the scalars of the step.
+        ``updates`` are Δθ, or the span since the last merge: arrays, or entries that can be read
+        again. ``moved`` is θ − θ_m by path, None for ``every_k=1``. The result is float32 or wider.
         """
         params = self.params or {}
         leaves = {
-            path: self._leaf(path, entries_of(update), moved)
+            path: LeafMerge(
+                self.settings,
+                path,
+                self.state.merge_count,
+                entries_of(update),
+                moved=None if moved is None else moved[path],
+                delta=self.deltas[path] if self.settings.uses_delta else None,
+                param=params.get(path),
+            )
             for path, update in leaves_by_path(updates).items()
             if is_float(path, update, params.get(path))
         }
@@ -288,6 +249,7 @@ class MergeStep:
             leaf.look_ahead()
         kept = {}
         if isinstance(self.alpha, Relative):
+            # α such that ‖α·F(τ_r)‖ is the wanted share of the step, from norms over all leaves.
             kept = {path: leaf.sparsify() for path, leaf in leaves.items()}
             squares = {path: leaf.squares(kept[path]) for path, leaf in leaves.items()}
             alphas = alpha_of_leaves(self.alpha, squares)
@@ -297,29 +259,18 @@ class MergeStep:
         for path, leaf in leaves.items():
             # One leaf after the other, which is also how the compiler then lays out its work.
             both = kept.get(path) or leaf.sparsify()
-            merged[path] = leaf.merge(both, alphas[path])
+            emitted = leaf.merge(both, alphas[path], leaf.moved)
+            merged[path] = from_front(emitted, leaf.axes)
             if self.settings.diagnostics:
                 sums.append(leaf.measure(both, alphas[path]))
         scalars = self._alpha_scalars(leaves, alphas)
         if self.settings.diagnostics:
-            known = self.params is not None
-            scalars |= prefixed(scalars_from_sums(sums, knows_params=known))
+            scalars |= scalars_from_sums(sums, knows_params=self.params is not None)
 
         def emit(path: Path, update: Any) -> jax.Array:
             return merged[path] if path in merged else entries_of(update).whole()
 
         return map_by_path(emit, updates), scalars
-
-    def _leaf(self, path: Path, update: Entries, moved: dict[Path, jax.Array] | None) -> LeafMerge:
-        return LeafMerge(
-            self.settings,
-            path,
-            self.state.merge_count,
-            update,
-            moved=None if moved is None else moved[path],
-            delta=self.deltas[path] if self.settings.uses_delta else None,
-            param=None if self.params is None else self.params[path],
-        )
 
     def _alpha_scalars(
         self, leaves: dict[Path, LeafMerge], alphas: dict[Path, jax.Array]
@@ -337,8 +288,7 @@ class MergeStep:
     ) -> tuple[optax.Updates, Any, dict[str, jax.Array]]:
         """Step-K (Algorithm 2): merges where the step's number is a multiple of K, else passes.
 
-        Returns:
-          What is emitted before it is rounded, θ_m, and the scalars of the last merge.
+        Returns what is emitted before it is rounded, θ_m, and the scalars of the last merge.
         """
         count, every_k = self.state.merge_count, jnp.asarray(self.settings.every_k, jnp.int32)
         params = self.params
@@ -352,9 +302,12 @@ class MergeStep:
 
         def merge(wide: Any) -> tuple[Any, dict[str, jax.Array]]:
             # Δc = θ − θ_m: what the steps since the last merge have moved.
-            paths = leaves_by_path(wide)
-            floats = [p for p, u in paths.items() if is_float(p, u, params[p])]
-            moved = {p: _minus(params[p], last[p]) for p in floats}
+            moved = {
+                path: params[path].astype(wider) - last[path].astype(wider)
+                for path, update in leaves_by_path(wide).items()
+                if is_float(path, update, params[path])
+                for wider in [wide_dtype(params[path].dtype)]
+            }
             # Δθ ← Δθ + Δc
             span = map_by_path(lambda p, u: u + moved[p] if p in moved else u, wide)
             return self.merge(span, moved)
@@ -363,11 +316,6 @@ class MergeStep:
         passed = lambda wide: (wide, self.state.merge_scalars)  # noqa: E731
         merged, scalars = jax.lax.cond((count + 1) % every_k == 0, merge, passed, wide)
         return merged, merged_params, scalars
-
-
-def _minus(param: jax.Array, last: jax.Array) -> jax.Array:
-    wide = wide_dtype(param.dtype)
-    return param.astype(wide) - last.astype(wide)
 
 
 def _widened_whole(update: Any) -> jax.Array:
@@ -391,6 +339,7 @@ def held_deltas(
         if isinstance(leaf, SparseDelta):
             held[path] = HeldDelta((leaf.dense(),), sparse=True)
         else:
-            array = to_device(leaf) if settings.storage == "pinned_host" else leaf
+            on_host = settings.storage == "pinned_host"
+            array = jax.device_put(leaf, jax.memory.Space.Device) if on_host else leaf
             held[path] = HeldDelta((array,), fit=fits.get(path))
     return held

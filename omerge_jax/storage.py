@@ -35,11 +35,7 @@ def fixed_context(path: Path, layers: int) -> SparsifyContext:
 class Recipe:
     """How one leaf of a delta is to be held; static, and kept with the leaf.
 
-    Attributes:
-      storage: how.
-      sparsifier: F, where its result is held.
-      layer_axes: axes of the leaf that index separate tensors.
-      path: path names of the leaf.
+    The sparsifier is F, where F(τ_r) is held; None otherwise.
     """
 
     storage: Storage
@@ -61,7 +57,13 @@ class Recipe:
     def encode(self, delta: jax.Array) -> Any:
         """Returns the leaf that goes into the state."""
         if self.storage == "pinned_host":
-            return _to_host(delta)
+            # Under a trace nobody knows the device yet.
+            if not isinstance(delta, Tracer) and delta.devices().pop().platform == "cpu":
+                raise ValueError(
+                    "storage='pinned_host' is for accelerators: on the CPU backend all memory is the "
+                    "host's, and donating a buffer of that kind ends the process; use storage='dense'"
+                )
+            return jax.device_put(delta, jax.memory.Space.Host)
         kept = self.entries_kept(delta.shape)
         # A copy, so that the state and whatever the delta came from can both be donated.
         return jnp.array(delta, copy=True) if kept is None else self._compress(delta, kept)
@@ -93,12 +95,7 @@ class Recipe:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class UnsetDelta:
-    """Marks, without any array, where a leaf of the reference delta belongs.
-
-    Attributes:
-      shape: shape of the parameter.
-      recipe: how the leaf will be held.
-    """
+    """Marks, without any array, where a leaf of the reference delta of this shape belongs."""
 
     shape: tuple[int, ...]
     recipe: Recipe
@@ -107,13 +104,10 @@ class UnsetDelta:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparseDelta:
-    """The entries of F(τ_r) of one leaf.
+    """The entries of F(τ_r) of one leaf of ``shape``.
 
-    Attributes:
-      places: int32 [*layers, kept], row-major positions within each tensor; 0 where unused.
-      values: [*layers, kept]; 0 where unused.
-      shape: shape of the leaf.
-      recipe: how it was made.
+    ``places``, int32 [*layers, kept], are row-major positions within each tensor; they and the
+    ``values`` [*layers, kept] are 0 where unused.
     """
 
     places: jax.Array
@@ -140,25 +134,25 @@ class SparseDelta:
 class DeltaFit:
     """What a sparsifier fitted to the leaves of a fixed delta that are not sparse.
 
-    Attributes:
-      values: float32 [m], the fits of all leaves, one after the other.
-      sparsifier: F.
-      layer_axes: which axes of a leaf index separate tensors, see `layer_axes_of`.
+    ``values``, float32 [m], are the fits of all leaves, one after the other.
     """
 
     values: jax.Array
     sparsifier: FittedSparsifier = dataclasses.field(metadata={"static": True})
     layer_axes: LayerAxes = dataclasses.field(metadata={"static": True})
 
-    def shape(self, path: Path, leaf: Any) -> tuple[int, ...] | None:
-        """Returns the shape of the fit of a leaf of the delta; None where there is none."""
-        if isinstance(leaf, SparseDelta):
-            return None
-        if isinstance(leaf, UnsetDelta) and leaf.recipe.entries_kept(leaf.shape) is not None:
-            return None
-        like = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
-        fitted = jax.eval_shape(lambda x: self._fit(path, x), like)
-        return None if fitted is None else tuple(fitted.shape)
+    def _shapes(self, leaves: dict[Path, Any]) -> dict[Path, tuple[int, ...]]:
+        """Returns the shapes of the fits to leaves of a state's delta, without those that have none."""
+        shapes = {}
+        for path, leaf in leaves.items():
+            unset = (
+                isinstance(leaf, UnsetDelta) and leaf.recipe.entries_kept(leaf.shape) is not None
+            )
+            if not unset and not isinstance(leaf, SparseDelta):
+                like = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+                fitted = jax.eval_shape(lambda x, path=path: self._fit(path, x), like)
+                shapes |= {} if fitted is None else {path: tuple(fitted.shape)}
+        return shapes
 
     def _fit(self, path: Path, delta: jax.Array) -> jax.Array | None:
         axes = layer_axes_of(self.layer_axes, path, delta.ndim)
@@ -166,21 +160,17 @@ class DeltaFit:
 
     def unset(self, leaves: dict[Path, Any]) -> "DeltaFit":
         """Returns the fit of a delta that is not set: zeros of the size that it will have."""
-        shapes = [self.shape(path, leaf) for path, leaf in leaves.items()]
-        size = sum(math.prod(shape) for shape in shapes if shape is not None)
+        size = sum(map(math.prod, self._shapes(leaves).values()))
         return dataclasses.replace(self, values=jnp.zeros([size], jnp.float32))
 
     def fit(self, held: dict[Path, Any], delta: dict[Path, Any]) -> jax.Array:
-        """Returns the values of the fit to a delta.
+        """Returns the values of the fit to the leaves of a ``delta`` on the device, as given.
 
-        Args:
-          held: the leaves of the state, which tell where F(τ_r) itself is held.
-          delta: the leaves as they were given, on the device.
+        ``held`` are the leaves of the state, which tell where F(τ_r) itself is held.
         """
         parts = [
             jnp.ravel(jnp.asarray(self._fit(path, jnp.asarray(delta[path]))))
-            for path, leaf in held.items()
-            if self.shape(path, leaf) is not None
+            for path in self._shapes(held)
         ]
         return jnp.concatenate([jnp.zeros([0], jnp.float32), *parts])
 
@@ -188,10 +178,9 @@ class DeltaFit:
         """Returns the fits by the paths of their leaves."""
         fits: dict[Path, jax.Array] = {}
         start = 0
-        for path, leaf in held.items():
-            if (shape := self.shape(path, leaf)) is not None:
-                fits[path] = self.values[start : start + math.prod(shape)].reshape(shape)
-                start += math.prod(shape)
+        for path, shape in self._shapes(held).items():
+            fits[path] = self.values[start : start + math.prod(shape)].reshape(shape)
+            start += math.prod(shape)
         return fits
 
 
@@ -201,7 +190,7 @@ def is_delta_leaf(node: Any) -> bool:
 
 
 def has_hash(value: Any) -> bool:
-    """Whether a static part of a pytree can hold ``value``: it is made of Python numbers."""
+    """Whether ``value`` has a hash, as a static part of a pytree must: it has no arrays in it."""
     try:
         hash(value)
     except TypeError:
@@ -212,10 +201,7 @@ def has_hash(value: Any) -> bool:
 def check_storage(storage: Storage, sparsifier: BaseSparsifier, stands_still: bool) -> None:
     """Raises ValueError where a delta cannot be held that way.
 
-    Args:
-      storage: how.
-      sparsifier: F.
-      stands_still: whether F(τ_r) is the same at every step.
+    ``stands_still`` says whether F(τ_r) is the same at every step.
     """
     check_choice("storage", storage, get_args(Storage))
     if storage != "sparse":
@@ -235,18 +221,3 @@ def check_storage(storage: Storage, sparsifier: BaseSparsifier, stands_still: bo
             "storage='sparse' needs a sparsifier made of Python numbers (under "
             f"optax.inject_hyperparams name density, seed and clip in static_args), got {sparsifier!r}"
         )
-
-
-def _to_host(delta: jax.Array) -> jax.Array:
-    # Under a trace nobody knows the device yet.
-    if not isinstance(delta, Tracer) and delta.devices().pop().platform == "cpu":
-        raise ValueError(
-            "storage='pinned_host' is for accelerators: on the CPU backend all memory is the host's, "
-            "and donating a buffer of that kind ends the process; use storage='dense'"
-        )
-    return jax.device_put(delta, jax.memory.Space.Host)
-
-
-def to_device(delta: jax.Array) -> jax.Array:
-    """Returns a delta of the host's memory as an array of the device; inside jit."""
-    return jax.device_put(delta, jax.memory.Space.Device)

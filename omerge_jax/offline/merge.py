@@ -78,14 +78,12 @@ def _matched_leaves(base: Any, models: Sequence[Any], layer_axes: LayerAxes) -> 
     """Returns the float leaves of ``base`` with those of the models."""
     ours = leaves_by_path(base)
     others = [leaves_by_path(model) for model in models]
-    problems = [
-        problem
+    found = [
+        _mismatch(f"models[{index}]: {show(path)}", ours.get(path), theirs.get(path))
         for index, theirs in enumerate(others)
         for path in dict.fromkeys([*ours, *theirs])
-        if (
-            problem := _mismatch(f"models[{index}]: {show(path)}", ours.get(path), theirs.get(path))
-        )
     ]
+    problems = [problem for problem in found if problem is not None]
     if problems:
         raise ValueError(
             f"{'; '.join(problems[:10])}{'; …' if len(problems) > 10 else ''}. Only models of one "

@@ -74,17 +74,15 @@ class MergeSettings(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One leaf of all the trees: its path, its arrays, and which axes stack layers."""
+    """One leaf of all the trees: its path, its arrays, and which axes stack layers.
+
+    Those axes are in front where the leaf is merged.
+    """
 
     path: Path
     base: Any
     models: tuple[Any, ...]
     axes: Axes
-
-    @property
-    def layer_axes(self) -> int:
-        """How many axes stack layers; they are in front where a leaf is merged."""
-        return len(self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +114,7 @@ class Plan:
         self.weights(leaf)
         if "rank_axis" in self.settings:
             shape = jnp.shape(leaf.base)
-            rank_axis_of(self.settings["rank_axis"], shape, leaf.layer_axes, leaf.path)
+            rank_axis_of(self.settings["rank_axis"], shape, len(leaf.axes), leaf.path)
         if self.method.merge is _linear:
             return
         for array in (leaf.base, *leaf.models):
@@ -194,19 +192,17 @@ def make_plan(name: str, models: int, given: Settings) -> Plan:
         if key == "scale":
             check_number(key, value, "finite")
         if key in _PER_MODEL:
-            settings[key] = _per_model(key, value, models)
+            values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * models
+            if len(values) != models:
+                raise ValueError(
+                    f"{key} needs one entry a model, got {len(values)} for {models} models"
+                )
+            settings[key] = values
     plan = Plan(method, settings)
     for own in map(plan.of_model, range(models)):
         check_density(own.get("density", 1.0))
         method.sparsifier(own, 1)
     return plan
-
-
-def _per_model(key: str, value: Any, models: int) -> tuple[Any, ...]:
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * models
-    if len(values) != models:
-        raise ValueError(f"{key} needs one entry a model, got {len(values)} for {models} models")
-    return values
 
 
 def _linear(plan: Plan, leaf: Leaf, origin: jax.Array, others: list[jax.Array]) -> jax.Array:
@@ -220,7 +216,11 @@ def _task_vectors(plan: Plan, leaf: Leaf, origin: jax.Array, others: list[jax.Ar
     deltas = [_sparsified(plan, leaf, i, other - origin) for i, other in enumerate(others)]
     terms = [w * delta for w, delta in zip(weights, deltas, strict=True)]
     if "election" in plan.settings:
-        enters = _have_elected_sign(deltas, terms, plan.settings["election"])
+        election = plan.settings["election"]
+        votes = deltas if election == "unweighted" else terms
+        positive = _sum([jnp.sign(v) for v in votes] if election == "count" else votes) >= 0
+        # An entry that was dropped, or is 0, must not count in the divisor.
+        enters = [(vote != 0) & ((vote > 0) == positive) for vote in votes]
         terms = [jnp.where(enter, term, 0) for enter, term in zip(enters, terms, strict=True)]
         divisor = _sum([jnp.where(enter, w, 0) for enter, w in zip(enters, weights, strict=True)])
         divisor = jnp.where(divisor == 0, 1, divisor)
@@ -233,30 +233,20 @@ def _task_vectors(plan: Plan, leaf: Leaf, origin: jax.Array, others: list[jax.Ar
 
 
 def _sparsified(plan: Plan, leaf: Leaf, index: int, delta: jax.Array) -> jax.Array:
-    ctx = SparsifyContext(jnp.int32(0), leaf.path, f"model{index}", leaf.layer_axes)
-    entries = math.prod(delta.shape[leaf.layer_axes :])
+    ctx = SparsifyContext(jnp.int32(0), leaf.path, f"model{index}", len(leaf.axes))
+    entries = math.prod(delta.shape[len(leaf.axes) :])
     kept = plan.method.sparsifier(plan.of_model(index), entries)(delta, ctx)
     # Here, not in the sparsifiers: `random` has the online authors' own variant of it.
     if plan.settings.get("rescale") == "norm":
-        kept = kept * per_layer(norm_ratio(delta, kept, leaf.layer_axes, 0.0), delta)
+        kept = kept * per_layer(norm_ratio(delta, kept, len(leaf.axes), 0.0), delta)
     return kept
-
-
-def _have_elected_sign(
-    deltas: list[jax.Array], terms: list[jax.Array], election: str
-) -> list[jax.Array]:
-    votes = deltas if election == "unweighted" else terms
-    ballot = _sum([jnp.sign(vote) for vote in votes] if election == "count" else votes)
-    positive = ballot >= 0
-    # An entry that was dropped, or is 0, must not count in the divisor.
-    return [(vote != 0) & ((vote > 0) == positive) for vote in votes]
 
 
 def _slerp(plan: Plan, leaf: Leaf, origin: jax.Array, others: list[jax.Array]) -> jax.Array:
     (other,) = others
     (t,) = plan.weights(leaf)
     t = jnp.asarray(t, origin.dtype)
-    axes = tuple(range(leaf.layer_axes, origin.ndim))
+    axes = tuple(range(len(leaf.axes), origin.ndim))
 
     def unit(x: jax.Array) -> jax.Array:
         norm = jnp.sqrt(jnp.sum(x * x, axes, keepdims=True))

@@ -8,66 +8,46 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omerge_jax.checks import check_choice, check_integer, check_number
+from omerge_jax.checks import check_number
 from omerge_jax.sparsifiers.base import (
+    EdgeSparsifier,
     FittedSparsifier,
     SparsifyContext,
-    check_density,
+    check_common,
     count_at,
-    density_at,
     keeps_all,
-    norm_ratio,
     static_density,
-    tie_order,
 )
-from omerge_jax.threshold.edge import is_beyond, per_layer, top_k_edge
+from omerge_jax.threshold.edge import is_beyond, top_k_edge
 
 
 @dataclasses.dataclass(frozen=True)
-class _Band(FittedSparsifier):
-    density: optax.ScalarOrSchedule
+class _Band(EdgeSparsifier):
     gamma: jax.typing.ArrayLike
-    rescale: Literal["none", "norm"]
-    seed: jax.typing.ArrayLike
-
-    @property
-    def takes_samples(self) -> bool:
-        return True
 
     def fit(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array | None:
         if keeps_all(self.density):
             return None
         outliers, kept = self._counts(x, ctx)
-        order = tie_order(x, ctx, self.seed)
+        order = self.order(x, ctx)
         edges = [
             top_k_edge(x, count, order, ctx.layer_axes) for count in (outliers + kept, outliers)
         ]
-        fitted = jnp.concatenate(edges, axis=-1)
-        if self.rescale == "none":
-            return fitted
-        scale = norm_ratio(x, self._keep(x, fitted, ctx), ctx.layer_axes, 0.0)
-        return jnp.concatenate([fitted, scale.astype(jnp.float32)[..., None]], axis=-1)
-
-    def apply(self, x: jax.Array, fitted: jax.Array | None, ctx: SparsifyContext) -> jax.Array:
-        if fitted is None:
-            return x
-        kept = self._keep(x, fitted, ctx)
-        return kept if self.rescale == "none" else kept * per_layer(fitted[..., 6], x)
+        return self.with_scale(jnp.concatenate(edges, axis=-1), x, ctx)
 
     def capacity(self, entries: int) -> int:
         return int(static_density(self.density) * entries)
 
     def _counts(self, x: jax.Array, ctx: SparsifyContext) -> tuple[jax.Array, jax.Array]:
         """Numbers of entries of a tensor that are dropped as outliers, and that are kept."""
-        entries = math.prod(x.shape[ctx.layer_axes :])
-        kept = count_at(density_at(self.density, ctx.step), entries)
+        entries, kept = math.prod(x.shape[ctx.layer_axes :]), self.count(x, ctx)
         return jnp.minimum(count_at(self.gamma, entries), jnp.uint32(entries) - kept), kept
 
-    def _keep(self, x: jax.Array, fitted: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        order = tie_order(x, ctx, self.seed)
+    def keep(self, x: jax.Array, edges: jax.Array, ctx: SparsifyContext) -> jax.Array:
+        order = self.order(x, ctx)
         # What is not finite is no outlier to be dropped: it must be seen.
-        outlier = is_beyond(x, fitted[..., 3:6], order) & jnp.isfinite(x)
-        return jnp.where(is_beyond(x, fitted[..., :3], order) & ~outlier, x, 0)
+        outlier = is_beyond(x, edges[..., 3:6], order) & jnp.isfinite(x)
+        return jnp.where(is_beyond(x, edges[..., :3], order) & ~outlier, x, 0)
 
 
 def band(
@@ -110,8 +90,6 @@ def band(
     References:
       Davari and Belilovsky, Model Breadcrumbs, https://arxiv.org/abs/2312.06795, Section 3.
     """
-    check_density(density)
+    check_common(density, rescale, ("none", "norm"), seed)
     check_number("gamma", gamma, "in [0, 1)", "the share of outliers dropped")
-    check_choice("rescale", rescale, ("none", "norm"))
-    check_integer("seed", seed)
-    return _Band(density, gamma, rescale, seed)
+    return _Band(density, rescale, seed, gamma)

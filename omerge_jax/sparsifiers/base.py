@@ -10,18 +10,18 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from omerge_jax import random_mask
-from omerge_jax.checks import check_number, check_schedule
+from omerge_jax.checks import check_choice, check_integer, check_number, check_schedule
 from omerge_jax.entries import Entries, Sample
 from omerge_jax.numerics import wide_dtype, widened
 from omerge_jax.paths import Path
-from omerge_jax.threshold.edge import TieOrder
+from omerge_jax.threshold.edge import TieOrder, per_layer
 
 _DENSITY = "the share of entries kept"
 Shaped = jax.Array | jax.ShapeDtypeStruct
@@ -47,11 +47,9 @@ class SparsifyContext:
 
     def coordinates(self, x: jax.Array) -> list[jax.Array]:
         """Returns, per axis of the leaf, the uint32 coordinates of the entries of ``x``."""
-        return (
-            random_mask.all_coordinates(x.shape)
-            if self.sample is None
-            else (self.sample.coordinates())
-        )
+        if self.sample is None:
+            return random_mask.all_coordinates(x.shape)
+        return self.sample.coordinates()
 
     def leaf_shape(self, x: Shaped) -> Sequence[int]:
         """Returns the shape of the leaf that ``x`` is, or is a sample of."""
@@ -90,7 +88,7 @@ class BaseSparsifier(abc.ABC):
         """
 
     def capacity(self, entries: int) -> int | None:
-        """Returns how many of a tensor's entries are kept at most; None where nobody knows.
+        """Returns how many of a tensor's entries are kept at most; None where that is unknown.
 
         Called when a transformation with ``storage="sparse"`` is made, and for every leaf of its delta.
         """
@@ -143,6 +141,48 @@ class FittedSparsifier(BaseSparsifier):
 
 
 @dataclasses.dataclass(frozen=True)
+class EdgeSparsifier(FittedSparsifier):
+    """Keeps the entries on one side of magnitudes; ``"norm"`` puts a factor after them in the fit."""
+
+    density: optax.ScalarOrSchedule
+    rescale: Literal["none", "norm"]
+    seed: jax.typing.ArrayLike
+
+    @property
+    def takes_samples(self) -> bool:
+        """Edges that were found for a leaf, or for a sample of it, hold for any sample of it."""
+        return True
+
+    @abc.abstractmethod
+    def keep(self, x: jax.Array, edges: jax.Array, ctx: SparsifyContext) -> jax.Array:
+        """Returns ``x`` with 0 where its edges, from `top_k_edge`, leave an entry out."""
+
+    def order(self, x: Shaped, ctx: SparsifyContext) -> TieOrder:
+        """Returns the order in which equal magnitudes of ``x`` are kept."""
+        return tie_order(x, ctx, self.seed)
+
+    def count(self, x: Shaped, ctx: SparsifyContext) -> jax.Array:
+        """Returns int(p·n) for n entries of each tensor of ``x``, a uint32 scalar."""
+        entries = math.prod(x.shape[ctx.layer_axes :])
+        return count_at(density_at(self.density, ctx.step), entries)
+
+    def with_scale(self, edges: jax.Array, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
+        """Returns the edges, followed by the factor that ``rescale="norm"`` needs."""
+        if self.rescale == "none":
+            return edges
+        scale = norm_ratio(x, self.keep(x, edges, ctx), ctx.layer_axes, 0.0)
+        return jnp.concatenate([edges, scale.astype(jnp.float32)[..., None]], axis=-1)
+
+    def apply(self, x: jax.Array, fitted: jax.Array | None, ctx: SparsifyContext) -> jax.Array:
+        """Returns ``x`` sparsified, with the norm it had before where ``rescale="norm"``."""
+        if fitted is None:
+            return x
+        kept = self.keep(x, fitted, ctx)
+        # F(x) ← F(x) · ‖x‖₁ / ‖F(x)‖₁
+        return kept if self.rescale == "none" else kept * per_layer(fitted[..., -1], x)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Callable(BaseSparsifier):
     function: Sparsifier
 
@@ -181,6 +221,15 @@ def check_density(density: optax.ScalarOrSchedule) -> None:
     check_schedule("density", density, "in (0, 1]", _DENSITY)
 
 
+def check_common(
+    density: optax.ScalarOrSchedule, rescale: str, rescales: Sequence[str], seed: object
+) -> None:
+    """Checks the arguments that all sparsifiers have."""
+    check_density(density)
+    check_choice("rescale", rescale, rescales)
+    check_integer("seed", seed)
+
+
 def density_at(density: optax.ScalarOrSchedule, step: jax.Array) -> jax.typing.ArrayLike:
     """Returns the density at a step, where it is a schedule."""
     share = density(step) if callable(density) else density
@@ -194,11 +243,7 @@ def keeps_all(density: optax.ScalarOrSchedule) -> bool:
 
 
 def static_density(density: optax.ScalarOrSchedule) -> float:
-    """Returns a density that is a Python number.
-
-    Raises:
-      ValueError: it is a schedule or an array, so that nobody knows how many entries it keeps.
-    """
+    """Returns a density, which must be a Python number; raises ValueError for any other."""
     if not isinstance(density, (int, float)):
         raise ValueError(
             "storage='sparse' needs a density that is a Python number (under "
@@ -214,6 +259,27 @@ def count_at(share: jax.typing.ArrayLike, entries: int) -> jax.Array:
     # The product may round up, also to 2**32, which uint32 does not hold.
     count = jnp.minimum(jnp.floor(jnp.float32(share) * entries), 4294967040.0).astype(jnp.uint32)
     return jnp.minimum(count, jnp.uint32(entries))
+
+
+def draw_mask(
+    x: jax.Array,
+    share: jax.typing.ArrayLike,
+    ctx: SparsifyContext,
+    draw: Draw | None,
+    seed: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Returns which entries of ``x`` are kept, drawn by ``draw`` or, where None, from their places."""
+    if draw is not None:
+        return draw(x, share, ctx)
+    return random_mask.bernoulli(
+        ctx.leaf_shape(x),
+        share,
+        seed=seed,
+        step=ctx.step,
+        path=ctx.path,
+        role=ctx.role,
+        coordinates=ctx.coordinates(x),
+    )
 
 
 def random_capacity(density: optax.ScalarOrSchedule, entries: int) -> int:
@@ -238,5 +304,5 @@ def norm_ratio(
 
 def tie_order(x: Shaped, ctx: SparsifyContext, seed: jax.typing.ArrayLike) -> TieOrder:
     """Returns the order in which equal magnitudes of ``x`` are kept."""
-    start = random_mask.order_start(seed, ctx.step, ctx.path)
+    start = random_mask.mask_key(seed, ctx.step, ctx.path, "order")[0]
     return TieOrder(start, tuple(ctx.leaf_shape(x)), ctx.layer_axes, ctx.sample)

@@ -9,22 +9,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omerge_jax.checks import check_choice, check_integer
+from omerge_jax.checks import check_choice
 from omerge_jax.entries import Entries, Sample, choose_sample, entries_of
 from omerge_jax.sparsifiers.base import (
+    EdgeSparsifier,
     FittedSparsifier,
     Shaped,
     SparsifyContext,
-    check_density,
-    count_at,
-    density_at,
+    check_common,
     keeps_all,
-    norm_ratio,
     static_density,
-    tie_order,
 )
 from omerge_jax.threshold.bracketed import Bracket, find_edge, large_top_k_edge
-from omerge_jax.threshold.edge import is_beyond, per_layer, search, top_k_edge, top_k_threshold
+from omerge_jax.threshold.edge import is_beyond, search, top_k_edge, top_k_threshold
 
 # With a share p kept, 1/p times as many entries are looked at: the share that is really kept is then
 # off by half a percent of p (one standard deviation).
@@ -36,15 +33,8 @@ _DENSITY_IF_UNKNOWN = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class _Magnitude(FittedSparsifier):
-    density: optax.ScalarOrSchedule
-    rescale: Literal["none", "norm"]
+class _Magnitude(EdgeSparsifier):
     threshold: Literal["exact", "sampled"]
-    seed: jax.typing.ArrayLike
-
-    @property
-    def takes_samples(self) -> bool:
-        return True
 
     def choose_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
         if self.threshold == "exact" or keeps_all(self.density):
@@ -54,35 +44,33 @@ class _Magnitude(FittedSparsifier):
     def fit(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array | None:
         if keeps_all(self.density):
             return None
-        x, ctx = self._looked_at(x, ctx)
-        count, order = self._count(x, ctx), tie_order(x, ctx, self.seed)
+        sample = None if ctx.sample is not None else self.choose_sample(x.shape, ctx)
+        if sample is not None:
+            return self.fit(sample.take(x), dataclasses.replace(ctx, sample=sample))
+        count, order = self._count(x, ctx), self.order(x, ctx)
         first = self._first_sample(x.shape, ctx)
         if first is None:
             edge = top_k_edge(x, count, order, ctx.layer_axes)
         else:
             bracket = self._bracket(first.take(x), ctx)
             edge = large_top_k_edge(x, count, order, ctx.layer_axes, bracket)
-        return self._scaled(edge, x, ctx)
+        return self.with_scale(edge, x, ctx)
 
     def fits_whole(self, shape: Sequence[int], ctx: SparsifyContext) -> bool:
         return super().fits_whole(shape, ctx) and self._first_sample(shape, ctx) is None
 
     def fit_entries(self, entries: Entries, ctx: SparsifyContext) -> jax.Array | None:
-        sampled = self.choose_sample(entries.shape, ctx) is not None
-        if entries.stored or sampled or self.fits_whole(entries.shape, ctx):
+        if entries.stored or self._first_sample(entries.shape, ctx) is None:
             return super().fit_entries(entries, ctx)
         # A large leaf that is not stored is read in passes.
         edge = self._find_edge(entries, ctx)[0]
-        return (
-            edge if self.rescale == "none" else self._scaled(edge, entries.again(jnp.int32(0)), ctx)
-        )
+        if self.rescale == "none":
+            return edge
+        return self.with_scale(edge, entries.again(jnp.int32(0)), ctx)
 
-    def apply(self, x: jax.Array, fitted: jax.Array | None, ctx: SparsifyContext) -> jax.Array:
-        if fitted is None:
-            return x
+    def keep(self, x: jax.Array, edges: jax.Array, ctx: SparsifyContext) -> jax.Array:
         # F(x): the int(p·n) entries of largest magnitude (Section 3.2, OnTIES).
-        kept = self._keep(x, fitted, ctx)
-        return kept if self.rescale == "none" else kept * per_layer(fitted[..., 3], x)
+        return jnp.where(is_beyond(x, edges[..., :3], self.order(x, ctx)), x, 0)
 
     def capacity(self, entries: int) -> int:
         return int(static_density(self.density) * entries) or entries
@@ -91,27 +79,19 @@ class _Magnitude(FittedSparsifier):
         """Returns how often `fit` reads ``x``, or its sample, an int32 scalar."""
         if self._first_sample(x.shape, ctx) is not None:
             return self._find_edge(entries_of(x), ctx)[1]
-        x, ctx = self._looked_at(x, ctx)
-        order = tie_order(x, ctx, self.seed)
-        return search(x, self._count(x, ctx), order, ctx.layer_axes)[2]
+        if (sample := self.choose_sample(x.shape, ctx)) is not None:
+            x, ctx = sample.take(x), dataclasses.replace(ctx, sample=sample)
+        return search(x, self._count(x, ctx), self.order(x, ctx), ctx.layer_axes)[2]
 
     @property
     def _share(self) -> float:
         density = self.density
         return density if isinstance(density, (int, float)) else _DENSITY_IF_UNKNOWN
 
-    def _looked_at(self, x: jax.Array, ctx: SparsifyContext) -> tuple[jax.Array, SparsifyContext]:
-        """Returns the entries that are searched, all or a sample, and their context."""
-        sample = None if ctx.sample is not None else self.choose_sample(x.shape, ctx)
-        if sample is None:
-            return x, ctx
-        return sample.take(x), dataclasses.replace(ctx, sample=sample)
-
     def _first_sample(self, shape: Sequence[int], ctx: SparsifyContext) -> Sample | None:
         """Returns the sample that says where the exact search of a large leaf begins."""
-        if ctx.sample is not None or keeps_all(self.density):
-            return None
-        if self.choose_sample(shape, ctx) is not None:
+        exact = ctx.sample is None and self.choose_sample(shape, ctx) is None
+        if keeps_all(self.density) or not exact:
             return None
         return choose_sample(shape, ctx.layer_axes, _BRACKET_ENTRIES / self._share, ctx.step)
 
@@ -120,18 +100,8 @@ class _Magnitude(FittedSparsifier):
         assert first is not None
         like = jax.ShapeDtypeStruct(entries.shape, jnp.float32)
         bracket = self._bracket(entries.sample(first), ctx)
-        order = tie_order(like, ctx, self.seed)
-        return find_edge(entries, self._count(like, ctx), order, ctx.layer_axes, bracket)
-
-    def _scaled(self, edge: jax.Array, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        """Returns the edge, followed by the factor that ``rescale="norm"`` needs."""
-        if self.rescale == "none":
-            return edge
-        scale = norm_ratio(x, self._keep(x, edge, ctx), ctx.layer_axes, 0.0)
-        return jnp.concatenate([edge, scale.astype(jnp.float32)[..., None]], axis=-1)
-
-    def _keep(self, x: jax.Array, fitted: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        return jnp.where(is_beyond(x, fitted[..., :3], tie_order(x, ctx, self.seed)), x, 0)
+        count, order = self._count(like, ctx), self.order(like, ctx)
+        return find_edge(entries, count, order, ctx.layer_axes, bracket)
 
     def _bracket(self, sampled: jax.Array, ctx: SparsifyContext) -> Bracket:
         """Returns where a sample says that the threshold is."""
@@ -144,9 +114,8 @@ class _Magnitude(FittedSparsifier):
 
     def _count(self, x: Shaped, ctx: SparsifyContext) -> jax.Array:
         """Returns k = int(p·n), or n where that is 0: such a tensor is left dense."""
-        entries = math.prod(x.shape[ctx.layer_axes :])
-        count = count_at(density_at(self.density, ctx.step), entries)
-        return jnp.where(count >= 1, count, jnp.uint32(entries))
+        count = self.count(x, ctx)
+        return jnp.where(count >= 1, count, jnp.uint32(math.prod(x.shape[ctx.layer_axes :])))
 
 
 def magnitude(
@@ -188,8 +157,6 @@ def magnitude(
       Yadav et al., TIES-Merging, https://arxiv.org/abs/2306.01708; Lu et al.,
       https://arxiv.org/abs/2405.17931, Section 3.2.
     """
-    check_density(density)
-    check_choice("rescale", rescale, ("none", "norm"))
+    check_common(density, rescale, ("none", "norm"), seed)
     check_choice("threshold", threshold, ("exact", "sampled"))
-    check_integer("seed", seed)
-    return _Magnitude(density, rescale, threshold, seed)
+    return _Magnitude(density, rescale, seed, threshold)

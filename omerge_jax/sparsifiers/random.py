@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omerge_jax import random_mask
-from omerge_jax.checks import check_choice, check_integer, check_number
+from omerge_jax.checks import check_number
 from omerge_jax.sparsifiers.base import (
     BaseSparsifier,
     Draw,
     Sparsifier,
     SparsifyContext,
-    check_density,
+    check_common,
     density_at,
+    draw_mask,
     keeps_all,
     norm_ratio,
     random_capacity,
@@ -41,7 +41,7 @@ class _Random(BaseSparsifier):
         kept = x
         if not keeps_all(self.density):
             # F(x) = m ⊙ x with m ~ Bernoulli(p) (Eq. 3).
-            kept = jnp.where(self._mask(x, density, ctx), x, 0)
+            kept = jnp.where(draw_mask(x, density, ctx, self.draw, self.seed), x, 0)
             if self.rescale != "none":
                 # F(x) = m ⊙ x / p, as dropout does, times the inverse: a division per entry would
                 # cost as much as the mask.
@@ -54,19 +54,6 @@ class _Random(BaseSparsifier):
             limit = jnp.asarray(self.clip, kept.dtype)
             kept = jnp.clip(kept, -limit, limit)
         return kept
-
-    def _mask(self, x: jax.Array, density: jax.typing.ArrayLike, ctx: SparsifyContext) -> jax.Array:
-        if self.draw is not None:
-            return self.draw(x, density, ctx)
-        return random_mask.bernoulli(
-            ctx.leaf_shape(x),
-            density,
-            seed=self.seed,
-            step=ctx.step,
-            path=ctx.path,
-            role=ctx.role,
-            coordinates=ctx.coordinates(x),
-        )
 
     def capacity(self, entries: int) -> int:
         return random_capacity(self.density, entries)
@@ -112,9 +99,7 @@ def random(
       Yu et al., Language Models are Super Mario, https://arxiv.org/abs/2311.03099; Lu et al.,
       https://arxiv.org/abs/2405.17931, Eq. 3.
     """
-    check_density(density)
-    check_choice("rescale", rescale, ("inverse", "norm", "none"))
-    check_integer("seed", seed)
+    check_common(density, rescale, ("inverse", "norm", "none"), seed)
     check_number("eps", eps, "at least 0")
     if clip is not None:
         check_number("clip", clip, "above 0", "the largest size of an entry of the delta")

@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omerge_jax import random_mask
-from omerge_jax.checks import check_choice, check_integer, check_number, known
+from omerge_jax.checks import check_number, known
 from omerge_jax.paths import Path, show
 from omerge_jax.sparsifiers.base import (
     BaseSparsifier,
     Draw,
     Sparsifier,
     SparsifyContext,
-    check_density,
+    check_common,
     density_at,
+    draw_mask,
     keeps_all,
     norm_ratio,
     random_capacity,
@@ -41,7 +41,7 @@ class _Ranked(BaseSparsifier):
         if keeps_all(self.density):
             return x
         share = self._keep_probability(x, ctx)
-        mask = self._mask(x, share, ctx)
+        mask = draw_mask(x, share, ctx, self.draw, self.seed)
         scaled = (x / share).astype(x.dtype) if self.rescale == "inverse" else x
         kept = jnp.where(mask, scaled, 0)
         if self.rescale == "norm":
@@ -64,23 +64,12 @@ class _Ranked(BaseSparsifier):
         rank = jnp.argsort(order, axis=axis).astype(jnp.float32) / (entries - 1)
         return (density - epsilon + rank * 2 * epsilon).reshape(x.shape)
 
-    def _mask(self, x: jax.Array, share: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        if self.draw is not None:
-            return self.draw(x, share, ctx)
-        return random_mask.bernoulli(
-            x.shape, share, seed=self.seed, step=ctx.step, path=ctx.path, role=ctx.role
-        )
-
     def capacity(self, entries: int) -> int:
         return random_capacity(self.density, entries)
 
 
 def rank_axis_of(axis: RankAxis, shape: Sequence[int], layer_axes: int, path: Path) -> int | None:
-    """Returns the axis of a leaf to rank over; None for all axes of a tensor.
-
-    Raises:
-      ValueError: the tensors of the leaf have no such axis.
-    """
+    """Returns the axis of a leaf to rank over, None for all; ValueError where a tensor lacks it."""
     axis = axis(path) if callable(axis) else axis
     own_axes = len(shape) - layer_axes
     if own_axes < 2 or axis is None:
@@ -91,19 +80,6 @@ def rank_axis_of(axis: RankAxis, shape: Sequence[int], layer_axes: int, path: Pa
             f"leaf {show(path)} of shape {tuple(shape)} with layer_axes = {layer_axes}"
         )
     return layer_axes + axis % own_axes
-
-
-def check_epsilon(epsilon: jax.typing.ArrayLike, density: optax.ScalarOrSchedule) -> None:
-    """Raises ValueError where known numbers put ``density ± epsilon`` outside (0, 1)."""
-    check_number("epsilon", epsilon, "at least 0")
-    width, middle = known(epsilon), known(density)
-    if width is None or middle is None or middle == 1:
-        return
-    if not 0 < middle - width <= middle + width < 1:
-        raise ValueError(
-            "density - epsilon and density + epsilon must lie in (0, 1), got density = "
-            f"{density} and epsilon = {epsilon}; take a smaller epsilon"
-        )
 
 
 def magnitude_ranked(
@@ -154,8 +130,14 @@ def magnitude_ranked(
     References:
       Deep et al., DELLA-Merging, https://arxiv.org/abs/2406.11617, Section 3.
     """
-    check_density(density)
-    check_epsilon(epsilon, density)
-    check_choice("rescale", rescale, ("inverse", "norm", "none"))
-    check_integer("seed", seed)
+    check_common(density, rescale, ("inverse", "norm", "none"), seed)
+    check_number("epsilon", epsilon, "at least 0")
+    width, middle = known(epsilon), known(density)
+    if width is not None and middle is not None and middle != 1:
+        low, high = middle - width, middle + width
+        if not 0 < low <= high < 1:
+            raise ValueError(
+                "density - epsilon and density + epsilon must lie in (0, 1), got density = "
+                f"{density} and epsilon = {epsilon}; take a smaller epsilon"
+            )
     return _Ranked(density, epsilon, rescale, axis, seed, draw)

@@ -39,15 +39,10 @@ _SPREAD = 4.0
 
 
 class Bracket(NamedTuple):
-    """Where a threshold is thought to be; where it is not, the search goes on outside.
+    """Where a threshold is thought to be, float32 [*layers]; if it is not there, the search goes on."""
 
-    Attributes:
-      low: float32 [*layers], a magnitude that ``k`` entries or more are thought to reach.
-      high: float32 [*layers], a magnitude that fewer are thought to exceed.
-    """
-
-    low: jax.Array
-    high: jax.Array
+    low: jax.Array  # a magnitude that ``k`` entries or more are thought to reach
+    high: jax.Array  # a magnitude that fewer are thought to exceed
 
 
 # Compiled by itself, or every call outside of jax.jit would compile its loop anew.
@@ -55,24 +50,12 @@ class Bracket(NamedTuple):
 def large_top_k_edge(
     x: jax.Array, k: jax.typing.ArrayLike, order: TieOrder, layer_axes: int, bracket: Bracket
 ) -> jax.Array:
-    """Returns what `omerge_jax.threshold.edge.top_k_edge` does, for a large ``x``.
-
-    Args:
-      x: float array [*layers, ...]; values are compared as float32.
-      k: integer scalar, 0 <= k <= entries per tensor; may be traced.
-      order: which of equal magnitudes are kept.
-      layer_axes: number of leading axes that index separate tensors.
-      bracket: where to look first.
-    """
+    """Returns what `omerge_jax.threshold.edge.top_k_edge` does, for a large ``x``."""
     return find_edge(entries_of(x), k, order, layer_axes, bracket)[0]
 
 
 def find_edge(
-    entries: Entries,
-    k: jax.typing.ArrayLike,
-    order: TieOrder,
-    layer_axes: int,
-    bracket: Bracket,
+    entries: Entries, k: jax.typing.ArrayLike, order: TieOrder, layer_axes: int, bracket: Bracket
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the edge of `large_top_k_edge`, and how many passes were taken, an int32 scalar."""
     # The bits that a narrower dtype has not got are left out, so that neighbours differ by one.
@@ -93,9 +76,7 @@ def find_edge(
         seen = _look(bits(turn), order, turn < 0, interval, begins, rows)
         narrower = _narrower(interval, begins, seen, wanted, last_key)
         # A tensor whose search is over waits for the others.
-        going_on = _is_open(interval, wanted)
-        interval = choose(going_on, narrower, interval)
-        return turn + 1, interval, seen.slots
+        return turn + 1, choose(_is_open(interval, wanted), narrower, interval), seen.slots
 
     low, high = (magnitude_bits(edge) >> unused for edge in bracket)
     wanted = jnp.maximum(jnp.asarray(k), 1).astype(jnp.uint32) + jnp.zeros_like(low)
@@ -108,15 +89,7 @@ def find_edge(
 
 
 class _Rows:
-    """What is taken for the rows of a leaf: its last axes together.
-
-    Attributes:
-      shape: shape of the leaf.
-      layer_axes: number of leading axes that index separate tensors.
-      axes: the axes of a row.
-      width: entries of a row.
-      index_bits: bits that the place in a row needs.
-    """
+    """What is taken for the rows of a leaf: its last axes together, of ``width`` entries."""
 
     def __init__(self, shape: tuple[int, ...], layer_axes: int):
         first = len(shape)
@@ -125,6 +98,7 @@ class _Rows:
         self.shape, self.layer_axes = shape, layer_axes
         self.axes = tuple(range(first, len(shape)))
         self.width = math.prod(shape[first:])
+        # Bits that the place in a row needs.
         self.index_bits = (self.width - 1).bit_length()
 
     def columns(self, never: jax.Array) -> jax.Array:
@@ -151,27 +125,19 @@ class _Rows:
 class _Interval(NamedTuple):
     """Keys between which the threshold is sought: magnitudes, or the order among those that tie.
 
-    Attributes:
-      low: uint32 [*layers].
-      last: uint32 [*layers], inclusive.
-      reaching: uint32 [*layers], how many entries reach ``low``.
-      above: uint32 [*layers], how many lie beyond ``last``.
-      known: bool [*layers], whether these two have been counted.
-      evenly: bool [*layers], whether the next candidates are spread over all of it.
-      ordering: bool [*layers], whether keys are the order of the entries of magnitude ``settled``.
-      settled: uint32 [*layers].
-      collected: bool [*layers], whether the slots hold all entries of the interval.
+    All fields are [*layers], uint32 or bool.
     """
 
     low: jax.Array
-    last: jax.Array
+    last: jax.Array  # inclusive
+    # How many entries reach ``low``, how many lie beyond ``last``, and whether both were counted.
     reaching: jax.Array
     above: jax.Array
     known: jax.Array
-    evenly: jax.Array
-    ordering: jax.Array
+    evenly: jax.Array  # whether the next candidates are spread over all of the interval
+    ordering: jax.Array  # whether keys are the order of the entries of magnitude ``settled``
     settled: jax.Array
-    collected: jax.Array
+    collected: jax.Array  # whether the slots hold all entries of the interval
 
 
 def _start(low: jax.Array, high: jax.Array) -> _Interval:
@@ -213,20 +179,13 @@ def _candidates(interval: _Interval, wanted: jax.Array) -> list[jax.Array]:
 
 
 class _Seen(NamedTuple):
-    """What a pass over a leaf sees.
+    """What a pass over a leaf sees."""
 
-    Attributes:
-      counts: uint32 [*layers] each, how many entries reach each candidate.
-      beyond: uint32 [*layers], how many lie beyond the interval.
-      slots: uint32 [*layers, *rows, slots], entries inside as 1 + key − low and the place in the row;
-        0 for none.
-      all_kept: bool [*layers], whether the slots hold all of them.
-    """
-
-    counts: list[jax.Array]
-    beyond: jax.Array
+    counts: list[jax.Array]  # uint32 [*layers] each, how many entries reach each candidate
+    beyond: jax.Array  # uint32 [*layers], how many lie beyond the interval
+    # uint32 [*layers, *rows, slots], entries inside as 1 + key − low and the place in the row, or 0.
     slots: jax.Array
-    all_kept: jax.Array
+    all_kept: jax.Array  # bool [*layers], whether the slots hold all of them
 
 
 def _look(

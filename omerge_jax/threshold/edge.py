@@ -31,16 +31,10 @@ _ALL = 2**32 - 1
 class TieOrder:
     """A different uint32 for every entry of each tensor of a leaf, which is computed where it is used.
 
-    Held as an array it would be as large as the leaf.
-
-    Attributes:
-      start: uint32 scalar, from the seed, the step and the leaf.
-      shape: shape of the leaf.
-      layer_axes: number of leading axes that index separate tensors.
-      sample: where the order of this sample of the leaf is wanted.
+    Held as an array it would be as large as the leaf. With a ``sample`` it is the order of its entries.
     """
 
-    start: jax.Array
+    start: jax.Array  # uint32 scalar, from the seed, the step and the leaf
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     layer_axes: int = dataclasses.field(metadata={"static": True})
     sample: Sample | None = None
@@ -48,8 +42,8 @@ class TieOrder:
     def __call__(self, never: jax.typing.ArrayLike) -> jax.Array:
         """Returns the order, uint32 that broadcasts to the leaf, or to its sample.
 
-        Args:
-          never: bool scalar that is false; where the compiler does not know, nothing is computed ahead.
+        ``never`` is a false bool scalar; where the compiler does not know that it is, it computes
+        nothing ahead of the place where the order is used.
         """
         moved = jnp.asarray(never, jnp.uint32)
         if self.sample is None:
@@ -66,19 +60,12 @@ class TieOrder:
 
 
 def top_k_threshold(x: jax.Array, k: jax.typing.ArrayLike, layer_axes: int = 0) -> jax.Array:
-    """Returns the magnitude that the ``k`` largest entries of each tensor reach.
+    """Returns the magnitude that the ``k`` largest entries of each tensor reach, float32 [*layers].
 
-    Args:
-      x: float array [*layers, ...]; values are compared as float32.
-      k: integer scalar, 1 <= k <= entries per tensor; may be traced.
-      layer_axes: number of leading axes that index separate tensors.
-
-    Returns:
-      float32 array [*layers]: ``abs(x) >= threshold`` keeps the k largest of each tensor, and what
-      ties with the smallest of them. It lies above the next magnitude and at or below the k-th.
-
-    Raises:
-      ValueError: a tensor has 2**32 entries or more, which the counts cannot hold.
+    ``abs(x) >= threshold`` keeps the k largest of each tensor of ``x`` [*layers, ...] and what ties
+    with the smallest of them; values are compared as float32. The threshold lies above the next
+    magnitude and at or below the k-th. ``k`` is an integer from 1 to the entries of a tensor, and may
+    be traced. Raises ValueError where a tensor has 2**32 entries or more, which no count can hold.
 
     Example:
       >>> x = jnp.array([0.1, -5.0, 2.0, -0.3])
@@ -92,25 +79,13 @@ def top_k_threshold(x: jax.Array, k: jax.typing.ArrayLike, layer_axes: int = 0) 
 # Compiled by itself, or every call outside of jax.jit would compile its loop anew.
 @functools.partial(jax.jit, static_argnames="layer_axes")
 def top_k_edge(
-    x: jax.Array,
-    k: jax.typing.ArrayLike,
-    order: Order,
-    layer_axes: int = 0,
+    x: jax.Array, k: jax.typing.ArrayLike, order: Order, layer_axes: int = 0
 ) -> jax.Array:
     """Returns what singles out exactly the ``k`` largest entries of each tensor, see `is_beyond`.
 
-    Args:
-      x: float array [*layers, ...]; values are compared as float32.
-      k: integer scalar, 0 <= k <= entries per tensor; may be traced.
-      order: returns uint32, broadcastable to ``x``, different for every entry of a tensor; of entries
-        that tie, those with the highest are among the k. A pytree, called with a false bool scalar.
-      layer_axes: number of leading axes that index separate tensors.
-
-    Returns:
-      float32 array [*layers, 3].
-
-    Raises:
-      ValueError: see `top_k_threshold`.
+    The edge is float32 [*layers, 3]. ``x`` and ``k`` are as in `top_k_threshold`, but k may be 0. The
+    ``order``, a pytree, is called with a false bool scalar and returns uint32 that broadcast to ``x``,
+    different for every entry of a tensor: of entries that tie, those with the highest are among the k.
     """
     k = jnp.asarray(k)
     magnitude, limit, _ = search(x, jnp.maximum(k, 1), order, layer_axes)
@@ -118,12 +93,10 @@ def top_k_edge(
 
 
 def as_edge(magnitude: jax.Array, limit: jax.Array, k: jax.Array) -> jax.Array:
-    """Returns an edge, float32 [*layers, 3].
+    """Returns an edge, float32 [*layers, 3], which nothing is beyond where the scalar ``k`` is 0.
 
-    Args:
-      magnitude: bits of the threshold, uint32 [*layers].
-      limit: which of the entries that tie with it are beyond it, uint32 [*layers].
-      k: integer scalar; 0 for an edge that nothing is beyond.
+    ``magnitude`` are the bits of the threshold, and ``limit`` says which of the entries that tie with
+    it are beyond it, both uint32 [*layers].
     """
     threshold = jax.lax.bitcast_convert_type(magnitude, jnp.float32)
     threshold = jnp.where(k > 0, threshold, jnp.inf)
@@ -134,13 +107,7 @@ def as_edge(magnitude: jax.Array, limit: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def is_beyond(x: jax.Array, edge: jax.Array, order: Order) -> jax.Array:
-    """Returns which entries of ``x`` [*layers, ...] are among the k that an edge was made for.
-
-    Args:
-      x: float array [*layers, ...].
-      edge: what `top_k_edge` returned, float32 [*layers, 3].
-      order: the order it was given.
-    """
+    """Returns which entries of ``x`` are among the k of an edge; ``order`` is what it was made with."""
     bits, threshold = magnitude_bits(x), per_layer(magnitude_bits(edge[..., 0]), x)
     high, low = edge[..., 1].astype(jnp.uint32), edge[..., 2].astype(jnp.uint32)
     return (bits > threshold) | (
@@ -179,14 +146,10 @@ def search_keys(
     shape: tuple[int, ...],
     last: int = _ALL,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the largest number that enough keys reach, the limit among ties, and the passes.
+    """Returns the largest number that ``wanted`` keys reach, the limit among ties, and the passes.
 
-    Args:
-      keys_of: gives the keys, uint32 of ``shape``, from a bool scalar, see `Order`.
-      order: see `top_k_edge`.
-      wanted: uint32 [*layers], how many keys are to be found.
-      shape: [*layers, ...].
-      last: no key is larger.
+    ``keys_of`` gives the keys, uint32 of ``shape`` [*layers, ...], from a false bool scalar (see
+    `top_k_edge`, also for ``order``). ``wanted`` is uint32 [*layers]; no key is larger than ``last``.
     """
     layers = shape[: wanted.ndim]
     per_tensor = countable(shape, wanted.ndim)
@@ -220,36 +183,22 @@ def countable(shape: tuple[int, ...], layer_axes: int) -> int:
 
 
 class _Interval(NamedTuple):
-    """Numbers between which the largest one is sought that enough keys reach.
-
-    Attributes:
-      low: uint32 [*layers].
-      last: uint32 [*layers], inclusive.
-      reaching: uint32 [*layers], how many keys reach ``low``.
-    """
+    """Numbers, uint32 [*layers], between which the largest one is sought that enough keys reach."""
 
     low: jax.Array
-    last: jax.Array
-    reaching: jax.Array
+    last: jax.Array  # inclusive
+    reaching: jax.Array  # how many keys reach ``low``
 
 
 def _narrow(
-    keys_of: Callable[[jax.Array], jax.Array],
-    start: _Interval,
-    wanted: jax.Array,
+    keys_of: Callable[[jax.Array], jax.Array], start: _Interval, wanted: jax.Array
 ) -> tuple[_Interval, jax.Array]:
-    """Narrows an interval to the largest number that ``wanted`` of the keys or more reach.
+    """Narrows ``start`` to the largest number that ``wanted`` of the keys or more reach.
 
-    Args:
-      keys_of: gives the keys, uint32 [*layers, ...], from a bool scalar that is never true, which the
-        compiler does not know. Keys that do not change in the loop it would compute before it and
-        write out, an array as large as the leaf.
-      start: where to look first. A tensor of which exactly ``wanted`` keys reach its beginning is not
-        searched.
-      wanted: uint32 [*layers].
-
-    Returns:
-      The interval, and the number of passes, an int32 scalar.
+    ``keys_of`` gives the keys, uint32 [*layers, ...], from a bool scalar that is never true, which the
+    compiler does not know. Keys that do not change in the loop it would compute before it and write
+    out, an array as large as the leaf. A tensor of which exactly ``wanted`` keys reach the beginning
+    of ``start`` is not searched. Returns the number of passes as well, an int32 scalar.
     """
 
     def open_tensors(interval: _Interval) -> jax.Array:
@@ -262,9 +211,7 @@ def _narrow(
         passes, interval = carry
         narrower = _narrower(keys_of(passes < 0), interval, wanted)
         # A tensor whose search is over waits for the others.
-        going_on = open_tensors(interval)
-        interval = choose(going_on, narrower, interval)
-        return passes + 1, interval
+        return passes + 1, choose(open_tensors(interval), narrower, interval)
 
     passes, interval = jax.lax.while_loop(unfinished, narrow, (jnp.int32(0), start))
     return interval, passes
