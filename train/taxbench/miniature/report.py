@@ -5,15 +5,15 @@ import importlib.metadata
 import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from train.files.whole import write_whole
 from train.report import html
+from train.taxbench.miniature.sizes import DemoConfig
 from train.taxbench.miniature.trajectories import Row
 
 
@@ -155,8 +155,7 @@ def command_line(command: str, config: Any, left_out: Sequence[str] = ()) -> str
     """The command that repeats a run: every field that is not at its default, but for some.
 
     Example:
-        >>> from train.taxbench.miniature.demo import DemoConfig
-        >>> command_line("demo", DemoConfig(seed=3))
+            >>> command_line("demo", DemoConfig(seed=3))
         'python -m train demo --seed 3'
     """
     flags = [
@@ -175,44 +174,29 @@ def environment() -> str:
     return f"{versions}; Python {platform.python_version()}, {os.cpu_count()} CPU cores"
 
 
-@dataclasses.dataclass(frozen=True)
-class Page:
-    """Contents of the HTML page besides the rows.
-
-    Attributes:
-        level: reward at which capability is matched.
-        steps: the fixed last step.
-        seed: the seed of the run.
-        settings: the demo's settings by name.
-        command: the command line that repeats the run.
-        cost: wall and CPU time, in words.
-        answers: heading and rows of the table of sample answers.
-    """
-
-    level: float
-    steps: int
-    seed: int
-    settings: Mapping[str, Any]
-    command: str
-    cost: str
-    answers: tuple[Sequence[str], Sequence[Sequence[str]]]
-
-
-def write_page(rows: Sequence[Row], page: Page, plot: Path, path: Path) -> None:
-    """Writes the report: one HTML file that needs nothing else.
+def page(
+    rows: Sequence[Row],
+    config: DemoConfig,
+    cost: str,
+    answers: tuple[Sequence[str], Sequence[Sequence[str]]],
+    plot: Path,
+) -> str:
+    """The report as one HTML page that needs no other file.
 
     Args:
         rows: from `trajectories.compare`.
-        page: the rest of what it shows.
+        config: settings of the run.
+        cost: wall and CPU time, in words.
+        answers: headings and rows of the table of sample answers.
         plot: PNG file to embed.
-        path: file to write.
     """
-    settings = [(name, str(value)) for name, value in page.settings.items()]
-    headings, found = _headings(page.level, page.steps), notes(rows, page.level, page.seed)
-    text = html.document(
+    settings = [(name, str(value)) for name, value in dataclasses.asdict(config).items()]
+    headings = _headings(config.reward, config.steps)
+    found = notes(rows, config.reward, config.seed)
+    return html.document(
         "The alignment tax in miniature",
         _INTRODUCTION,
-        f'<p class="lead">{escape(headline(rows, page.level))}</p>',
+        f'<p class="lead">{escape(headline(rows, config.reward))}</p>',
         html.image(plot, "Trajectories of reward and capability, and gains at matched reward"),
         "<h2>Comparison</h2>",
         html.table(headings, [_cells(row) for row in rows], text_columns=2),
@@ -222,15 +206,14 @@ def write_page(rows: Sequence[Row], page: Page, plot: Path, path: Path) -> None:
         f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in found)}</ul>",
         "<h2>Sample answers after the last step</h2>",
         "<p>The first held-out question of every family; ✗ marks a wrong answer.</p>",
-        html.table(*page.answers, text_columns=len(page.answers[0])),
+        html.table(*answers, text_columns=len(answers[0])),
         "<h2>Settings</h2>",
         html.table(["setting", "value"], settings, text_columns=2),
         "<h2>Run it again</h2>",
-        html.command_line(page.command),
-        f"<footer>{escape(page.cost)}. {escape(environment())}. {_SOURCES}</footer>",
+        html.command_line(command_line("demo", config)),
+        f"<footer>{escape(cost)}. {escape(environment())}. {_SOURCES}</footer>",
         width="62rem",
     )
-    write_whole(path, text)
 
 
 _INTRODUCTION = """<p>A small decoder was trained from scratch on eight tasks with checkable answers,

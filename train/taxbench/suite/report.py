@@ -29,15 +29,7 @@ _FIRST_FIGURE = "methods.png"
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with text, a table and a figure.
-
-    Attributes:
-        title: heading.
-        text: paragraphs above the table.
-        headings: headings of the table.
-        rows: cells of the table.
-        figure: file in the report's directory.
-    """
+    """A heading with paragraphs, a figure (a file in the report's directory) and a table."""
 
     title: str
     text: Sequence[str]
@@ -47,15 +39,7 @@ class Section:
 
 
 def write_report(outcome: Outcome, directory: Path) -> Path:
-    """Writes report.md, report.html and their figures.
-
-    Args:
-        outcome: the findings, from `train.taxbench.suite.run.run_suite`.
-        directory: gets the files.
-
-    Returns:
-        The HTML file.
-    """
+    """Writes report.md, report.html and their figures into a directory; returns the HTML file."""
     rows = [*outcome.first, *outcome.controls]
     suite_plots.draw_first(outcome, rows, directory / _FIRST_FIGURE)
     for study, entries in outcome.studies:
@@ -74,7 +58,7 @@ def report_text(outcome: Outcome) -> str:
         if section.figure:
             parts.append(f"![{section.title}]({section.figure})")
         parts.append(markdown_table(section.headings, section.rows))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def _sections(outcome: Outcome) -> list[Section]:
