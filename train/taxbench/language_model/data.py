@@ -60,22 +60,19 @@ def task_set(directory: Path, size: Size) -> TaskSetOptions:
     def file(name: str) -> str:
         return str(directory / f"{name}.jsonl")
 
+    def asked(name: str, prompt: str, answer: str, **fields: Any) -> TaskOptions:
+        return TaskOptions(path=file(name), prompt=prompt, answer=answer, **fields)
+
     def own_choices(name: str) -> TaskOptions:
-        return TaskOptions(
-            path=file(name), prompt="{question}", answer="{answer}", choices_field="choices"
-        )
+        return asked(name, "{question}", "{answer}", choices_field="choices")
 
     passage = "{context}\n\n{question} Answer with a few words of the text."
     whole = size.article_tokens
     return TaskSetOptions(
         tasks={
-            "svamp": TaskOptions(
-                path=file("svamp"), prompt="{Body} {Question}", answer="{Answer:g}"
-            ),
-            "mawps": TaskOptions(path=file("mawps"), prompt="{input}", answer="{target:g}"),
-            "gsm8k": TaskOptions(
-                path=file("gsm8k_test"), prompt="{question}", answer="{final_answer}"
-            ),
+            "svamp": asked("svamp", "{Body} {Question}", "{Answer:g}"),
+            "mawps": asked("mawps", "{input}", "{target:g}"),
+            "gsm8k": asked("gsm8k_test", "{question}", "{final_answer}"),
             "mmlu": own_choices("mmlu_val"),
             "commonsenseqa": own_choices("commonsenseqa_validation"),
         },
@@ -100,11 +97,7 @@ def task_set(directory: Path, size: Size) -> TaskSetOptions:
 
 
 def check_files(data_dir: str) -> None:
-    """Checks that all files are there.
-
-    Raises:
-        UserError: some are missing; all of them are named with their public origin.
-    """
+    """Raises `UserError` where files are missing, naming all of them with their public origin."""
     missing = [
         f"{name}.jsonl.gz ({origin})"
         for name, origin in ORIGINS.items()
@@ -118,7 +111,7 @@ def check_files(data_dir: str) -> None:
 
 
 def prepare(data_dir: str, directory: Path, size: Size, tokenizer: Any) -> dict[str, int]:
-    """Writes what a study trains on and asks, once.
+    """Writes what a study trains on and asks, once, and returns the number of records by file.
 
     Args:
         data_dir: Directory with the files of `ORIGINS`.
@@ -127,14 +120,12 @@ def prepare(data_dir: str, directory: Path, size: Size, tokenizer: Any) -> dict[
         size: How much is taken.
         tokenizer: The model's tokenizer; lengths are counted with it.
 
-    Returns:
-        Records by file.
-
     Raises:
-        UserError: a file is damaged, or too little of it is short enough.
+        UserError: a file is damaged, or nothing in it is short enough.
     """
-    if (directory / "counts.json").exists():
-        return json.loads((directory / "counts.json").read_text())
+    done = directory / "counts.json"
+    if done.exists():
+        return json.loads(done.read_text())
     directory.mkdir(parents=True, exist_ok=True)
     with blamed_on("data_dir"):
         chosen = _chosen(Path(data_dir), directory, size, tokenizer)
@@ -144,7 +135,7 @@ def prepare(data_dir: str, directory: Path, size: Size, tokenizer: Any) -> dict[
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         write_whole(directory / f"{name}.jsonl", "\n".join(lines))
     counts = {name: len(records) for name, records in chosen.items()}
-    write_json(directory / "counts.json", counts)
+    write_json(done, counts)
     return counts
 
 

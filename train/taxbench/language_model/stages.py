@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,22 +37,13 @@ BETA = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to align.
+    """A way to align; a control is there to judge the others by."""
 
-    Attributes:
-        label: Name in tables and plots.
-        optimizer: The file ``train/configs/smollm2_{optimizer}.yaml`` has its settings.
-        beta: β of the loss.
-        alpha_total: α times the number of steps, for those that merge.
-        rate: Peak learning rate, as a multiple of AdamW's.
-        control: Whether it is there to judge the others by.
-    """
-
-    label: str
-    optimizer: str
-    beta: float = BETA
-    alpha_total: float | None = None
-    rate: float = 1.0
+    label: str  # in tables and plots
+    optimizer: str  # train/configs/smollm2_{optimizer}.yaml has its settings
+    beta: float = BETA  # of the loss
+    alpha_total: float | None = None  # α times the number of steps, for those that merge
+    rate: float = 1.0  # peak learning rate, as a multiple of AdamW's
     control: bool = False
 
 
@@ -84,14 +74,11 @@ class Point:
 
     Attributes:
         method: Key of `METHODS`; or base, sft, or the name of a kind of merge.
-        label: Name in tables.
-        seed: Number of the study.
         at: Steps of alignment, or the weight of AdamW's model in a merge.
         margin: Held-out reward margin over the SFT model at β = `BETA`; 0 for that model itself, None
             for the base.
         accuracy: Share of held-out pairs with a positive margin; None for both.
         metrics: Scores of the tasks, by their names in a run's log.
-        control: Whether it is there to judge the others by.
     """
 
     method: str
@@ -106,23 +93,14 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A study: its model, its directory, its size, and the stages that it consists of.
+    """A study: its model, its directory, its size, and the stages that it consists of."""
 
-    Attributes:
-        model: Directory of the model before SFT.
-        size: How much is trained on and asked.
-        directory: Gets data, runs and results.
-        methods: Keys of `METHODS`.
-        seeds: Number of seeds.
-        console: Where stages are announced.
-    """
-
-    model: str
+    model: str  # directory of the model before SFT, or a hub name
     size: Size
-    directory: Path
-    methods: Sequence[str]
-    seeds: int
-    console: Console
+    directory: Path  # gets data, runs and results
+    methods: Sequence[str]  # keys of `METHODS`
+    seeds: int  # how many
+    console: Console  # announces the stages
 
     @property
     def data(self) -> Path:
@@ -204,15 +182,10 @@ class Study:
     def merges(self, seed: int) -> list[tuple[str, str, float, MergeConfig]]:
         """Name, label, weight of AdamW's model and settings of every merge without training."""
         size, linear = self.size, {"method": "linear"}
-        found = [
-            (
-                "offline_linear",
-                "offline linear merge",
-                w,
-                self._merge(seed, "linear", w, 1 - w, linear),
-            )
-            for w in size.weights
-        ]
+        found = []
+        for w in size.weights:
+            config = self._merge(seed, "linear", w, 1 - w, linear)
+            found.append(("offline_linear", "offline linear merge", w, config))
         arithmetic = {"method": "task_arithmetic", "base": self.model}
         for share in size.lambdas:
             name, label = f"{PLUS_DELTA}-{share:g}", f"control: AdamW, then + {share:g}·τ"
@@ -245,12 +218,12 @@ class Study:
 
     def _points_of_run(self, seed: int, name: str) -> list[Point]:
         method = METHODS[name]
-        scores = functools.partial(_scores, beta=method.beta)
-        return [
-            Point(name, method.label, seed, row["step"], **scores(row), control=method.control)
-            for row in read_metrics(self._place(seed) / name / "metrics.jsonl")
-            if "eval_rewards/margins" in row
-        ]
+        found = []
+        for row in read_metrics(self._place(seed) / name / "metrics.jsonl"):
+            if "eval_rewards/margins" in row:
+                scores = _scores(row, method.beta) | {"control": method.control}
+                found.append(Point(name, method.label, seed, row["step"], **scores))
+        return found
 
     def _evaluated(
         self, model: str, output: Path, reference: str | None = None
