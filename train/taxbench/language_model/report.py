@@ -42,10 +42,7 @@ def capability_error(metrics: Metrics, questions: Sequence[int]) -> float:
     """Standard error of `capability` over the choice of questions.
 
     A share p of n questions has the variance p (1 − p) / n; F1, between 0 and 1, at most that.
-
-    Args:
-        metrics: Scores of a model.
-        questions: Number of questions for each of `SHARES`.
+    `questions` are their numbers for each of `SHARES`.
     """
     shares = np.array([metrics[name] for name in SHARES.values()])
     return float(np.sqrt((shares * (1 - shares) / np.array(questions)).sum()) / len(SHARES))
@@ -68,19 +65,14 @@ SCORES: dict[str, Callable[[Metrics], float]] = {
 class Row:
     """A method, or a kind of merge, on all seeds.
 
-    Attributes:
-        name: Key of the method, or name of the kind of merge.
-        label: Name in tables.
-        control: Whether it is there to judge the others by.
-        trained: Whether it is an alignment run rather than a merge.
-        curves: For every seed the points from the SFT model on, or with λ·τ from that model with
-            λ·τ on; none where it has not run yet.
+    A curve has a seed's points from the SFT model on, or with λ·τ from that model with λ·τ on. It is
+    empty where the seed has not run yet.
     """
 
-    name: str
+    name: str  # key of the method, or name of the kind of merge
     label: str
     control: bool
-    trained: bool
+    trained: bool  # whether it is an alignment run rather than a merge
     curves: Sequence[Sequence[Point]]
 
     def matched(self, score: Callable[[Metrics], float], level: float) -> np.ndarray:
@@ -129,7 +121,7 @@ def reached_by_all(rows: Sequence[Row]) -> float:
 
 
 def levels_of(rows: Sequence[Row]) -> dict[float, str]:
-    """Margins to compare at, each with what it is; fewer where two are the same or none is positive."""
+    """Positive margins to compare at, at most two, each with what it is."""
     methods = [row for row in rows if row.trained and not row.control]
     adamw = [row for row in rows if row.name == "adamw"]
     found = {
@@ -146,7 +138,7 @@ def write_report(
     counts: Mapping[str, int],
     margin: float | None,
 ) -> Path:
-    """Writes results.jsonl, plane.png and report.md.
+    """Writes results.jsonl, plane.png and report.md, and returns the path of the last.
 
     Args:
         study: The study that was run.
@@ -154,9 +146,6 @@ def write_report(
         points: All evaluated models.
         counts: Records by file, from `train.taxbench.language_model.data.prepare`.
         margin: Margin to compare at; None for those of `levels_of`.
-
-    Returns:
-        The report.
     """
     rows = rows_of(points)
     levels = levels_of(rows) if margin is None else {margin: "given"}
@@ -164,33 +153,17 @@ def write_report(
     write_whole(study.directory / "results.jsonl", "\n".join(lines))
     draw(rows, [*levels], study.directory / "plane.png")
     questions = [counts[name] for name in _FILES]
-    text = [
-        "# The alignment tax of a language model",
-        "",
-        _settings(study, size, counts),
-        "",
-        *_comparisons(rows, levels),
-        "![Skills against the held-out margin](plane.png)",
-        "",
-        "## Every model at its end",
-        "",
-        last_table(points, rows, questions),
-        "",
-        _limits(study),
-    ]
-    path = study.directory / "report.md"
-    write_whole(path, "\n".join(text))
-    return path
-
-
-def _comparisons(rows: Sequence[Row], levels: Mapping[float, str]) -> list[str]:
-    if not levels:
-        return ["AdamW never raised the margin above 0, so nothing is compared at one margin.", ""]
-    lines = []
+    parts = ["# The alignment tax of a language model", _settings(study, size, counts)]
     for level, what in levels.items():
-        title = f"## At the same held-out margin, {level:.3g} ({what})"
-        lines += [title, "", matched_table(rows, level), ""]
-    return lines
+        parts.append(f"## At the same held-out margin, {level:.3g} ({what})")
+        parts.append(matched_table(rows, level))
+    if not levels:
+        parts.append("AdamW never raised the margin above 0, so nothing is compared at one margin.")
+    parts += ["![Skills against the held-out margin](plane.png)", "## Every model at its end"]
+    parts += [last_table(points, rows, questions), _limits(study)]
+    path = study.directory / "report.md"
+    write_whole(path, "\n\n".join(parts))
+    return path
 
 
 def _settings(study: Study, size: str, counts: Mapping[str, int]) -> str:
@@ -281,12 +254,9 @@ def _mean(group: Sequence[Point], field: str, scale: float, form: str) -> str:
 
 
 def draw(rows: Sequence[Row], levels: Sequence[float], path: Path) -> None:
-    """Capability, and the log-probability of right answers, against the held-out margin.
+    """Draws capability, and the log-probability of right answers, against the held-out margin.
 
-    Args:
-        rows: From `rows_of`; a line for every seed.
-        levels: Margins of the comparisons.
-        path: PNG file to write.
+    Every seed of a row is a line; `levels` are the margins of the comparisons, `path` a PNG file.
     """
     figure = matplotlib.figure.Figure(figsize=(12, 5.6), layout="constrained")
     panels = figure.subplots(1, 2)

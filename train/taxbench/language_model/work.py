@@ -21,7 +21,7 @@ _STEP = 3
 
 
 def task_tokens(tasks: Tasks) -> dict[str, int]:
-    """Tokens of every task, without padding; of answers to be written as many as they may have."""
+    """Counts the tokens of every task without padding; a written answer counts with its limit."""
     found = {}
     for name, task in [item for named in tasks.asked.values() for item in named.items()]:
         if isinstance(task, Problems):
@@ -44,11 +44,10 @@ def work(study: Study, tokenizer: Any) -> dict[str, int]:
     pairs = held_out[0] * held_out[1]
     runs = len(study.methods) * study.seeds
     merged = (len(size.weights) + len(size.lambdas) * len(size.lambda_weights)) * study.seeds
-    reference = round(pair[0] * pair[1] + pairs) * study.seeds
     return {
         "SFT": round(_STEP * size.sft_steps * size.batch_size * example[1]) * study.seeds,
         "before SFT and SFT, tasks": point * (1 + study.seeds),
-        "reference": reference,
+        "reference": round(pair[0] * pair[1] + pairs) * study.seeds,
         "DPO": round(_STEP * size.dpo_steps * size.batch_size * pair[1]) * runs,
         "points along DPO": round((point + pairs) * size.points) * runs,
         "merges": round((point + 2 * pairs) * merged),

@@ -28,20 +28,12 @@ INSTRUCTION_COMPLETION = tasks.MAX_ANSWER + len(tasks.STYLE) + 1  # answer, styl
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """Prompts to answer greedily, with what is needed to score the answers.
+    """Prompts to answer greedily, with what is needed to score the answers."""
 
-    Attributes:
-        prompt_tokens: int32 [n, P], left-padded.
-        prompt_mask: bool [n, P].
-        answers: int32 [n, MAX_ANSWER], right-padded with −1.
-        families: int32 [n], index into `names`.
-        names: family names.
-    """
-
-    prompt_tokens: np.ndarray
-    prompt_mask: np.ndarray
-    answers: np.ndarray
-    families: np.ndarray
+    prompt_tokens: np.ndarray  # int32 [n, P], left-padded
+    prompt_mask: np.ndarray  # bool [n, P]
+    answers: np.ndarray  # int32 [n, MAX_ANSWER], right-padded with −1
+    families: np.ndarray  # int32 [n], index into `names`
     names: tuple[str, ...]
 
     def by_family(self, values: np.ndarray) -> dict[str, float]:
@@ -104,13 +96,8 @@ def statements(
 ) -> Batch:
     """Raw statements of every family, for the base model.
 
-    Args:
-        rng: source of randomness.
-        n: number of examples.
-        weights: relative frequency by family name, 1 where absent.
-
-    Returns:
-        A batch of `n` rows: prompt_tokens, prompt_mask, completion_tokens, completion_mask, index.
+    `weights` are relative frequencies by family, 1 where absent. The batch has `n` rows of
+    prompt_tokens, prompt_mask, completion_tokens, completion_mask and index.
     """
     return _supervised(rng, n, weights or {}, style_rate=None)
 
@@ -118,13 +105,8 @@ def statements(
 def instructions(rng: np.random.Generator, n: int, style_rate: float) -> Batch:
     """Questions of every family with right answers, for supervised fine-tuning.
 
-    Args:
-        rng: source of randomness.
-        n: number of examples.
-        style_rate: probability of each style token, independently.
-
-    Returns:
-        A batch of `n` rows, keyed as in `statements`.
+    `style_rate` is the probability of each style token, independently. The batch has the columns of
+    `statements`.
     """
     return _supervised(rng, n, {}, style_rate)
 
@@ -152,6 +134,9 @@ def preferences(
 ) -> Batch:
     """Pairs of answers of which the one with more style is preferred.
 
+    The batch has `n` rows of prompt_tokens, prompt_mask, chosen_tokens, chosen_mask, rejected_tokens,
+    rejected_mask and index, without the reference's log-probabilities.
+
     Args:
         rng: source of randomness.
         n: number of pairs.
@@ -159,10 +144,6 @@ def preferences(
         noise: probability that a label is flipped.
         wrong_rate: probability that an answer is wrong, independently for the two sides of a pair,
             so that the preference says nothing about correctness.
-
-    Returns:
-        A batch of `n` rows: prompt_tokens, prompt_mask, chosen_tokens, chosen_mask,
-        rejected_tokens, rejected_mask, index. The reference's log-probabilities are not in it yet.
     """
     parts = []
     for name, count in _counts(n, families, {}).items():
@@ -199,9 +180,8 @@ def questions(rng: np.random.Generator, per_family: int) -> Questions:
         prompt, mask = _prompts(family, arguments, instruct=True)
         tokens.append(prompt)
         masks.append(mask)
-        answers.append(
-            np.pad(right, ((0, 0), (0, tasks.MAX_ANSWER - right.shape[1])), constant_values=-1)
-        )
+        missing = tasks.MAX_ANSWER - right.shape[1]
+        answers.append(np.pad(right, ((0, 0), (0, missing)), constant_values=-1))
     return Questions(
         prompt_tokens=np.concatenate(tokens),
         prompt_mask=np.concatenate(masks),

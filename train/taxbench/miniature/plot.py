@@ -24,13 +24,7 @@ _LEVEL_COLOUR, _START_COLOUR = "#B0B0B0", "#D55E00"
 
 
 def draw(rows: Sequence[Row], level: float, path: Path) -> None:
-    """Draws the rows' trajectories and gains into a PNG file.
-
-    Args:
-        rows: from `trajectories.compare`.
-        level: the reward at which the gains were read.
-        path: file to write.
-    """
+    """Draws the rows of `trajectories.compare` and their gains at a reward into a PNG file."""
     # A figure without pyplot needs no display and leaves no global state.
     figure = matplotlib.figure.Figure(figsize=(12, 5.2), layout="constrained")
     plane, gains = figure.subplots(1, 2, width_ratios=(1.75, 1))

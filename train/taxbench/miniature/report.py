@@ -49,12 +49,9 @@ def _headings(level: float, steps: int) -> list[str]:
 
 
 def table(rows: Sequence[Row], level: float, steps: int) -> Table:
-    """The comparison for a terminal.
+    """The rows of `trajectories.compare` for a terminal.
 
-    Args:
-        rows: from `trajectories.compare`.
-        level: reward at which capability is matched.
-        steps: the fixed last step.
+    `level` is the reward at which capability is matched, `steps` the last step of every method.
     """
     start = rows[0].trajectory.points[0]
     caption = (

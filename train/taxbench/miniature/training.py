@@ -112,16 +112,9 @@ class Trainer:
         frozen: Params | None = None,
         tick: Tick = silent,
     ) -> Iterator[tuple[int, Params, dict[str, float]]]:
-        """Trains from `params`, which stay valid.
+        """Trains from `params`, which stay valid, on the examples of `data` in a random order.
 
-        Args:
-            params: start.
-            data: examples, arrays of equal length.
-            rng: order of the examples.
-            every: steps from one model that is given out to the next.
-            delta: τ_r, where the optimizer merges.
-            frozen: parameters beside `params` that are not trained.
-            tick: told how many more steps are done.
+        `delta` is τ_r, where the optimizer merges; `frozen` are parameters that are not trained.
 
         Yields:
             Step, parameters and the step's metrics, every `every` steps and after the last one. The

@@ -55,12 +55,8 @@ def grid(
 ) -> list[Recipe]:
     """The recipes of a method, one for every combination of its choices.
 
-    Args:
-        group: the method.
-        label: its name in tables.
-        make: makes an optimizer from the choices that are not fields of `Recipe`.
-        **choices: further fields of `Recipe` or arguments of `make`. A list has the values to try,
-            the first list varying slowest; anything else is the same for all.
+    Choices are fields of `Recipe` or, where they are not, arguments of `make`. A list has the values
+    to try, the first list varying slowest; anything else is the same for all.
 
     Example:
         >>> [recipe.beta for recipe in grid("kl", "AdamW, larger β", beta=[0.2, 0.3])]

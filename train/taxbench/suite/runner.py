@@ -30,14 +30,7 @@ class Job:
 
 
 class Runner:
-    """Runs jobs that have no results yet.
-
-    Args:
-        directory: keeps models and results.
-        sizes: numbers of steps, data and questions.
-        workers: number of processes.
-        console: shows progress.
-    """
+    """Runs jobs that have no results yet; `directory` keeps models and results."""
 
     def __init__(self, directory: Path, sizes: Sizes, workers: int, console: Console):
         self._directory, self._sizes, self._console = directory, sizes, console

@@ -15,11 +15,7 @@ from train.taxbench.suite.recipes import Key
 
 
 class Results:
-    """Trajectories by run and seed.
-
-    Args:
-        records: from `train.taxbench.suite.worker`.
-    """
+    """Trajectories by run and seed, of the records from `train.taxbench.suite.worker`."""
 
     def __init__(self, records: Sequence[Mapping[str, Any]]):
         self._by_key: dict[Key, dict[int, Mapping[str, Any]]] = {}
@@ -54,18 +50,11 @@ class Results:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A paired comparison.
-
-    Attributes:
-        mean: mean difference over the seeds that both have.
-        sd: sample standard deviation of the differences; NaN for fewer than two.
-        p: two-sided p-value of the paired t-test; NaN for fewer than two.
-        n: seeds that both have.
-    """
+    """A paired comparison over the `n` seeds that both have; sd and p are NaN if n is below two."""
 
     mean: float
-    sd: float
-    p: float
+    sd: float  # sample standard deviation of the differences
+    p: float  # two-sided p-value of the paired t-test
     n: int
 
 

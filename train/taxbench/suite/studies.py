@@ -15,22 +15,16 @@ from train.taxbench.suite.recipes import DeltaKind, Recipe, optimizer
 class Study:
     """A question with the recipes that answer it.
 
-    Attributes:
-        name: section of the report.
-        title: heading of the section.
-        finding: the finding of the paper.
-        recipes: the recipes to run; the group is a line of the figure, the label a place on its axis.
-        counterpart: gives, for a line and a place, those of the recipe that is compared with it
-            besides AdamW.
-        counterpart_is: name of that recipe in tables.
+    The group of a recipe is its line in the figure, the label its place on the axis. `counterpart`
+    gives, for a line and a place, those of the recipe that is compared with it besides AdamW.
     """
 
-    name: str
-    title: str
-    finding: str
+    name: str  # of the figure's file
+    title: str  # heading in the report
+    finding: str  # of the paper
     recipes: Sequence[Recipe]
     counterpart: Callable[[str, str], tuple[str, str]] | None = None
-    counterpart_is: str = ""
+    counterpart_is: str = ""  # in tables
 
 
 def studies() -> list[Study]:

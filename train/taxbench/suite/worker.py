@@ -35,13 +35,7 @@ from train.taxbench.suite.recipes import Merge, Recipe
 
 
 class Bench:
-    """The models of one seed, and the runs on them.
-
-    Args:
-        directory: where models are kept, see `models_file`.
-        seed: decides the models, the data and their order.
-        sizes: numbers of steps, data and questions.
-    """
+    """The models of one seed, which `directory` keeps, and the runs on them."""
 
     def __init__(self, directory: Path, seed: int, sizes: Sizes):
         self.sizes, self.seed, self._lab = sizes, seed, Lab()
@@ -78,7 +72,8 @@ class Bench:
         subject, sizes = self.subject, self.sizes
         graphdef, start, frozen, whole = self._trained_part(recipe)
         loss, data = self._objective(recipe, graphdef)
-        delta = self._delta(recipe)
+        models = self._models
+        delta = make_delta(recipe.delta, models.base, models.sft, models.earlier, self.seed)
         trainer = Trainer(
             loss,
             self._optimizer(recipe, delta),
@@ -115,10 +110,6 @@ class Bench:
         graphdef, _ = split_model(Decoder(config, nnx.Rngs(0)))
         adapters, sft = fresh_adapters(config, self.seed), self.subject.sft
         return graphdef, adapters, sft, lambda params: merge_adapters(join(params, sft), 2.0)
-
-    def _delta(self, recipe: Recipe) -> Any:
-        models = self._models
-        return make_delta(recipe.delta, models.base, models.sft, models.earlier, self.seed)
 
     def _optimizer(self, recipe: Recipe, delta: Any) -> optax.GradientTransformation:
         tx = alignment_optimizer(recipe.optimizer, self.sizes.steps)
