@@ -55,7 +55,7 @@ SFT_FILES = (
 
 
 def task_set(directory: Path, size: Size) -> TaskSetOptions:
-    """The tasks, on the files that `prepare` writes into `directory`."""
+    """Defines the tasks, on the files that `prepare` writes into `directory`."""
 
     def file(name: str) -> str:
         return str(directory / f"{name}.jsonl")
@@ -142,7 +142,7 @@ def prepare(data_dir: str, directory: Path, size: Size, tokenizer: Any) -> dict[
 def _chosen(
     data_dir: Path, directory: Path, size: Size, tokenizer: Any
 ) -> dict[str, Sequence[Mapping[str, Any]]]:
-    """The records that are used, by the names of the files that they are written to."""
+    """Selects the records, by the names of the files that they are written to."""
     encoder = Encoder(tokenizer)
 
     def read(name: str) -> list[Record]:
@@ -164,7 +164,7 @@ def _chosen(
 def short_enough(
     records: Sequence[Record], encoder: Encoder, lengths: tuple[int, int]
 ) -> list[Record]:
-    """Preferences or examples whose prompt and answers are no longer than `lengths`, in tokens."""
+    """Keeps preferences or examples whose prompt and answers are within `lengths`, in tokens."""
     usable, rows = [], []
     for record in records:
         try:
@@ -188,7 +188,7 @@ def short_enough(
 
 
 def spread(records: Sequence[Any], count: int | None) -> list[Any]:
-    """`count` records at even distances, for files that are sorted; all for None or where fewer."""
+    """Takes `count` records at even distances, as files are sorted; all for None or where fewer."""
     if count is None or count >= len(records):
         return list(records)
     return [records[i] for i in np.linspace(0, len(records) - 1, count).round().astype(int)]
@@ -197,7 +197,7 @@ def spread(records: Sequence[Any], count: int | None) -> list[Any]:
 def _questions(
     read: Callable[[str], list[Record]], directory: Path, size: Size, tokenizer: Any
 ) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-    """The records of every task's file, converted where the tasks could not take them as they are."""
+    """Yields the records of every task's file, converted where the tasks need it."""
     convert = {"commonsenseqa_validation": listed_options, "gsm8k_test": with_final_answer}
     tasks = task_set(directory, size)
     prompts = {Path(one.path).stem: one.prompt for one in tasks.tasks.values()}
@@ -217,7 +217,7 @@ def _questions(
 
 
 def _lengths(texts: Sequence[str], tokenizer: Any) -> list[int]:
-    """Tokens of each text."""
+    """Counts the tokens of each text."""
     return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
@@ -261,7 +261,7 @@ def _text(record: Mapping[str, Any], name: str) -> str:
 
 
 def _articles(records: Sequence[Record], size: Size, tokenizer: Any) -> list[dict[str, str]]:
-    """Texts, cut to the tokens that are to be scored."""
+    """Cuts texts to the tokens that are to be scored."""
     texts = [_text(record, "text") for record in spread(records, size.articles)]
     if size.article_tokens is not None:
         cut = [tokenizer(t, verbose=False)["input_ids"][: size.article_tokens] for t in texts]

@@ -34,12 +34,12 @@ _PERPLEXITY = "eval_texts/wikitext/perplexity"
 
 
 def capability(metrics: Metrics) -> float:
-    """Mean of `SHARES`."""
+    """Averages `SHARES`."""
     return float(np.mean([metrics[name] for name in SHARES.values()]))
 
 
 def capability_error(metrics: Metrics, questions: Sequence[int]) -> float:
-    """Standard error of `capability` over the choice of questions.
+    """Estimates the standard error of `capability` over the choice of questions.
 
     A share p of n questions has the variance p (1 − p) / n; F1, between 0 and 1, at most that.
     `questions` are their numbers for each of `SHARES`.
@@ -49,7 +49,7 @@ def capability_error(metrics: Metrics, questions: Sequence[int]) -> float:
 
 
 def right_logp(metrics: Metrics) -> float:
-    """Mean log-probability of right answers over the multiple-choice tasks."""
+    """Averages the log-probability of right answers over the multiple-choice tasks."""
     return float(np.mean([value for name, value in metrics.items() if name.endswith("/logp")]))
 
 
@@ -76,11 +76,11 @@ class Row:
     curves: Sequence[Sequence[Point]]
 
     def matched(self, score: Callable[[Metrics], float], level: float) -> np.ndarray:
-        """The score where each curve first reaches a margin, float [seeds]; NaN where it does not."""
+        """Reads a score where each curve first reaches a margin, float [seeds]; NaN if never."""
         return self._read(lambda point: score(point.metrics), level)
 
     def reached_at(self, level: float) -> np.ndarray:
-        """The step or weight there, float [seeds]; NaN where it is not reached."""
+        """Reads the step or weight there, float [seeds]; NaN where the margin is not reached."""
         return self._read(lambda point: point.at, level)
 
     def _read(self, value: Callable[[Point], float], level: float) -> np.ndarray:
@@ -94,7 +94,7 @@ class Row:
 
 
 def rows_of(points: Sequence[Point]) -> list[Row]:
-    """One row for each method and kind of merge; an offline merge ends at AdamW's own model."""
+    """Makes a row for each method and kind of merge; an offline merge ends at AdamW's own model."""
     starts = {point.seed: point for point in points if point.method == "sft"}
     ends = {point.seed: point for point in points if point.method == "adamw"}  # the last of each
     names = dict.fromkeys(point.method for point in points if point.method not in ("base", "sft"))
@@ -114,14 +114,14 @@ def rows_of(points: Sequence[Point]) -> list[Row]:
 
 
 def reached_by_all(rows: Sequence[Row]) -> float:
-    """The largest margin that every one of some rows reaches on every seed that it has run on."""
+    """Returns the largest margin that all of the rows reach on every seed that they have run on."""
     return min(
         max(point.margin or 0.0 for point in curve) for row in rows for curve in row.curves if curve
     )
 
 
 def levels_of(rows: Sequence[Row]) -> dict[float, str]:
-    """Positive margins to compare at, at most two, each with what it is."""
+    """Lists positive margins to compare at, at most two, each with what it is."""
     methods = [row for row in rows if row.trained and not row.control]
     adamw = [row for row in rows if row.name == "adamw"]
     found = {
@@ -205,7 +205,7 @@ def _spread(values: np.ndarray, form: str) -> str:
 
 
 def matched_table(rows: Sequence[Row], level: float) -> str:
-    """Every score at the margin, and its difference to AdamW with the same seed."""
+    """Shows every score at the margin, and its difference to AdamW with the same seed."""
     adamw = next(row for row in rows if row.name == "adamw")
     body = []
     for row in rows:
@@ -225,7 +225,7 @@ def matched_table(rows: Sequence[Row], level: float) -> str:
 
 
 def last_table(points: Sequence[Point], rows: Sequence[Row], questions: Sequence[int]) -> str:
-    """Scores of the models themselves: means over seeds of every method's last step."""
+    """Shows scores of the models themselves: means over seeds of every method's last step."""
     groups = [[p for p in points if p.method == name] for name in ("base", "sft")]
     groups += [[c[-1] for c in row.curves if c] for row in rows if row.trained]
     merges = [(p.method, p.at) for row in rows if not row.trained for p in row.curves[0]]

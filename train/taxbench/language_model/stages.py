@@ -125,7 +125,7 @@ class Study:
                 yield [self._merged(seed, name, label, weight, config)]
 
     def sft_config(self, seed: int) -> SFTConfig:
-        """Settings of the fine-tuning, as of ``python -m train sft``."""
+        """Makes the settings of the fine-tuning, as of ``python -m train sft``."""
         size, first = self.size, str(self.data / f"{SFT_FILES[0]}.jsonl")
         values = {
             "model.path": self.model,
@@ -143,7 +143,7 @@ class Study:
         return dataclasses.replace(config, data=dataclasses.replace(config.data, mix=mix))
 
     def dpo_config(self, seed: int, name: str) -> DPOConfig:
-        """Settings of an alignment, as of ``python -m train dpo``."""
+        """Makes the settings of an alignment, as of ``python -m train dpo``."""
         size, method = self.size, METHODS[name]
         every = -(-size.dpo_steps // size.points)
         values = {
@@ -180,7 +180,7 @@ class Study:
         return [*configs, *(f"--{name}={value}" for name, value in {**shared, **values}.items())]
 
     def merges(self, seed: int) -> list[tuple[str, str, float, MergeConfig]]:
-        """Name, label, weight of AdamW's model and settings of every merge without training."""
+        """Lists name, label, weight of AdamW's model and settings of every merge without training."""
         size, linear = self.size, {"method": "linear"}
         found = []
         for w in size.weights:
@@ -198,7 +198,7 @@ class Study:
     def _merge(
         self, seed: int, name: str, weight: float, rest: float, settings: Mapping[str, Any]
     ) -> MergeConfig:
-        """Settings of a merge of AdamW's model, by `weight`, and the SFT model, by `rest`."""
+        """Makes the settings of a merge of AdamW's model, by `weight`, and the SFT model, by `rest`."""
         models = [
             MergeModelOptions(path=self._export(seed, "adamw"), weight=weight),
             MergeModelOptions(path=self._export(seed, "sft"), weight=rest),
@@ -207,7 +207,7 @@ class Study:
         return MergeConfig(models=models, output=str(output), dtype="float32", **settings)
 
     def _merged(self, seed: int, name: str, label: str, at: float, config: MergeConfig) -> Point:
-        """The scores of a merge. The model itself, which is quickly made again, is not kept."""
+        """Scores a merge. The model itself, which is quickly made again, is not kept."""
         place = Path(config.output)
         result = place.with_name(f"{place.name}.json")
         if not result.exists() and not place.exists():
@@ -228,7 +228,7 @@ class Study:
     def _evaluated(
         self, model: str, output: Path, reference: str | None = None
     ) -> dict[str, float]:
-        """Scores of a model under the names of a run's log; held-out pairs with a reference."""
+        """Scores a model under the names of a run's log; held-out pairs where a reference is given."""
         if not output.exists():
             pairs = None
             if reference is not None:
@@ -267,7 +267,7 @@ class Study:
 
 
 def _scores(metrics: Mapping[str, float], beta: float = BETA) -> dict[str, Any]:
-    """The scores of a `Point`, from held-out metrics whose rewards have this β."""
+    """Picks the scores of a `Point` from held-out metrics whose rewards have this β."""
     tasks = ("eval_tasks/", "eval_texts/", "eval_generation/")
     return {
         "margin": BETA / beta * metrics["eval_rewards/margins"],

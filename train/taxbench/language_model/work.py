@@ -33,7 +33,7 @@ def task_tokens(tasks: Tasks) -> dict[str, int]:
 
 
 def work(study: Study, tokenizer: Any) -> dict[str, int]:
-    """Tokens through the model by stage, of all seeds; a step of training counts three times."""
+    """Counts tokens through the model by stage, of all seeds; a training step counts three times."""
     size, quiet = study.size, Console(quiet=True)
     longest = check_model(ModelOptions(path=study.model), "model").max_position_embeddings
     tasks = read_tasks(task_set(study.data, size), tokenizer, longest, quiet)
@@ -57,7 +57,7 @@ def work(study: Study, tokenizer: Any) -> dict[str, int]:
 def _tokens(
     study: Study, names: list[str], lengths: tuple[int, int], tokenizer: Any
 ) -> tuple[int, float]:
-    """Rows of some files, and the mean number of tokens of a row; a pair has its prompt once."""
+    """Counts rows of some files, and the mean tokens of a row; a pair has its prompt once."""
     rows, total = 0, 0.0
     for name in names:
         path = str(study.data / f"{name}.jsonl")

@@ -82,7 +82,7 @@ def _progress(console: Console) -> Progress:
 
 
 def expected_seconds(config: DemoConfig) -> float:
-    """Rough wall time on two free CPU cores, compilation included."""
+    """Estimates the wall time on two free CPU cores, compilation included."""
     supervised = 0.027 * config.base_steps + 0.033 * config.sft_steps
     evaluations = len(METHODS) * config.steps // config.eval_every + len(OFFLINE_WEIGHTS)
     aligned = len(METHODS) * config.steps * 0.035
@@ -127,7 +127,7 @@ def align_all(
 def sample_answers(
     lab: Lab, questions: Questions, models: Mapping[str, Params]
 ) -> tuple[list[str], list[list[str]]]:
-    """The first held-out question of each family with every model's answer, as a table."""
+    """Makes a table of the first held-out question of each family with every model's answer."""
     first = np.unique(questions.families, return_index=True)[1]
     columns = [[tasks.decode(row[row != tasks.BOS]) for row in questions.prompt_tokens[first]]]
     for params in models.values():

@@ -37,7 +37,7 @@ class Questions:
     names: tuple[str, ...]
 
     def by_family(self, values: np.ndarray) -> dict[str, float]:
-        """Means over the questions of every family, rounded; `values` is a number for each question."""
+        """Averages a number for each question over every family, rounded."""
         return {
             name: round(float(values[self.families == i].mean()), 4)
             for i, name in enumerate(self.names)
@@ -94,7 +94,7 @@ def _counts(n: int, names: Sequence[str], weights: Mapping[str, float]) -> dict[
 def statements(
     rng: np.random.Generator, n: int, weights: Mapping[str, float] | None = None
 ) -> Batch:
-    """Raw statements of every family, for the base model.
+    """Draws raw statements of every family, for the base model.
 
     `weights` are relative frequencies by family, 1 where absent. The batch has `n` rows of
     prompt_tokens, prompt_mask, completion_tokens, completion_mask and index.
@@ -103,7 +103,7 @@ def statements(
 
 
 def instructions(rng: np.random.Generator, n: int, style_rate: float) -> Batch:
-    """Questions of every family with right answers, for supervised fine-tuning.
+    """Draws questions of every family with right answers, for supervised fine-tuning.
 
     `style_rate` is the probability of each style token, independently. The batch has the columns of
     `statements`.
@@ -114,7 +114,7 @@ def instructions(rng: np.random.Generator, n: int, style_rate: float) -> Batch:
 def _supervised(
     rng: np.random.Generator, n: int, weights: Mapping[str, float], style_rate: float | None
 ) -> Batch:
-    """Instructions with style, or raw statements where `style_rate` is None."""
+    """Draws instructions with style, or raw statements where `style_rate` is None."""
     instruct = style_rate is not None
     width = INSTRUCTION_COMPLETION if instruct else STATEMENT_COMPLETION
     parts = []
@@ -132,7 +132,7 @@ def _supervised(
 def preferences(
     rng: np.random.Generator, n: int, families: Sequence[str], *, noise: float, wrong_rate: float
 ) -> Batch:
-    """Pairs of answers of which the one with more style is preferred.
+    """Draws pairs of answers of which the one with more style is preferred.
 
     The batch has `n` rows of prompt_tokens, prompt_mask, chosen_tokens, chosen_mask, rejected_tokens,
     rejected_mask and index, without the reference's log-probabilities.
@@ -165,7 +165,7 @@ def preferences(
 
 
 def _unequal_styles(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two styles, bool [n, 3] each, uniform among the pairs where the first has more tokens."""
+    """Draws two styles, bool [n, 3] each, uniformly among the pairs where the first has more tokens."""
     bits = (np.arange(8)[:, None] >> np.arange(3)) & 1 > 0
     first, second = np.nonzero(bits.sum(1)[:, None] > bits.sum(1)[None, :])
     pick = rng.integers(0, len(first), n)
@@ -173,7 +173,7 @@ def _unequal_styles(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.nd
 
 
 def questions(rng: np.random.Generator, per_family: int) -> Questions:
-    """Held-out questions of every family (for the memorised facts, the facts themselves)."""
+    """Draws held-out questions of every family (for the memorised facts, the facts themselves)."""
     tokens, masks, answers = [], [], []
     for family in FAMILIES.values():
         arguments, right = tasks.draw(family, rng, per_family, held_out=True)

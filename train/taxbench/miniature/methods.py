@@ -32,7 +32,7 @@ class Method:
     beta: float = 0.1  # strength of DPO's pull towards the reference
 
     def settings(self, steps: int) -> str:
-        """Its settings in words, with the total weight of the reference delta over `steps`."""
+        """Puts its settings in words, with the total weight of the reference delta over `steps`."""
         options = self.optimizer
         text = f"lr {options.learning_rate:g}, β {self.beta:g}"
         if isinstance(options.alpha, float) and options.alpha:
@@ -103,7 +103,7 @@ def merged_by_weight(
 
 
 def with_delta_added(subject: Subject, model: Params, weight: float) -> Params:
-    """A model plus `weight` times the reference's delta."""
+    """Adds `weight` times the reference's delta to a model."""
     models, weights = [model, subject.sft], [1.0, weight]
     return om.offline_merge(subject.base, models, method="task_arithmetic", weights=weights)
 
@@ -111,7 +111,7 @@ def with_delta_added(subject: Subject, model: Params, weight: float) -> Params:
 def offline_linear(
     lab: Lab, subject: Subject, models: Mapping[int, Params], tick: Tick
 ) -> Trajectory:
-    """AdamW's last model averaged with the fine-tuned one, over a grid of weights."""
+    """Averages AdamW's last model with the fine-tuned one, over a grid of weights."""
     last, points = max(models), [subject.start]
     merged = merged_by_weight(subject, models[last], "linear")
     for weight, model in zip(OFFLINE_WEIGHTS, merged, strict=True):
@@ -124,7 +124,7 @@ def offline_linear(
 def add_delta(
     lab: Lab, subject: Subject, models: Mapping[int, Params], weight: float, tick: Tick
 ) -> Trajectory:
-    """AdamW's models with `weight` times the reference's delta added once, after training.
+    """Adds `weight` times the reference's delta to each of AdamW's models, after training.
 
     The simplest thing that could explain what online merging does, so every claim has to pass it.
     """

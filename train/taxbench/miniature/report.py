@@ -22,7 +22,7 @@ def _percent(value: float) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    """Method, settings, matched capability, gain, where reached, last reward, last capability."""
+    """Fills a row of the table with `_headings`."""
     trajectory = row.trajectory
     is_merge = trajectory.at == "weight"
     if row.matched is None:
@@ -49,7 +49,7 @@ def _headings(level: float, steps: int) -> list[str]:
 
 
 def table(rows: Sequence[Row], level: float, steps: int) -> Table:
-    """The rows of `trajectories.compare` for a terminal.
+    """Shows the rows of `trajectories.compare` in a terminal.
 
     `level` is the reward at which capability is matched, `steps` the last step of every method.
     """
@@ -62,12 +62,13 @@ def table(rows: Sequence[Row], level: float, steps: int) -> Table:
         caption += " p = 1: no entry is dropped, so neither masks nor thresholds are at work."
     out = Table(caption=caption, caption_justify="left")
     # The settings are on the page; a terminal has no room for them.
-    for index, heading in enumerate(_without_settings(_headings(level, steps))):
-        out.add_column(heading, justify="right" if index else "left")
+    first, _, *others = _headings(level, steps)
+    out.add_column(first)
+    for heading in others:
+        out.add_column(heading, justify="right")
     for row in rows:
-        out.add_row(
-            *_without_settings(_cells(row)), style="dim" if row.trajectory.control else None
-        )
+        method, _, *cells = _cells(row)
+        out.add_row(method, *cells, style="dim" if row.trajectory.control else None)
     return out
 
 
@@ -76,12 +77,8 @@ def _whole(rows: Sequence[Row]) -> list[str]:
     return [row.trajectory.label for row in rows if "(p = 1)" in row.trajectory.label]
 
 
-def _without_settings(cells: Sequence[str]) -> list[str]:
-    return [cells[0], *cells[2:]]
-
-
 def headline(rows: Sequence[Row], level: float) -> str:
-    """The result in one sentence, whichever way it went."""
+    """States the result in one sentence, whichever way it went."""
     base = next(row for row in rows if row.trajectory.name == "adamw")
     if base.matched is None:
         return (
@@ -100,10 +97,6 @@ def headline(rows: Sequence[Row], level: float) -> str:
     )
     text += f"; {', '.join(others)}." if others else "."
     return text + (f" Not reaching it: {', '.join(missing)}." if missing else "")
-
-
-def _above_or_below(difference: float) -> str:
-    return f"{abs(100 * difference):.1f} points {'above' if difference >= 0 else 'below'}"
 
 
 def notes(rows: Sequence[Row], level: float, seed: int) -> list[str]:
@@ -134,10 +127,14 @@ def notes(rows: Sequence[Row], level: float, seed: int) -> list[str]:
     control = by_name.get("adamw_plus_delta")
     online = [by_name[name] for name in ("on_dare", "on_ties") if name in by_name]
     if control is not None and control.matched is not None:
-        parts = [
-            f"{row.trajectory.label} is {_above_or_below(row.matched - control.matched)} it"
+        gaps = {
+            row.trajectory.label: 100 * (row.matched - control.matched)
             for row in online
             if row.matched is not None
+        }
+        parts = [
+            f"{label} is {abs(gap):.1f} points {'above' if gap >= 0 else 'below'} it"
+            for label, gap in gaps.items()
         ]
         if parts:
             out.insert(
@@ -164,7 +161,7 @@ def command_line(command: str, config: Any, left_out: Sequence[str] = ()) -> str
 
 
 def environment() -> str:
-    """Versions and machine, in one line."""
+    """Names versions and the machine in one line."""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("jax", "optax", "flax")
     )
@@ -178,7 +175,7 @@ def page(
     answers: tuple[Sequence[str], Sequence[Sequence[str]]],
     plot: Path,
 ) -> str:
-    """The report as one HTML page that needs no other file.
+    """Makes the report as one HTML page that needs no other file.
 
     Args:
         rows: from `trajectories.compare`.

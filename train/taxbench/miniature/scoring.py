@@ -11,7 +11,7 @@ from train.taxbench.miniature import tasks
 
 
 def _before_end(generated: np.ndarray) -> np.ndarray:
-    """True up to, not including, the first end-of-text token; bool [n, T]."""
+    """Marks the tokens before the first end-of-text token, bool [n, T]."""
     return np.cumsum(generated == tasks.EOS, axis=1) == 0
 
 

@@ -39,7 +39,7 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """Parameters on the host: the base model, the one half-way through fine-tuning, the fine-tuned."""
+    """Parameters on the host of the base model, the one half-way through fine-tuning, and its end."""
 
     base: Params
     earlier: Params
@@ -81,12 +81,12 @@ def train_models(
 
 
 def on_host(params: Any) -> Params:
-    """A copy as numpy arrays, which outlives donated buffers."""
+    """Copies parameters to numpy arrays, which outlive donated buffers."""
     return jax.tree.map(np.array, params)
 
 
 def make_subject(lab: Lab, models: Models, seed: int, sizes: Sizes) -> Subject:
-    """The preference data and questions for a fine-tuned model."""
+    """Makes the preference data and questions for a fine-tuned model."""
     rng = np.random.default_rng([seed, 2])
     data = examples.preferences(
         rng, sizes.pairs, PREFERENCE_FAMILIES, noise=LABEL_NOISE, wrong_rate=WRONG_RATE

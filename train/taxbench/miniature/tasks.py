@@ -50,7 +50,7 @@ class Family:
 def _rule(
     first: int, symbols: int, length: int, answer: Callable[[np.ndarray], np.ndarray]
 ) -> Sampler:
-    """Prompts of `length` random symbols, from token `first` on, answered by a fixed rule."""
+    """Makes prompts of `length` random symbols, from token `first` on, answered by a fixed rule."""
 
     def sample(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
         x = first + rng.integers(0, symbols, (n, length))

@@ -95,7 +95,7 @@ class Row:
 
 
 def _resampled_matches(trajectory: Trajectory, counts: np.ndarray, level: float) -> np.ndarray:
-    """Matched capability for every resampling of the questions; counts [B, n] sum to n in a row."""
+    """Matches capability for every resampling of the questions; counts [B, n] sum to n in a row."""
     n = counts.shape[1]
     style = counts @ np.stack([p.style for p in trajectory.points], axis=1) / n
     right = counts @ np.stack([p.right for p in trajectory.points], axis=1).astype(float) / n
@@ -103,7 +103,7 @@ def _resampled_matches(trajectory: Trajectory, counts: np.ndarray, level: float)
 
 
 def _read(trajectory: Trajectory, field: str, level: float) -> float:
-    """A field of the points where the level is first reached; NaN where it is not."""
+    """Reads a field of the points where the level is first reached; NaN where it is not."""
     rewards, values = (
         np.array([getattr(point, name) for point in trajectory.points])
         for name in ("reward", field)
@@ -150,7 +150,7 @@ def compare(
 
 
 def records(trajectory: Trajectory, questions: Questions) -> list[dict]:
-    """The points of a trajectory as dictionaries of plain numbers, for results.jsonl."""
+    """Turns the points of a trajectory into dictionaries of plain numbers, for results.jsonl."""
     return [
         {
             "method": trajectory.name,

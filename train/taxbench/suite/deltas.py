@@ -17,7 +17,7 @@ LOW_RANK = 4
 
 
 def make_delta(kind: DeltaKind, base: Any, sft: Any, earlier: Any, seed: int) -> Any:
-    """The delta that a recipe asks for, a tree like ``sft``.
+    """Makes the delta that a recipe asks for, a tree like ``sft``.
 
     Args:
         kind: ``tau``: the fine-tuned less the base model. ``negative``: its negative. ``permuted``:

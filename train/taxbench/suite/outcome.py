@@ -34,7 +34,7 @@ class TaxbenchConfig(BenchmarkConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """All that the report is made from. The first table is of `seeds`, the studies of `study_seeds`."""
+    """All that the report shows. The first table is of `seeds`, the studies of `study_seeds`."""
 
     config: TaxbenchConfig
     results: Results
@@ -46,11 +46,11 @@ class Outcome:
     study_seeds: Sequence[int]
 
     def method(self, group: str) -> Entry | None:
-        """The chosen settings of a method; None where it was not run."""
+        """Returns the chosen settings of a method; None where it was not run."""
         return next((row for row in self.first if row.group == group), None)
 
     def matched(self, row: Entry, seeds: Sequence[int], level: float | None = None) -> np.ndarray:
-        """Capability where a row first reaches a reward, by default that of the settings.
+        """Reads capability where a row first reaches a reward, by default that of the settings.
 
         Returns float [seeds], NaN where the reward is not reached.
         """

@@ -32,7 +32,7 @@ class Merge:
     weight: float | None = None  # λ of ``add_delta``
 
     def settings(self) -> str:
-        """Its settings in words."""
+        """Puts its settings in words."""
         if self.method == "add_delta":
             return f"λ {self.weight:g}"
         return "w = 0.05 … 1" + ("" if self.density is None else f", p {self.density:g}")
@@ -57,7 +57,7 @@ class Recipe:
     control: bool = False
 
     def fingerprint(self) -> str:
-        """Identifies everything that its results rest on; labels are not part of it."""
+        """Hashes everything that its results rest on; labels are not part of it."""
         settings = dataclasses.asdict(self)
         for name in ("group", "label", "control", "merges"):
             settings.pop(name)
@@ -65,12 +65,12 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def trajectories(self) -> list[Key]:
-        """Keys of the trajectories that it makes: its own, and one for each merge."""
+        """Lists the keys of the trajectories that it makes: its own, and one for each merge."""
         run = self.fingerprint()
         return [(run, None), *((run, merge.name) for merge in self.merges)]
 
     def settings(self, steps: int) -> str:
-        """Its settings in words, with the total weight of the reference delta over `steps`."""
+        """Puts its settings in words, with the total weight of the reference delta over `steps`."""
         options = self.optimizer
         words = [f"lr {options.learning_rate:g}", f"β {self.beta:g}"]
         words += _alpha_words(options.alpha, steps)
@@ -103,5 +103,5 @@ def _alpha_words(alpha: Any, steps: int) -> list[str]:
 
 
 def optimizer(name: str = "adamw", **fields: Any) -> OptimizerOptions:
-    """Optimizer settings with the benchmark's usual learning rate."""
+    """Makes optimizer settings with the benchmark's usual learning rate."""
     return OptimizerOptions(**({"name": name, "learning_rate": 3e-5} | fields))

@@ -59,7 +59,7 @@ def run_taxbench(config: TaxbenchConfig) -> Path:
 
 
 def run_suite(config: TaxbenchConfig, runner: Runner) -> Outcome:
-    """Every stage of a suite, each going on where an earlier run stopped."""
+    """Runs every stage of a suite; each goes on where an earlier run stopped."""
     suite = SUITES[config.suite]
     dev = range(FIRST_DEV_SEED, FIRST_DEV_SEED + suite.dev_seeds)
     seeds = range(FIRST_SEED, FIRST_SEED + suite.seeds)

@@ -28,7 +28,7 @@ class Study:
 
 
 def studies() -> list[Study]:
-    """The paper's figures and tables after the first, and the questions it leaves open."""
+    """Lists the paper's figures and tables after the first, and the questions it leaves open."""
     return [
         _densities(),
         _alphas(),
@@ -41,12 +41,12 @@ def studies() -> list[Study]:
 
 
 def _line(label: str, points: Mapping[Any, OptimizerOptions]) -> list[Recipe]:
-    """One line of a figure: an optimizer for every place on its axis."""
+    """Makes a line of a figure: an optimizer for every place on its axis."""
     return [Recipe(label, str(at), options) for at, options in points.items()]
 
 
 def _both_merges(points: Mapping[Any, Mapping[str, Any]]) -> list[Recipe]:
-    """Lines of OnDARE and OnTIES, with the settings for every place on the axis."""
+    """Makes lines of OnDARE and OnTIES, with the settings for every place on the axis."""
     return [
         *_line("OnDARE", {at: on_dare(**settings) for at, settings in points.items()}),
         *_line("OnTIES", {at: on_ties(**settings) for at, settings in points.items()}),
@@ -54,7 +54,7 @@ def _both_merges(points: Mapping[Any, Mapping[str, Any]]) -> list[Recipe]:
 
 
 def _with_adamw(at: Any, **fields: Any) -> list[Recipe]:
-    """AdamW, OnDARE and OnTIES at one place on the axis, with the same fields of a recipe."""
+    """Puts AdamW, OnDARE and OnTIES at one place on the axis, with the same fields of a recipe."""
     lines = {"AdamW": optimizer(), "OnDARE": on_dare(), "OnTIES": on_ties()}
     return [Recipe(line, str(at), options, **fields) for line, options in lines.items()]
 

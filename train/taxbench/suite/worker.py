@@ -101,7 +101,7 @@ class Bench:
         return self._lab.grade(model, self.subject.questions, at, **extra)
 
     def _trained_part(self, recipe: Recipe) -> tuple[Any, Params, Params | None, Any]:
-        """Structure, what is trained, what is not, and how the whole model is put together."""
+        """Returns structure, trained and frozen parameters, and a function that joins the two."""
         if recipe.lora_rank is None:
             return self._lab.graphdef, self.subject.sft, None, lambda params: params
         config = dataclasses.replace(
@@ -126,7 +126,7 @@ class Bench:
         return loss, self.subject.pairs
 
     def _unpaired(self) -> Batch:
-        """Both answers of every pair, labelled, with mismatched ones for the divergence."""
+        """Labels both answers of every pair, and adds mismatched ones for the divergence."""
         pairs = self.subject.pairs
         order = np.random.default_rng([self.seed, 4]).permutation(2 * len(pairs["index"]))
 
@@ -146,7 +146,7 @@ class Bench:
         return data | {"index": np.arange(len(order), dtype=np.int32)}
 
     def _merge(self, recipe: Recipe, merge: Merge, models: Sequence[Params]) -> dict:
-        """The record of a merge of the models that training has passed through."""
+        """Grades a merge of the models that training has passed through; returns its record."""
         subject = self.subject
         if merge.method == "add_delta":
             assert merge.weight is not None
@@ -165,7 +165,7 @@ class Bench:
 
 @functools.lru_cache(maxsize=1)
 def bench(directory: Path, seed: int, sizes: Sizes) -> Bench:
-    """The bench of a seed; a process keeps the one it used last."""
+    """Returns the bench of a seed; a process keeps the one that it used last."""
     jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return Bench(directory, seed, sizes)
