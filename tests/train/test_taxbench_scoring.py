@@ -12,6 +12,7 @@ from train.taxbench.miniature import plot, report
 from train.taxbench.miniature.examples import Questions
 from train.taxbench.miniature.methods import METHODS
 from train.taxbench.miniature.scoring import is_right, style_score
+from train.taxbench.miniature.sizes import DemoConfig
 from train.taxbench.miniature.tasks import EOS, HOPE, PAD, SMILE, SURE
 from train.taxbench.miniature.trajectories import (
     Point,
@@ -176,20 +177,11 @@ def test_headline_says_what_was_measured():
 
 
 def test_page_is_complete_and_needs_no_other_file(tmp_path):
-    figure, path = tmp_path / "plot.png", tmp_path / "report.html"
+    figure = tmp_path / "plot.png"
     plot.draw(rows(), 0.5, figure)
     assert figure.read_bytes().startswith(b"\x89PNG")
-    page = report.Page(
-        level=0.5,
-        steps=20,
-        seed=7,
-        settings={"seed": 7},
-        command="python -m train demo --seed 7",
-        cost="1 s",
-        answers=(["question", "SFT <model>"], [["copy a", "a </s>"]]),
-    )
-    report.write_page(rows(), page, figure, path)
-    text = path.read_text(encoding="utf-8")
+    answers = (["question", "SFT <model>"], [["copy a", "a </s>"]])
+    text = report.page(rows(), DemoConfig(reward=0.5, seed=7), "1 s", answers, figure)
     for expected in ("settings of on_ties", "+15.0 ± ", "not reached (best 0.30)", "--seed 7"):
         assert expected in text
     assert "SFT &lt;model&gt;" in text  # escaped

@@ -192,7 +192,7 @@ def test_a_suite_runs_reports_and_goes_on_where_it_stopped(tmp_path, monkeypatch
     ("settings", "message"),
     [
         ({"reward": 1.0}, "reward must be between 0 and 1"),
-        ({"workers": 0}, "workers must be 1 or larger"),
+        ({"workers": 0}, "workers must be positive"),
         ({"steps": 25}, "eval_every must divide steps"),
         ({"pairs": 3}, "pairs must be 64 or larger"),
     ],
@@ -214,7 +214,7 @@ def test_published_report_is_made_of_the_published_results(tmp_path):
             pytest.fail("a published result is not found under its fingerprint")
 
     runner = Complete(tmp_path, Sizes.of(config), 1, Console(quiet=True))
-    assert report_text(run_suite(config, runner)) == (published / "report.md").read_text()
+    assert report_text(run_suite(config, runner)) + "\n" == (published / "report.md").read_text()
 
 
 def test_a_directory_has_one_process_at_a_time(tmp_path):

@@ -55,27 +55,24 @@ SFT_FILES = (
 
 
 def task_set(directory: Path, size: Size) -> TaskSetOptions:
-    """The tasks, on the files that `prepare` writes into `directory`."""
+    """Defines the tasks, on the files that `prepare` writes into `directory`."""
 
     def file(name: str) -> str:
         return str(directory / f"{name}.jsonl")
 
+    def asked(name: str, prompt: str, answer: str, **fields: Any) -> TaskOptions:
+        return TaskOptions(path=file(name), prompt=prompt, answer=answer, **fields)
+
     def own_choices(name: str) -> TaskOptions:
-        return TaskOptions(
-            path=file(name), prompt="{question}", answer="{answer}", choices_field="choices"
-        )
+        return asked(name, "{question}", "{answer}", choices_field="choices")
 
     passage = "{context}\n\n{question} Answer with a few words of the text."
     whole = size.article_tokens
     return TaskSetOptions(
         tasks={
-            "svamp": TaskOptions(
-                path=file("svamp"), prompt="{Body} {Question}", answer="{Answer:g}"
-            ),
-            "mawps": TaskOptions(path=file("mawps"), prompt="{input}", answer="{target:g}"),
-            "gsm8k": TaskOptions(
-                path=file("gsm8k_test"), prompt="{question}", answer="{final_answer}"
-            ),
+            "svamp": asked("svamp", "{Body} {Question}", "{Answer:g}"),
+            "mawps": asked("mawps", "{input}", "{target:g}"),
+            "gsm8k": asked("gsm8k_test", "{question}", "{final_answer}"),
             "mmlu": own_choices("mmlu_val"),
             "commonsenseqa": own_choices("commonsenseqa_validation"),
         },
@@ -100,11 +97,7 @@ def task_set(directory: Path, size: Size) -> TaskSetOptions:
 
 
 def check_files(data_dir: str) -> None:
-    """Checks that all files are there.
-
-    Raises:
-        UserError: some are missing; all of them are named with their public origin.
-    """
+    """Raises `UserError` where files are missing, naming all of them with their public origin."""
     missing = [
         f"{name}.jsonl.gz ({origin})"
         for name, origin in ORIGINS.items()
@@ -118,7 +111,7 @@ def check_files(data_dir: str) -> None:
 
 
 def prepare(data_dir: str, directory: Path, size: Size, tokenizer: Any) -> dict[str, int]:
-    """Writes what a study trains on and asks, once.
+    """Writes what a study trains on and asks, once, and returns the number of records by file.
 
     Args:
         data_dir: Directory with the files of `ORIGINS`.
@@ -127,14 +120,12 @@ def prepare(data_dir: str, directory: Path, size: Size, tokenizer: Any) -> dict[
         size: How much is taken.
         tokenizer: The model's tokenizer; lengths are counted with it.
 
-    Returns:
-        Records by file.
-
     Raises:
-        UserError: a file is damaged, or too little of it is short enough.
+        UserError: a file is damaged, or nothing in it is short enough.
     """
-    if (directory / "counts.json").exists():
-        return json.loads((directory / "counts.json").read_text())
+    done = directory / "counts.json"
+    if done.exists():
+        return json.loads(done.read_text())
     directory.mkdir(parents=True, exist_ok=True)
     with blamed_on("data_dir"):
         chosen = _chosen(Path(data_dir), directory, size, tokenizer)
@@ -144,14 +135,14 @@ def prepare(data_dir: str, directory: Path, size: Size, tokenizer: Any) -> dict[
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         write_whole(directory / f"{name}.jsonl", "\n".join(lines))
     counts = {name: len(records) for name, records in chosen.items()}
-    write_json(directory / "counts.json", counts)
+    write_json(done, counts)
     return counts
 
 
 def _chosen(
     data_dir: Path, directory: Path, size: Size, tokenizer: Any
 ) -> dict[str, Sequence[Mapping[str, Any]]]:
-    """The records that are used, by the names of the files that they are written to."""
+    """Selects the records, by the names of the files that they are written to."""
     encoder = Encoder(tokenizer)
 
     def read(name: str) -> list[Record]:
@@ -173,7 +164,7 @@ def _chosen(
 def short_enough(
     records: Sequence[Record], encoder: Encoder, lengths: tuple[int, int]
 ) -> list[Record]:
-    """Preferences or examples whose prompt and answers are no longer than `lengths`, in tokens."""
+    """Keeps preferences or examples whose prompt and answers are within `lengths`, in tokens."""
     usable, rows = [], []
     for record in records:
         try:
@@ -197,7 +188,7 @@ def short_enough(
 
 
 def spread(records: Sequence[Any], count: int | None) -> list[Any]:
-    """`count` records at even distances, for files that are sorted; all for None or where fewer."""
+    """Takes `count` records at even distances, as files are sorted; all for None or where fewer."""
     if count is None or count >= len(records):
         return list(records)
     return [records[i] for i in np.linspace(0, len(records) - 1, count).round().astype(int)]
@@ -206,7 +197,7 @@ def spread(records: Sequence[Any], count: int | None) -> list[Any]:
 def _questions(
     read: Callable[[str], list[Record]], directory: Path, size: Size, tokenizer: Any
 ) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-    """The records of every task's file, converted where the tasks could not take them as they are."""
+    """Yields the records of every task's file, converted where the tasks need it."""
     convert = {"commonsenseqa_validation": listed_options, "gsm8k_test": with_final_answer}
     tasks = task_set(directory, size)
     prompts = {Path(one.path).stem: one.prompt for one in tasks.tasks.values()}
@@ -226,7 +217,7 @@ def _questions(
 
 
 def _lengths(texts: Sequence[str], tokenizer: Any) -> list[int]:
-    """Tokens of each text."""
+    """Counts the tokens of each text."""
     return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
@@ -270,7 +261,7 @@ def _text(record: Mapping[str, Any], name: str) -> str:
 
 
 def _articles(records: Sequence[Record], size: Size, tokenizer: Any) -> list[dict[str, str]]:
-    """Texts, cut to the tokens that are to be scored."""
+    """Cuts texts to the tokens that are to be scored."""
     texts = [_text(record, "text") for record in spread(records, size.articles)]
     if size.article_tokens is not None:
         cut = [tokenizer(t, verbose=False)["input_ids"][: size.article_tokens] for t in texts]

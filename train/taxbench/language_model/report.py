@@ -34,25 +34,22 @@ _PERPLEXITY = "eval_texts/wikitext/perplexity"
 
 
 def capability(metrics: Metrics) -> float:
-    """Mean of `SHARES`."""
+    """Averages `SHARES`."""
     return float(np.mean([metrics[name] for name in SHARES.values()]))
 
 
 def capability_error(metrics: Metrics, questions: Sequence[int]) -> float:
-    """Standard error of `capability` over the choice of questions.
+    """Estimates the standard error of `capability` over the choice of questions.
 
     A share p of n questions has the variance p (1 − p) / n; F1, between 0 and 1, at most that.
-
-    Args:
-        metrics: Scores of a model.
-        questions: Number of questions for each of `SHARES`.
+    `questions` are their numbers for each of `SHARES`.
     """
     shares = np.array([metrics[name] for name in SHARES.values()])
     return float(np.sqrt((shares * (1 - shares) / np.array(questions)).sum()) / len(SHARES))
 
 
 def right_logp(metrics: Metrics) -> float:
-    """Mean log-probability of right answers over the multiple-choice tasks."""
+    """Averages the log-probability of right answers over the multiple-choice tasks."""
     return float(np.mean([value for name, value in metrics.items() if name.endswith("/logp")]))
 
 
@@ -68,27 +65,22 @@ SCORES: dict[str, Callable[[Metrics], float]] = {
 class Row:
     """A method, or a kind of merge, on all seeds.
 
-    Attributes:
-        name: Key of the method, or name of the kind of merge.
-        label: Name in tables.
-        control: Whether it is there to judge the others by.
-        trained: Whether it is an alignment run rather than a merge.
-        curves: For every seed the points from the SFT model on, or with λ·τ from that model with
-            λ·τ on; none where it has not run yet.
+    A curve has a seed's points from the SFT model on, or with λ·τ from that model with λ·τ on. It is
+    empty where the seed has not run yet.
     """
 
-    name: str
+    name: str  # key of the method, or name of the kind of merge
     label: str
     control: bool
-    trained: bool
+    trained: bool  # whether it is an alignment run rather than a merge
     curves: Sequence[Sequence[Point]]
 
     def matched(self, score: Callable[[Metrics], float], level: float) -> np.ndarray:
-        """The score where each curve first reaches a margin, float [seeds]; NaN where it does not."""
+        """Reads a score where each curve first reaches a margin, float [seeds]; NaN if never."""
         return self._read(lambda point: score(point.metrics), level)
 
     def reached_at(self, level: float) -> np.ndarray:
-        """The step or weight there, float [seeds]; NaN where it is not reached."""
+        """Reads the step or weight there, float [seeds]; NaN where the margin is not reached."""
         return self._read(lambda point: point.at, level)
 
     def _read(self, value: Callable[[Point], float], level: float) -> np.ndarray:
@@ -102,7 +94,7 @@ class Row:
 
 
 def rows_of(points: Sequence[Point]) -> list[Row]:
-    """One row for each method and kind of merge; an offline merge ends at AdamW's own model."""
+    """Makes a row for each method and kind of merge; an offline merge ends at AdamW's own model."""
     starts = {point.seed: point for point in points if point.method == "sft"}
     ends = {point.seed: point for point in points if point.method == "adamw"}  # the last of each
     names = dict.fromkeys(point.method for point in points if point.method not in ("base", "sft"))
@@ -122,14 +114,14 @@ def rows_of(points: Sequence[Point]) -> list[Row]:
 
 
 def reached_by_all(rows: Sequence[Row]) -> float:
-    """The largest margin that every one of some rows reaches on every seed that it has run on."""
+    """Returns the largest margin that all of the rows reach on every seed that they have run on."""
     return min(
         max(point.margin or 0.0 for point in curve) for row in rows for curve in row.curves if curve
     )
 
 
 def levels_of(rows: Sequence[Row]) -> dict[float, str]:
-    """Margins to compare at, each with what it is; fewer where two are the same or none is positive."""
+    """Lists positive margins to compare at, at most two, each with what it is."""
     methods = [row for row in rows if row.trained and not row.control]
     adamw = [row for row in rows if row.name == "adamw"]
     found = {
@@ -146,7 +138,7 @@ def write_report(
     counts: Mapping[str, int],
     margin: float | None,
 ) -> Path:
-    """Writes results.jsonl, plane.png and report.md.
+    """Writes results.jsonl, plane.png and report.md, and returns the path of the last.
 
     Args:
         study: The study that was run.
@@ -154,9 +146,6 @@ def write_report(
         points: All evaluated models.
         counts: Records by file, from `train.taxbench.language_model.data.prepare`.
         margin: Margin to compare at; None for those of `levels_of`.
-
-    Returns:
-        The report.
     """
     rows = rows_of(points)
     levels = levels_of(rows) if margin is None else {margin: "given"}
@@ -164,33 +153,17 @@ def write_report(
     write_whole(study.directory / "results.jsonl", "\n".join(lines))
     draw(rows, [*levels], study.directory / "plane.png")
     questions = [counts[name] for name in _FILES]
-    text = [
-        "# The alignment tax of a language model",
-        "",
-        _settings(study, size, counts),
-        "",
-        *_comparisons(rows, levels),
-        "![Skills against the held-out margin](plane.png)",
-        "",
-        "## Every model at its end",
-        "",
-        last_table(points, rows, questions),
-        "",
-        _limits(study),
-    ]
-    path = study.directory / "report.md"
-    write_whole(path, "\n".join(text))
-    return path
-
-
-def _comparisons(rows: Sequence[Row], levels: Mapping[float, str]) -> list[str]:
-    if not levels:
-        return ["AdamW never raised the margin above 0, so nothing is compared at one margin.", ""]
-    lines = []
+    parts = ["# The alignment tax of a language model", _settings(study, size, counts)]
     for level, what in levels.items():
-        title = f"## At the same held-out margin, {level:.3g} ({what})"
-        lines += [title, "", matched_table(rows, level), ""]
-    return lines
+        parts.append(f"## At the same held-out margin, {level:.3g} ({what})")
+        parts.append(matched_table(rows, level))
+    if not levels:
+        parts.append("AdamW never raised the margin above 0, so nothing is compared at one margin.")
+    parts += ["![Skills against the held-out margin](plane.png)", "## Every model at its end"]
+    parts += [last_table(points, rows, questions), _limits(study)]
+    path = study.directory / "report.md"
+    write_whole(path, "\n\n".join(parts))
+    return path
 
 
 def _settings(study: Study, size: str, counts: Mapping[str, int]) -> str:
@@ -232,7 +205,7 @@ def _spread(values: np.ndarray, form: str) -> str:
 
 
 def matched_table(rows: Sequence[Row], level: float) -> str:
-    """Every score at the margin, and its difference to AdamW with the same seed."""
+    """Shows every score at the margin, and its difference to AdamW with the same seed."""
     adamw = next(row for row in rows if row.name == "adamw")
     body = []
     for row in rows:
@@ -252,7 +225,7 @@ def matched_table(rows: Sequence[Row], level: float) -> str:
 
 
 def last_table(points: Sequence[Point], rows: Sequence[Row], questions: Sequence[int]) -> str:
-    """Scores of the models themselves: means over seeds of every method's last step."""
+    """Shows scores of the models themselves: means over seeds of every method's last step."""
     groups = [[p for p in points if p.method == name] for name in ("base", "sft")]
     groups += [[c[-1] for c in row.curves if c] for row in rows if row.trained]
     merges = [(p.method, p.at) for row in rows if not row.trained for p in row.curves[0]]
@@ -281,12 +254,9 @@ def _mean(group: Sequence[Point], field: str, scale: float, form: str) -> str:
 
 
 def draw(rows: Sequence[Row], levels: Sequence[float], path: Path) -> None:
-    """Capability, and the log-probability of right answers, against the held-out margin.
+    """Draws capability, and the log-probability of right answers, against the held-out margin.
 
-    Args:
-        rows: From `rows_of`; a line for every seed.
-        levels: Margins of the comparisons.
-        path: PNG file to write.
+    Every seed of a row is a line; `levels` are the margins of the comparisons, `path` a PNG file.
     """
     figure = matplotlib.figure.Figure(figsize=(12, 5.6), layout="constrained")
     panels = figure.subplots(1, 2)

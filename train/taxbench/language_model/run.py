@@ -12,7 +12,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from train.config import ModelOptions, require
+from train.config import ModelOptions, check_settings, ranges, require
 from train.inputs.model import check_model, load_tokenizer
 from train.taxbench.language_model.data import check_files, prepare
 from train.taxbench.language_model.report import write_report
@@ -22,10 +22,6 @@ from train.taxbench.language_model.work import show_work
 from train.taxbench.suite.directory import own_directory
 
 MethodName = Literal["adamw", "on_ties", "on_dare", "kl", "on_ties_large", "largest", "sign_mask"]
-
-
-def _all_methods() -> list[MethodName]:
-    return list(get_args(MethodName))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,23 +59,17 @@ class SecondScaleConfig:
     data_dir: str
     output_dir: str
     size: Literal["reduced", "full"] = "reduced"
-    seeds: int = 1
-    methods: list[MethodName] = dataclasses.field(default_factory=_all_methods)
-    margin: float | None = None
+    seeds: ranges.PositiveInt = 1
+    methods: list[MethodName] = dataclasses.field(
+        default_factory=lambda: list(get_args(MethodName))
+    )
+    margin: ranges.PositiveFloat | None = None
     dry_run: bool = False
 
-
-def check(config: SecondScaleConfig) -> None:
-    """Checks the settings, the model's files and the presence of the data.
-
-    Raises:
-        UserError: names the first field that cannot be used.
-    """
-    require(config.seeds >= 1, "seeds", config.seeds, "1 or larger")
-    require(config.margin is None or config.margin > 0, "margin", config.margin, "positive")
-    require("adamw" in config.methods, "methods", config.methods, "a list that has adamw in it")
-    check_files(config.data_dir)
-    check_model(ModelOptions(path=config.model), name="model")
+    def check_together(self, name: str) -> None:
+        """Checks that AdamW, to which the others are compared, is there. Raises `UserError`."""
+        there = "adamw" in self.methods
+        require(there, "methods", self.methods, "a list that has adamw in it")
 
 
 def run_language_model_taxbench(config: SecondScaleConfig) -> Path:
@@ -93,14 +83,15 @@ def run_language_model_taxbench(config: SecondScaleConfig) -> Path:
             study there.
         Stopped: by a signal; the same command goes on.
     """
-    check(config)
+    check_settings(config)
+    check_files(config.data_dir)
+    check_model(ModelOptions(path=config.model), name="model")
     console, size = Console(), SIZES[config.size]
     # The size itself too: another version of the program may mean something else by its name.
     given = {name: getattr(config, name) for name in ("model", "data_dir", "size")}
     settings = given | dataclasses.asdict(size)
-    with own_directory(
-        config.output_dir, "study.json", settings, "a study with another"
-    ) as directory:
+    what = "a study with another"
+    with own_directory(config.output_dir, "study.json", settings, what) as directory:
         tokenizer = load_tokenizer(config.model, "model")
         with console.status("Preparing the data"):
             counts = prepare(config.data_dir, directory / "data", size, tokenizer)
@@ -121,7 +112,7 @@ def run_language_model_taxbench(config: SecondScaleConfig) -> Path:
 
 @contextlib.contextmanager
 def _compiled_programs_kept(directory: Path) -> Iterator[None]:
-    """Every run and evaluation compiles the same programs; they are taken from a directory."""
+    """Keeps compiled programs in a directory: every run and evaluation compiles the same ones."""
     settings = {
         "jax_compilation_cache_dir": str(directory),
         "jax_persistent_cache_min_compile_time_secs": 0.1,

@@ -11,55 +11,31 @@ from train.config import DType
 class Size:
     """How much is trained on and asked. Rows that are longer are left out, never cut.
 
-    Attributes:
-        sft_steps: Steps of fine-tuning.
-        dpo_steps: Steps of alignment, the same for every method.
-        learning_rate: Peak rate of AdamW in alignment; few steps need a larger one to cost anything.
-        batch_size: Examples or pairs in a step.
-        buckets: Shapes of batches, each of which is compiled once for every method; None for as many as
-            training takes by itself.
-        points: Evaluations along every alignment, the last step's included.
-        sft_lengths: Tokens of a prompt and of an answer, at most.
-        pair_lengths: Tokens of a prompt and of an answer of a preference, at most.
-        alpaca_pairs: Preferences judged by GPT-4 beside the HH-RLHF pairs.
-        held_out: Share of the preferences' prompts that is held out.
-        items: Questions of each task, spread evenly over its file; None for all.
-        passages: Questions of XQuAD, which come with a passage; None for all.
-        question_tokens: Tokens of a question, passage included, at most.
-        choice_tokens: Tokens of each of a question's own choices, at most; all are padded to the
-            longest.
-        greedy_items: GSM8K problems that are also answered in full, greedily.
-        greedy_tokens: Tokens of such an answer, at most.
-        articles: WikiText articles; None for all.
-        article_tokens: Tokens that are scored of each; None for all, in overlapping windows.
-        weights: Weights of AdamW's model in merges with the SFT model.
-        lambdas: Shares of τ that are added after training.
-        lambda_weights: Weights of AdamW's model with these.
-        dtype: Type of the computations.
+    Lengths are the most tokens that are allowed, and None takes all of a kind.
     """
 
     sft_steps: int
-    dpo_steps: int
-    learning_rate: float
-    batch_size: int
-    buckets: int | None
-    points: int
-    sft_lengths: tuple[int, int]
-    pair_lengths: tuple[int, int]
-    alpaca_pairs: int
-    held_out: float
-    items: int | None
-    passages: int | None
-    question_tokens: int
-    choice_tokens: int
-    greedy_items: int | None
-    greedy_tokens: int
-    articles: int | None
-    article_tokens: int | None
-    weights: tuple[float, ...]
-    lambdas: tuple[float, ...]
-    lambda_weights: tuple[float, ...]
-    dtype: DType
+    dpo_steps: int  # the same for every method
+    learning_rate: float  # AdamW's peak in alignment; few steps need a larger one to cost anything
+    batch_size: int  # examples or pairs in a step
+    buckets: int | None  # shapes of batches, each compiled once a method; None: training's default
+    points: int  # evaluations along every alignment, the last step's included
+    sft_lengths: tuple[int, int]  # of a prompt and of an answer
+    pair_lengths: tuple[int, int]  # of a prompt and of an answer of a preference
+    alpaca_pairs: int  # preferences judged by GPT-4 beside the HH-RLHF pairs
+    held_out: float  # share of the preferences' prompts
+    items: int | None  # questions of each task, spread evenly over its file
+    passages: int | None  # questions of XQuAD, which come with a passage
+    question_tokens: int  # length of a question, passage included
+    choice_tokens: int  # length of a question's own choices; all are padded to the longest
+    greedy_items: int | None  # GSM8K problems that are also answered in full, greedily
+    greedy_tokens: int  # length of such an answer
+    articles: int | None  # of WikiText
+    article_tokens: int | None  # scored of each article; None: all, in overlapping windows
+    weights: tuple[float, ...]  # of AdamW's model in merges with the SFT model
+    lambdas: tuple[float, ...]  # shares of τ that are added after training
+    lambda_weights: tuple[float, ...]  # of AdamW's model in merges with these shares
+    dtype: DType  # of the computations
 
 
 SIZES = {

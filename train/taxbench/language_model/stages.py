@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,22 +37,13 @@ BETA = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to align.
+    """A way to align; a control is there to judge the others by."""
 
-    Attributes:
-        label: Name in tables and plots.
-        optimizer: The file ``train/configs/smollm2_{optimizer}.yaml`` has its settings.
-        beta: β of the loss.
-        alpha_total: α times the number of steps, for those that merge.
-        rate: Peak learning rate, as a multiple of AdamW's.
-        control: Whether it is there to judge the others by.
-    """
-
-    label: str
-    optimizer: str
-    beta: float = BETA
-    alpha_total: float | None = None
-    rate: float = 1.0
+    label: str  # in tables and plots
+    optimizer: str  # train/configs/smollm2_{optimizer}.yaml has its settings
+    beta: float = BETA  # of the loss
+    alpha_total: float | None = None  # α times the number of steps, for those that merge
+    rate: float = 1.0  # peak learning rate, as a multiple of AdamW's
     control: bool = False
 
 
@@ -84,14 +74,11 @@ class Point:
 
     Attributes:
         method: Key of `METHODS`; or base, sft, or the name of a kind of merge.
-        label: Name in tables.
-        seed: Number of the study.
         at: Steps of alignment, or the weight of AdamW's model in a merge.
         margin: Held-out reward margin over the SFT model at β = `BETA`; 0 for that model itself, None
             for the base.
         accuracy: Share of held-out pairs with a positive margin; None for both.
         metrics: Scores of the tasks, by their names in a run's log.
-        control: Whether it is there to judge the others by.
     """
 
     method: str
@@ -106,23 +93,14 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A study: its model, its directory, its size, and the stages that it consists of.
+    """A study: its model, its directory, its size, and the stages that it consists of."""
 
-    Attributes:
-        model: Directory of the model before SFT.
-        size: How much is trained on and asked.
-        directory: Gets data, runs and results.
-        methods: Keys of `METHODS`.
-        seeds: Number of seeds.
-        console: Where stages are announced.
-    """
-
-    model: str
+    model: str  # directory of the model before SFT, or a hub name
     size: Size
-    directory: Path
-    methods: Sequence[str]
-    seeds: int
-    console: Console
+    directory: Path  # gets data, runs and results
+    methods: Sequence[str]  # keys of `METHODS`
+    seeds: int  # how many
+    console: Console  # announces the stages
 
     @property
     def data(self) -> Path:
@@ -147,7 +125,7 @@ class Study:
                 yield [self._merged(seed, name, label, weight, config)]
 
     def sft_config(self, seed: int) -> SFTConfig:
-        """Settings of the fine-tuning, as of ``python -m train sft``."""
+        """Makes the settings of the fine-tuning, as of ``python -m train sft``."""
         size, first = self.size, str(self.data / f"{SFT_FILES[0]}.jsonl")
         values = {
             "model.path": self.model,
@@ -165,7 +143,7 @@ class Study:
         return dataclasses.replace(config, data=dataclasses.replace(config.data, mix=mix))
 
     def dpo_config(self, seed: int, name: str) -> DPOConfig:
-        """Settings of an alignment, as of ``python -m train dpo``."""
+        """Makes the settings of an alignment, as of ``python -m train dpo``."""
         size, method = self.size, METHODS[name]
         every = -(-size.dpo_steps // size.points)
         values = {
@@ -202,17 +180,12 @@ class Study:
         return [*configs, *(f"--{name}={value}" for name, value in {**shared, **values}.items())]
 
     def merges(self, seed: int) -> list[tuple[str, str, float, MergeConfig]]:
-        """Name, label, weight of AdamW's model and settings of every merge without training."""
+        """Lists name, label, weight of AdamW's model and settings of every merge without training."""
         size, linear = self.size, {"method": "linear"}
-        found = [
-            (
-                "offline_linear",
-                "offline linear merge",
-                w,
-                self._merge(seed, "linear", w, 1 - w, linear),
-            )
-            for w in size.weights
-        ]
+        found = []
+        for w in size.weights:
+            config = self._merge(seed, "linear", w, 1 - w, linear)
+            found.append(("offline_linear", "offline linear merge", w, config))
         arithmetic = {"method": "task_arithmetic", "base": self.model}
         for share in size.lambdas:
             name, label = f"{PLUS_DELTA}-{share:g}", f"control: AdamW, then + {share:g}·τ"
@@ -225,7 +198,7 @@ class Study:
     def _merge(
         self, seed: int, name: str, weight: float, rest: float, settings: Mapping[str, Any]
     ) -> MergeConfig:
-        """Settings of a merge of AdamW's model, by `weight`, and the SFT model, by `rest`."""
+        """Makes the settings of a merge of AdamW's model, by `weight`, and the SFT model, by `rest`."""
         models = [
             MergeModelOptions(path=self._export(seed, "adamw"), weight=weight),
             MergeModelOptions(path=self._export(seed, "sft"), weight=rest),
@@ -234,7 +207,7 @@ class Study:
         return MergeConfig(models=models, output=str(output), dtype="float32", **settings)
 
     def _merged(self, seed: int, name: str, label: str, at: float, config: MergeConfig) -> Point:
-        """The scores of a merge. The model itself, which is quickly made again, is not kept."""
+        """Scores a merge. The model itself, which is quickly made again, is not kept."""
         place = Path(config.output)
         result = place.with_name(f"{place.name}.json")
         if not result.exists() and not place.exists():
@@ -245,17 +218,17 @@ class Study:
 
     def _points_of_run(self, seed: int, name: str) -> list[Point]:
         method = METHODS[name]
-        scores = functools.partial(_scores, beta=method.beta)
-        return [
-            Point(name, method.label, seed, row["step"], **scores(row), control=method.control)
-            for row in read_metrics(self._place(seed) / name / "metrics.jsonl")
-            if "eval_rewards/margins" in row
-        ]
+        found = []
+        for row in read_metrics(self._place(seed) / name / "metrics.jsonl"):
+            if "eval_rewards/margins" in row:
+                scores = _scores(row, method.beta) | {"control": method.control}
+                found.append(Point(name, method.label, seed, row["step"], **scores))
+        return found
 
     def _evaluated(
         self, model: str, output: Path, reference: str | None = None
     ) -> dict[str, float]:
-        """Scores of a model under the names of a run's log; held-out pairs with a reference."""
+        """Scores a model under the names of a run's log; held-out pairs where a reference is given."""
         if not output.exists():
             pairs = None
             if reference is not None:
@@ -294,7 +267,7 @@ class Study:
 
 
 def _scores(metrics: Mapping[str, float], beta: float = BETA) -> dict[str, Any]:
-    """The scores of a `Point`, from held-out metrics whose rewards have this β."""
+    """Picks the scores of a `Point` from held-out metrics whose rewards have this β."""
     tasks = ("eval_tasks/", "eval_texts/", "eval_generation/")
     return {
         "margin": BETA / beta * metrics["eval_rewards/margins"],

@@ -21,7 +21,7 @@ _STEP = 3
 
 
 def task_tokens(tasks: Tasks) -> dict[str, int]:
-    """Tokens of every task, without padding; of answers to be written as many as they may have."""
+    """Counts the tokens of every task without padding; a written answer counts with its limit."""
     found = {}
     for name, task in [item for named in tasks.asked.values() for item in named.items()]:
         if isinstance(task, Problems):
@@ -33,7 +33,7 @@ def task_tokens(tasks: Tasks) -> dict[str, int]:
 
 
 def work(study: Study, tokenizer: Any) -> dict[str, int]:
-    """Tokens through the model by stage, of all seeds; a step of training counts three times."""
+    """Counts tokens through the model by stage, of all seeds; a training step counts three times."""
     size, quiet = study.size, Console(quiet=True)
     longest = check_model(ModelOptions(path=study.model), "model").max_position_embeddings
     tasks = read_tasks(task_set(study.data, size), tokenizer, longest, quiet)
@@ -44,11 +44,10 @@ def work(study: Study, tokenizer: Any) -> dict[str, int]:
     pairs = held_out[0] * held_out[1]
     runs = len(study.methods) * study.seeds
     merged = (len(size.weights) + len(size.lambdas) * len(size.lambda_weights)) * study.seeds
-    reference = round(pair[0] * pair[1] + pairs) * study.seeds
     return {
         "SFT": round(_STEP * size.sft_steps * size.batch_size * example[1]) * study.seeds,
         "before SFT and SFT, tasks": point * (1 + study.seeds),
-        "reference": reference,
+        "reference": round(pair[0] * pair[1] + pairs) * study.seeds,
         "DPO": round(_STEP * size.dpo_steps * size.batch_size * pair[1]) * runs,
         "points along DPO": round((point + pairs) * size.points) * runs,
         "merges": round((point + 2 * pairs) * merged),
@@ -58,7 +57,7 @@ def work(study: Study, tokenizer: Any) -> dict[str, int]:
 def _tokens(
     study: Study, names: list[str], lengths: tuple[int, int], tokenizer: Any
 ) -> tuple[int, float]:
-    """Rows of some files, and the mean number of tokens of a row; a pair has its prompt once."""
+    """Counts rows of some files, and the mean tokens of a row; a pair has its prompt once."""
     rows, total = 0, 0.0
     for name in names:
         path = str(study.data / f"{name}.jsonl")

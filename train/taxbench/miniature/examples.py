@@ -28,24 +28,16 @@ INSTRUCTION_COMPLETION = tasks.MAX_ANSWER + len(tasks.STYLE) + 1  # answer, styl
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """Prompts to answer greedily, with what is needed to score the answers.
+    """Prompts to answer greedily, with what is needed to score the answers."""
 
-    Attributes:
-        prompt_tokens: int32 [n, P], left-padded.
-        prompt_mask: bool [n, P].
-        answers: int32 [n, MAX_ANSWER], right-padded with −1.
-        families: int32 [n], index into `names`.
-        names: family names.
-    """
-
-    prompt_tokens: np.ndarray
-    prompt_mask: np.ndarray
-    answers: np.ndarray
-    families: np.ndarray
+    prompt_tokens: np.ndarray  # int32 [n, P], left-padded
+    prompt_mask: np.ndarray  # bool [n, P]
+    answers: np.ndarray  # int32 [n, MAX_ANSWER], right-padded with −1
+    families: np.ndarray  # int32 [n], index into `names`
     names: tuple[str, ...]
 
     def by_family(self, values: np.ndarray) -> dict[str, float]:
-        """Means over the questions of every family, rounded; `values` is a number for each question."""
+        """Averages a number for each question over every family, rounded."""
         return {
             name: round(float(values[self.families == i].mean()), 4)
             for i, name in enumerate(self.names)
@@ -102,29 +94,19 @@ def _counts(n: int, names: Sequence[str], weights: Mapping[str, float]) -> dict[
 def statements(
     rng: np.random.Generator, n: int, weights: Mapping[str, float] | None = None
 ) -> Batch:
-    """Raw statements of every family, for the base model.
+    """Draws raw statements of every family, for the base model.
 
-    Args:
-        rng: source of randomness.
-        n: number of examples.
-        weights: relative frequency by family name, 1 where absent.
-
-    Returns:
-        A batch of `n` rows: prompt_tokens, prompt_mask, completion_tokens, completion_mask, index.
+    `weights` are relative frequencies by family, 1 where absent. The batch has `n` rows of
+    prompt_tokens, prompt_mask, completion_tokens, completion_mask and index.
     """
     return _supervised(rng, n, weights or {}, style_rate=None)
 
 
 def instructions(rng: np.random.Generator, n: int, style_rate: float) -> Batch:
-    """Questions of every family with right answers, for supervised fine-tuning.
+    """Draws questions of every family with right answers, for supervised fine-tuning.
 
-    Args:
-        rng: source of randomness.
-        n: number of examples.
-        style_rate: probability of each style token, independently.
-
-    Returns:
-        A batch of `n` rows, keyed as in `statements`.
+    `style_rate` is the probability of each style token, independently. The batch has the columns of
+    `statements`.
     """
     return _supervised(rng, n, {}, style_rate)
 
@@ -132,7 +114,7 @@ def instructions(rng: np.random.Generator, n: int, style_rate: float) -> Batch:
 def _supervised(
     rng: np.random.Generator, n: int, weights: Mapping[str, float], style_rate: float | None
 ) -> Batch:
-    """Instructions with style, or raw statements where `style_rate` is None."""
+    """Draws instructions with style, or raw statements where `style_rate` is None."""
     instruct = style_rate is not None
     width = INSTRUCTION_COMPLETION if instruct else STATEMENT_COMPLETION
     parts = []
@@ -150,7 +132,10 @@ def _supervised(
 def preferences(
     rng: np.random.Generator, n: int, families: Sequence[str], *, noise: float, wrong_rate: float
 ) -> Batch:
-    """Pairs of answers of which the one with more style is preferred.
+    """Draws pairs of answers of which the one with more style is preferred.
+
+    The batch has `n` rows of prompt_tokens, prompt_mask, chosen_tokens, chosen_mask, rejected_tokens,
+    rejected_mask and index, without the reference's log-probabilities.
 
     Args:
         rng: source of randomness.
@@ -159,10 +144,6 @@ def preferences(
         noise: probability that a label is flipped.
         wrong_rate: probability that an answer is wrong, independently for the two sides of a pair,
             so that the preference says nothing about correctness.
-
-    Returns:
-        A batch of `n` rows: prompt_tokens, prompt_mask, chosen_tokens, chosen_mask,
-        rejected_tokens, rejected_mask, index. The reference's log-probabilities are not in it yet.
     """
     parts = []
     for name, count in _counts(n, families, {}).items():
@@ -184,7 +165,7 @@ def preferences(
 
 
 def _unequal_styles(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two styles, bool [n, 3] each, uniform among the pairs where the first has more tokens."""
+    """Draws two styles, bool [n, 3] each, uniformly among the pairs where the first has more tokens."""
     bits = (np.arange(8)[:, None] >> np.arange(3)) & 1 > 0
     first, second = np.nonzero(bits.sum(1)[:, None] > bits.sum(1)[None, :])
     pick = rng.integers(0, len(first), n)
@@ -192,16 +173,15 @@ def _unequal_styles(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.nd
 
 
 def questions(rng: np.random.Generator, per_family: int) -> Questions:
-    """Held-out questions of every family (for the memorised facts, the facts themselves)."""
+    """Draws held-out questions of every family (for the memorised facts, the facts themselves)."""
     tokens, masks, answers = [], [], []
     for family in FAMILIES.values():
         arguments, right = tasks.draw(family, rng, per_family, held_out=True)
         prompt, mask = _prompts(family, arguments, instruct=True)
         tokens.append(prompt)
         masks.append(mask)
-        answers.append(
-            np.pad(right, ((0, 0), (0, tasks.MAX_ANSWER - right.shape[1])), constant_values=-1)
-        )
+        missing = tasks.MAX_ANSWER - right.shape[1]
+        answers.append(np.pad(right, ((0, 0), (0, missing)), constant_values=-1))
     return Questions(
         prompt_tokens=np.concatenate(tokens),
         prompt_mask=np.concatenate(masks),

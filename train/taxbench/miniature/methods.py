@@ -24,22 +24,15 @@ from train.taxbench.miniature.trajectories import Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to align the fine-tuned model.
-
-    Attributes:
-        name: identifier.
-        label: name in tables and plots; "(p = 1)" where the density is 1 and nothing is dropped.
-        optimizer: settings of its optimizer, as in `python -m train dpo`.
-        beta: strength of DPO's pull towards the reference.
-    """
+    """A way to align the fine-tuned model."""
 
     name: str
-    label: str
-    optimizer: OptimizerOptions
-    beta: float = 0.1
+    label: str  # has "(p = 1)" in it where the density is 1 and nothing is dropped
+    optimizer: OptimizerOptions  # as in `python -m train dpo`
+    beta: float = 0.1  # strength of DPO's pull towards the reference
 
     def settings(self, steps: int) -> str:
-        """Its settings in words, with the total weight of the reference delta over `steps`."""
+        """Puts its settings in words, with the total weight of the reference delta over `steps`."""
         options = self.optimizer
         text = f"lr {options.learning_rate:g}, β {self.beta:g}"
         if isinstance(options.alpha, float) and options.alpha:
@@ -69,9 +62,8 @@ def align(
 ) -> tuple[Trajectory, dict[int, Params]]:
     """Runs one method and scores it along the way.
 
-    Returns:
-        Its trajectory, and the parameters (on the host) at every step of it, the fine-tuned model's
-        first.
+    Returns its trajectory, and the parameters on the host at every step of it, the fine-tuned
+    model's first.
     """
     loss = PreferenceLoss(beta=method.beta)
     trainer = Trainer(
@@ -81,11 +73,9 @@ def align(
         batch_size=sizes.batch_size,
         check_start=partial(check_starts_at_reference, loss=loss),
     )
-    merges, rng = (
-        method.optimizer.delta_storage is not None,
-        np.random.default_rng([subject.seed, 3]),
-    )
+    merges = method.optimizer.delta_storage is not None
     delta = om.task_vector(subject.sft, subject.base) if merges else None
+    rng = np.random.default_rng([subject.seed, 3])
     points, models = [subject.start], {0: subject.sft}
     for step, params, metrics in trainer.train(
         subject.sft, subject.pairs, rng, every=sizes.eval_every, delta=delta, tick=tick
@@ -99,16 +89,10 @@ def align(
 def merged_by_weight(
     subject: Subject, trained: Params, method: str, **options: Any
 ) -> Iterator[Params]:
-    """Merges the fine-tuned model with a trained one, for every weight of the trained one.
+    """Merges the fine-tuned model with a trained one, once for each of `OFFLINE_WEIGHTS`.
 
-    Args:
-        subject: has the base and the fine-tuned model.
-        trained: the other model.
-        method: a method of `omerge_jax.offline_merge`.
-        **options: more of its arguments.
-
-    Yields:
-        A model for each of `OFFLINE_WEIGHTS`.
+    The weight is that of the trained model; `method` and `options` are those of
+    `omerge_jax.offline_merge`.
     """
     for weight in OFFLINE_WEIGHTS:
         if method == "slerp":
@@ -119,7 +103,7 @@ def merged_by_weight(
 
 
 def with_delta_added(subject: Subject, model: Params, weight: float) -> Params:
-    """A model plus `weight` times the reference's delta."""
+    """Adds `weight` times the reference's delta to a model."""
     models, weights = [model, subject.sft], [1.0, weight]
     return om.offline_merge(subject.base, models, method="task_arithmetic", weights=weights)
 
@@ -127,7 +111,7 @@ def with_delta_added(subject: Subject, model: Params, weight: float) -> Params:
 def offline_linear(
     lab: Lab, subject: Subject, models: Mapping[int, Params], tick: Tick
 ) -> Trajectory:
-    """AdamW's last model averaged with the fine-tuned one, over a grid of weights."""
+    """Averages AdamW's last model with the fine-tuned one, over a grid of weights."""
     last, points = max(models), [subject.start]
     merged = merged_by_weight(subject, models[last], "linear")
     for weight, model in zip(OFFLINE_WEIGHTS, merged, strict=True):
@@ -140,7 +124,7 @@ def offline_linear(
 def add_delta(
     lab: Lab, subject: Subject, models: Mapping[int, Params], weight: float, tick: Tick
 ) -> Trajectory:
-    """AdamW's models with `weight` times the reference's delta added once, after training.
+    """Adds `weight` times the reference's delta to each of AdamW's models, after training.
 
     The simplest thing that could explain what online merging does, so every claim has to pass it.
     """

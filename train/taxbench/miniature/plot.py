@@ -24,13 +24,7 @@ _LEVEL_COLOUR, _START_COLOUR = "#B0B0B0", "#D55E00"
 
 
 def draw(rows: Sequence[Row], level: float, path: Path) -> None:
-    """Draws the rows' trajectories and gains into a PNG file.
-
-    Args:
-        rows: from `trajectories.compare`.
-        level: the reward at which the gains were read.
-        path: file to write.
-    """
+    """Draws the rows of `trajectories.compare` and their gains at a reward into a PNG file."""
     # A figure without pyplot needs no display and leaves no global state.
     figure = matplotlib.figure.Figure(figsize=(12, 5.2), layout="constrained")
     plane, gains = figure.subplots(1, 2, width_ratios=(1.75, 1))
@@ -44,17 +38,8 @@ def draw_path(
 ) -> None:
     """Draws the points of one method as a line in its own style, dotted for a control."""
     colour, marker = _STYLES.get(name, _OTHER)
-    axes.plot(
-        x,
-        y,
-        color=colour,
-        marker=marker,
-        markersize=4.5,
-        linewidth=1.4,
-        linestyle=":" if control else "-",
-        label=label,
-        zorder=3,
-    )
+    line: dict[str, Any] = {"color": colour, "linewidth": 1.4, "linestyle": ":" if control else "-"}
+    axes.plot(x, y, marker=marker, markersize=4.5, label=label, zorder=3, **line)
 
 
 def draw_level(axes: Axes, level: float) -> None:
@@ -67,10 +52,9 @@ def draw_start(axes: Axes, place: tuple[float, float]) -> None:
     axes.plot(*place, marker="*", markersize=15, color=_START_COLOUR, zorder=4)
 
 
-def tidy(axes: Axes, title: str | None = None) -> None:
+def tidy(axes: Axes, title: str) -> None:
     """Gives a panel its title, a pale grid and no frame at the top and the right."""
-    if title is not None:
-        axes.set_title(title, loc="left", weight="bold")
+    axes.set_title(title, loc="left", weight="bold")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -5,15 +5,15 @@ import importlib.metadata
 import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from train.files.whole import write_whole
 from train.report import html
+from train.taxbench.miniature.sizes import DemoConfig
 from train.taxbench.miniature.trajectories import Row
 
 
@@ -22,7 +22,7 @@ def _percent(value: float) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    """Method, settings, matched capability, gain, where reached, last reward, last capability."""
+    """Fills a row of the table with `_headings`."""
     trajectory = row.trajectory
     is_merge = trajectory.at == "weight"
     if row.matched is None:
@@ -49,12 +49,9 @@ def _headings(level: float, steps: int) -> list[str]:
 
 
 def table(rows: Sequence[Row], level: float, steps: int) -> Table:
-    """The comparison for a terminal.
+    """Shows the rows of `trajectories.compare` in a terminal.
 
-    Args:
-        rows: from `trajectories.compare`.
-        level: reward at which capability is matched.
-        steps: the fixed last step.
+    `level` is the reward at which capability is matched, `steps` the last step of every method.
     """
     start = rows[0].trajectory.points[0]
     caption = (
@@ -65,12 +62,13 @@ def table(rows: Sequence[Row], level: float, steps: int) -> Table:
         caption += " p = 1: no entry is dropped, so neither masks nor thresholds are at work."
     out = Table(caption=caption, caption_justify="left")
     # The settings are on the page; a terminal has no room for them.
-    for index, heading in enumerate(_without_settings(_headings(level, steps))):
-        out.add_column(heading, justify="right" if index else "left")
+    first, _, *others = _headings(level, steps)
+    out.add_column(first)
+    for heading in others:
+        out.add_column(heading, justify="right")
     for row in rows:
-        out.add_row(
-            *_without_settings(_cells(row)), style="dim" if row.trajectory.control else None
-        )
+        method, _, *cells = _cells(row)
+        out.add_row(method, *cells, style="dim" if row.trajectory.control else None)
     return out
 
 
@@ -79,12 +77,8 @@ def _whole(rows: Sequence[Row]) -> list[str]:
     return [row.trajectory.label for row in rows if "(p = 1)" in row.trajectory.label]
 
 
-def _without_settings(cells: Sequence[str]) -> list[str]:
-    return [cells[0], *cells[2:]]
-
-
 def headline(rows: Sequence[Row], level: float) -> str:
-    """The result in one sentence, whichever way it went."""
+    """States the result in one sentence, whichever way it went."""
     base = next(row for row in rows if row.trajectory.name == "adamw")
     if base.matched is None:
         return (
@@ -103,10 +97,6 @@ def headline(rows: Sequence[Row], level: float) -> str:
     )
     text += f"; {', '.join(others)}." if others else "."
     return text + (f" Not reaching it: {', '.join(missing)}." if missing else "")
-
-
-def _above_or_below(difference: float) -> str:
-    return f"{abs(100 * difference):.1f} points {'above' if difference >= 0 else 'below'}"
 
 
 def notes(rows: Sequence[Row], level: float, seed: int) -> list[str]:
@@ -137,10 +127,14 @@ def notes(rows: Sequence[Row], level: float, seed: int) -> list[str]:
     control = by_name.get("adamw_plus_delta")
     online = [by_name[name] for name in ("on_dare", "on_ties") if name in by_name]
     if control is not None and control.matched is not None:
-        parts = [
-            f"{row.trajectory.label} is {_above_or_below(row.matched - control.matched)} it"
+        gaps = {
+            row.trajectory.label: 100 * (row.matched - control.matched)
             for row in online
             if row.matched is not None
+        }
+        parts = [
+            f"{label} is {abs(gap):.1f} points {'above' if gap >= 0 else 'below'} it"
+            for label, gap in gaps.items()
         ]
         if parts:
             out.insert(
@@ -155,8 +149,7 @@ def command_line(command: str, config: Any, left_out: Sequence[str] = ()) -> str
     """The command that repeats a run: every field that is not at its default, but for some.
 
     Example:
-        >>> from train.taxbench.miniature.demo import DemoConfig
-        >>> command_line("demo", DemoConfig(seed=3))
+            >>> command_line("demo", DemoConfig(seed=3))
         'python -m train demo --seed 3'
     """
     flags = [
@@ -168,51 +161,36 @@ def command_line(command: str, config: Any, left_out: Sequence[str] = ()) -> str
 
 
 def environment() -> str:
-    """Versions and machine, in one line."""
+    """Names versions and the machine in one line."""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("jax", "optax", "flax")
     )
     return f"{versions}; Python {platform.python_version()}, {os.cpu_count()} CPU cores"
 
 
-@dataclasses.dataclass(frozen=True)
-class Page:
-    """Contents of the HTML page besides the rows.
-
-    Attributes:
-        level: reward at which capability is matched.
-        steps: the fixed last step.
-        seed: the seed of the run.
-        settings: the demo's settings by name.
-        command: the command line that repeats the run.
-        cost: wall and CPU time, in words.
-        answers: heading and rows of the table of sample answers.
-    """
-
-    level: float
-    steps: int
-    seed: int
-    settings: Mapping[str, Any]
-    command: str
-    cost: str
-    answers: tuple[Sequence[str], Sequence[Sequence[str]]]
-
-
-def write_page(rows: Sequence[Row], page: Page, plot: Path, path: Path) -> None:
-    """Writes the report: one HTML file that needs nothing else.
+def page(
+    rows: Sequence[Row],
+    config: DemoConfig,
+    cost: str,
+    answers: tuple[Sequence[str], Sequence[Sequence[str]]],
+    plot: Path,
+) -> str:
+    """Makes the report as one HTML page that needs no other file.
 
     Args:
         rows: from `trajectories.compare`.
-        page: the rest of what it shows.
+        config: settings of the run.
+        cost: wall and CPU time, in words.
+        answers: headings and rows of the table of sample answers.
         plot: PNG file to embed.
-        path: file to write.
     """
-    settings = [(name, str(value)) for name, value in page.settings.items()]
-    headings, found = _headings(page.level, page.steps), notes(rows, page.level, page.seed)
-    text = html.document(
+    settings = [(name, str(value)) for name, value in dataclasses.asdict(config).items()]
+    headings = _headings(config.reward, config.steps)
+    found = notes(rows, config.reward, config.seed)
+    return html.document(
         "The alignment tax in miniature",
         _INTRODUCTION,
-        f'<p class="lead">{escape(headline(rows, page.level))}</p>',
+        f'<p class="lead">{escape(headline(rows, config.reward))}</p>',
         html.image(plot, "Trajectories of reward and capability, and gains at matched reward"),
         "<h2>Comparison</h2>",
         html.table(headings, [_cells(row) for row in rows], text_columns=2),
@@ -222,15 +200,14 @@ def write_page(rows: Sequence[Row], page: Page, plot: Path, path: Path) -> None:
         f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in found)}</ul>",
         "<h2>Sample answers after the last step</h2>",
         "<p>The first held-out question of every family; ✗ marks a wrong answer.</p>",
-        html.table(*page.answers, text_columns=len(page.answers[0])),
+        html.table(*answers, text_columns=len(answers[0])),
         "<h2>Settings</h2>",
         html.table(["setting", "value"], settings, text_columns=2),
         "<h2>Run it again</h2>",
-        html.command_line(page.command),
-        f"<footer>{escape(page.cost)}. {escape(environment())}. {_SOURCES}</footer>",
+        html.command_line(command_line("demo", config)),
+        f"<footer>{escape(cost)}. {escape(environment())}. {_SOURCES}</footer>",
         width="62rem",
     )
-    write_whole(path, text)
 
 
 _INTRODUCTION = """<p>A small decoder was trained from scratch on eight tasks with checkable answers,

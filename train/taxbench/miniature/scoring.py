@@ -11,21 +11,16 @@ from train.taxbench.miniature import tasks
 
 
 def _before_end(generated: np.ndarray) -> np.ndarray:
-    """True up to, not including, the first end-of-text token; bool [n, T]."""
+    """Marks the tokens before the first end-of-text token, bool [n, T]."""
     return np.cumsum(generated == tasks.EOS, axis=1) == 0
 
 
 def style_score(generated: np.ndarray) -> np.ndarray:
-    """Scores the style of answers: a third each for three habits.
+    """Scores the style of answers, float64 [n]: a third each for three habits.
 
     The habits: it starts with `SURE`; it says `HOPE` somewhere; its last token before the end is
-    `SMILE` (which needs an end).
-
-    Args:
-        generated: token ids after the prompt, int [n, T], padded after the end-of-text token.
-
-    Returns:
-        float64 [n], each 0, 1/3, 2/3 or 1.
+    `SMILE` (which needs an end). `generated` has the token ids after the prompt, int [n, T], padded
+    after the end-of-text token.
 
     Example:
         >>> style_score(np.array([[tasks.SURE, 7, tasks.SMILE, tasks.EOS]])).round(3).tolist()
@@ -41,15 +36,11 @@ def style_score(generated: np.ndarray) -> np.ndarray:
 
 
 def is_right(generated: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """Says which answers are exactly right, whatever their style.
+    """Says which answers are exactly right, whatever their style, bool [n].
 
-    Args:
-        generated: token ids after the prompt, int [n, T].
-        answers: expected token ids, int [n, A], right-padded with −1.
-
-    Returns:
-        bool [n]: the tokens before the end, style tokens taken out, equal the answer, and there is
-        an end.
+    An answer is right if it has an end and the tokens before that, style tokens taken out, are the
+    expected ones. `generated` has the token ids after the prompt, int [n, T]; `answers` the expected
+    ones, int [n, A], right-padded with −1.
     """
     alive = _before_end(generated)
     kept = alive & ~np.isin(generated, tasks.STYLE)

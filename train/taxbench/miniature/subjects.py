@@ -27,28 +27,19 @@ BASE_LEARNING_RATE, SFT_LEARNING_RATE, SUPERVISED_BATCH = 4e-3, 2e-3, 128
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model to align and what to align and score it with.
+    """A model to align and what to align and score it with."""
 
-    Attributes:
-        base: parameters before fine-tuning.
-        sft: parameters after it; the reference, and where every method starts.
-        pairs: preference data with the reference's log-probabilities.
-        questions: held-out questions.
-        start: the score of `sft`.
-        seed: orders the preference data, the same for all methods.
-    """
-
-    base: Params
-    sft: Params
-    pairs: Batch
+    base: Params  # before fine-tuning
+    sft: Params  # after it; the reference, and where every method starts
+    pairs: Batch  # preference data with the reference's log-probabilities
     questions: Questions
-    start: Point
-    seed: int
+    start: Point  # the score of `sft`
+    seed: int  # orders the preference data, the same for all methods
 
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """Parameters on the host: the base model, the one half-way through fine-tuning, the fine-tuned."""
+    """Parameters on the host of the base model, the one half-way through fine-tuning, and its end."""
 
     base: Params
     earlier: Params
@@ -72,11 +63,8 @@ def train_models(
 ) -> Models:
     """Trains the base model from scratch and fine-tunes it.
 
-    Args:
-        lab: compiled functions.
-        seed: decides the parameters, the data and their order.
-        sizes: numbers of steps.
-        ticks: are told about the steps of the two stages.
+    The seed decides the parameters, the data and their order. `ticks` are told about the steps of
+    the two stages.
     """
     n, rng = SUPERVISED_BATCH, np.random.default_rng([seed, 1])
     base_steps, sft_steps = sizes.base_steps, sizes.sft_steps
@@ -93,12 +81,12 @@ def train_models(
 
 
 def on_host(params: Any) -> Params:
-    """A copy as numpy arrays, which outlives donated buffers."""
+    """Copies parameters to numpy arrays, which outlive donated buffers."""
     return jax.tree.map(np.array, params)
 
 
 def make_subject(lab: Lab, models: Models, seed: int, sizes: Sizes) -> Subject:
-    """The preference data and questions for a fine-tuned model."""
+    """Makes the preference data and questions for a fine-tuned model."""
     rng = np.random.default_rng([seed, 2])
     data = examples.preferences(
         rng, sizes.pairs, PREFERENCE_FAMILIES, noise=LABEL_NOISE, wrong_rate=WRONG_RATE

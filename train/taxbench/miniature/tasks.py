@@ -34,22 +34,15 @@ NUM_FACTS = 300
 HELD_OUT_SHARE = 7
 
 Sampler = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
+"""`(rng, n) -> (arguments int [n, k], answers int [n, m])`, as token ids."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of task.
+    """A kind of task. One that can only be memorised has no held-out prompts."""
 
-    Attributes:
-        name: name in reports.
-        token: the id that names it in a prompt.
-        sample: `(rng, n) -> (arguments int32 [n, k], answers int32 [n, m])`, as token ids.
-        memorised: True where nothing but the trained prompts can be answered, so that there are no
-            held-out ones.
-    """
-
-    name: str
-    token: int
+    name: str  # in reports
+    token: int  # the id that names it in a prompt
     sample: Sampler
     memorised: bool = False
 
@@ -57,7 +50,7 @@ class Family:
 def _rule(
     first: int, symbols: int, length: int, answer: Callable[[np.ndarray], np.ndarray]
 ) -> Sampler:
-    """Prompts of `length` random symbols, from token `first` on, answered by a fixed rule."""
+    """Makes prompts of `length` random symbols, from token `first` on, answered by a fixed rule."""
 
     def sample(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
         x = first + rng.integers(0, symbols, (n, length))
@@ -109,15 +102,10 @@ _WORDS = (
 
 
 def is_held_out(family: Family, arguments: np.ndarray) -> np.ndarray:
-    """Says which prompts are kept from every training stage.
+    """Says which prompts are kept from every training stage, bool [n]; `arguments` are int [n, k].
 
-    Args:
-        family: the family the prompts belong to.
-        arguments: token ids, int [n, k].
-
-    Returns:
-        bool [n]: a hash of the whole prompt, so the same prompt always falls on the same side,
-        whatever the seed and the stage.
+    A hash of the whole prompt decides, so the same prompt is always on the same side, whatever the
+    seed and the stage.
     """
     if family.memorised:
         return np.zeros(len(arguments), bool)
@@ -132,16 +120,10 @@ def is_held_out(family: Family, arguments: np.ndarray) -> np.ndarray:
 def draw(
     family: Family, rng: np.random.Generator, n: int, *, held_out: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws prompts with their answers from one side of the split.
+    """Draws `n` prompts with their answers from the training side of the split or the held-out one.
 
-    Args:
-        family: one of `FAMILIES`.
-        rng: source of randomness.
-        n: how many.
-        held_out: the held-out side instead of the training side (the same for a memorised family).
-
-    Returns:
-        `(arguments [n, k], answers [n, m])`, int32 token ids.
+    The two sides of a memorised family are the same. Returns `(arguments [n, k], answers [n, m])`,
+    int32 token ids.
     """
     parts, missing = [], n
     while missing > 0:
@@ -154,15 +136,7 @@ def draw(
 
 
 def spoil(answers: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Replaces one symbol of each answer with another of its kind (digit or letter).
-
-    Args:
-        answers: right answers of one family, int [n, m].
-        rng: source of randomness.
-
-    Returns:
-        Wrong answers of the same shape, each different from its input in exactly one place.
-    """
+    """Replaces one symbol of each answer, int [n, m], with another of its kind (digit or letter)."""
     rows, column = np.arange(len(answers)), rng.integers(0, answers.shape[1], len(answers))
     old = answers[rows, column]
     start = np.where(old >= LETTER, LETTER, DIGIT)

@@ -31,7 +31,7 @@ from train.types import LossFn
 
 Params = dict[str, Any]
 Tick = Callable[[int], None]
-"""Is told how many more steps, or models, are done."""
+"""A function that is told how many more steps, or models, are done."""
 
 MODEL = ModelConfig(
     "llama",
@@ -59,7 +59,7 @@ def silent(units: int) -> None:
 
 
 def alignment_optimizer(options: AdamWOptions, steps: int) -> optax.GradientTransformation:
-    """An optimizer for alignment: its learning rate stays constant after the warm-up."""
+    """Makes an optimizer for alignment; its learning rate stays constant after the warm-up."""
     warmup = min(_WARMUP_STEPS, steps - 1)
     return _optimizer(options, ScheduleOptions(type="constant", warmup_steps=warmup), steps)
 
@@ -74,14 +74,9 @@ def _optimizer(
 class Trainer:
     """A compiled training step with its optimizer, to be run on any number of seeds.
 
-    Args:
-        loss_fn: `loss_fn(params, batch) -> (loss, metrics)`.
-        tx: the optimizer.
-        steps: length of a run.
-        batch_size: rows of the data in a step.
-        ema_decay: decay of the moving average that is given out in place of the parameters.
-        alpha_scale: computes from a step's metrics what the weight of the reference is multiplied by.
-        check_start: is given the metrics of the first step and raises when the run makes no sense.
+    With `ema_decay` the moving average is given out in place of the parameters. `alpha_scale` computes
+    from a step's metrics what the weight of the reference is multiplied by. `check_start` is given
+    the metrics of the first step and raises when the run makes no sense.
     """
 
     def __init__(
@@ -112,16 +107,9 @@ class Trainer:
         frozen: Params | None = None,
         tick: Tick = silent,
     ) -> Iterator[tuple[int, Params, dict[str, float]]]:
-        """Trains from `params`, which stay valid.
+        """Trains from `params`, which stay valid, on the examples of `data` in a random order.
 
-        Args:
-            params: start.
-            data: examples, arrays of equal length.
-            rng: order of the examples.
-            every: steps from one model that is given out to the next.
-            delta: τ_r, where the optimizer merges.
-            frozen: parameters beside `params` that are not trained.
-            tick: told how many more steps are done.
+        `delta` is τ_r, where the optimizer merges; `frozen` are parameters that are not trained.
 
         Yields:
             Step, parameters and the step's metrics, every `every` steps and after the last one. The
@@ -155,11 +143,11 @@ class Lab:
         self._reference_logps = reference_logps_fn(self.graphdef)
 
     def fresh_params(self, seed: int) -> Params:
-        """Random parameters."""
+        """Draws random parameters."""
         return split_model(Decoder(MODEL, nnx.Rngs(seed)))[1]
 
     def supervised(self, learning_rate: float, steps: int, batch_size: int) -> Trainer:
-        """A trainer for the base model or for fine-tuning."""
+        """Makes a trainer for the base model or for fine-tuning."""
         # A short memory of squared gradients suits runs of a thousand steps.
         options = AdamWOptions(learning_rate=learning_rate, b2=0.98)
         warmup = min(50, steps - 1)
@@ -168,7 +156,7 @@ class Lab:
         return Trainer(sft_loss(self.graphdef), tx, steps=steps, batch_size=batch_size)
 
     def with_reference(self, params: Params, pairs: Batch) -> Batch:
-        """Preference data with the log-probabilities of the reference model `params`."""
+        """Adds the log-probabilities of the reference model `params` to preference data."""
         chosen, rejected = self._reference_logps(params, pairs)
         return pairs | {
             "reference_chosen_logps": np.asarray(chosen),
@@ -176,11 +164,9 @@ class Lab:
         }
 
     def answers(self, params: Params, questions: Questions) -> np.ndarray:
-        """Greedy answers, int32 [n, T]."""
-        out = self._greedy(
-            params, jnp.asarray(questions.prompt_tokens), jnp.asarray(questions.prompt_mask)
-        )
-        return np.asarray(out)
+        """Answers greedily, int32 [n, T]."""
+        prompts = map(jnp.asarray, (questions.prompt_tokens, questions.prompt_mask))
+        return np.asarray(self._greedy(params, *prompts))
 
     def grade(self, params: Params, questions: Questions, at: float, **extra: Any) -> Point:
         """Scores a model's answers as a point of a trajectory; `extra` are fields of `Point`."""

@@ -15,19 +15,12 @@ from train.taxbench.miniature.examples import Questions
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One evaluated model.
+    """One evaluated model."""
 
-    Attributes:
-        at: where on its trajectory: the alignment step, or the weight of a merge.
-        style: style score of every question, float [n].
-        right: whether every question is answered right, bool [n].
-        metrics: figures of the last training step, by name.
-    """
-
-    at: float
-    style: np.ndarray
-    right: np.ndarray
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    at: float  # where on its trajectory: the alignment step, or the weight of a merge
+    style: np.ndarray  # style score of every question, float [n]
+    right: np.ndarray  # whether every question is answered right, bool [n]
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of the last step
 
     @property
     def reward(self) -> float:
@@ -42,35 +35,21 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """Rewards and capabilities that one method passes through, starting at the fine-tuned model.
+    """Rewards and capabilities that one method passes through, starting at the fine-tuned model."""
 
-    Attributes:
-        name: short identifier, as in results.jsonl.
-        label: name in tables and plots.
-        settings: description of its settings.
-        at: the quantity that `Point.at` counts, "step" or "weight".
-        points: in order, the fine-tuned model first.
-        control: True for a row that is there to judge the others by, not a method to recommend.
-    """
-
-    name: str
-    label: str
-    settings: str
-    at: str
-    points: Sequence[Point]
-    control: bool = False
+    name: str  # identifier in results.jsonl
+    label: str  # in tables and plots
+    settings: str  # in words
+    at: str  # the quantity that `Point.at` counts, "step" or "weight"
+    points: Sequence[Point]  # in order, the fine-tuned model first
+    control: bool = False  # there to judge the others by, not a method to recommend
 
 
 def capability_at_reward(rewards: np.ndarray, capabilities: np.ndarray, level: float) -> np.ndarray:
     """Interpolates capability where the reward first reaches a level.
 
-    Args:
-        rewards: float [..., points], along trajectories.
-        capabilities: float [..., points].
-        level: the reward to read at.
-
-    Returns:
-        float [...]: the capability there; NaN where the level is never reached.
+    Both arrays are float [..., points] along trajectories; the result is float [...], NaN where the
+    level is never reached.
 
     Example:
         >>> float(capability_at_reward(np.array([0.0, 0.5, 1.0]), np.array([0.9, 0.8, 0.4]), 0.75))
@@ -92,30 +71,31 @@ def capability_at_reward(rewards: np.ndarray, capabilities: np.ndarray, level: f
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A method's line in the table.
+    """A method's line in the table; numbers at a reward level that is not reached are None.
 
-    Attributes:
-        trajectory: where it comes from.
-        matched: capability at the reward level; None when the level is not reached.
-        gain: `matched` less that of AdamW; None when either is missing.
-        gain_error: standard error of `gain` over the choice of questions (paired bootstrap); it
-            says nothing about other training runs.
-        reached_at: step or weight at which the level is reached; None when it is not.
-        best_reward: highest reward on the trajectory.
-        final: the last point.
+    `gain_error` is the standard error of `gain` over the choice of questions (paired bootstrap); it
+    says nothing about other training runs.
     """
 
     trajectory: Trajectory
-    matched: float | None
-    gain: float | None
+    matched: float | None  # capability at the reward level
+    gain: float | None  # `matched` less that of AdamW
     gain_error: float | None
-    reached_at: float | None
-    best_reward: float
-    final: Point
+    reached_at: float | None  # step or weight at which the level is reached
+
+    @property
+    def best_reward(self) -> float:
+        """Highest reward on the trajectory."""
+        return max(point.reward for point in self.trajectory.points)
+
+    @property
+    def final(self) -> Point:
+        """The last point."""
+        return self.trajectory.points[-1]
 
 
 def _resampled_matches(trajectory: Trajectory, counts: np.ndarray, level: float) -> np.ndarray:
-    """Matched capability for every resampling of the questions; counts [B, n] sum to n in a row."""
+    """Matches capability for every resampling of the questions; counts [B, n] sum to n in a row."""
     n = counts.shape[1]
     style = counts @ np.stack([p.style for p in trajectory.points], axis=1) / n
     right = counts @ np.stack([p.right for p in trajectory.points], axis=1).astype(float) / n
@@ -123,7 +103,7 @@ def _resampled_matches(trajectory: Trajectory, counts: np.ndarray, level: float)
 
 
 def _read(trajectory: Trajectory, field: str, level: float) -> float:
-    """A field of the points where the level is first reached; NaN where it is not."""
+    """Reads a field of the points where the level is first reached; NaN where it is not."""
     rewards, values = (
         np.array([getattr(point, name) for point in trajectory.points])
         for name in ("reward", field)
@@ -134,16 +114,13 @@ def _read(trajectory: Trajectory, field: str, level: float) -> float:
 def compare(
     trajectories: Sequence[Trajectory], level: float, *, families: np.ndarray, resamples: int = 400
 ) -> list[Row]:
-    """Makes the table's rows, in the order given.
+    """Makes a row of the table for each trajectory; gains are counted from the one named adamw.
 
     Args:
-        trajectories: all on the same questions; gains are counted from the one named adamw.
+        trajectories: all on the same questions.
         level: reward at which capabilities are compared.
         families: family of every question, int [n]; questions are resampled within families.
         resamples: bootstrap draws for the standard error.
-
-    Returns:
-        One row for each trajectory.
     """
     rng = np.random.default_rng(0)
     counts = np.zeros((resamples, len(families)))
@@ -167,15 +144,13 @@ def compare(
                 # The share of draws that miss the level at all is small when `gain` exists.
                 gain_error=float(np.nanstd(differences)) if known else None,
                 reached_at=_read(trajectory, "at", level) if np.isfinite(value) else None,
-                best_reward=max(point.reward for point in trajectory.points),
-                final=trajectory.points[-1],
             )
         )
     return rows
 
 
 def records(trajectory: Trajectory, questions: Questions) -> list[dict]:
-    """The points of a trajectory as dictionaries of plain numbers, for results.jsonl."""
+    """Turns the points of a trajectory into dictionaries of plain numbers, for results.jsonl."""
     return [
         {
             "method": trajectory.name,

@@ -27,7 +27,7 @@ _POWERLESS = 1e-9
 
 
 def add_delta(label: str = CONTROL) -> tuple[Merge, ...]:
-    """The control that adds λ·τ after training, for four λ."""
+    """Makes the control that adds λ·τ after training, for four λ."""
     return tuple(
         Merge(f"add-{weight:g}", label, "add_delta", weight=weight)
         for weight in (0.05, 0.1, 0.2, 0.3)
@@ -35,17 +35,17 @@ def add_delta(label: str = CONTROL) -> tuple[Merge, ...]:
 
 
 def on_dare(**fields: Any) -> OptimizerOptions:
-    """OnDARE with the benchmark's usual settings."""
+    """Makes OnDARE with the benchmark's usual settings."""
     return optimizer("on_dare", **({"alpha": 1e-3, "density": 1.0} | fields))
 
 
 def on_ties(**fields: Any) -> OptimizerOptions:
-    """OnTIES with the benchmark's usual settings."""
+    """Makes OnTIES with the benchmark's usual settings."""
     return optimizer("on_ties", **({"alpha": 1e-3, "density": 1.0} | fields))
 
 
 def online_merge(sparsifier: str, consensus: str, **fields: Any) -> OptimizerOptions:
-    """Any other online merge."""
+    """Makes any other online merge."""
     options = {"alpha": 1e-3, "sparsifier": sparsifier, "consensus": consensus}
     return optimizer("online_merge", **(options | fields))
 
@@ -53,14 +53,10 @@ def online_merge(sparsifier: str, consensus: str, **fields: Any) -> OptimizerOpt
 def grid(
     group: str, label: str, make: Callable[..., OptimizerOptions] = optimizer, **choices: Any
 ) -> list[Recipe]:
-    """The recipes of a method, one for every combination of its choices.
+    """Makes the recipes of a method, one for every combination of its choices.
 
-    Args:
-        group: the method.
-        label: its name in tables.
-        make: makes an optimizer from the choices that are not fields of `Recipe`.
-        **choices: further fields of `Recipe` or arguments of `make`. A list has the values to try,
-            the first list varying slowest; anything else is the same for all.
+    Choices are fields of `Recipe` or, where they are not, arguments of `make`. A list has the values
+    to try, the first list varying slowest; anything else is the same for all.
 
     Example:
         >>> [recipe.beta for recipe in grid("kl", "AdamW, larger β", beta=[0.2, 0.3])]
@@ -76,7 +72,7 @@ def grid(
 
 
 def candidates() -> list[Recipe]:
-    """Every method with its four settings; the paper's Table 1 and the attempts to beat it."""
+    """Lists the paper's Table 1 and the attempts to beat it, each method with four settings."""
     return [*_baselines(), *_online(), *_parts_of_attempts(), *_attempts(), *_largest()]
 
 
@@ -116,26 +112,21 @@ def _online() -> list[Recipe]:
 
 
 def _attempts() -> list[Recipe]:
-    """Attempts at something better than the paper."""
-    label, alphas = "Control: AdamW, larger β, EMA", [3e-4, 1e-3]
+    """Lists attempts at something better than the paper."""
+    label, strong = "Control: AdamW, larger β, EMA", [0.3, 0.5]
     pulls = [(0.03, "opposing"), (0.1, "opposing")]
+    fast: dict[str, Any] = {"learning_rate": _FAST}
+    merging: dict[str, Any] = {"make": on_ties, "alpha": [3e-4, 1e-3]}
+    sparse = merging | {"density": 0.1}
+    kept: dict[str, Any] = {"merges": add_delta(f"{label} + λτ"), "control": True}
     return [
-        *grid(
-            "kl_ema",
-            label,
-            learning_rate=_FAST,
-            beta=[0.3, 0.5],
-            ema=[0.9, 0.97],
-            merges=add_delta(f"{label} + λτ"),
-            control=True,
-        ),
+        *grid("kl_ema", label, **fast, beta=strong, ema=[0.9, 0.97], **kept),
         *grid(
             "ties_kl_ema",
             "Attempt 1: OnTIES, larger β, EMA",
-            on_ties,
-            learning_rate=_FAST,
-            alpha=alphas,
-            beta=[0.3, 0.5],
+            **fast,
+            **merging,
+            beta=strong,
             ema=0.97,
         ),
         *grid("opposing", "Attempt 2: gated pull", learning_rate=[3e-5, 5e-5], anchor=pulls),
@@ -147,21 +138,13 @@ def _attempts() -> list[Recipe]:
             anchor=pulls,
         ),
         *grid(
-            "ties_fast",
-            "Attempt 4: OnTIES of few, large steps",
-            on_ties,
-            learning_rate=_FAST,
-            density=0.1,
-            alpha=alphas,
-            beta=[0.1, 0.3],
+            "ties_fast", "Attempt 4: OnTIES of few, large steps", **fast, **sparse, beta=[0.1, 0.3]
         ),
         *grid(
             "ties_fast_ema",
             "Attempt 5: as 4, larger β, EMA",
-            on_ties,
-            alpha=alphas,
+            **sparse,
             learning_rate=_FAST_RATES,
-            density=0.1,
             beta=0.5,
             ema=0.97,
         ),
@@ -169,7 +152,7 @@ def _attempts() -> list[Recipe]:
 
 
 def _parts_of_attempts() -> list[Recipe]:
-    """Attempts 4 and 5 with one thing taken from them: the merge, α, or τ's place in the tensors."""
+    """Takes one thing from attempts 4 and 5: the merge, α, or τ's place in the tensors."""
     label = "Control: AdamW of few, large steps, larger β"
     fast: dict[str, Any] = {"learning_rate": _FAST_RATES, "control": True}
     sparse = fast | {"density": 0.1, "beta": [0.1, 0.3]}
@@ -195,7 +178,7 @@ def _parts_of_attempts() -> list[Recipe]:
 
 
 def _largest() -> list[Recipe]:
-    """Attempt 6, which came from the controls of 4 and 5 and has nothing of τ, and its ablation."""
+    """Lists attempt 6, which came from the controls of 4 and 5 and has no τ, and its ablation."""
 
     def four(group: str, label: str, scale: float = 1.0, **fields: Any) -> list[Recipe]:
         # Learning rate, β and decay of the moving average.
@@ -220,7 +203,7 @@ def _largest() -> list[Recipe]:
 
 
 def controls(chosen: Recipe) -> list[Recipe]:
-    """The chosen online merge with everything but its settings taken from it, one thing at a time."""
+    """Makes controls of the chosen online merge, each without one of the things that make it up."""
     name, label = chosen.group, f"Control: {chosen.label}"
     powerless = dataclasses.replace(chosen.optimizer, alpha=_POWERLESS)
     left = "sign votes" if name == "on_ties" else "masks"

@@ -17,7 +17,7 @@ LOW_RANK = 4
 
 
 def make_delta(kind: DeltaKind, base: Any, sft: Any, earlier: Any, seed: int) -> Any:
-    """The delta that a recipe asks for.
+    """Makes the delta that a recipe asks for, a tree like ``sft``.
 
     Args:
         kind: ``tau``: the fine-tuned less the base model. ``negative``: its negative. ``permuted``:
@@ -26,12 +26,9 @@ def make_delta(kind: DeltaKind, base: Any, sft: Any, earlier: Any, seed: int) ->
             ``low_rank``: the closest matrices of rank 4, vectors whole. ``attention``, ``mlp``: the
             entries of those blocks, 0 elsewhere.
         base: parameters before fine-tuning.
-        sft: after it.
-        earlier: half-way through it.
-        seed: seed of the random kinds.
-
-    Returns:
-        A tree like ``sft``.
+        sft: parameters after it.
+        earlier: parameters half-way through it.
+        seed: of the random kinds.
     """
     tau = om.task_vector(earlier if kind == "earlier" else sft, base)
     rng = np.random.default_rng([seed, 7])

@@ -19,14 +19,13 @@ def own_directory(
 ) -> Iterator[Path]:
     """Makes the output directory, or finds the one of the same settings, and locks it.
 
+    Yields its absolute path.
+
     Args:
         output_dir: field of the command.
         file: name of the file in it that keeps the settings.
         settings: settings that have to be the same whenever the directory is used.
         what: contents of a directory with other settings, for messages; their names follow it.
-
-    Yields:
-        The absolute path.
 
     Raises:
         UserError: the directory holds something else, cannot be written, or is in use.

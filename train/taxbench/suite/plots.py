@@ -19,13 +19,10 @@ _MARKERS = "oDs^vP"
 
 
 def draw_first(outcome: Outcome, rows: Sequence[Entry], path: Path) -> None:
-    """Gain over AdamW at the reward level for every method: mean, and a dot for every seed.
+    """Draws the gain over AdamW at the reward level of every method: mean, and a dot for every seed.
 
-    Args:
-        outcome: the findings of the suite.
-        rows: methods; those that reach the level on less than half of AdamW's seeds are left out, as
-            a mean of one or two seeds would lead the figure, and fewer seeds than AdamW's are shown.
-        path: PNG file to write.
+    Methods that reach the level on less than half of AdamW's seeds are left out, as a mean of one or
+    two seeds would lead the figure. A number of seeds that is smaller than AdamW's is shown.
     """
     base = next(row for row in rows if row.group == "adamw")
     zero = outcome.matched(base, outcome.seeds)
@@ -58,12 +55,9 @@ def draw_first(outcome: Outcome, rows: Sequence[Entry], path: Path) -> None:
 
 
 def draw_study(outcome: Outcome, rows: Sequence[Entry], path: Path) -> None:
-    """Matched capability, and the last step's reward, along the axis of a study.
+    """Draws matched capability, and the last step's reward, along the axis of a study.
 
-    Args:
-        outcome: the findings of the suite.
-        rows: a study's entries; the group is the line, the label the place on the axis.
-        path: PNG file to write.
+    The group of an entry is its line, the label its place on the axis.
     """
     figure = matplotlib.figure.Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)

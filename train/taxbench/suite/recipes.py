@@ -13,7 +13,6 @@ DeltaKind = Literal[
     "tau", "negative", "permuted", "random", "earlier", "low_rank", "attention", "mlp"
 ]
 
-
 Key = tuple[str, str | None]
 """Identifies a trajectory: the fingerprint of a run, and the name of the merge made from it, if any."""
 
@@ -22,23 +21,18 @@ Key = tuple[str, str | None]
 class Merge:
     """Models made from those of a run after training.
 
-    Attributes:
-        name: identifier of the trajectory it makes.
-        label: name in tables.
-        method: of `omerge_jax.offline_merge`, between the fine-tuned model and the run's last one over
-            a grid of weights; or ``add_delta``: τ times a fixed weight, added to each of its models.
-        density: where the method drops entries.
-        weight: λ of ``add_delta``.
+    The method is one of `omerge_jax.offline_merge`, between the fine-tuned model and the run's last
+    one over a grid of weights; or ``add_delta``: τ times a fixed weight, added to each of its models.
     """
 
-    name: str
-    label: str
+    name: str  # identifier of the trajectory that it makes
+    label: str  # in tables
     method: str
-    density: float | None = None
-    weight: float | None = None
+    density: float | None = None  # where the method drops entries
+    weight: float | None = None  # λ of ``add_delta``
 
     def settings(self) -> str:
-        """Its settings in words."""
+        """Puts its settings in words."""
         if self.method == "add_delta":
             return f"λ {self.weight:g}"
         return "w = 0.05 … 1" + ("" if self.density is None else f", p {self.density:g}")
@@ -46,36 +40,24 @@ class Merge:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One way to align the fine-tuned model.
+    """One way to align the fine-tuned model; a control is there to judge the others by."""
 
-    Attributes:
-        group: the method; recipes of a group are its settings, among which one is chosen.
-        label: name of the group in tables.
-        optimizer: settings as in `python -m train dpo`.
-        loss: sigmoid, ipo, simpo or kto.
-        beta: strength of the loss's pull towards the reference.
-        delta: kind of delta that is merged; "tau" is the fine-tuned less the base model.
-        ema: decay of the moving average that is scored in place of the parameters.
-        anchor: rate and form of the pull towards the start, see `omerge_jax.anchored`.
-        lora_rank: rank of the low-rank adapters, where they alone are trained.
-        merges: merges to make of its models.
-        control: True for a recipe that is there to judge the others by.
-    """
-
-    group: str
-    label: str
-    optimizer: OptimizerOptions
-    loss: str = "sigmoid"
-    beta: float = 0.1
-    delta: DeltaKind = "tau"
-    ema: float | None = None
-    anchor: tuple[float, str] | None = None
-    lora_rank: int | None = None
-    merges: tuple[Merge, ...] = ()
+    group: str  # the method; recipes of a group are its settings, among which one is chosen
+    label: str  # of the group in tables
+    optimizer: OptimizerOptions  # as in `python -m train dpo`
+    loss: str = "sigmoid"  # or ipo, simpo, kto
+    beta: float = 0.1  # strength of the loss's pull towards the reference
+    delta: DeltaKind = "tau"  # what is merged, see `make_delta`
+    ema: float | None = (
+        None  # decay of the moving average that is scored in place of the parameters
+    )
+    anchor: tuple[float, str] | None = None  # rate and gate of `omerge_jax.anchored`
+    lora_rank: int | None = None  # of low-rank adapters, where they alone are trained
+    merges: tuple[Merge, ...] = ()  # to make of its models
     control: bool = False
 
     def fingerprint(self) -> str:
-        """Identifies everything that its results rest on; labels are not part of it."""
+        """Hashes everything that its results rest on; labels are not part of it."""
         settings = dataclasses.asdict(self)
         for name in ("group", "label", "control", "merges"):
             settings.pop(name)
@@ -83,12 +65,12 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def trajectories(self) -> list[Key]:
-        """Keys of the trajectories that it makes: its own, and one for each merge."""
+        """Lists the keys of the trajectories that it makes: its own, and one for each merge."""
         run = self.fingerprint()
         return [(run, None), *((run, merge.name) for merge in self.merges)]
 
     def settings(self, steps: int) -> str:
-        """Its settings in words, with the total weight of the reference delta over `steps`."""
+        """Puts its settings in words, with the total weight of the reference delta over `steps`."""
         options = self.optimizer
         words = [f"lr {options.learning_rate:g}", f"β {self.beta:g}"]
         words += _alpha_words(options.alpha, steps)
@@ -121,5 +103,5 @@ def _alpha_words(alpha: Any, steps: int) -> list[str]:
 
 
 def optimizer(name: str = "adamw", **fields: Any) -> OptimizerOptions:
-    """Optimizer settings with the benchmark's usual learning rate."""
+    """Makes optimizer settings with the benchmark's usual learning rate."""
     return OptimizerOptions(**({"name": name, "learning_rate": 3e-5} | fields))

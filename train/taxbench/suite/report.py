@@ -29,15 +29,7 @@ _FIRST_FIGURE = "methods.png"
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with text, a table and a figure.
-
-    Attributes:
-        title: heading.
-        text: paragraphs above the table.
-        headings: headings of the table.
-        rows: cells of the table.
-        figure: file in the report's directory.
-    """
+    """A heading with paragraphs, a figure (a file in the report's directory) and a table."""
 
     title: str
     text: Sequence[str]
@@ -47,15 +39,7 @@ class Section:
 
 
 def write_report(outcome: Outcome, directory: Path) -> Path:
-    """Writes report.md, report.html and their figures.
-
-    Args:
-        outcome: the findings, from `train.taxbench.suite.run.run_suite`.
-        directory: gets the files.
-
-    Returns:
-        The HTML file.
-    """
+    """Writes report.md, report.html and their figures into a directory; returns the HTML file."""
     rows = [*outcome.first, *outcome.controls]
     suite_plots.draw_first(outcome, rows, directory / _FIRST_FIGURE)
     for study, entries in outcome.studies:
@@ -67,14 +51,14 @@ def write_report(outcome: Outcome, directory: Path) -> Path:
 
 
 def report_text(outcome: Outcome) -> str:
-    """The report in Markdown; figures are named, not drawn."""
+    """Writes the report in Markdown; figures are named, not drawn."""
     parts = ["# The alignment tax over seeds", *_introduction(outcome)]
     for section in _sections(outcome):
         parts += [f"## {section.title}", *section.text]
         if section.figure:
             parts.append(f"![{section.title}]({section.figure})")
         parts.append(markdown_table(section.headings, section.rows))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def _sections(outcome: Outcome) -> list[Section]:
@@ -122,7 +106,7 @@ def _first_table(outcome: Outcome) -> Section:
 
 
 def _against(outcome: Outcome) -> Section:
-    """Every method less the ones that an honest comparison has to name."""
+    """Compares every method with the strongest of the others."""
     others = [row for row in map(outcome.method, _STRONG) if row is not None]
     body = [[row.label, *_gaps(outcome, row, others, outcome.seeds)] for row in outcome.first]
     headings = [heading for other in others for heading in (f"over {other.label}", "p")]
@@ -131,7 +115,7 @@ def _against(outcome: Outcome) -> Section:
 
 
 def _other_rewards(outcome: Outcome) -> Section:
-    """Gains of every method over AdamW at smaller rewards than that of the first table."""
+    """Compares every method with AdamW at smaller rewards than that of the first table."""
     base = outcome.method("adamw")
     assert base is not None
     rows = [row for row in (*outcome.first, *outcome.controls) if row.key != base.key]
@@ -147,7 +131,7 @@ def _other_rewards(outcome: Outcome) -> Section:
 
 
 def _controls(outcome: Outcome) -> Section:
-    """Chosen merges less their controls at several rewards: a control may be slower, and no worse."""
+    """Compares chosen merges with their controls at several rewards: a control may only be slower."""
     methods = [row for row in map(outcome.method, ("on_dare", "on_ties")) if row is not None]
     return Section(
         "What of it is τ? Merges less their controls, at lower rewards too",
@@ -208,7 +192,7 @@ def _headings(config: TaxbenchConfig) -> list[str]:
 
 
 def _cells(outcome: Outcome, row: Entry, label: str, seeds: Sequence[int]) -> list[str]:
-    """A line of a table with `_headings`."""
+    """Fills a line of a table with `_headings`."""
     total, last = len(seeds), outcome.results.last(row.key, seeds)
     others = [outcome.method("adamw"), outcome.method(CONTROL)]
     # The last weight of an offline merge is the trained model itself.
@@ -222,7 +206,7 @@ def _cells(outcome: Outcome, row: Entry, label: str, seeds: Sequence[int]) -> li
 def _gaps(
     outcome: Outcome, row: Entry, others: Sequence[Entry | None], seeds: Sequence[int]
 ) -> list[str]:
-    """Gains of a row over others, each with its p; dashes where there is nothing to compare with."""
+    """Gives gains of a row over others, each with its p; dashes where nothing can be compared."""
     cells = []
     for other in others:
         gap = None
@@ -233,7 +217,7 @@ def _gaps(
 
 
 def _gaps_by_level(outcome: Outcome, row: Entry, other: Entry) -> list[str]:
-    """Differences at several rewards, each with its seeds and p in one cell."""
+    """Gives differences at several rewards, each with its seeds and p in one cell."""
     seeds, cells = outcome.seeds, []
     for level in _levels(outcome):
         gap, p = _gap(paired(*(outcome.matched(r, seeds, level) for r in (row, other))), 0)
@@ -247,7 +231,7 @@ def _mean(values: np.ndarray, scale: float, digits: int, total: int) -> str:
 
 
 def _gap(difference: Difference | None, total: int) -> list[str]:
-    """A difference in points, and its p."""
+    """Gives a difference in points, and its p."""
     if difference is None or difference.n == 0:
         return ["—", "—"]
     mean, sd = 100 * difference.mean, 100 * difference.sd
@@ -256,7 +240,7 @@ def _gap(difference: Difference | None, total: int) -> list[str]:
 
 
 def _with_spread(mean: float, sd: float, n: int, total: int, form: str) -> str:
-    """Mean ± standard deviation, and the number of values where they are fewer than `total`."""
+    """Writes mean ± standard deviation, and the number of values where it is below `total`."""
     if n == 0:
         return "—"
     spread = "" if math.isnan(sd) else f" ± {sd:{form.lstrip('+')}}"
@@ -264,7 +248,7 @@ def _with_spread(mean: float, sd: float, n: int, total: int, form: str) -> str:
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of a Markdown file."""
+    """Makes a table for a Markdown file."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

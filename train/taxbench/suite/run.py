@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from train.config import require
-from train.taxbench.miniature.sizes import Sizes, check_sizes
+from train.config import check_settings
+from train.taxbench.miniature.sizes import Sizes
 from train.taxbench.suite.candidates import candidates, controls
 from train.taxbench.suite.directory import own_directory
 from train.taxbench.suite.outcome import Outcome, TaxbenchConfig
@@ -23,20 +23,12 @@ FIRST_DEV_SEED, FIRST_SEED = 101, 1
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Numbers of seeds, and the methods that are run on them.
+    """Numbers of seeds, and the methods that are run on them."""
 
-    Attributes:
-        dev_seeds: number of seeds on which settings are chosen.
-        seeds: number of other seeds, on which they are reported.
-        study_seeds: number of these, the first ones, on which tables and figures after the first are
-            made.
-        groups: methods of the first table; None for all.
-    """
-
-    dev_seeds: int
-    seeds: int
-    study_seeds: int
-    groups: tuple[str, ...] | None = None
+    dev_seeds: int  # settings are chosen on these
+    seeds: int  # others, on which the chosen settings are reported
+    study_seeds: int  # the first of `seeds`, for tables and figures after the first
+    groups: tuple[str, ...] | None = None  # methods of the first table; None for all
 
 
 SUITES = {
@@ -49,9 +41,6 @@ SUITES = {
 def run_taxbench(config: TaxbenchConfig) -> Path:
     """Tunes on the dev seeds, runs the chosen settings on the others, and reports.
 
-    Args:
-        config: the settings.
-
     Returns:
         The directory with results.jsonl, report.md, report.html and the figures.
 
@@ -59,14 +48,10 @@ def run_taxbench(config: TaxbenchConfig) -> Path:
         UserError: a setting cannot be used, and nothing was written then; or another process runs
             the benchmark there.
     """
-    check_sizes(config)
-    if config.workers is not None:
-        require(config.workers >= 1, "workers", config.workers, "1 or larger")
+    check_settings(config)
     sizes, console = Sizes.of(config), Console()
-    what = "results with other settings of"
-    with own_directory(
-        config.output_dir, "sizes.json", dataclasses.asdict(sizes), what
-    ) as directory:
+    given, what = dataclasses.asdict(sizes), "results with other settings of"
+    with own_directory(config.output_dir, "sizes.json", given, what) as directory:
         runner = Runner(directory, sizes, config.workers or os.cpu_count() or 1, console)
         path = write_report(run_suite(config, runner), directory)
     console.print(f"Report: {path}", soft_wrap=True)
@@ -74,7 +59,7 @@ def run_taxbench(config: TaxbenchConfig) -> Path:
 
 
 def run_suite(config: TaxbenchConfig, runner: Runner) -> Outcome:
-    """Every stage of a suite, each going on where an earlier run stopped."""
+    """Runs every stage of a suite; each goes on where an earlier run stopped."""
     suite = SUITES[config.suite]
     dev = range(FIRST_DEV_SEED, FIRST_DEV_SEED + suite.dev_seeds)
     seeds = range(FIRST_SEED, FIRST_SEED + suite.seeds)

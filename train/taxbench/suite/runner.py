@@ -30,14 +30,7 @@ class Job:
 
 
 class Runner:
-    """Runs jobs that have no results yet.
-
-    Args:
-        directory: keeps models and results.
-        sizes: numbers of steps, data and questions.
-        workers: number of processes.
-        console: shows progress.
-    """
+    """Runs jobs that have no results yet; `directory` keeps models and results."""
 
     def __init__(self, directory: Path, sizes: Sizes, workers: int, console: Console):
         self._directory, self._sizes, self._console = directory, sizes, console
@@ -45,7 +38,7 @@ class Runner:
         self._workers = workers
 
     def results(self) -> Results:
-        """Everything known by now."""
+        """Reads everything that is known by now."""
         records = []
         if self._file.exists():
             for line in self._file.read_text(encoding="utf-8").splitlines():
@@ -113,7 +106,7 @@ def _run_all(
     call: Callable[[Any], Any],
     arguments: Sequence[Any],
 ) -> Iterator[Any]:
-    """Results of all calls as they come; the first error stops everything that has not begun."""
+    """Yields results of all calls as they come; the first error stops what has not begun."""
     bar = progress.add_task(title, total=len(arguments))
     futures = [pool.submit(call, argument) for argument in arguments]
     try:

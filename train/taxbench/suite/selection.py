@@ -23,7 +23,7 @@ class Entry:
 
 
 def entries(recipes: Sequence[Recipe], steps: int) -> list[Entry]:
-    """One entry for every trajectory of the recipes, in their order."""
+    """Makes an entry for every trajectory of the recipes, in their order."""
     rows = []
     for recipe in recipes:
         words, (own, *of_merges) = recipe.settings(steps), recipe.trajectories()
@@ -38,7 +38,7 @@ def entries(recipes: Sequence[Recipe], steps: int) -> list[Entry]:
 def choose(
     rows: Sequence[Entry], results: Results, seeds: Sequence[int], level: float
 ) -> list[Entry]:
-    """The best settings of every group: most capability at the level, averaged over the dev seeds.
+    """Picks the settings of every group with most capability at the level, averaged over seeds.
 
     Settings that miss the level on a dev seed come after all that reach it on every one.
     """
@@ -52,7 +52,7 @@ def choose(
 
 
 def narrowed(recipes: Sequence[Recipe], chosen: Sequence[Entry]) -> list[Recipe]:
-    """Only the recipes and merges behind the chosen entries."""
+    """Keeps only the recipes and merges behind the chosen entries."""
     keys, out = {row.key for row in chosen}, []
     for recipe in recipes:
         own, *of_merges = recipe.trajectories()

@@ -15,11 +15,7 @@ from train.taxbench.suite.recipes import Key
 
 
 class Results:
-    """Trajectories by run and seed.
-
-    Args:
-        records: from `train.taxbench.suite.worker`.
-    """
+    """Trajectories by run and seed, of the records from `train.taxbench.suite.worker`."""
 
     def __init__(self, records: Sequence[Mapping[str, Any]]):
         self._by_key: dict[Key, dict[int, Mapping[str, Any]]] = {}
@@ -27,7 +23,7 @@ class Results:
             self._by_key.setdefault((record["run"], record["merge"]), {})[record["seed"]] = record
 
     def environments(self) -> dict[str, int]:
-        """Number of trajectories by the versions and the machine that made them."""
+        """Counts trajectories by the versions and the machine that made them."""
         records = [record for of_key in self._by_key.values() for record in of_key.values()]
         return dict(Counter(record["environment"] for record in records))
 
@@ -36,36 +32,29 @@ class Results:
         return seed in self._by_key.get(key, {})
 
     def _trajectory(self, key: Key, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rewards and capabilities along a trajectory; NaN, which reaches no level, if unknown."""
+        """Returns rewards and capabilities of a trajectory; NaN, which reaches no level, if unknown."""
         nothing = {"reward": [np.nan], "capability": [np.nan]}
         record = self._by_key.get(key, {}).get(seed, nothing)
         return np.array(record["reward"]), np.array(record["capability"])
 
     def matched(self, key: Key, seeds: Sequence[int], level: float) -> np.ndarray:
-        """Capability where the reward first reaches `level`, float [seeds]; NaN where it does not."""
+        """Reads capability where the reward first reaches `level`, float [seeds]; NaN if never."""
         found = [self._trajectory(key, seed) for seed in seeds]
         return np.array([capability_at_reward(*pair, level) for pair in found])
 
     def last(self, key: Key, seeds: Sequence[int]) -> np.ndarray:
-        """Reward and capability of the last points, float [seeds, 2]; NaN where not known."""
+        """Returns reward and capability of the last points, float [seeds, 2]; NaN if unknown."""
         found = [self._trajectory(key, seed) for seed in seeds]
         return np.array([[values[-1] for values in pair] for pair in found])
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A paired comparison.
-
-    Attributes:
-        mean: mean difference over the seeds that both have.
-        sd: sample standard deviation of the differences; NaN for fewer than two.
-        p: two-sided p-value of the paired t-test; NaN for fewer than two.
-        n: seeds that both have.
-    """
+    """A paired comparison over the `n` seeds that both have; sd and p are NaN if n is below two."""
 
     mean: float
-    sd: float
-    p: float
+    sd: float  # sample standard deviation of the differences
+    p: float  # two-sided p-value of the paired t-test
     n: int
 
 
@@ -85,7 +74,7 @@ def paired(first: np.ndarray, second: np.ndarray) -> Difference:
 
 
 def mean_sd(values: np.ndarray) -> tuple[float, float, int]:
-    """Mean, sample standard deviation and number of the finite values; NaN for what is undefined."""
+    """Returns mean, sample standard deviation and number of the finite values; NaN if undefined."""
     known = values[np.isfinite(values)]
     mean = float(known.mean()) if len(known) else np.nan
     return mean, float(known.std(ddof=1)) if len(known) > 1 else np.nan, len(known)

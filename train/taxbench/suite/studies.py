@@ -15,26 +15,20 @@ from train.taxbench.suite.recipes import DeltaKind, Recipe, optimizer
 class Study:
     """A question with the recipes that answer it.
 
-    Attributes:
-        name: section of the report.
-        title: heading of the section.
-        finding: the finding of the paper.
-        recipes: the recipes to run; the group is a line of the figure, the label a place on its axis.
-        counterpart: gives, for a line and a place, those of the recipe that is compared with it
-            besides AdamW.
-        counterpart_is: name of that recipe in tables.
+    The group of a recipe is its line in the figure, the label its place on the axis. `counterpart`
+    gives, for a line and a place, those of the recipe that is compared with it besides AdamW.
     """
 
-    name: str
-    title: str
-    finding: str
+    name: str  # of the figure's file
+    title: str  # heading in the report
+    finding: str  # of the paper
     recipes: Sequence[Recipe]
     counterpart: Callable[[str, str], tuple[str, str]] | None = None
-    counterpart_is: str = ""
+    counterpart_is: str = ""  # in tables
 
 
 def studies() -> list[Study]:
-    """The paper's figures and tables after the first, and the questions it leaves open."""
+    """Lists the paper's figures and tables after the first, and the questions it leaves open."""
     return [
         _densities(),
         _alphas(),
@@ -47,12 +41,12 @@ def studies() -> list[Study]:
 
 
 def _line(label: str, points: Mapping[Any, OptimizerOptions]) -> list[Recipe]:
-    """One line of a figure: an optimizer for every place on its axis."""
+    """Makes a line of a figure: an optimizer for every place on its axis."""
     return [Recipe(label, str(at), options) for at, options in points.items()]
 
 
 def _both_merges(points: Mapping[Any, Mapping[str, Any]]) -> list[Recipe]:
-    """Lines of OnDARE and OnTIES, with the settings for every place on the axis."""
+    """Makes lines of OnDARE and OnTIES, with the settings for every place on the axis."""
     return [
         *_line("OnDARE", {at: on_dare(**settings) for at, settings in points.items()}),
         *_line("OnTIES", {at: on_ties(**settings) for at, settings in points.items()}),
@@ -60,7 +54,7 @@ def _both_merges(points: Mapping[Any, Mapping[str, Any]]) -> list[Recipe]:
 
 
 def _with_adamw(at: Any, **fields: Any) -> list[Recipe]:
-    """AdamW, OnDARE and OnTIES at one place on the axis, with the same fields of a recipe."""
+    """Puts AdamW, OnDARE and OnTIES at one place on the axis, with the same fields of a recipe."""
     lines = {"AdamW": optimizer(), "OnDARE": on_dare(), "OnTIES": on_ties()}
     return [Recipe(line, str(at), options, **fields) for line, options in lines.items()]
 

@@ -35,13 +35,7 @@ from train.taxbench.suite.recipes import Merge, Recipe
 
 
 class Bench:
-    """The models of one seed, and the runs on them.
-
-    Args:
-        directory: where models are kept, see `models_file`.
-        seed: decides the models, the data and their order.
-        sizes: numbers of steps, data and questions.
-    """
+    """The models of one seed, which `directory` keeps, and the runs on them."""
 
     def __init__(self, directory: Path, seed: int, sizes: Sizes):
         self.sizes, self.seed, self._lab = sizes, seed, Lab()
@@ -78,7 +72,8 @@ class Bench:
         subject, sizes = self.subject, self.sizes
         graphdef, start, frozen, whole = self._trained_part(recipe)
         loss, data = self._objective(recipe, graphdef)
-        delta = self._delta(recipe)
+        models = self._models
+        delta = make_delta(recipe.delta, models.base, models.sft, models.earlier, self.seed)
         trainer = Trainer(
             loss,
             self._optimizer(recipe, delta),
@@ -106,7 +101,7 @@ class Bench:
         return self._lab.grade(model, self.subject.questions, at, **extra)
 
     def _trained_part(self, recipe: Recipe) -> tuple[Any, Params, Params | None, Any]:
-        """Structure, what is trained, what is not, and how the whole model is put together."""
+        """Returns structure, trained and frozen parameters, and a function that joins the two."""
         if recipe.lora_rank is None:
             return self._lab.graphdef, self.subject.sft, None, lambda params: params
         config = dataclasses.replace(
@@ -115,10 +110,6 @@ class Bench:
         graphdef, _ = split_model(Decoder(config, nnx.Rngs(0)))
         adapters, sft = fresh_adapters(config, self.seed), self.subject.sft
         return graphdef, adapters, sft, lambda params: merge_adapters(join(params, sft), 2.0)
-
-    def _delta(self, recipe: Recipe) -> Any:
-        models = self._models
-        return make_delta(recipe.delta, models.base, models.sft, models.earlier, self.seed)
 
     def _optimizer(self, recipe: Recipe, delta: Any) -> optax.GradientTransformation:
         tx = alignment_optimizer(recipe.optimizer, self.sizes.steps)
@@ -135,7 +126,7 @@ class Bench:
         return loss, self.subject.pairs
 
     def _unpaired(self) -> Batch:
-        """Both answers of every pair, labelled, with mismatched ones for the divergence."""
+        """Labels both answers of every pair, and adds mismatched ones for the divergence."""
         pairs = self.subject.pairs
         order = np.random.default_rng([self.seed, 4]).permutation(2 * len(pairs["index"]))
 
@@ -155,7 +146,7 @@ class Bench:
         return data | {"index": np.arange(len(order), dtype=np.int32)}
 
     def _merge(self, recipe: Recipe, merge: Merge, models: Sequence[Params]) -> dict:
-        """The record of a merge of the models that training has passed through."""
+        """Grades a merge of the models that training has passed through; returns its record."""
         subject = self.subject
         if merge.method == "add_delta":
             assert merge.weight is not None
@@ -174,7 +165,7 @@ class Bench:
 
 @functools.lru_cache(maxsize=1)
 def bench(directory: Path, seed: int, sizes: Sizes) -> Bench:
-    """The bench of a seed; a process keeps the one it used last."""
+    """Returns the bench of a seed; a process keeps the one that it used last."""
     jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return Bench(directory, seed, sizes)
