@@ -28,20 +28,15 @@ def greedy_writer(
     batch_size: int,
     out_shardings: NamedSharding | None = None,
 ) -> Write:
-    """Compiles greedy continuation of prompts to text.
+    """Compiles greedy continuation of prompts to text, ``batch_size`` prompts at once.
 
-    Args:
-        graphdef: The model's structure.
-        tokenizer: The model's.
-        ends: Tokens that end a text; they are no part of it.
-        batch_size: Prompts continued at once.
-        out_shardings: Where the results lie. Parameters on a mesh need one that gives every process
-            all of them.
+    The tokens in ``ends`` end a text and are no part of it. Parameters on a mesh need
+    ``out_shardings`` that give every process all of the result.
 
     Returns:
-        ``f(params, prompts, max_new_tokens, stop=(), shown_as="")`` for token ids of prompts, giving a
-        text for each, in order, cut off where the first of the texts in ``stop`` begins, without
-        special tokens. A progress bar has the label ``shown_as``; without one there is none.
+        ``f(params, prompts, max_new_tokens, stop=(), shown_as="")`` for token ids of prompts. It gives
+        a text for each, in order, cut off where the first of the texts in ``stop`` begins, without
+        special tokens. ``shown_as`` labels a progress bar; without it there is none.
     """
 
     @cache
@@ -68,7 +63,7 @@ def greedy_writer(
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:
-    """The text up to where the first of the others begins.
+    """The text up to where the first of the texts in ``stop`` begins.
 
     Example:
         >>> cut_at("4. Question: 2+3?", ["Q:", "Question:"])

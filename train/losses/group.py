@@ -45,14 +45,14 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 
 class GroupLogps(NamedTuple):
-    """What the loss sees of sampled answers.
+    """What the loss sees of sampled answers; only the tokens where `mask` is true count.
 
     Attributes:
       logps: The policy's log-probability of every token, float32 `[rows, length]`.
       old_logps: Those of the policy that sampled; None where it is the same policy.
       reference_logps: Those of the reference; None where β is 0.
       advantages: float32 `[rows]`.
-      mask: bool `[rows, length]`, true at the tokens that count.
+      mask: bool `[rows, length]`.
     """
 
     logps: jax.Array
@@ -130,7 +130,7 @@ class GroupLoss:
             )
 
     def _check_read(self) -> None:
-        """Refuses what was set in vain."""
+        """Refuses a setting that the loss would not read."""
         for field in fields(self):
             value, readers = getattr(self, field.name), _READ_BY.get(field.name, GROUP_LOSSES)
             if value != field.default and self.type not in readers:
@@ -145,17 +145,16 @@ class GroupLoss:
 
     @property
     def upper(self) -> float:
-        """`epsilon_high`, or what stands for it."""
+        """`epsilon_high`, or `epsilon` where that is None."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     def __call__(self, tokens: GroupLogps) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of a batch and its metrics, all float32 scalars.
 
-        Returns:
-          `(loss, metrics)`: `kl` where β is not 0 (the mean over tokens of what is multiplied by β),
-          and `clip_ratio/low_mean`, `high_mean`, `region_mean` (shares of the tokens, or of the
-          answers where a ratio is one answer's), `low_min` and `high_max` (of an answer), or
-          `cispo_clip_ratio`, or `vespo/phi_seq_mean` (the mean weight of an answer).
+        The metrics are `kl` where β is not 0 (the mean over tokens of what is multiplied by β), and
+        `clip_ratio/low_mean`, `high_mean`, `region_mean` (shares of the tokens, or of the answers
+        where there is one ratio for each answer), `low_min` and `high_max` (of an answer), or
+        `cispo_clip_ratio`, or `vespo/phi_seq_mean` (the mean weight of an answer).
         """
         log_ratio = self._log_ratio(tokens)
         ratio, advantages = jnp.exp(log_ratio), tokens.advantages[:, None]
@@ -182,7 +181,7 @@ class GroupLoss:
         return row_means(ratio, tokens.mask)[:, None]
 
     def _policy(self, tokens: GroupLogps, ratio: jax.Array, advantages: jax.Array) -> jax.Array:
-        """The loss of each token, or of each answer where the ratio is one answer's."""
+        """The loss of each token, or of each answer where there is one ratio for each answer."""
         if self.type == "cispo":
             # −sg(min(r, ε_high)) A log π (arXiv:2506.13585)
             weight = jax.lax.stop_gradient(jnp.minimum(ratio, self.upper))
@@ -253,13 +252,13 @@ class GroupLoss:
 
 
 def row_means(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Means over the masked tokens of each row, float32 `[rows]`; 0 where there are none."""
+    """Means over the masked tokens of each row, float32 `[rows]`; 0 where a row has none."""
     count = jnp.sum(mask, axis=1, dtype=jnp.float32)
     return jnp.sum(jnp.where(mask, values, 0.0), axis=1) / jnp.maximum(count, 1)
 
 
 def token_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over all masked tokens, float32 `[]`, 0 where there are none; of `[rows, 1]`, over rows."""
+    """Mean over all masked tokens, float32 `[]`, 0 without any; `[rows, 1]` is averaged over rows."""
     values = values.astype(jnp.float32)
     if values.shape[1] == 1 != mask.shape[1]:
         return jnp.mean(values)

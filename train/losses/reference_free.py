@@ -52,7 +52,7 @@ def log_odds_ratio(pair: PairLogps) -> jax.Array:
 
 
 def odds(pair: PairLogps, beta: Beta) -> jax.Array:
-    """ORPO (Hong et al., 2024, arXiv:2403.07691, equation 6) but for its `chosen_nll`, `[batch]`.
+    """ORPO (Hong et al., 2024, arXiv:2403.07691, equation 6) without its `chosen_nll`, `[batch]`.
 
     −β times `log σ` of the log odds ratio; β is the paper's λ. The cross-entropy that goes with it
     is that of the answer given the prompt, as the paper writes it; TRL's also counts the tokens of

@@ -1,4 +1,4 @@
-"""At the first step the policy is the reference: rewards are 0 and the loss has a known value."""
+"""Checks that the policy starts at the reference: rewards are 0 and the loss has a known value."""
 
 from __future__ import annotations
 

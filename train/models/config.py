@@ -84,11 +84,6 @@ class ModelConfig:
     Attributes:
         model_type: ``"llama"`` (Llama 2 to 3.2, SmolLM2), ``"qwen2"`` (Qwen1.5 to 2.5) or
             ``"qwen3"``.
-        vocab_size: rows of the embedding.
-        hidden_size: width of the residual stream.
-        intermediate_size: width inside the feed-forward block.
-        num_layers: decoder blocks.
-        num_heads: query heads.
         num_kv_heads: key and value heads; a divisor of ``num_heads``.
         head_dim: width of a head; even.
         rms_norm_eps: added to the mean square before its root.
@@ -96,9 +91,6 @@ class ModelConfig:
         rope_scaling: sorted ``(name, value)`` pairs, ``rope_type`` being ``"linear"`` or
             ``"llama3"``; empty for plain rotary embeddings.
         tie_word_embeddings: the output matrix is the transposed embedding.
-        qkv_bias: biases on the query, key and value projections.
-        o_bias: bias on the attention output projection.
-        mlp_bias: biases in the feed-forward block.
         qk_norm: RMS norm on every query and key head.
         max_position_embeddings: longest sequence the checkpoint was made for, in tokens.
         initializer_range: standard deviation of freshly drawn matrices.
@@ -110,8 +102,7 @@ class ModelConfig:
         attention: ``"xla"``; ``"cudnn"`` for cuDNN's flash attention (half-precision ``dtype``,
             NVIDIA GPU); ``"splash"`` for Pallas' on a TPU (no prompt shared within a row).
         lora_targets: names of the linear layers that have low-rank adapters.
-        lora_rank: rank of the adapters.
-        lora_scale: factor of their product.
+        lora_scale: factor of the product of an adapter's two matrices.
     """
 
     model_type: str
@@ -162,13 +153,7 @@ class ModelConfig:
         """Reads the dictionary of a ``config.json`` in the layout of transformers 4 or 5.
 
         Fields that the file leaves out take the value that transformers gives them for that family.
-
-        Args:
-            hf: parsed ``config.json``.
-            **overrides: fields of this class to set instead, such as ``dtype`` or ``remat``.
-
-        Returns:
-            The configuration.
+        ``overrides`` are fields of this class to set instead, such as ``dtype`` or ``remat``.
 
         Raises:
             ValueError: the file asks for something this decoder does not compute (another model

@@ -116,12 +116,9 @@ def read_params(
     mesh: Mesh | None,
     dtypes: Mapping[tuple[str, ...], np.dtype] | None = None,
 ) -> Params:
-    """Reads the decoder's parameters one by one, once `check_tensors` has found them all.
+    """Reads the decoder's parameters, a tree like `split_model`'s, once `check_tensors` has found them.
 
     `dtypes` holds, by path, those of parameters that have another one than ``config.param_dtype``.
-
-    Returns:
-        A tree like that of `split_model`.
     """
     places: Any = {} if mesh is None else flatten_dict(param_shardings(config, mesh))
     others = {} if dtypes is None else dtypes
@@ -137,14 +134,10 @@ def read_params(
 def check_hf_compatible(
     path_or_hub_name: str | Path, *, same_shapes_as: str | Path | None = None
 ) -> ModelConfig:
-    """Checks a model directory, and that its parameters match another's, without reading weights.
+    """The configuration of a model directory, checked without reading weights.
 
-    Args:
-        path_or_hub_name: the directory or hub name to check.
-        same_shapes_as: another one, for instance the base of a task vector.
-
-    Returns:
-        The configuration of the first.
+    With ``same_shapes_as``, such as the base of a task vector, the parameters must match that
+    model's.
 
     Raises:
         FileNotFoundError: see `from_hf`.
@@ -174,7 +167,7 @@ def check_hf_compatible(
 def check_tensors(weights: SafetensorsDir, config: ModelConfig, others: Sequence[str] = ()) -> None:
     """Raises one `ValueError` that names every tensor in the files that does not fit.
 
-    Tensors in `others` may be there besides; nothing of them is checked.
+    Tensors named in `others` may be there too and are not checked.
     """
     leaves = decoder_leaves(config).values()
     expected = {name: leaf.hf_shape for leaf in leaves for name in leaf.names}

@@ -25,8 +25,7 @@ class Leaf:
     """One parameter of the decoder and where it comes from.
 
     Attributes:
-        names: Hugging Face tensors, one per layer when ``stacked``, else one.
-        stacked: the tensors lie along axis 0.
+        names: Hugging Face tensors: one per layer, along axis 0, when ``stacked``, else one.
         transposed: Hugging Face stores the last two axes the other way round.
         shape: shape of the parameter, the stacking axis included.
         axes: logical axis of each axis, see `train.distributed.axes`.

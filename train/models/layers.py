@@ -37,7 +37,7 @@ class RMSNorm(nnx.Module):
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Any ``[..., size]``; keeps the dtype."""
+        """Normalises any ``[..., size]`` and keeps the dtype."""
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return self.weight[...].astype(x.dtype) * (wide * scale).astype(x.dtype)

@@ -29,18 +29,12 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention within the sequences of each row.
+    """Causal attention within the sequences of each row; the result is like ``query``.
 
-    Args:
-        query: ``[batch, length, heads, head_dim]``.
-        key: ``[batch, length, kv_heads, head_dim]``.
-        value: like ``key``.
-        segments: int32 ``[batch, length]``; tokens see earlier ones with their number,
-            which padding has too. None: all see each other.
-        interpret: run the kernel's Python on any machine, for tests.
-
-    Returns:
-        Like ``query``.
+    ``query`` is ``[batch, length, heads, head_dim]``; ``key`` and ``value`` have ``kv_heads`` in
+    place of ``heads``. Tokens see earlier ones with their number in ``segments``, int32 ``[batch,
+    length]``, which padding has too; None lets all see each other. ``interpret`` runs the kernel's
+    Python on any machine, for tests.
 
     Source: ``jax.experimental.pallas.ops.tpu.splash_attention``; FlashAttention-2 (Dao 2023) with
     blocks above the diagonal left out.

@@ -32,13 +32,7 @@ def group_loss(
     temperature: float = 1.0,
     vocab_chunk: VocabChunk = "auto",
 ) -> BatchLoss:
-    """A loss on sampled answers.
-
-    Args:
-      graphdef: The model's structure, from `train.models.split_model`.
-      loss: What the log-probabilities are put into.
-      temperature: Number by which the logits are divided, as when the answers were sampled.
-      vocab_chunk: See `train.objectives.logps.resolve_vocab_chunk`.
+    """A loss on sampled answers, whose logits are divided by the `temperature` they were sampled at.
 
     Returns:
       `loss_fn(params, batch) -> (loss, metrics)`, float32, with the metrics of `GroupLoss` and
