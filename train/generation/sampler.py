@@ -102,8 +102,15 @@ class Sampler:
     def _check(self, mask: Array, keys: jax.Array | None) -> None:
         if keys is None and self.filters.temperature > 0:
             raise ValueError(f"temperature {self.filters.temperature} needs a key for every row")
-        if not isinstance(mask, jax.core.Tracer):
-            _check_left_padded(np.asarray(mask, bool))
+        if isinstance(mask, jax.core.Tracer):
+            return
+        real = np.asarray(mask, bool)
+        bad = np.flatnonzero(~real[:, -1] | (np.diff(real.astype(np.int8), axis=1) < 0).any(axis=1))
+        if bad.size:
+            raise ValueError(
+                f"prompts must be padded on the left and hold a token: rows {bad[:8].tolist()} of the "
+                "mask are not"
+            )
 
 
 def make_greedy(
@@ -194,13 +201,3 @@ def _choose(sampler: Sampler, logits: jax.Array, keys: jax.Array | None, state: 
     )
     ends = jnp.asarray(sampler.eos_id, jnp.int32)
     return state._replace(step=step + 1, done=done | jnp.isin(token, ends), samples=samples)
-
-
-def _check_left_padded(mask: np.ndarray) -> None:
-    """Raises `ValueError` for rows with padding on the right or without a token."""
-    bad = np.flatnonzero(~mask[:, -1] | (np.diff(mask.astype(np.int8), axis=1) < 0).any(axis=1))
-    if bad.size:
-        raise ValueError(
-            f"prompts must be padded on the left and hold a token: rows {bad[:8].tolist()} of the "
-            "mask are not"
-        )

@@ -84,10 +84,8 @@ class GroupLoss:
         reverse divergence (DeepSeek-V3.2, arXiv:2512.02556).
       sapo_temperature_neg: Temperature of `sapo` for advantages of 0 and below.
       sapo_temperature_pos: Temperature of `sapo` for others.
-      vespo_k_pos: Exponent k of `vespo`, for advantages of 0 and above.
-      vespo_lambda_pos: Its decay λ, for the same.
-      vespo_k_neg: Exponent k for advantages below 0.
-      vespo_lambda_neg: Decay λ for those.
+      vespo_k_pos: Exponent k of `vespo` for advantages of 0 and above; `vespo_lambda_pos` is their λ.
+      vespo_k_neg: Exponent k for advantages below 0; `vespo_lambda_neg` is their λ.
       max_completion_length: Greatest length, by which `dr_grpo` divides.
 
     Raises:
@@ -110,8 +108,11 @@ class GroupLoss:
     max_completion_length: int = 512
 
     def __post_init__(self) -> None:
-        _one_of("type", self.type, GROUP_LOSSES)
-        _one_of("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
+        levels = ("token", "sequence")
+        for name, known in (("type", GROUP_LOSSES), ("importance_sampling_level", levels)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
         for name, (expected, holds) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
@@ -240,14 +241,13 @@ class GroupLoss:
         low = (ratio < 1 - self.epsilon) & (advantages < 0)
         high = (ratio > 1 + self.upper) & (advantages > 0)
         counted = jnp.any(mask, axis=1)
-        low_rows, high_rows = (_of_rows(one, mask) for one in (low, high))
-        least = jnp.min(jnp.where(counted, low_rows, 1.0))
+        least = jnp.min(jnp.where(counted, row_means(low, mask), 1.0))
         return {
             "clip_ratio/low_mean": token_mean(low, mask),
             "clip_ratio/high_mean": token_mean(high, mask),
             "clip_ratio/region_mean": token_mean(low | high, mask),
             "clip_ratio/low_min": jnp.where(jnp.any(counted), least, 0.0),
-            "clip_ratio/high_max": jnp.max(jnp.where(counted, high_rows, 0.0)),
+            "clip_ratio/high_max": jnp.max(row_means(high, mask)),
         }
 
 
@@ -264,13 +264,3 @@ def token_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
         return jnp.mean(values)
     count = jnp.sum(mask, dtype=jnp.float32)
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(count, 1)
-
-
-def _of_rows(values: jax.Array, mask: jax.Array) -> jax.Array:
-    values = values.astype(jnp.float32)
-    return values[:, 0] if values.shape[1] == 1 else row_means(values, mask)
-
-
-def _one_of(name: str, value: str, names: tuple[str, ...]) -> None:
-    if value not in names:
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}.")

@@ -23,6 +23,12 @@ _COMMON_DEFAULTS: dict[str, Any] = {
     "attention_dropout": 0.0,
     "head_dim": None,
 }
+_QWEN_DEFAULTS = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
         "vocab_size": 32000,
@@ -30,19 +36,8 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": None,
         "max_position_embeddings": 2048,
     },
-    "qwen2": {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-    },
-    "qwen3": {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "head_dim": 128,
-    },
+    "qwen2": _QWEN_DEFAULTS,
+    "qwen3": {**_QWEN_DEFAULTS, "head_dim": 128},
 }
 # Positive integers, by their names in config.json and in `ModelConfig`.
 _SIZES = {
@@ -174,9 +169,10 @@ class ModelConfig:
                 "SmolLM2, Qwen1.5/2/2.5, Qwen3)"
             )
         full = {**_COMMON_DEFAULTS, **_FAMILY_DEFAULTS[model_type], **hf}
-        for field in ("num_key_value_heads", "head_dim"):
-            if full[field] is None:
-                full[field] = _derived(field, full)
+        if full["num_key_value_heads"] is None:
+            full["num_key_value_heads"] = full["num_attention_heads"]
+        if full["head_dim"] is None:
+            full["head_dim"] = _head_dim(full)
         _check_supported(full)
         theta, scaling = _read_rope(full)
         attention_bias = bool(full["attention_bias"])
@@ -197,11 +193,9 @@ class ModelConfig:
         return cls(**{**fields, **overrides})
 
 
-def _derived(field: str, full: Mapping[str, Any]) -> Any:
-    """What a null field stands for; left null when the fields that it follows from are invalid."""
+def _head_dim(full: Mapping[str, Any]) -> int | None:
+    """The width of a head where it is null; None when the fields that it follows from are invalid."""
     heads, width = full["num_attention_heads"], full["hidden_size"]
-    if field == "num_key_value_heads":
-        return heads
     if not _is_count(heads) or not _is_count(width):
         return None
     if width % heads:

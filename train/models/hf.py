@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -225,13 +226,10 @@ def _promote(dtypes: Any) -> np.dtype:
 def _load(
     weights: SafetensorsDir, leaf: Leaf, dtype: np.dtype, sharding: NamedSharding | None
 ) -> jax.Array:
+    read = functools.partial(_read_shard, weights, leaf, dtype)
     if sharding is None:
-        return jnp.asarray(_read_shard(weights, leaf, dtype, (slice(None),) * len(leaf.shape)))
-
+        return jnp.asarray(read((slice(None),) * len(leaf.shape)))
     # Each process reads the shards of its own devices only.
-    def read(index: Any) -> np.ndarray:
-        return _read_shard(weights, leaf, dtype, index)
-
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
 

@@ -174,11 +174,9 @@ def _tensors(
             copies = [name, LM_HEAD] if name == EMBEDDING and model.lm_head is None else [name]
             for target in copies:
                 if target in weights.entries:
-                    yield (
-                        target,
-                        cast_checked(target, values, dtype or weights.entries[target].dtype),
-                    )
                     written.add(target)
+                    wanted = dtype or weights.entries[target].dtype
+                    yield target, cast_checked(target, values, wanted)
     for name in weights.entries:
         if name not in written:
             yield name, weights.read(name)  # derived tensors of old versions

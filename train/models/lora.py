@@ -25,7 +25,6 @@ from train.types import Params
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_ADAPTER = ("lora_a", "lora_b")
 # Settings of PEFT that change what an adapter computes, with the values under which ours is the same.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -42,7 +41,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 def is_adapter(path: tuple[str, ...]) -> bool:
     """Whether a parameter belongs to an adapter."""
-    return path[-1] in _ADAPTER
+    return path[-1] in ("lora_a", "lora_b")
 
 
 def without_adapters(config: ModelConfig) -> ModelConfig:

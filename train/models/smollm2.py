@@ -138,11 +138,8 @@ def build_tokenizer(reader: GGUFReader) -> Tokenizer:
     of white space before a digit is one token, as it was in training. (transformers' own GGUF
     loader does not know the name and splits as GPT-2 alone, which cuts such runs in two.)
     """
-    tokens, merges = (
-        _field(reader, "tokenizer.ggml.tokens"),
-        _field(reader, "tokenizer.ggml.merges"),
-    )
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    tokens = _field(reader, "tokenizer.ggml.tokens")
+    pairs = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

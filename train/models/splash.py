@@ -89,17 +89,10 @@ def _local(
 
     _, length, heads, head_dim = query.shape
     block = next(b for b in (_LARGEST_BLOCK, 384, 256, _LANES) if length % b == 0)
-    sizes = kernels.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     kernel: Any = kernels.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
-        block_sizes=sizes,
+        block_sizes=kernels.BlockSizes(**dict.fromkeys(names, block)),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

@@ -105,7 +105,10 @@ def loss_and_gradient(
 
         def weighted(params: Any, part: Batch, share: Values) -> tuple[jax.Array, Values]:
             def weigh(name: str, value: jax.Array) -> jax.Array:
-                return _weigh(value, share.get(name, jnp.float32(1 / microbatches)))
+                weight = share.get(name, jnp.float32(1 / microbatches))
+                # A microbatch of no weight may hold a NaN, the mean of nothing. Where the whole batch
+                # has no weight, the share is 0/0 and the NaN stays.
+                return jnp.where(weight == 0, 0.0, value) * weight
 
             found, metrics = loss.loss_fn(params, {**part, **known})
             total = _total({name: weigh(name, term) for name, term in _by_name(found).items()})
@@ -134,12 +137,8 @@ def columns_in_microbatches(
     if microbatches == 1:
         return dict(columns(params, batch))
     found = jax.lax.map(lambda part: dict(columns(params, part)), _split(batch, microbatches))
-
-    def together(column: jax.Array) -> jax.Array:
-        column = jnp.moveaxis(column, 0, 1)
-        return column.reshape(-1, *column.shape[2:])
-
-    return jax.tree.map(together, found)
+    # `_split` deals rows out in turn, so axis 1 counts the microbatches of consecutive rows.
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
 
 
 def _as_batch_loss(loss_fn: LossFn) -> BatchLoss:
@@ -171,11 +170,6 @@ def _means_of_batch(loss: BatchLoss, params: Any, split: Batch) -> dict[str, Any
     values = jax.lax.map(lambda part: compute(params, part), split)
     means = jax.tree.map(lambda value: jnp.mean(value, axis=0), values)
     return {BATCH_MEANS: jax.lax.stop_gradient(means)}
-
-
-def _weigh(value: jax.Array, share: jax.Array) -> jax.Array:
-    # A microbatch of no weight may hold a NaN, the mean of nothing; 0/0 is left where none has any.
-    return jnp.where(share == 0, 0.0, value) * share
 
 
 def _by_name(loss: Any) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from train.objectives.accumulate import BatchLoss, columns_in_microbatches
 from train.objectives.logps import TokenStatistics, VocabChunk, completion_statistics
 from train.types import Batch, Metrics
 
-_OF_TOKENS = ("kl", "entropy")
 _OF_RATIOS = (
     "clip_ratio/low_mean",
     "clip_ratio/high_mean",
@@ -60,7 +59,7 @@ def group_loss(
 
     def weights(batch: Batch) -> Metrics:
         tokens = jnp.sum(batch["completion_mask"], dtype=jnp.float32) + _LEAST_WEIGHT
-        names = [*_OF_TOKENS, *(() if per_row else _OF_RATIOS)]
+        names = ["kl", "entropy", *(() if per_row else _OF_RATIOS)]
         names += ["loss"] if loss.type in BATCH_TOKEN_MEANS else []
         return dict.fromkeys(names, tokens)
 

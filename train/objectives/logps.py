@@ -55,10 +55,7 @@ class TokenStatistics(NamedTuple):
 
     def masked(self, mask: jax.Array) -> TokenStatistics:
         """The same statistics, with 0, false and 0 where `mask` is false."""
-        logps, top1, entropy = self
-        return TokenStatistics(
-            jnp.where(mask, logps, 0.0), top1 & mask, jnp.where(mask, entropy, 0.0)
-        )
+        return jax.tree.map(lambda x: jnp.where(mask, x, jnp.zeros_like(x)), self)
 
 
 def token_statistics(
