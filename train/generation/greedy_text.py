@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -56,7 +57,8 @@ def greedy_writer(
             batch = pad_prompts([prompts[row] for row in filled], ends[0])
             tokens = np.asarray(generate(params, *batch)).tolist()
             for row, ids in zip(rows, tokens, strict=False):
-                texts[row] = cut_at(_decoded(tokenizer, ids, ends), stop)
+                ids = list(takewhile(lambda token: token not in ends, ids))
+                texts[row] = cut_at(tokenizer.decode(ids, skip_special_tokens=True), stop)
         return texts
 
     return write
@@ -71,9 +73,3 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
     """
     places = [text.find(one) for one in stop if one and one in text]
     return text[: min(places)] if places else text
-
-
-def _decoded(tokenizer: Any, tokens: list[int], ends: Sequence[int]) -> str:
-    """The text of the tokens before the first end."""
-    length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokenizer.decode(tokens[:length], skip_special_tokens=True)

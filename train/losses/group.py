@@ -66,15 +66,15 @@ class GroupLogps(NamedTuple):
 class GroupLoss:
     """The loss of a batch of sampled answers; names and defaults are those of TRL's `GRPOConfig`.
 
-    Args:
+    Attributes:
       type: `grpo` averages the tokens of an answer, then the answers; `bnpo` averages the tokens of
         the batch, or of each part of it under gradient accumulation; `dapo` (arXiv:2503.14476) those
-        of the whole batch; `dr_grpo` (arXiv:2503.20783) divides by the greatest length; `luspo`
-        (arXiv:2602.05261) adds up an answer's tokens; `cispo` (arXiv:2506.13585) bounds the weight of
-        a token and not its loss; `sapo` (arXiv:2511.20347) has a smooth gate in place of the clip;
-        `vespo` (arXiv:2602.10693) weighs an answer by `w^k exp(λ (1 − w))`, `w` being the ratio of
-        its probabilities, without a gradient through the weight.
-      beta: Weight of the divergence from the reference.
+        of the whole batch; `dr_grpo` (arXiv:2503.20783) divides by the greatest length,
+        `max_completion_length`; `luspo` (arXiv:2602.05261) adds up an answer's tokens; `cispo`
+        (arXiv:2506.13585) bounds the weight of a token and not its loss; `sapo` (arXiv:2511.20347) has
+        a smooth gate in place of the clip; `vespo` (arXiv:2602.10693) weighs an answer by
+        `w^k exp(λ (1 − w))`, `w` being the ratio of its probabilities, without a gradient through the
+        weight.
       epsilon: Lower bound of the ratio, below 1.
       epsilon_high: Upper bound, above 1; None: `epsilon`. For `cispo` the largest weight itself.
       delta: Upper bound of the ratio where the clip has none (INTELLECT-2, arXiv:2505.07291).
@@ -82,11 +82,8 @@ class GroupLoss:
         the geometric mean over its tokens.
       use_bias_correction_kl: Multiply the divergence by the ratio, whose gradient is then that of the
         reverse divergence (DeepSeek-V3.2, arXiv:2512.02556).
-      sapo_temperature_neg: Temperature of `sapo` for advantages of 0 and below.
-      sapo_temperature_pos: Temperature of `sapo` for others.
-      vespo_k_pos: Exponent k of `vespo` for advantages of 0 and above; `vespo_lambda_pos` is their λ.
-      vespo_k_neg: Exponent k for advantages below 0; `vespo_lambda_neg` is their λ.
-      max_completion_length: Greatest length, by which `dr_grpo` divides.
+
+    `_pos` is for advantages of 0 and above, but above 0 for `sapo`, and `_neg` for the others.
 
     Raises:
       ValueError: A setting is out of range, or of no use to the loss.

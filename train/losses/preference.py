@@ -55,18 +55,11 @@ WHOLE_BATCH = ("aot", "aot_unpaired", "bco_pair")
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """A loss of `LOSSES`, or a weighted sum of several.
+    """A loss of `LOSSES`, or a weighted sum of several; defaults are TRL's.
 
-    Args:
-      type: A name in `LOSSES`, or several.
-      weights: One for each name; None for 1 each, as in TRL.
-      beta: Strength of the pull towards the reference model, positive.
-      ld_alpha: Weight of the tokens past the length of the shorter answer, in [0, 1] (LD-DPO,
-        arXiv:2409.06411); None for 1. Whoever sums log-probabilities applies it (`sum_logps`), to
-        the policy's and to the reference's.
-      label_smoothing: Assumed share of swapped labels, in [0, 0.5).
-      simpo_gamma: Target margin of `simpo`, 0 or larger.
-      discopop_tau: Temperature of `discopop`, in (0, 1].
+    `weights` has one for each name; None is 1 each, as in TRL. `ld_alpha` weighs the tokens past
+    the length of the shorter answer (LD-DPO, arXiv:2409.06411); None is 1. Whoever sums
+    log-probabilities applies it (`sum_logps`), to the policy's and to the reference's.
 
     Raises:
       ValueError: For an unknown loss, a setting out of range, or one that differs from its default

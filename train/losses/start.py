@@ -21,14 +21,10 @@ def check_starts_at_reference(
     log-probabilities belong to another model, other data or another template. A loss without a
     reference has nothing to check, and one that is mixed with cross-entropy has only its rewards.
 
-    Args:
-      metrics: Metrics of the first step of a fresh run, or of an evaluation before it.
-      loss: The loss that made them; None for the default one.
-      tolerance: Largest deviation of a mean reward from 0, and of the loss relative to its
-        expected value. The default leaves room for bfloat16.
-
-    Raises:
-      ValueError: Naming every figure that is off.
+    `metrics` are those of the first step of a fresh run, or of an evaluation before it, and `loss`
+    made them; None is the default one. `tolerance` is the largest deviation of a mean reward from
+    0, and of the loss relative to its expected value; the default leaves room for bfloat16. Raises
+    `ValueError` that names every figure that is off.
     """
     loss = PreferenceLoss() if loss is None else loss
     if loss.needs_reference:

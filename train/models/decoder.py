@@ -61,10 +61,7 @@ class Decoder(nnx.Module):
         self.lm_head = None if tied else make_param(draw(width, vocab), ("embed", "vocab"))
 
     def __call__(
-        self,
-        tokens: Array,
-        mask: Array | None = None,
-        positions: Array | None = None,
+        self, tokens: Array, mask: Array | None = None, positions: Array | None = None
     ) -> jax.Array:
         """Logits of the next token at every position, float32 ``[batch, length, vocab]``.
 
@@ -164,11 +161,7 @@ class Decoder(nnx.Module):
         return jnp.matmul(hidden, self.unembedding(), preferred_element_type=jnp.float32)
 
     def _forward(
-        self,
-        tokens: Array,
-        inputs: AttentionInputs,
-        cache: KVCache | None,
-        start: jax.Array | int,
+        self, tokens: Array, inputs: AttentionInputs, cache: KVCache | None, start: jax.Array | int
     ) -> tuple[jax.Array, KVCache | None]:
         graphdef, stacked = split_model(self.layers)
 

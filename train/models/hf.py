@@ -175,27 +175,23 @@ def check_tensors(weights: SafetensorsDir, config: ModelConfig, others: Sequence
     found = weights.entries
     tied_copy = LM_HEAD if config.tie_word_embeddings else None
     allowed = {*expected, tied_copy, *others}
-    missing = [f"  {name} {list(expected[name])}" for name in expected if name not in found]
-    unexpected = [
-        f"  {name} {list(entry.shape)} in {entry.file.name}"
-        for name, entry in found.items()
-        if name not in allowed and not is_derived(name)
-    ]
-    shaped = [
-        f"  {name} in {found[name].file.name} is {list(found[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name].shape != shape
-    ]
-    typed = [
-        f"  {name} in {found[name].file.name} is {found[name].dtype_name}; F32, F16, BF16 are read"
-        for name in expected
-        if name in found and found[name].dtype is None
-    ]
     problems = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "of another shape": shaped,
-        "of another dtype": typed,
+        "missing": [f"  {name} {list(expected[name])}" for name in expected if name not in found],
+        "unexpected": [
+            f"  {name} {list(entry.shape)} in {entry.file.name}"
+            for name, entry in found.items()
+            if name not in allowed and not is_derived(name)
+        ],
+        "of another shape": [
+            f"  {name} in {found[name].file.name} is {list(found[name].shape)}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name].shape != shape
+        ],
+        "of another dtype": [
+            f"  {name} in {found[name].file.name} is {found[name].dtype_name}; F32, F16, BF16 are read"
+            for name in expected
+            if name in found and found[name].dtype is None
+        ],
     }
     lines: list[str] = []
     for kind, items in problems.items():

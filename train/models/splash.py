@@ -82,17 +82,14 @@ def _local(
     *,
     interpret: bool,
 ) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernels,
-    )
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     _, length, heads, head_dim = query.shape
     block = next(b for b in (_LARGEST_BLOCK, 384, 256, _LANES) if length % b == 0)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    kernel: Any = kernels.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
-        block_sizes=kernels.BlockSizes(**dict.fromkeys(names, block)),
+    kernel: Any = splash.make_splash_mha(
+        splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
@@ -101,5 +98,5 @@ def _local(
     if segments is None:
         out = jax.vmap(kernel)(*rows)
     else:
-        out = jax.vmap(kernel)(*rows, kernels.SegmentIds(segments, segments))
+        out = jax.vmap(kernel)(*rows, splash.SegmentIds(segments, segments))
     return out.swapaxes(1, 2).astype(query.dtype)
