@@ -38,7 +38,7 @@ class Filters:
 
 
 def filter_logits(logits: jax.Array, filters: Filters) -> jax.Array:
-    """Float32 logits ``[..., vocab]`` over the temperature, which is above 0; -inf at tokens left out.
+    """Logits over the temperature, which is above 0, float32 ``[..., vocab]``; -inf where left out.
 
     At least one token of each row stays finite.
 

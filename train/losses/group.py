@@ -31,7 +31,6 @@ _READ_BY = {
     **dict.fromkeys(("vespo_k_pos", "vespo_k_neg", *_DECAYS), ("vespo",)),
 }
 
-
 _POSITIVE = ("positive", lambda value: 0 < value < math.inf)
 _NOT_NEGATIVE = ("0 or larger", lambda value: 0 <= value < math.inf)
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -217,7 +216,7 @@ class GroupLoss:
 
     def _average(self, loss: jax.Array, mask: jax.Array) -> jax.Array:
         """One number from the losses of tokens, as `type` says."""
-        loss = jnp.where(mask, loss, 0.0)  # which an answer's loss is broadcast by
+        loss = jnp.where(mask, loss, 0.0)  # also spreads an answer's loss over its tokens
         if self.type in ("grpo", "sapo"):
             return jnp.mean(row_means(loss, mask))
         if self.type == "dr_grpo":

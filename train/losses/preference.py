@@ -47,10 +47,10 @@ LOSSES: dict[str, _Loss] = {
 """Losses on pairs by the names TRL gives them."""
 
 REFERENCE_FREE = ("simpo", "orpo")
-"""Those whose rewards are defined without a reference; `sft` goes along with either kind."""
+"""Losses whose rewards are defined without a reference; `sft` goes along with either kind."""
 
 WHOLE_BATCH = ("aot", "aot_unpaired", "bco_pair")
-"""Those that compare the pairs of a batch, so that parts of a batch are not enough."""
+"""Losses that compare the pairs of a batch, so that parts of a batch are not enough."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from typing import Any
 
 from train.losses.preference import PreferenceLoss
 
-_ZERO_AT_START = ("rewards/chosen", "rewards/rejected", "kl")
-
 
 def check_starts_at_reference(
     metrics: Mapping[str, Any], loss: PreferenceLoss | None = None, *, tolerance: float = 1e-2
@@ -39,7 +37,8 @@ def check_unpaired_start(
 
 
 def _check(metrics: Mapping[str, Any], expected: float | None, tolerance: float) -> None:
-    zeros = {name: float(metrics[name]) for name in _ZERO_AT_START if name in metrics}
+    names = ("rewards/chosen", "rewards/rejected", "kl")
+    zeros = {name: float(metrics[name]) for name in names if name in metrics}
     wrong = [
         f"{name} = {value:.6g} instead of 0"
         for name, value in zeros.items()

@@ -51,9 +51,9 @@ class AttentionInputs(NamedTuple):
             or None for no restriction beyond ``causal``.
         causal: also forbid keys after the query. Off when ``mask`` says it all (cached decoding, rows
             of sequences with a part in common).
-        segments: int32 ``[batch, length]``: real tokens see those with their number. What ``mask``
-            says where ``causal`` is on, for programs that take no mask. None: one number for all,
-            or ``mask`` says more.
+        segments: int32 ``[batch, length]``: real tokens see those with their number. It restricts as
+            ``mask`` does while ``causal`` is on, for programs that take no mask. None: one number
+            for all, or ``mask`` says more.
     """
 
     cos: jax.Array

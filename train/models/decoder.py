@@ -21,7 +21,7 @@ REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "weight_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-"""What is kept of a block for its backward pass; of `"none"`, everything."""
+"""What is kept of a block for its backward pass; `"none"` keeps everything."""
 
 Array = jax.Array | np.ndarray
 

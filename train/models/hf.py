@@ -222,7 +222,7 @@ def _promote(dtypes: Any) -> np.dtype:
 def _load(
     weights: SafetensorsDir, leaf: Leaf, dtype: np.dtype, sharding: NamedSharding | None
 ) -> jax.Array:
-    read = functools.partial(_read_shard, weights, leaf, dtype)
+    read: Any = functools.partial(_read_shard, weights, leaf, dtype)
     if sharding is None:
         return jnp.asarray(read((slice(None),) * len(leaf.shape)))
     # Each process reads the shards of its own devices only.

@@ -66,7 +66,7 @@ def fresh_adapters(config: ModelConfig, seed: int) -> Params:
 
 
 def merge_adapters(params: Params, scale: float) -> Params:
-    """The tree without adapters, each added to its matrix in float32: ``kernel + scale · A B``.
+    """The tree without adapters, with ``scale · A B`` of each added to its kernel in float32.
 
     Dtypes are kept.
     """

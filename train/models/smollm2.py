@@ -88,7 +88,10 @@ def installed_gguf() -> Path:
 
 
 def check_gguf(file: Path) -> None:
-    """Raises `FileNotFoundError` or `ValueError` unless ``file`` is the package's, byte for byte."""
+    """Raises `ValueError` unless ``file`` is the package's, byte for byte.
+
+    A file that does not exist raises `FileNotFoundError`.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist or is not a file")
     found = f"{file.stat().st_size} bytes"

@@ -42,7 +42,7 @@ def splash_attention(
     length = query.shape[1]
     padded = -length % _LANES
     if padded:
-        # Behind all others, so none of them sees it.
+        # The padding lies behind all tokens, so none of them sees it.
         query, key, value = (
             jnp.pad(x, [(0, 0), (0, padded), (0, 0), (0, 0)]) for x in (query, key, value)
         )
@@ -87,9 +87,10 @@ def _local(
     _, length, heads, head_dim = query.shape
     block = next(b for b in (_LARGEST_BLOCK, 384, 256, _LANES) if length % b == 0)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes: dict[str, Any] = dict.fromkeys(names, block)
     kernel: Any = splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+        block_sizes=splash.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

@@ -137,7 +137,7 @@ def columns_in_microbatches(
     if microbatches == 1:
         return dict(columns(params, batch))
     found = jax.lax.map(lambda part: dict(columns(params, part)), _split(batch, microbatches))
-    # `_split` deals rows out in turn, so axis 1 counts the microbatches of consecutive rows.
+    # `_split` dealt the rows out in turn: row i is row i // microbatches of part i % microbatches.
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
 
 

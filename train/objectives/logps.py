@@ -164,10 +164,6 @@ def _chunk_columns(unembedding: jax.Array, index: jax.Array, chunk: int):
     return columns, start, fresh
 
 
-def _chunk_numbers(unembedding: jax.Array, chunk: int) -> jax.Array:
-    return jnp.arange(-(-unembedding.shape[1] // chunk))
-
-
 def _scan_forward(chunk, hidden, unembedding, targets):
     """Target logit, largest logit, Σ exp(d) and Σ d exp(d) of d = logit − largest; float32."""
 
@@ -191,7 +187,7 @@ def _scan_forward(chunk, hidden, unembedding, targets):
     # Far below any logit, so that the first chunk starts the sums at zero.
     zeros = jnp.zeros(targets.shape, jnp.float32)
     start = (jnp.full(targets.shape, -1e30, jnp.float32), zeros, zeros, zeros)
-    chunks = _chunk_numbers(unembedding, chunk)
+    chunks = jnp.arange(-(-unembedding.shape[1] // chunk))
     (largest, total, weighted, target_logits), _ = jax.lax.scan(body, start, chunks)
     return target_logits, largest, total, weighted
 
@@ -231,7 +227,7 @@ def _chunked_backward(chunk, residuals, cotangents):
         return (d_hidden, d_unembedding), None
 
     start = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(unembedding)
-    chunks = _chunk_numbers(unembedding, chunk)
+    chunks = jnp.arange(-(-unembedding.shape[1] // chunk))
     (d_hidden, d_unembedding), _ = jax.lax.scan(body, start, chunks)
     no_gradient = np.zeros(targets.shape, jax.dtypes.float0)
     return d_hidden.astype(hidden.dtype), d_unembedding, no_gradient

@@ -74,8 +74,7 @@ def attention_of_parts(parts: jax.Array, answers: int = 2) -> tuple[jax.Array, j
       >>> positions.tolist(), visible[0, 4].tolist()
       ([[0, 1, 2, 3, 2]], [True, True, False, False, True])
     """
-    length = parts.shape[1]
-    places = jnp.arange(length, dtype=jnp.int32)
+    places = jnp.arange(parts.shape[1], dtype=jnp.int32)
     positions = places
     for number in range(1, answers):
         length = jnp.sum(parts == number, axis=1, keepdims=True, dtype=jnp.int32)
