@@ -10,18 +10,15 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Filters:
-    """How a token is chosen; applied in the order of the fields, as transformers does.
+    """How a token is chosen; the fields apply in their order, as transformers does it.
 
     Attributes:
         temperature: Divides the logits; 0 takes the most probable token.
-        top_k: Keep only the most probable tokens, so many; ties with the last are kept.
+        top_k: Number of most probable tokens that are kept, and those that tie with the last of them.
         top_p: Keep the smallest set of most probable tokens that holds this much (Holtzman et al.
             2020, arXiv 1904.09751).
         min_p: Keep tokens at least so probable, relative to the most probable one (Nguyen et al.
             2024, arXiv 2407.01082).
-
-    Raises:
-        ValueError: a value is out of range.
     """
 
     temperature: float = 1.0
@@ -41,14 +38,9 @@ class Filters:
 
 
 def filter_logits(logits: jax.Array, filters: Filters) -> jax.Array:
-    """Logits to draw from, minus infinity at tokens that are left out.
+    """Logits over the temperature, which is above 0, float32 ``[..., vocab]``; -inf where left out.
 
-    Args:
-        logits: float32 ``[..., vocab]``.
-        filters: with a temperature above 0.
-
-    Returns:
-        Like ``logits``, divided by the temperature; one token at least is finite.
+    At least one token of each row stays finite.
 
     Example:
         >>> filter_logits(jnp.array([0.0, 2.0, 1.0]), Filters(top_k=2))

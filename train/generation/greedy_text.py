@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from itertools import takewhile
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,34 +15,26 @@ from jax.sharding import NamedSharding
 from train.data.padding import batches_by_length, pad_prompts
 from train.generation.sampler import Greedy, make_greedy
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 Write = Callable[..., list[str]]
 
 
 def greedy_writer(
     graphdef: nnx.GraphDef,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     *,
     ends: Sequence[int],
     batch_size: int,
     out_shardings: NamedSharding | None = None,
 ) -> Write:
-    """Compiles greedy continuation of prompts to text.
+    """Compiles greedy continuation of prompts to text, ``batch_size`` prompts at once.
 
-    Args:
-        graphdef: The model's structure.
-        tokenizer: The model's.
-        ends: Tokens that end a text; they are no part of it.
-        batch_size: Prompts continued at once.
-        out_shardings: Where the results lie. Parameters on a mesh need one that gives every process
-            all of them.
+    The tokens in ``ends`` end a text and are no part of it. Parameters on a mesh need
+    ``out_shardings`` that give every process all of the result.
 
     Returns:
-        ``f(params, prompts, max_new_tokens, stop=(), shown_as="")`` for token ids of prompts, giving a
-        text for each, in order, cut off where the first of the texts in ``stop`` begins, without
-        special tokens. A progress bar has the label ``shown_as``; without one there is none.
+        ``f(params, prompts, max_new_tokens, stop=(), shown_as="")`` for token ids of prompts. It gives
+        a text for each, in order, cut off where the first of the texts in ``stop`` begins, without
+        special tokens. ``shown_as`` labels a progress bar; without it there is none.
     """
 
     @cache
@@ -61,14 +54,15 @@ def greedy_writer(
             batch = pad_prompts([prompts[row] for row in filled], ends[0])
             tokens = np.asarray(generate(params, *batch)).tolist()
             for row, ids in zip(rows, tokens, strict=False):
-                texts[row] = cut_at(_decoded(tokenizer, ids, ends), stop)
+                ids = list(takewhile(lambda token: token not in ends, ids))
+                texts[row] = cut_at(tokenizer.decode(ids, skip_special_tokens=True), stop)
         return texts
 
     return write
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:
-    """The text up to where the first of the others begins.
+    """The text up to where the first of the texts in ``stop`` begins.
 
     Example:
         >>> cut_at("4. Question: 2+3?", ["Q:", "Question:"])
@@ -76,9 +70,3 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
     """
     places = [text.find(one) for one in stop if one and one in text]
     return text[: min(places)] if places else text
-
-
-def _decoded(tokenizer: Any, tokens: list[int], ends: Sequence[int]) -> str:
-    """The text of the tokens before the first end."""
-    length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokenizer.decode(tokens[:length], skip_special_tokens=True)

@@ -20,13 +20,13 @@ from train.types import Params
 
 
 class Samples(NamedTuple):
-    """Continuations of a batch of prompts.
+    """Continuations of a batch of prompts; every field is ``[batch, max_new_tokens]``.
 
     Attributes:
-        tokens: int32 ``[batch, max_new_tokens]``, the end token kept and ``pad_id`` behind it.
-        mask: bool, like ``tokens``: True up to the end token and at it.
-        logps: float32, like ``tokens``: log-probability of the token under the model at the
-            sampling temperature (1 when greedy), before any filter; 0 outside of ``mask``.
+        tokens: int32; the end token is kept, with ``pad_id`` behind it.
+        mask: bool, True up to the end token and at it.
+        logps: float32 log-probability of the token under the model at the sampling temperature (1 when
+            greedy), before any filter; 0 outside of ``mask``.
     """
 
     tokens: jax.Array
@@ -35,7 +35,7 @@ class Samples(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Where decoding stands: `step` tokens are chosen, the last of them not yet run."""
+    """How far decoding is: `step` tokens are chosen, and the last of them has not been run yet."""
 
     step: jax.Array
     done: jax.Array
@@ -50,20 +50,11 @@ Greedy = Callable[[Params, Array, Array], jax.Array]
 
 @dataclass(frozen=True)
 class Sampler:
-    """Compiled continuation of left-padded prompts; one compilation a shape.
+    """Compiled continuation of left-padded prompts; one compilation for each shape.
 
-    A row's tokens depend on its prompt and its key alone, up to rounding: not on the other rows, the
-    width of the padding or ``max_new_tokens``.
-
-    Args:
-        graphdef: The structure of a `Decoder`, from `split_model`.
-        max_new_tokens: Tokens to generate per row, at least 1.
-        eos_id: The token, or tokens, after which a row ends.
-        pad_id: The token written after the end of a row.
-        filters: Temperature and truncation of the distribution.
-
-    Raises:
-        ValueError: ``max_new_tokens`` below 1.
+    A row's tokens depend on its prompt and its key alone, up to rounding: not on the other rows,
+    the width of the padding or ``max_new_tokens``. A row ends after a token in ``eos_id``, with
+    ``pad_id`` written behind it.
 
     Example:
         >>> sampler = Sampler(graphdef, max_new_tokens=8, eos_id=2, pad_id=2)  # doctest: +SKIP
@@ -88,14 +79,10 @@ class Sampler:
     ) -> Samples:
         """Continues every prompt until all rows have ended.
 
-        Args:
-            params: The model's parameters.
-            tokens: int32 ``[batch, prompt]``.
-            mask: bool, like ``tokens``, True at real tokens; padding on the left.
-            keys: Typed keys ``[batch]``, one a row; None only where ``temperature`` is 0.
-
-        Raises:
-            ValueError: the mask is not left-padded or leaves a row empty, or keys are missing.
+        ``tokens`` are int32 ``[batch, prompt]``, padded on the left; ``mask`` is True at real ones.
+        ``keys`` are typed keys ``[batch]``, one for each row; None only where ``temperature`` is 0.
+        Raises `ValueError` where keys are missing or the mask is not left-padded or leaves a row
+        empty.
         """
         self._check(mask, keys)
         return _sample(self, params, tokens, mask, keys)
@@ -103,7 +90,7 @@ class Sampler:
     def stream(
         self, params: Params, tokens: Array, mask: Array, keys: jax.Array | None = None
     ) -> Iterator[np.ndarray]:
-        """The same tokens one step at a time: int32 ``[batch]``, ``pad_id`` in rows that ended."""
+        """Yields the same tokens step by step, int32 ``[batch]``; ``pad_id`` in rows that ended."""
         self._check(mask, keys)
         state = _start(self, params, tokens, mask, keys)
         for step in range(self.max_new_tokens):
@@ -115,22 +102,21 @@ class Sampler:
     def _check(self, mask: Array, keys: jax.Array | None) -> None:
         if keys is None and self.filters.temperature > 0:
             raise ValueError(f"temperature {self.filters.temperature} needs a key for every row")
-        if not isinstance(mask, jax.core.Tracer):
-            _check_left_padded(np.asarray(mask, bool))
+        if isinstance(mask, jax.core.Tracer):
+            return
+        real = np.asarray(mask, bool)
+        bad = np.flatnonzero(~real[:, -1] | (np.diff(real.astype(np.int8), axis=1) < 0).any(axis=1))
+        if bad.size:
+            raise ValueError(
+                f"prompts must be padded on the left and hold a token: rows {bad[:8].tolist()} of the "
+                "mask are not"
+            )
 
 
 def make_greedy(
     graphdef: nnx.GraphDef, *, max_new_tokens: int, eos_id: int | Sequence[int], pad_id: int
 ) -> Greedy:
-    """A greedy `Sampler`'s tokens alone.
-
-    Returns:
-        ``f(params, tokens, mask)`` for int32 tokens and bool mask ``[batch, prompt]``, padded on
-        the left, giving int32 ``[batch, max_new_tokens]``. Raises what calling a `Sampler` does.
-
-    Raises:
-        ValueError: ``max_new_tokens`` below 1.
-    """
+    """A greedy `Sampler` that gives its tokens alone: ``f(params, tokens, mask)``."""
     greedy = Filters(temperature=0.0)
     sampler = Sampler(graphdef, max_new_tokens, eos_id, pad_id, greedy)
     return lambda params, tokens, mask: sampler(params, tokens, mask).tokens
@@ -196,7 +182,7 @@ def _advance(sampler: Sampler, params: Params, keys: jax.Array | None, state: _S
 
 
 def _choose(sampler: Sampler, logits: jax.Array, keys: jax.Array | None, state: _State) -> _State:
-    """Draws a token a row from float32 logits ``[batch, vocab]`` and writes it."""
+    """Draws a token for each row from float32 logits ``[batch, vocab]`` and writes it."""
     filters, done, step = sampler.filters, state.done, state.step
     if filters.temperature == 0:
         token, scaled = jnp.argmax(logits, axis=-1), logits
@@ -215,13 +201,3 @@ def _choose(sampler: Sampler, logits: jax.Array, keys: jax.Array | None, state: 
     )
     ends = jnp.asarray(sampler.eos_id, jnp.int32)
     return state._replace(step=step + 1, done=done | jnp.isin(token, ends), samples=samples)
-
-
-def _check_left_padded(mask: np.ndarray) -> None:
-    """Raises `ValueError` for rows with padding on the right or without a token."""
-    bad = np.flatnonzero(~mask[:, -1] | (np.diff(mask.astype(np.int8), axis=1) < 0).any(axis=1))
-    if bad.size:
-        raise ValueError(
-            f"prompts must be padded on the left and hold a token: rows {bad[:8].tolist()} of the "
-            "mask are not"
-        )

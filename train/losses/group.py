@@ -31,7 +31,6 @@ _READ_BY = {
     **dict.fromkeys(("vespo_k_pos", "vespo_k_neg", *_DECAYS), ("vespo",)),
 }
 
-
 _POSITIVE = ("positive", lambda value: 0 < value < math.inf)
 _NOT_NEGATIVE = ("0 or larger", lambda value: 0 <= value < math.inf)
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -45,14 +44,14 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 
 class GroupLogps(NamedTuple):
-    """What the loss sees of sampled answers.
+    """What the loss sees of sampled answers; only the tokens where `mask` is true count.
 
     Attributes:
       logps: The policy's log-probability of every token, float32 `[rows, length]`.
       old_logps: Those of the policy that sampled; None where it is the same policy.
       reference_logps: Those of the reference; None where β is 0.
       advantages: float32 `[rows]`.
-      mask: bool `[rows, length]`, true at the tokens that count.
+      mask: bool `[rows, length]`.
     """
 
     logps: jax.Array
@@ -66,15 +65,15 @@ class GroupLogps(NamedTuple):
 class GroupLoss:
     """The loss of a batch of sampled answers; names and defaults are those of TRL's `GRPOConfig`.
 
-    Args:
+    Attributes:
       type: `grpo` averages the tokens of an answer, then the answers; `bnpo` averages the tokens of
         the batch, or of each part of it under gradient accumulation; `dapo` (arXiv:2503.14476) those
-        of the whole batch; `dr_grpo` (arXiv:2503.20783) divides by the greatest length; `luspo`
-        (arXiv:2602.05261) adds up an answer's tokens; `cispo` (arXiv:2506.13585) bounds the weight of
-        a token and not its loss; `sapo` (arXiv:2511.20347) has a smooth gate in place of the clip;
-        `vespo` (arXiv:2602.10693) weighs an answer by `w^k exp(λ (1 − w))`, `w` being the ratio of
-        its probabilities, without a gradient through the weight.
-      beta: Weight of the divergence from the reference.
+        of the whole batch; `dr_grpo` (arXiv:2503.20783) divides by the greatest length,
+        `max_completion_length`; `luspo` (arXiv:2602.05261) adds up an answer's tokens; `cispo`
+        (arXiv:2506.13585) bounds the weight of a token and not its loss; `sapo` (arXiv:2511.20347) has
+        a smooth gate in place of the clip; `vespo` (arXiv:2602.10693) weighs an answer by
+        `w^k exp(λ (1 − w))`, `w` being the ratio of its probabilities, without a gradient through the
+        weight.
       epsilon: Lower bound of the ratio, below 1.
       epsilon_high: Upper bound, above 1; None: `epsilon`. For `cispo` the largest weight itself.
       delta: Upper bound of the ratio where the clip has none (INTELLECT-2, arXiv:2505.07291).
@@ -82,13 +81,8 @@ class GroupLoss:
         the geometric mean over its tokens.
       use_bias_correction_kl: Multiply the divergence by the ratio, whose gradient is then that of the
         reverse divergence (DeepSeek-V3.2, arXiv:2512.02556).
-      sapo_temperature_neg: Temperature of `sapo` for advantages of 0 and below.
-      sapo_temperature_pos: Temperature of `sapo` for others.
-      vespo_k_pos: Exponent k of `vespo`, for advantages of 0 and above.
-      vespo_lambda_pos: Its decay λ, for the same.
-      vespo_k_neg: Exponent k for advantages below 0.
-      vespo_lambda_neg: Decay λ for those.
-      max_completion_length: Greatest length, by which `dr_grpo` divides.
+
+    `_pos` is for advantages of 0 and above, but above 0 for `sapo`, and `_neg` for the others.
 
     Raises:
       ValueError: A setting is out of range, or of no use to the loss.
@@ -110,8 +104,11 @@ class GroupLoss:
     max_completion_length: int = 512
 
     def __post_init__(self) -> None:
-        _one_of("type", self.type, GROUP_LOSSES)
-        _one_of("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
+        levels = ("token", "sequence")
+        for name, known in (("type", GROUP_LOSSES), ("importance_sampling_level", levels)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
         for name, (expected, holds) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
@@ -130,7 +127,7 @@ class GroupLoss:
             )
 
     def _check_read(self) -> None:
-        """Refuses what was set in vain."""
+        """Refuses a setting that the loss would not read."""
         for field in fields(self):
             value, readers = getattr(self, field.name), _READ_BY.get(field.name, GROUP_LOSSES)
             if value != field.default and self.type not in readers:
@@ -145,17 +142,16 @@ class GroupLoss:
 
     @property
     def upper(self) -> float:
-        """`epsilon_high`, or what stands for it."""
+        """`epsilon_high`, or `epsilon` where that is None."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     def __call__(self, tokens: GroupLogps) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of a batch and its metrics, all float32 scalars.
 
-        Returns:
-          `(loss, metrics)`: `kl` where β is not 0 (the mean over tokens of what is multiplied by β),
-          and `clip_ratio/low_mean`, `high_mean`, `region_mean` (shares of the tokens, or of the
-          answers where a ratio is one answer's), `low_min` and `high_max` (of an answer), or
-          `cispo_clip_ratio`, or `vespo/phi_seq_mean` (the mean weight of an answer).
+        The metrics are `kl` where β is not 0 (the mean over tokens of what is multiplied by β), and
+        `clip_ratio/low_mean`, `high_mean`, `region_mean` (shares of the tokens, or of the answers
+        where there is one ratio for each answer), `low_min` and `high_max` (of an answer), or
+        `cispo_clip_ratio`, or `vespo/phi_seq_mean` (the mean weight of an answer).
         """
         log_ratio = self._log_ratio(tokens)
         ratio, advantages = jnp.exp(log_ratio), tokens.advantages[:, None]
@@ -182,7 +178,7 @@ class GroupLoss:
         return row_means(ratio, tokens.mask)[:, None]
 
     def _policy(self, tokens: GroupLogps, ratio: jax.Array, advantages: jax.Array) -> jax.Array:
-        """The loss of each token, or of each answer where the ratio is one answer's."""
+        """The loss of each token, or of each answer where there is one ratio for each answer."""
         if self.type == "cispo":
             # −sg(min(r, ε_high)) A log π (arXiv:2506.13585)
             weight = jax.lax.stop_gradient(jnp.minimum(ratio, self.upper))
@@ -220,7 +216,7 @@ class GroupLoss:
 
     def _average(self, loss: jax.Array, mask: jax.Array) -> jax.Array:
         """One number from the losses of tokens, as `type` says."""
-        loss = jnp.where(mask, loss, 0.0)  # which an answer's loss is broadcast by
+        loss = jnp.where(mask, loss, 0.0)  # also spreads an answer's loss over its tokens
         if self.type in ("grpo", "sapo"):
             return jnp.mean(row_means(loss, mask))
         if self.type == "dr_grpo":
@@ -241,37 +237,26 @@ class GroupLoss:
         low = (ratio < 1 - self.epsilon) & (advantages < 0)
         high = (ratio > 1 + self.upper) & (advantages > 0)
         counted = jnp.any(mask, axis=1)
-        low_rows, high_rows = (_of_rows(one, mask) for one in (low, high))
-        least = jnp.min(jnp.where(counted, low_rows, 1.0))
+        least = jnp.min(jnp.where(counted, row_means(low, mask), 1.0))
         return {
             "clip_ratio/low_mean": token_mean(low, mask),
             "clip_ratio/high_mean": token_mean(high, mask),
             "clip_ratio/region_mean": token_mean(low | high, mask),
             "clip_ratio/low_min": jnp.where(jnp.any(counted), least, 0.0),
-            "clip_ratio/high_max": jnp.max(jnp.where(counted, high_rows, 0.0)),
+            "clip_ratio/high_max": jnp.max(row_means(high, mask)),
         }
 
 
 def row_means(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Means over the masked tokens of each row, float32 `[rows]`; 0 where there are none."""
+    """Means over the masked tokens of each row, float32 `[rows]`; 0 where a row has none."""
     count = jnp.sum(mask, axis=1, dtype=jnp.float32)
     return jnp.sum(jnp.where(mask, values, 0.0), axis=1) / jnp.maximum(count, 1)
 
 
 def token_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over all masked tokens, float32 `[]`, 0 where there are none; of `[rows, 1]`, over rows."""
+    """Mean over all masked tokens, float32 `[]`, 0 without any; `[rows, 1]` is averaged over rows."""
     values = values.astype(jnp.float32)
     if values.shape[1] == 1 != mask.shape[1]:
         return jnp.mean(values)
     count = jnp.sum(mask, dtype=jnp.float32)
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(count, 1)
-
-
-def _of_rows(values: jax.Array, mask: jax.Array) -> jax.Array:
-    values = values.astype(jnp.float32)
-    return values[:, 0] if values.shape[1] == 1 else row_means(values, mask)
-
-
-def _one_of(name: str, value: str, names: tuple[str, ...]) -> None:
-    if value not in names:
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}.")

@@ -15,15 +15,9 @@ Loss = TypeVar("Loss", PreferenceLoss, UnpairedLoss, GroupLoss)
 
 
 def loss_from(kind: type[Loss], options: BetaOptions | GroupLossOptions, **others: Any) -> Loss:
-    """A loss with the settings that have the names of its fields.
+    """A loss of the class `kind`, with the settings that have the names of its fields.
 
-    Args:
-        kind: The class of the loss.
-        options: The settings of a run.
-        others: Fields that the settings do not have.
-
-    Raises:
-        UserError: a setting is out of range.
+    `others` are the fields that the settings lack. Raises `UserError` for a setting out of range.
     """
     names = {one.name for one in fields(kind)} & {one.name for one in fields(options)}
     try:
@@ -33,11 +27,7 @@ def loss_from(kind: type[Loss], options: BetaOptions | GroupLossOptions, **other
 
 
 def beta_from(options: BetaOptions, steps: int) -> BetaAt | None:
-    """β of every step; None for a constant one.
-
-    Raises:
-        UserError: the settings of the schedule do not go together.
-    """
+    """β of every step, None if constant; `UserError` if the schedule's settings do not fit together."""
     try:
         return beta_schedule(options.beta_schedule, options.beta, options.beta_final, steps)
     except ValueError as error:
@@ -47,8 +37,7 @@ def beta_from(options: BetaOptions, steps: int) -> BetaAt | None:
 def check_preference_loss(options: PreferenceLossOptions, microbatches: int) -> PreferenceLoss:
     """The loss on pairs, once its settings are found to go together.
 
-    Raises:
-        UserError: a field is out of range, or the loss cannot be computed in microbatches.
+    Raises `UserError` for a field out of range and for a loss that microbatches cannot compute.
     """
     loss = loss_from(PreferenceLoss, options)
     beta_from(options, steps=1)

@@ -19,13 +19,8 @@ Beta = float | jax.Array
 class PairLogps(NamedTuple):
     """What a preference loss sees of a batch; every field is float32 `[batch]`.
 
-    Attributes:
-      chosen: Policy log-probability of the chosen completion, summed over its tokens.
-      rejected: The same for the rejected completion.
-      reference_chosen: Reference model's log-probability of the chosen completion.
-      reference_rejected: The same for the rejected completion.
-      chosen_length: Tokens in the chosen completion.
-      rejected_length: Tokens in the rejected completion.
+    Log-probabilities of the policy and of the reference are sums over the tokens of an answer, and
+    the lengths are numbers of tokens.
     """
 
     chosen: jax.Array
@@ -66,17 +61,9 @@ def smoothed(logits: jax.Array, label_smoothing: float) -> jax.Array:
 def sigmoid(pair: PairLogps, beta: Beta, label_smoothing: float = 0.0) -> jax.Array:
     """DPO (Rafailov et al., 2023, arXiv:2305.18290), with the conservative variant's smoothing.
 
-    `−(1−ε) log σ(β h) − ε log σ(−β h)`. `ε` is the probability that a label is flipped (cDPO,
-    https://ericmitchell.ai/cdpo.pdf); TRL ≥ 1.0 has dropped it from its `sigmoid` loss, so compare
-    with ε = 0.
-
-    Args:
-      pair: Log-probabilities.
-      beta: Strength of the pull towards the reference model.
-      label_smoothing: ε, in [0, 0.5).
-
-    Returns:
-      float32 `[batch]`; ln 2 where policy and reference agree.
+    `−(1−ε) log σ(β h) − ε log σ(−β h)`, which is ln 2 where policy and reference agree. `ε`, in
+    [0, 0.5), is the probability that a label is flipped (cDPO, https://ericmitchell.ai/cdpo.pdf);
+    TRL ≥ 1.0 has dropped it from its `sigmoid` loss, so compare with ε = 0.
     """
     return smoothed(beta * pair.margin, label_smoothing)
 
@@ -99,10 +86,7 @@ def ipo(pair: PairLogps, beta: Beta) -> jax.Array:
 
     The paper writes the log-ratio of whole sequences. Its authors' results, and TRL, use the mean
     per token, which keeps the target margin `1 / (2 β)` comparable across lengths; so does this.
-    `beta` is the paper's τ.
-
-    Returns:
-      float32 `[batch]`; `1 / (4 β²)` where policy and reference agree.
+    `beta` is the paper's τ. The loss is `1 / (4 β²)` where policy and reference agree.
     """
     return jnp.square(pair.mean_margin - 1 / (2 * beta))
 
@@ -110,8 +94,7 @@ def ipo(pair: PairLogps, beta: Beta) -> jax.Array:
 def hinge(pair: PairLogps, beta: Beta) -> jax.Array:
     """Hinge loss on the reward margin (SLiC, Zhao et al., 2023, arXiv:2305.10425), as in TRL.
 
-    Returns:
-      float32 `[batch]`; 1 where policy and reference agree.
+    It is 1 where policy and reference agree.
     """
     return jax.nn.relu(1 - beta * pair.margin)
 

@@ -47,26 +47,19 @@ LOSSES: dict[str, _Loss] = {
 """Losses on pairs by the names TRL gives them."""
 
 REFERENCE_FREE = ("simpo", "orpo")
-"""Those whose rewards are defined without a reference; `sft` goes along with either kind."""
+"""Losses whose rewards are defined without a reference; `sft` goes along with either kind."""
 
 WHOLE_BATCH = ("aot", "aot_unpaired", "bco_pair")
-"""Those that compare the pairs of a batch, so that parts of a batch are not enough."""
+"""Losses that compare the pairs of a batch, so that parts of a batch are not enough."""
 
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """A loss of `LOSSES`, or a weighted sum of several.
+    """A loss of `LOSSES`, or a weighted sum of several; defaults are TRL's.
 
-    Args:
-      type: A name in `LOSSES`, or several.
-      weights: One for each name; None for 1 each, as in TRL.
-      beta: Strength of the pull towards the reference model, positive.
-      ld_alpha: Weight of the tokens past the length of the shorter answer, in [0, 1] (LD-DPO,
-        arXiv:2409.06411); None for 1. Whoever sums log-probabilities applies it (`sum_logps`), to
-        the policy's and to the reference's.
-      label_smoothing: Assumed share of swapped labels, in [0, 0.5).
-      simpo_gamma: Target margin of `simpo`, 0 or larger.
-      discopop_tau: Temperature of `discopop`, in (0, 1].
+    `weights` has one for each name; None is 1 each, as in TRL. `ld_alpha` weighs the tokens past
+    the length of the shorter answer (LD-DPO, arXiv:2409.06411); None is 1. Whoever sums
+    log-probabilities applies it (`sum_logps`), to the policy's and to the reference's.
 
     Raises:
       ValueError: For an unknown loss, a setting out of range, or one that differs from its default
@@ -182,7 +175,7 @@ class PreferenceLoss:
         return self.without_nll(pair, beta) + self.nll_weight * self.nll(pair)
 
     def without_nll(self, pair: PairLogps, beta: Beta | None = None) -> jax.Array:
-        """The part of each pair that is no cross-entropy, float32 `[batch]`."""
+        """The loss of each pair without the cross-entropy, float32 `[batch]`."""
         pair = _as_float32(pair)
         total = jnp.zeros(pair.chosen.shape, jnp.float32)
         for name, weight in self.terms:
@@ -224,23 +217,19 @@ class PreferenceLoss:
 
 
 def _as_float32(pair: PairLogps) -> PairLogps:
-    """Sums of float16 are at home in float32: squares and 1/β leave float16's range early."""
+    """The same in float32: squares and 1/β soon leave float16's range."""
     return PairLogps(*(field.astype(jnp.float32) for field in pair))
 
 
 def sum_logps(
     logps: jax.Array, mask: jax.Array, other_mask: jax.Array, ld_alpha: float | None
 ) -> jax.Array:
-    """Sums of log-probabilities in which tokens past the shorter answer's length weigh less.
+    """Sums of log-probabilities, float32 `[batch]`, in which tokens past the shorter answer weigh less.
 
-    Args:
-      logps: Per-token, float32 `[batch, completion]`, 0 where masked.
-      mask: bool `[batch, completion]`, of the same answers, padded on the right.
-      other_mask: That of the other answer of each pair.
-      ld_alpha: Weight of the tail; None for 1.
-
-    Returns:
-      float32 `[batch]`. TRL logs rewards and log-probabilities as these sums.
+    `logps` are float32 `[batch, completion]`, 0 where masked, and `mask` and `other_mask` are those
+    of the same answers and of the other answer of each pair, padded on the right. The tokens past
+    the shorter answer's length weigh `ld_alpha`; None is 1. TRL logs rewards and log-probabilities
+    as these sums.
     """
     if ld_alpha is None:
         return jnp.sum(logps, axis=1)
@@ -253,11 +242,9 @@ def pair_metrics(pair: PairLogps, beta: Beta) -> Metrics:
     """TRL's metrics of a preference batch, float32 scalars without gradient.
 
     Rewards are β times the log-ratios of whole answers for every loss, those that divide by the
-    length included.
-
-    Returns:
-      `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (share of pairs
-      whose chosen reward is strictly larger), `logps/chosen` and `logps/rejected`, as batch means.
+    length included. `rewards/accuracies` is the share of pairs whose chosen reward is strictly
+    larger; the others are batch means: `rewards/chosen`, `rewards/rejected`, `rewards/margins`,
+    `logps/chosen` and `logps/rejected`.
     """
     rewards = beta * pair.chosen_logratio, beta * pair.rejected_logratio
     return _means(rewards, (pair.chosen, pair.rejected))

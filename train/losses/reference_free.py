@@ -12,9 +12,6 @@ import jax.numpy as jnp
 
 from train.losses.pair import Beta, PairLogps, smoothed
 
-NEAREST_TO_ONE = -1e-6
-"""Largest mean log-probability that odds are taken of; those of probability 1 are infinite."""
-
 
 def mean_logps(pair: PairLogps) -> tuple[jax.Array, jax.Array]:
     """Log-probability per token of the chosen and of the rejected answers, each `[batch]`."""
@@ -44,7 +41,7 @@ def log_odds_ratio(pair: PairLogps) -> jax.Array:
     """Log of the ratio of the odds of the chosen to the rejected answer, `[batch]` (ORPO)."""
 
     def log_odds(logp: jax.Array) -> jax.Array:
-        logp = jnp.minimum(logp, NEAREST_TO_ONE)
+        logp = jnp.minimum(logp, -1e-6)  # the odds of probability 1 are infinite
         return logp - _log1mexp(logp)
 
     chosen, rejected = mean_logps(pair)
@@ -52,7 +49,7 @@ def log_odds_ratio(pair: PairLogps) -> jax.Array:
 
 
 def odds(pair: PairLogps, beta: Beta) -> jax.Array:
-    """ORPO (Hong et al., 2024, arXiv:2403.07691, equation 6) but for its `chosen_nll`, `[batch]`.
+    """ORPO (Hong et al., 2024, arXiv:2403.07691, equation 6) without its `chosen_nll`, `[batch]`.
 
     −β times `log σ` of the log odds ratio; β is the paper's λ. The cross-entropy that goes with it
     is that of the answer given the prompt, as the paper writes it; TRL's also counts the tokens of

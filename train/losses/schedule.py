@@ -18,20 +18,15 @@ BetaAt = Callable[[jax.Array], jax.Array]
 
 
 def beta_schedule(kind: str, beta: float, beta_final: float | None, steps: int) -> BetaAt | None:
-    """β of every step: `beta` in the first and `beta_final` in the last.
+    """β of every step: `beta` in the first of `steps` updates and `beta_final` in the last.
 
-    Args:
-      kind: A name in `BETA_SCHEDULES`.
-      beta: First value, positive.
-      beta_final: Last value, positive; None exactly when `kind` is `"constant"`.
-      steps: Number of updates.
+    `kind` is a name in `BETA_SCHEDULES`. Both values are positive; `beta_final` is None exactly
+    when `kind` is `"constant"`. Raises `ValueError` for an unknown kind or values that do not go
+    together.
 
     Returns:
       `f(step) -> β`, float32 `[]`, for a traced number of updates done before, from 0; None for a
       constant β, which needs no step.
-
-    Raises:
-      ValueError: For an unknown kind or values that do not go together.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,7 +60,7 @@ def beta_schedule(kind: str, beta: float, beta_final: float | None, steps: int) 
 def scheduled_beta(
     beta_at: BetaAt | None, batch: Mapping[str, Any]
 ) -> tuple[jax.Array | None, Metrics]:
-    """β of the step of a batch and what is logged of it; None and nothing for a constant β."""
+    """β of a batch's step and its metric; None and no metric where β is constant."""
     if beta_at is None:
         return None, {}
     beta = beta_at(batch["step"])

@@ -11,14 +11,9 @@ def sft(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Negative log-likelihood per completion token, averaged over all tokens of the batch.
 
-    Args:
-      logps: Per-token log-probabilities, float32 `[batch, completion]`, 0 where masked.
-      mask: bool `[batch, completion]`, true at completion tokens.
-      top1: bool `[batch, completion]`, whether the model ranks the token first.
-
-    Returns:
-      The scalar loss, and the metrics `loss`, `mean_token_accuracy` and `num_tokens` (completion
-      tokens in the batch), float32 scalars.
+    All arguments are `[batch, completion]`: `logps` float32, 0 where masked; `mask` bool, true at
+    completion tokens; `top1` bool, whether the model ranks the token first. The metrics are `loss`,
+    `mean_token_accuracy` and `num_tokens` (completion tokens in the batch), float32 scalars.
     """
     tokens = jnp.sum(mask, dtype=jnp.float32)
     loss = -jnp.sum(logps) / jnp.maximum(tokens, 1)

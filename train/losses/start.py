@@ -1,4 +1,4 @@
-"""At the first step the policy is the reference: rewards are 0 and the loss has a known value."""
+"""Checks that the policy starts at the reference: rewards are 0 and the loss has a known value."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from train.losses.preference import PreferenceLoss
-
-_ZERO_AT_START = ("rewards/chosen", "rewards/rejected", "kl")
 
 
 def check_starts_at_reference(
@@ -21,14 +19,10 @@ def check_starts_at_reference(
     log-probabilities belong to another model, other data or another template. A loss without a
     reference has nothing to check, and one that is mixed with cross-entropy has only its rewards.
 
-    Args:
-      metrics: Metrics of the first step of a fresh run, or of an evaluation before it.
-      loss: The loss that made them; None for the default one.
-      tolerance: Largest deviation of a mean reward from 0, and of the loss relative to its
-        expected value. The default leaves room for bfloat16.
-
-    Raises:
-      ValueError: Naming every figure that is off.
+    `metrics` are those of the first step of a fresh run, or of an evaluation before it, and `loss`
+    made them; None is the default one. `tolerance` is the largest deviation of a mean reward from
+    0, and of the loss relative to its expected value; the default leaves room for bfloat16. Raises
+    `ValueError` that names every figure that is off.
     """
     loss = PreferenceLoss() if loss is None else loss
     if loss.needs_reference:
@@ -43,7 +37,8 @@ def check_unpaired_start(
 
 
 def _check(metrics: Mapping[str, Any], expected: float | None, tolerance: float) -> None:
-    zeros = {name: float(metrics[name]) for name in _ZERO_AT_START if name in metrics}
+    names = ("rewards/chosen", "rewards/rejected", "kl")
+    zeros = {name: float(metrics[name]) for name in names if name in metrics}
     wrong = [
         f"{name} = {value:.6g} instead of 0"
         for name, value in zeros.items()

@@ -31,16 +31,11 @@ def kto(
 ) -> tuple[jax.Array, Metrics]:
     """KTO on unpaired examples (Ethayarajh et al., 2024, arXiv:2402.01306, equations 7 and 8).
 
-    Args:
-      logps: Policy log-probability of each completion, float32 `[batch]`.
-      reference_logps: The reference model's, float32 `[batch]`.
-      desirable: bool `[batch]`, the label of each completion.
-      kl: Estimate of the policy's divergence from the reference, a scalar: the mean over the global
-        batch of `policy − reference` on mismatched completions. It is clamped at 0 here, after that
-        mean, and carries no gradient.
-      beta: Strength of the pull towards the reference model.
-      desirable_weight: λ_D, weight of the desirable examples.
-      undesirable_weight: λ_U, weight of the others.
+    `logps` and `reference_logps` are float32 `[batch]`, log-probabilities of each completion, and
+    `desirable` bool `[batch]` is its label. `desirable_weight` is λ_D and `undesirable_weight` λ_U.
+    `kl` estimates the policy's divergence from the reference, a scalar: the mean over the global
+    batch of `policy − reference` on mismatched completions. It is clamped at 0 here, after that
+    mean, and carries no gradient.
 
     Returns:
       The loss of each example, float32 `[batch]`, and the metrics `kl`, `rewards/chosen`,
@@ -72,14 +67,8 @@ def _label_means(logps: jax.Array, rewards: jax.Array, desirable: jax.Array) -> 
 class UnpairedLoss:
     """A loss of `UNPAIRED_LOSSES` with its settings.
 
-    Args:
-      type: A name in `UNPAIRED_LOSSES`.
-      beta: Strength of the pull towards the reference model, positive.
-      desirable_weight: λ_D, 0 or larger.
-      undesirable_weight: λ_U, 0 or larger; one of the two must be positive.
-
-    Raises:
-      ValueError: For an unknown loss or a setting out of range.
+    `beta` is positive; λ_D (`desirable_weight`) and λ_U (`undesirable_weight`) are 0 or larger, and
+    one of them is positive. Raises `ValueError` for an unknown loss or a setting out of range.
     """
 
     type: str = "kto"
@@ -106,7 +95,7 @@ class UnpairedLoss:
 
     @property
     def needs_kl(self) -> bool:
-        """Whether it wants the divergence, estimated on mismatched completions."""
+        """Whether the loss needs the divergence, estimated on mismatched completions."""
         return self.type == "kto"
 
     def __call__(
@@ -137,17 +126,10 @@ class UnpairedLoss:
 def label_balance_warning(
     labels: np.ndarray, desirable_weight: float, undesirable_weight: float
 ) -> str | None:
-    """What is wrong with the weights of the two labels, if anything.
+    """A sentence that says which weights of the two labels would do; None where they are in range.
 
-    The KTO paper advises `1 ≤ λ_D n_D / (λ_U n_U) ≤ 4/3` (section 4.2).
-
-    Args:
-      labels: bool `[rows]`.
-      desirable_weight: λ_D.
-      undesirable_weight: λ_U.
-
-    Returns:
-      A sentence that says which weight would do, or None when the ratio is in that range.
+    The KTO paper advises `1 ≤ λ_D n_D / (λ_U n_U) ≤ 4/3` (section 4.2). `labels` are bool `[rows]`,
+    true for desirable answers.
 
     Example:
       >>> label_balance_warning(np.array([True, False]), 1.0, 1.0)

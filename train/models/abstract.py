@@ -16,11 +16,9 @@ from train.types import Params
 def abstract_model(
     config: ModelConfig, mesh: Mesh | AbstractMesh | None
 ) -> tuple[nnx.GraphDef, Params]:
-    """The structure of a model, and its parameters as shapes with their places.
+    """The structure of a model, and its parameters as `jax.ShapeDtypeStruct` with their places.
 
-    Returns:
-        The graph definition and a tree of `jax.ShapeDtypeStruct` as `train.models.split_model`
-        makes them.
+    Both are as `train.models.split_model` makes them.
     """
     graphdef, state = abstract_decoder(config)
     params = nnx.to_pure_dict(state)
@@ -36,14 +34,11 @@ def abstract_model(
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
-    """Where each parameter goes on a mesh, as a tree like that of `split_model`.
+    """Where each parameter goes on a mesh: a tree of `NamedSharding` like that of `split_model`.
 
     Input sides of matrices are split over ``"fsdp"`` and output sides over ``"tensor"``, reversed
     in the projections back to the residual stream; norms are replicated. An axis that the mesh
     lacks or whose size does not divide stays whole.
-
-    Returns:
-        Nested dict of `NamedSharding`.
 
     Raises:
         ValueError: the mesh has explicit axes, with which every operation would have to be told

@@ -17,11 +17,10 @@ _BACKENDS = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}
 
 
 def check_attention(config: ModelConfig) -> None:
-    """Checks that the attention asked for can run on this machine.
+    """Raises `ValueError` where the attention asked for cannot run on this machine.
 
-    Raises:
-        ValueError: an unknown name, no device for it, or cuDNN's attention with another type or width
-            of heads than it computes.
+    That is an unknown name, no device for it, or for cuDNN's a dtype or width of heads that it does
+    not compute.
     """
     kind = config.attention
     if kind == "xla":
@@ -47,15 +46,14 @@ class AttentionInputs(NamedTuple):
     """What every block needs besides the residual stream.
 
     Attributes:
-        cos: float32 ``[batch, length, 1, head_dim / 2]``.
-        sin: like ``cos``.
+        cos: float32 ``[batch, length, 1, head_dim / 2]``, as ``sin``.
         mask: bool, broadcastable to ``[batch, heads, length, keys]``, True where a query may look,
             or None for no restriction beyond ``causal``.
         causal: also forbid keys after the query. Off when ``mask`` says it all (cached decoding, rows
             of sequences with a part in common).
-        segments: int32 ``[batch, length]``: real tokens see those with their number. What ``mask``
-            says where ``causal`` is on, for programs that take no mask. None: one number for all,
-            or ``mask`` says more.
+        segments: int32 ``[batch, length]``: real tokens see those with their number. It restricts as
+            ``mask`` does while ``causal`` is on, for programs that take no mask. None: one number
+            for all, or ``mask`` says more.
     """
 
     cos: jax.Array
@@ -74,21 +72,12 @@ def attend(
     *,
     cached: bool,
 ) -> jax.Array:
-    """Scaled dot-product attention.
+    """Scaled dot-product attention, as ``config.attention`` says; the result is like ``query``.
 
-    Args:
-        config: its ``attention`` says how.
-        query: ``[batch, length, heads, head_dim]``.
-        key: ``[batch, keys, kv_heads, head_dim]``.
-        value: like ``key``.
-        inputs: who sees whom.
-        cached: keys come from a cache. Always XLA's: there is no backward pass, and often one query.
-
-    Returns:
-        Like ``query``.
-
-    Raises:
-        ValueError: splash attention of rows of sequences with a part in common.
+    ``query`` is ``[batch, length, heads, head_dim]``; ``key`` and ``value`` are ``[batch, keys,
+    kv_heads, head_dim]``. Where keys come from a cache, it is always XLA's: there is no backward
+    pass, and often one query. Raises `ValueError` for splash attention of rows of sequences with a
+    part in common.
     """
     if config.attention == "splash" and not cached:
         if not inputs.causal:

@@ -23,6 +23,12 @@ _COMMON_DEFAULTS: dict[str, Any] = {
     "attention_dropout": 0.0,
     "head_dim": None,
 }
+_QWEN_DEFAULTS = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
         "vocab_size": 32000,
@@ -30,19 +36,8 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": None,
         "max_position_embeddings": 2048,
     },
-    "qwen2": {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-    },
-    "qwen3": {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "head_dim": 128,
-    },
+    "qwen2": _QWEN_DEFAULTS,
+    "qwen3": {**_QWEN_DEFAULTS, "head_dim": 128},
 }
 # Positive integers, by their names in config.json and in `ModelConfig`.
 _SIZES = {
@@ -68,12 +63,7 @@ FREE_FIELDS = (
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
 
@@ -84,11 +74,6 @@ class ModelConfig:
     Attributes:
         model_type: ``"llama"`` (Llama 2 to 3.2, SmolLM2), ``"qwen2"`` (Qwen1.5 to 2.5) or
             ``"qwen3"``.
-        vocab_size: rows of the embedding.
-        hidden_size: width of the residual stream.
-        intermediate_size: width inside the feed-forward block.
-        num_layers: decoder blocks.
-        num_heads: query heads.
         num_kv_heads: key and value heads; a divisor of ``num_heads``.
         head_dim: width of a head; even.
         rms_norm_eps: added to the mean square before its root.
@@ -96,9 +81,6 @@ class ModelConfig:
         rope_scaling: sorted ``(name, value)`` pairs, ``rope_type`` being ``"linear"`` or
             ``"llama3"``; empty for plain rotary embeddings.
         tie_word_embeddings: the output matrix is the transposed embedding.
-        qkv_bias: biases on the query, key and value projections.
-        o_bias: bias on the attention output projection.
-        mlp_bias: biases in the feed-forward block.
         qk_norm: RMS norm on every query and key head.
         max_position_embeddings: longest sequence the checkpoint was made for, in tokens.
         initializer_range: standard deviation of freshly drawn matrices.
@@ -110,8 +92,7 @@ class ModelConfig:
         attention: ``"xla"``; ``"cudnn"`` for cuDNN's flash attention (half-precision ``dtype``,
             NVIDIA GPU); ``"splash"`` for Pallas' on a TPU (no prompt shared within a row).
         lora_targets: names of the linear layers that have low-rank adapters.
-        lora_rank: rank of the adapters.
-        lora_scale: factor of their product.
+        lora_scale: factor of the product of an adapter's two matrices.
     """
 
     model_type: str
@@ -162,13 +143,7 @@ class ModelConfig:
         """Reads the dictionary of a ``config.json`` in the layout of transformers 4 or 5.
 
         Fields that the file leaves out take the value that transformers gives them for that family.
-
-        Args:
-            hf: parsed ``config.json``.
-            **overrides: fields of this class to set instead, such as ``dtype`` or ``remat``.
-
-        Returns:
-            The configuration.
+        ``overrides`` are fields of this class to set instead, such as ``dtype`` or ``remat``.
 
         Raises:
             ValueError: the file asks for something this decoder does not compute (another model
@@ -189,9 +164,10 @@ class ModelConfig:
                 "SmolLM2, Qwen1.5/2/2.5, Qwen3)"
             )
         full = {**_COMMON_DEFAULTS, **_FAMILY_DEFAULTS[model_type], **hf}
-        for field in ("num_key_value_heads", "head_dim"):
-            if full[field] is None:
-                full[field] = _derived(field, full)
+        if full["num_key_value_heads"] is None:
+            full["num_key_value_heads"] = full["num_attention_heads"]
+        if full["head_dim"] is None:
+            full["head_dim"] = _head_dim(full)
         _check_supported(full)
         theta, scaling = _read_rope(full)
         attention_bias = bool(full["attention_bias"])
@@ -212,11 +188,9 @@ class ModelConfig:
         return cls(**{**fields, **overrides})
 
 
-def _derived(field: str, full: Mapping[str, Any]) -> Any:
-    """What a null field stands for; left null when the fields that it follows from are invalid."""
+def _head_dim(full: Mapping[str, Any]) -> int | None:
+    """The width of a head where it is null; None when the fields that it follows from are invalid."""
     heads, width = full["num_attention_heads"], full["hidden_size"]
-    if field == "num_key_value_heads":
-        return heads
     if not _is_count(heads) or not _is_count(width):
         return None
     if width % heads:

@@ -21,7 +21,7 @@ REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "weight_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-"""What is kept of a block for its backward pass; of `"none"`, everything."""
+"""What is kept of a block for its backward pass; `"none"` keeps everything."""
 
 Array = jax.Array | np.ndarray
 
@@ -32,10 +32,6 @@ class Decoder(nnx.Module):
     The parameters of all blocks are stacked on axis 0 under ``layers`` and the forward pass scans
     over them, so compile time does not grow with depth. Fresh parameters are drawn as Hugging Face
     draws them: normal matrices of standard deviation ``initializer_range``, norms 1, biases 0.
-
-    Args:
-        config: shapes and options.
-        rngs: random streams for the fresh parameters.
 
     Example:
         >>> config = ModelConfig("llama", 32, 16, 32, 2, 2, 1, 8)
@@ -65,21 +61,13 @@ class Decoder(nnx.Module):
         self.lm_head = None if tied else make_param(draw(width, vocab), ("embed", "vocab"))
 
     def __call__(
-        self,
-        tokens: Array,
-        mask: Array | None = None,
-        positions: Array | None = None,
+        self, tokens: Array, mask: Array | None = None, positions: Array | None = None
     ) -> jax.Array:
-        """Logits of the next token at every position.
+        """Logits of the next token at every position, float32 ``[batch, length, vocab]``.
 
-        Args:
-            tokens: int32 ``[batch, length]``.
-            mask: bool ``[batch, length]``, True at real tokens, padding on either side. All real
-                when None.
-            positions: int32 ``[batch, length]``; by default counts real tokens from 0.
-
-        Returns:
-            float32 ``[batch, length, vocab]``; at padding positions finite and meaningless.
+        ``tokens`` are int32 ``[batch, length]``. ``mask``, bool, is True at real tokens, with
+        padding on either side; None means that all are real. ``positions``, int32, count real
+        tokens from 0 by default. At padding the logits are finite and meaningless.
         """
         return self.logits(self.hidden(tokens, mask, positions))
 
@@ -91,12 +79,13 @@ class Decoder(nnx.Module):
         visible: Array | None = None,
         segments: Array | None = None,
     ) -> jax.Array:
-        """Normed hidden states, to which the output matrix applies; see `unembedding`.
+        """Normed hidden states ``[batch, length, hidden_size]`` in ``config.dtype``.
 
-        Takes the arguments of calling the model. For losses that make logits a few at a time.
+        They are what `unembedding` applies to, for losses that make logits a few at a time. Takes
+        the arguments of calling the model, and two more.
 
         Args:
-            tokens: see calling the model, as for the two below.
+            tokens: int32 ``[batch, length]``.
             mask: not given together with ``visible``.
             positions: needed with ``visible``.
             visible: bool ``[batch, length, length]``, True where the token of axis 1 may look at
@@ -105,9 +94,6 @@ class Decoder(nnx.Module):
             segments: int32 ``[batch, length]``, for rows that hold sequences one after the other,
                 in place of the other three: a token sees the earlier ones with its number, and
                 positions count from 0 in each.
-
-        Returns:
-            ``[batch, length, hidden_size]`` in ``config.dtype``.
 
         Raises:
             ValueError: ``visible`` comes with ``mask``, or without ``positions``; or ``segments``
@@ -145,18 +131,12 @@ class Decoder(nnx.Module):
         cache: KVCache,
         start: jax.Array | int,
     ) -> tuple[jax.Array, KVCache]:
-        """Runs new tokens against a cache of earlier ones.
+        """Runs new tokens against a cache of earlier ones and writes them at slot ``start`` and behind.
 
-        Args:
-            tokens: int32 ``[batch, new]``.
-            positions: int32 ``[batch, new]``.
-            visible: bool ``[batch, new, keys]``, True where a new token may look into the cache,
-                its own slot included; at least one per row.
-            cache: from `empty_cache`, ``keys`` slots.
-            start: slot of the first new token.
-
-        Returns:
-            Hidden states ``[batch, new, hidden_size]`` and the cache with the new tokens written.
+        ``tokens`` and ``positions`` are int32 ``[batch, new]``. ``visible``, bool ``[batch, new,
+        slots]``, is True where a new token may look into the cache, its own slot included; at least
+        one per row. Returns hidden states ``[batch, new, hidden_size]`` and the cache with the new
+        tokens written.
         """
         cos, sin = rotation_angles(self.config, positions)
         inputs = AttentionInputs(cos, sin, jnp.asarray(visible)[:, None], causal=False)
@@ -181,11 +161,7 @@ class Decoder(nnx.Module):
         return jnp.matmul(hidden, self.unembedding(), preferred_element_type=jnp.float32)
 
     def _forward(
-        self,
-        tokens: Array,
-        inputs: AttentionInputs,
-        cache: KVCache | None,
-        start: jax.Array | int,
+        self, tokens: Array, inputs: AttentionInputs, cache: KVCache | None, start: jax.Array | int
     ) -> tuple[jax.Array, KVCache | None]:
         graphdef, stacked = split_model(self.layers)
 
@@ -222,13 +198,10 @@ def segment_positions(segments: jax.Array) -> jax.Array:
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
-    """Separates a model into its static structure and a plain tree of arrays.
+    """A model's static structure, and its arrays as a nested dict without NNX types.
 
-    Do this once, outside of the training step; inside, `merge_model` costs only tracing time.
-
-    Returns:
-        ``(graphdef, params)``; ``params`` is a nested dict of arrays without NNX types, the layers
-        stacked under ``params["layers"]``.
+    The layers are stacked under ``params["layers"]``. Do this once, outside of the training step;
+    inside, `merge_model` costs only tracing time.
     """
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
@@ -240,10 +213,7 @@ def merge_model(graphdef: nnx.GraphDef, params: Params) -> Decoder:
 
 
 def layer_axes(path: tuple[str, ...]) -> int:
-    """Leading axes of a leaf that are separate tensors: 1 under ``layers``, else 0.
-
-    Args:
-        path: names from the root of ``params`` to the leaf.
+    """Leading axes of the leaf at ``path`` that count separate tensors: 1 under ``layers``, else 0.
 
     Example:
         >>> layer_axes(("layers", "mlp", "up_proj", "kernel")), layer_axes(("norm", "weight"))

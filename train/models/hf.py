@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,12 +117,9 @@ def read_params(
     mesh: Mesh | None,
     dtypes: Mapping[tuple[str, ...], np.dtype] | None = None,
 ) -> Params:
-    """Reads the decoder's parameters one by one, once `check_tensors` has found them all.
+    """Reads the decoder's parameters, a tree like `split_model`'s, once `check_tensors` has found them.
 
     `dtypes` holds, by path, those of parameters that have another one than ``config.param_dtype``.
-
-    Returns:
-        A tree like that of `split_model`.
     """
     places: Any = {} if mesh is None else flatten_dict(param_shardings(config, mesh))
     others = {} if dtypes is None else dtypes
@@ -137,14 +135,10 @@ def read_params(
 def check_hf_compatible(
     path_or_hub_name: str | Path, *, same_shapes_as: str | Path | None = None
 ) -> ModelConfig:
-    """Checks a model directory, and that its parameters match another's, without reading weights.
+    """The configuration of a model directory, checked without reading weights.
 
-    Args:
-        path_or_hub_name: the directory or hub name to check.
-        same_shapes_as: another one, for instance the base of a task vector.
-
-    Returns:
-        The configuration of the first.
+    With ``same_shapes_as``, such as the base of a task vector, the parameters must match that
+    model's.
 
     Raises:
         FileNotFoundError: see `from_hf`.
@@ -174,34 +168,30 @@ def check_hf_compatible(
 def check_tensors(weights: SafetensorsDir, config: ModelConfig, others: Sequence[str] = ()) -> None:
     """Raises one `ValueError` that names every tensor in the files that does not fit.
 
-    Tensors in `others` may be there besides; nothing of them is checked.
+    Tensors named in `others` may be there too and are not checked.
     """
     leaves = decoder_leaves(config).values()
     expected = {name: leaf.hf_shape for leaf in leaves for name in leaf.names}
     found = weights.entries
     tied_copy = LM_HEAD if config.tie_word_embeddings else None
     allowed = {*expected, tied_copy, *others}
-    missing = [f"  {name} {list(expected[name])}" for name in expected if name not in found]
-    unexpected = [
-        f"  {name} {list(entry.shape)} in {entry.file.name}"
-        for name, entry in found.items()
-        if name not in allowed and not is_derived(name)
-    ]
-    shaped = [
-        f"  {name} in {found[name].file.name} is {list(found[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name].shape != shape
-    ]
-    typed = [
-        f"  {name} in {found[name].file.name} is {found[name].dtype_name}; F32, F16, BF16 are read"
-        for name in expected
-        if name in found and found[name].dtype is None
-    ]
     problems = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "of another shape": shaped,
-        "of another dtype": typed,
+        "missing": [f"  {name} {list(expected[name])}" for name in expected if name not in found],
+        "unexpected": [
+            f"  {name} {list(entry.shape)} in {entry.file.name}"
+            for name, entry in found.items()
+            if name not in allowed and not is_derived(name)
+        ],
+        "of another shape": [
+            f"  {name} in {found[name].file.name} is {list(found[name].shape)}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name].shape != shape
+        ],
+        "of another dtype": [
+            f"  {name} in {found[name].file.name} is {found[name].dtype_name}; F32, F16, BF16 are read"
+            for name in expected
+            if name in found and found[name].dtype is None
+        ],
     }
     lines: list[str] = []
     for kind, items in problems.items():
@@ -232,13 +222,10 @@ def _promote(dtypes: Any) -> np.dtype:
 def _load(
     weights: SafetensorsDir, leaf: Leaf, dtype: np.dtype, sharding: NamedSharding | None
 ) -> jax.Array:
+    read: Any = functools.partial(_read_shard, weights, leaf, dtype)
     if sharding is None:
-        return jnp.asarray(_read_shard(weights, leaf, dtype, (slice(None),) * len(leaf.shape)))
-
+        return jnp.asarray(read((slice(None),) * len(leaf.shape)))
     # Each process reads the shards of its own devices only.
-    def read(index: Any) -> np.ndarray:
-        return _read_shard(weights, leaf, dtype, index)
-
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
 

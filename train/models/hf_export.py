@@ -99,15 +99,11 @@ def write_model_dir(
     max_shard_size: int,
     card: str | None,
 ) -> None:
-    """Writes a whole model directory: weights, configuration, tokenizer, chat templates and card.
+    """Writes a whole model directory, of which all but the weights and the card comes from ``source``.
 
-    Args:
-        out: a directory that does not exist or is empty.
-        tensors: names and values, taken one at a time.
-        source: the model directory that everything but the weights comes from.
-        dtype: dtype that ``config.json`` is to name; None: that of ``source``.
-        max_shard_size: bytes per safetensors file.
-        card: model card, written as ``README.md``; none when None.
+    ``out`` does not exist or is empty. ``tensors`` are taken one at a time, and ``max_shard_size``
+    is in bytes. ``config.json`` names ``dtype``, or that of ``source`` where it is None. ``card``
+    becomes ``README.md``; None writes none.
     """
     with whole_directory(out) as partial:
         save_tensors(tensors, partial, max_shard_size)
@@ -133,7 +129,7 @@ def save_tensors(
 ) -> None:
     """Writes tensors to one safetensors file, or to several with an index.
 
-    Holds at most one shard in memory beside what the iterator holds.
+    Holds at most one shard in memory, besides what the iterator holds.
     """
     shards: list[tuple[Path, list[str]]] = []
     pending: dict[str, np.ndarray] = {}
@@ -178,11 +174,9 @@ def _tensors(
             copies = [name, LM_HEAD] if name == EMBEDDING and model.lm_head is None else [name]
             for target in copies:
                 if target in weights.entries:
-                    yield (
-                        target,
-                        cast_checked(target, values, dtype or weights.entries[target].dtype),
-                    )
                     written.add(target)
+                    wanted = dtype or weights.entries[target].dtype
+                    yield target, cast_checked(target, values, wanted)
     for name in weights.entries:
         if name not in written:
             yield name, weights.read(name)  # derived tensors of old versions
@@ -205,11 +199,7 @@ def _layer(array: jax.Array, number: int) -> jax.Array:
 
 
 def cast_checked(name: str, values: np.ndarray, dtype: Any) -> np.ndarray:
-    """Converts a tensor to another dtype.
-
-    Raises:
-        ValueError: a finite value becomes infinite; ``name`` names the tensor.
-    """
+    """The tensor in another dtype; `ValueError` with its name if a finite value becomes infinite."""
     with np.errstate(over="ignore"):
         cast = values.astype(dtype)
     lost = np.isfinite(values.astype(np.float32)) & ~np.isfinite(cast.astype(np.float32))

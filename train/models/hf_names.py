@@ -13,8 +13,6 @@ from train.models.decoder import Decoder
 
 Path = tuple[str, ...]
 
-# Written by old conversions; derived from config.json, so not parameters.
-_DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 _TOP_NAMES: dict[Path, str] = {("embed_tokens",): EMBEDDING, ("lm_head",): LM_HEAD}
@@ -25,8 +23,7 @@ class Leaf:
     """One parameter of the decoder and where it comes from.
 
     Attributes:
-        names: Hugging Face tensors, one per layer when ``stacked``, else one.
-        stacked: the tensors lie along axis 0.
+        names: Hugging Face tensors: one per layer, along axis 0, when ``stacked``, else one.
         transposed: Hugging Face stores the last two axes the other way round.
         shape: shape of the parameter, the stacking axis included.
         axes: logical axis of each axis, see `train.distributed.axes`.
@@ -53,35 +50,28 @@ def abstract_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 @functools.cache
 def decoder_leaves(config: ModelConfig) -> dict[Path, Leaf]:
     """Every parameter of the decoder by its path in the tree of `split_model`, in its order."""
-    _, state = abstract_decoder(config)
     leaves = {}
-    for path, variable in nnx.to_flat_state(state):
-        value = jax.tree.leaves(variable)[0]
-        names = tuple(str(part) for part in path)
-        leaves[names] = _describe(names, value.shape, variable.get_metadata("logical_axes"), config)
+    for parts, variable in nnx.to_flat_state(abstract_decoder(config)[1]):
+        path = tuple(str(part) for part in parts)
+        shape, axes = jax.tree.leaves(variable)[0].shape, variable.get_metadata("logical_axes")
+        stacked = path[0] == "layers"
+        if path in _TOP_NAMES:
+            names = (_TOP_NAMES[path],)
+        else:
+            last = "weight" if path[-1] == "kernel" else path[-1]
+            inner = ".".join((*path[1:-1], last))
+            layers = [f"layers.{i}" for i in range(config.num_layers)] if stacked else [path[0]]
+            names = tuple(f"model.{layer}.{inner}" for layer in layers)
+        leaves[path] = Leaf(
+            names,
+            stacked,
+            transposed=path[-1] in ("kernel", "lm_head"),
+            shape=tuple(shape),
+            axes=(None, *axes) if stacked else tuple(axes),
+        )
     return leaves
 
 
 def is_derived(name: str) -> bool:
-    """Whether a tensor in a file is no parameter: rotary frequencies saved by old versions."""
-    return name.endswith(_DERIVED_SUFFIX)
-
-
-def _describe(
-    path: Path, shape: tuple[int, ...], axes: tuple[str | None, ...], config: ModelConfig
-) -> Leaf:
-    stacked = path[0] == "layers"
-    if path in _TOP_NAMES:
-        names = (_TOP_NAMES[path],)
-    else:
-        last = "weight" if path[-1] == "kernel" else path[-1]
-        inner = ".".join((*path[1:-1], last))
-        layers = [f"layers.{i}" for i in range(config.num_layers)] if stacked else [path[0]]
-        names = tuple(f"model.{layer}.{inner}" for layer in layers)
-    return Leaf(
-        names,
-        stacked,
-        transposed=path[-1] in ("kernel", "lm_head"),
-        shape=tuple(shape),
-        axes=(None, *axes) if stacked else tuple(axes),
-    )
+    """Whether a tensor is no parameter: old versions saved the rotary frequencies of config.json."""
+    return name.endswith(".rotary_emb.inv_freq")

@@ -37,7 +37,7 @@ class RMSNorm(nnx.Module):
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Any ``[..., size]``; keeps the dtype."""
+        """Normalises any ``[..., size]`` and keeps the dtype."""
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return self.weight[...].astype(x.dtype) * (wide * scale).astype(x.dtype)
@@ -66,16 +66,13 @@ class Linear(nnx.Module):
         bias = jnp.zeros(outputs, config.param_dtype)
         self.bias = make_param(bias, (axes[1],)) if use_bias else None
         self.lora_scale = config.lora_scale
-        adapted = name in config.lora_targets
-        self.lora_a = self._draw_a(inputs, config, rngs, axes[0]) if adapted else None
-        zeros = jnp.zeros((config.lora_rank, outputs), config.param_dtype)
-        self.lora_b = make_param(zeros, (None, axes[1])) if adapted else None
-
-    def _draw_a(self, inputs: int, config: ModelConfig, rngs: nnx.Rngs, axis: str) -> nnx.Param:
-        bound = inputs**-0.5
-        shape = (inputs, config.lora_rank)
-        drawn = rngs.params.uniform(shape, config.param_dtype, -bound, bound)
-        return make_param(drawn, (axis, None))
+        rank, dtype, bound = config.lora_rank, config.param_dtype, inputs**-0.5
+        if name in config.lora_targets:
+            drawn = rngs.params.uniform((inputs, rank), dtype, -bound, bound)
+            self.lora_a = make_param(drawn, (axes[0], None))
+            self.lora_b = make_param(jnp.zeros((rank, outputs), dtype), (None, axes[1]))
+        else:
+            self.lora_a = self.lora_b = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[..., inputs]`` to ``[..., outputs]`` in the dtype of ``x``."""

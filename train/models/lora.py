@@ -25,7 +25,6 @@ from train.types import Params
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_ADAPTER = ("lora_a", "lora_b")
 # Settings of PEFT that change what an adapter computes, with the values under which ours is the same.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -42,20 +41,19 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 def is_adapter(path: tuple[str, ...]) -> bool:
     """Whether a parameter belongs to an adapter."""
-    return path[-1] in _ADAPTER
+    return path[-1] in ("lora_a", "lora_b")
 
 
 def without_adapters(config: ModelConfig) -> ModelConfig:
-    """The configuration of the model that merged adapters leave."""
+    """The configuration of the model into which adapters are merged."""
     return dataclasses.replace(config, lora_targets=(), lora_rank=0, lora_scale=1.0)
 
 
 def fresh_adapters(config: ModelConfig, seed: int) -> Params:
     """New adapters: A uniform within 1/√inputs as in PEFT, B zero, so that they add nothing yet.
 
-    Returns:
-        Nested dict with ``lora_a`` ``[layers, inputs, rank]`` and ``lora_b`` ``[layers, rank,
-        outputs]`` at every adapted layer.
+    The nested dict has ``lora_a`` ``[layers, inputs, rank]`` and ``lora_b`` ``[layers, rank,
+    outputs]`` at every adapted layer.
     """
 
     @jax.jit
@@ -68,10 +66,9 @@ def fresh_adapters(config: ModelConfig, seed: int) -> Params:
 
 
 def merge_adapters(params: Params, scale: float) -> Params:
-    """Adds every adapter's product to its matrix, in float32: ``kernel + scale · A B``.
+    """The tree without adapters, with ``scale · A B`` of each added to its kernel in float32.
 
-    Returns:
-        The tree of the model without adapters, dtypes kept.
+    Dtypes are kept.
     """
     flat: Any = flatten_dict(params)
     merged = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
@@ -113,14 +110,10 @@ def read_adapter_config(directory: str | Path) -> tuple[int, float, tuple[str, .
 
 
 def read_adapters(directory: str | Path, config: ModelConfig) -> Params:
-    """The adapters of a directory in PEFT's format.
+    """A directory's adapters, like `fresh_adapters`, on the host, in ``config.param_dtype``.
 
-    Returns:
-        A tree like that of `fresh_adapters`, on the host, in ``config.param_dtype``.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: tensors are missing, unexpected or of another shape; one error lists them.
+    Raises `FileNotFoundError` without PEFT's file, and one `ValueError` that lists the tensors that
+    are missing, unexpected or of another shape.
     """
     file = Path(directory) / WEIGHTS_FILE
     if not file.is_file():

@@ -16,9 +16,8 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.t
 def resolve_model_dir(path_or_hub_name: str | Path) -> Path:
     """A local directory for a path, or for a hub name after downloading what is needed of it.
 
-    Raises:
-        FileNotFoundError: neither an existing directory nor a repository that could be fetched.
-        NotADirectoryError: the path is a file.
+    Raises `FileNotFoundError` for neither an existing directory nor a repository that could be
+    fetched, and `NotADirectoryError` for a file.
     """
     path = Path(path_or_hub_name)
     if path.is_dir():
@@ -42,9 +41,7 @@ def resolve_model_dir(path_or_hub_name: str | Path) -> Path:
 def read_hf_config(path: str | Path) -> dict[str, Any]:
     """The parsed ``config.json`` of a model directory.
 
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not a JSON object.
+    Raises `FileNotFoundError` without one and `ValueError` if it is not a JSON object.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
@@ -64,8 +61,7 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
 def end_tokens(model: str, tokenizer: Any) -> list[int]:
     """The tokenizer's EOS and those of the model's generation_config.json, sorted; [-1] without any.
 
-    Raises:
-        UserError: the file is no JSON object, or its ``eos_token_id`` no token ids.
+    Raises `UserError` if the file is no JSON object, or its ``eos_token_id`` no token ids.
     """
     ends = {tokenizer.eos_token_id} - {None}
     file = resolve_model_dir(model) / "generation_config.json"

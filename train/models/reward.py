@@ -25,13 +25,7 @@ _SUFFIX = "ForSequenceClassification"
 
 
 class RewardModel(NamedTuple):
-    """A decoder whose last hidden state is multiplied with one vector.
-
-    Attributes:
-        graphdef: structure of the `Decoder`.
-        params: parameters of the decoder.
-        score: ``[hidden_size]``, the weights of the label.
-    """
+    """A decoder whose last hidden state is multiplied with one vector, ``score`` ``[hidden_size]``."""
 
     graphdef: nnx.GraphDef
     params: Params
@@ -39,10 +33,9 @@ class RewardModel(NamedTuple):
 
 
 def check_reward_model(path_or_hub_name: str | Path) -> ModelConfig:
-    """Checks a directory from ``config.json`` and the headers of its files.
+    """The configuration of a reward model's decoder, from ``config.json`` and the files' headers.
 
-    Returns:
-        The configuration of its decoder, which has no output matrix of its own.
+    The decoder has no output matrix of its own.
 
     Raises:
         FileNotFoundError: no such directory or hub name, or files are absent.
@@ -86,17 +79,12 @@ def load_reward_model(
 
 
 def last_token_scores(model: RewardModel, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scores of whole texts, as transformers computes its one logit; for use in `jax.jit`.
+    """Scores of whole texts, float32 ``[batch]``, as transformers computes its one logit.
 
-    Args:
-        model: from `load_reward_model`.
-        tokens: int32 ``[batch, length]``, padded on either side.
-        mask: bool, like ``tokens``, True at real tokens, at one at least in a row. The score is that
-            of the last one. transformers looks for the last token that is not the padding token, which
-            passes over a closing end token where that pads too.
-
-    Returns:
-        float32 ``[batch]``.
+    ``tokens`` are int32 ``[batch, length]``, padded on either side; ``mask`` is True at real
+    tokens, at one at least in a row. The score is that of the last one. transformers looks for the
+    last token that is not the padding token, which passes over a closing end token where that pads
+    too.
     """
     hidden = merge_model(model.graphdef, model.params).hidden(tokens, mask)
     places = jnp.arange(mask.shape[1])

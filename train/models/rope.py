@@ -14,11 +14,7 @@ from train.models.config import ModelConfig
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     """Rotation per position, in radians, of each pair of channels.
 
-    Args:
-        config: gives ``head_dim``, ``rope_theta`` and ``rope_scaling``.
-
-    Returns:
-        float32 ``[head_dim / 2]``, computed in float64.
+    The result is float32 ``[head_dim / 2]``, computed in float64.
 
     Example:
         >>> config = ModelConfig("llama", 8, 8, 8, 1, 1, 1, head_dim=4, rope_theta=100.0)
@@ -46,29 +42,18 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
 def rotation_angles(
     config: ModelConfig, positions: jax.Array | np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every position's rotation.
+    """Cosine and sine of the rotations at positions int32 ``[batch, length]``.
 
-    Args:
-        config: see `inverse_frequencies`.
-        positions: int32 ``[batch, length]``.
-
-    Returns:
-        float32 ``(cos, sin)``, each ``[batch, length, 1, head_dim / 2]``, to broadcast over heads.
+    Each is float32 ``[batch, length, 1, head_dim / 2]``, to broadcast over heads.
     """
     angle = jnp.asarray(positions, jnp.float32)[..., None] * inverse_frequencies(config)
     return jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates channel ``i`` with channel ``i + head_dim / 2``, in float32.
+    """Rotates channel ``i`` with channel ``i + head_dim / 2``, in float32, keeping the dtype of ``x``.
 
-    Args:
-        x: ``[batch, length, heads, head_dim]``.
-        cos: from `rotation_angles`.
-        sin: from `rotation_angles`.
-
-    Returns:
-        Like ``x``, in its dtype.
+    ``x`` is ``[batch, length, heads, head_dim]``; the others come from `rotation_angles`.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

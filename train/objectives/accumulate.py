@@ -27,8 +27,8 @@ BATCH_MEANS = "batch_means"
 class BatchLoss:
     """A loss that says how its value on a batch follows from its values on microbatches.
 
-    It is called like any loss function, so that a step without accumulation and an evaluation use it
-    as it is.
+    It is called like any loss function, so a step without accumulation and an evaluation use it as
+    it is.
 
     Attributes:
       loss_fn: ``loss_fn(params, batch) -> (loss, metrics)``. The loss is a scalar, or scalars by name
@@ -65,12 +65,7 @@ class BatchLoss:
 
 
 def with_frozen(loss_fn: LossFn, frozen: Params) -> LossFn:
-    """A loss of the trained parameters alone.
-
-    Args:
-      loss_fn: a loss of all parameters, plain or a `BatchLoss`.
-      frozen: the parameters that are not trained.
-    """
+    """A loss of the trained parameters alone, from a loss of all: a plain one or a `BatchLoss`."""
 
     def joined(function: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], Any]:
         return lambda params, batch: function(join(params, frozen), batch)
@@ -83,20 +78,14 @@ def with_frozen(loss_fn: LossFn, frozen: Params) -> LossFn:
 def loss_and_gradient(
     loss_fn: LossFn, microbatches: int = 1
 ) -> Callable[[Any, Batch], tuple[tuple[jax.Array, Metrics], Any]]:
-    """``f(params, batch) -> ((loss, metrics), gradient)``, a batch being looked at in microbatches.
+    """``f(params, batch) -> ((loss, metrics), gradient)`` of a mean over rows or a `BatchLoss`.
 
-    Args:
-      loss_fn: ``loss_fn(params, batch) -> (loss, metrics)``, a mean over rows, or a `BatchLoss`.
-      microbatches: how many. Memory for activations shrinks accordingly. Row ``i`` is in microbatch
-        ``i % microbatches``, so that a batch that is spread over devices stays where it is.
-
-    Returns:
-      A function for use inside of ``jax.jit``. What it returns is that of the whole batch, up to
-      rounding; the gradient is summed in float32 and has the parameters' dtypes. A metric whose
-      weight is 0 on the whole batch is NaN.
-
-    Raises:
-      ValueError: when traced with a batch that cannot be split evenly.
+    ``f``, for use inside of ``jax.jit``, looks at the batch in ``microbatches``, so that
+    activations take less memory. Row ``i`` is in microbatch ``i % microbatches``, so a batch that
+    is spread over devices stays where it is. The results are those of the whole batch, up to
+    rounding; the gradient is summed in float32 and has the parameters' dtypes. A metric whose
+    weight is 0 on the whole batch is NaN. A batch that cannot be split evenly raises `ValueError`
+    when ``f`` is traced.
 
     Example:
       >>> gradient = loss_and_gradient(lambda w, b: (w * b["x"].mean(), {}), microbatches=2)
@@ -116,7 +105,10 @@ def loss_and_gradient(
 
         def weighted(params: Any, part: Batch, share: Values) -> tuple[jax.Array, Values]:
             def weigh(name: str, value: jax.Array) -> jax.Array:
-                return _weigh(value, share.get(name, jnp.float32(1 / microbatches)))
+                weight = share.get(name, jnp.float32(1 / microbatches))
+                # A microbatch of no weight may hold a NaN, the mean of nothing. Where the whole batch
+                # has no weight, the share is 0/0 and the NaN stays.
+                return jnp.where(weight == 0, 0.0, value) * weight
 
             found, metrics = loss.loss_fn(params, {**part, **known})
             total = _total({name: weigh(name, term) for name, term in _by_name(found).items()})
@@ -145,12 +137,8 @@ def columns_in_microbatches(
     if microbatches == 1:
         return dict(columns(params, batch))
     found = jax.lax.map(lambda part: dict(columns(params, part)), _split(batch, microbatches))
-
-    def together(column: jax.Array) -> jax.Array:
-        column = jnp.moveaxis(column, 0, 1)
-        return column.reshape(-1, *column.shape[2:])
-
-    return jax.tree.map(together, found)
+    # `_split` dealt the rows out in turn: row i is row i // microbatches of part i % microbatches.
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
 
 
 def _as_batch_loss(loss_fn: LossFn) -> BatchLoss:
@@ -175,18 +163,13 @@ def _split(batch: Batch, microbatches: int) -> dict[str, Any]:
 
 
 def _means_of_batch(loss: BatchLoss, params: Any, split: Batch) -> dict[str, Any]:
-    """The column of `BATCH_MEANS`, where the loss has any."""
+    """The column of `BATCH_MEANS`; empty where the loss needs none."""
     compute = loss.batch_means
     if compute is None:
         return {}
     values = jax.lax.map(lambda part: compute(params, part), split)
     means = jax.tree.map(lambda value: jnp.mean(value, axis=0), values)
     return {BATCH_MEANS: jax.lax.stop_gradient(means)}
-
-
-def _weigh(value: jax.Array, share: jax.Array) -> jax.Array:
-    # A microbatch of no weight may hold a NaN, the mean of nothing; 0/0 is left where none has any.
-    return jnp.where(share == 0, 0.0, value) * share
 
 
 def _by_name(loss: Any) -> dict[str, Any]:

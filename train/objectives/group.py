@@ -14,7 +14,6 @@ from train.objectives.accumulate import BatchLoss, columns_in_microbatches
 from train.objectives.logps import TokenStatistics, VocabChunk, completion_statistics
 from train.types import Batch, Metrics
 
-_OF_TOKENS = ("kl", "entropy")
 _OF_RATIOS = (
     "clip_ratio/low_mean",
     "clip_ratio/high_mean",
@@ -32,13 +31,7 @@ def group_loss(
     temperature: float = 1.0,
     vocab_chunk: VocabChunk = "auto",
 ) -> BatchLoss:
-    """A loss on sampled answers.
-
-    Args:
-      graphdef: The model's structure, from `train.models.split_model`.
-      loss: What the log-probabilities are put into.
-      temperature: Number by which the logits are divided, as when the answers were sampled.
-      vocab_chunk: See `train.objectives.logps.resolve_vocab_chunk`.
+    """A loss on sampled answers, whose logits are divided by the `temperature` they were sampled at.
 
     Returns:
       `loss_fn(params, batch) -> (loss, metrics)`, float32, with the metrics of `GroupLoss` and
@@ -66,7 +59,7 @@ def group_loss(
 
     def weights(batch: Batch) -> Metrics:
         tokens = jnp.sum(batch["completion_mask"], dtype=jnp.float32) + _LEAST_WEIGHT
-        names = [*_OF_TOKENS, *(() if per_row else _OF_RATIOS)]
+        names = ["kl", "entropy", *(() if per_row else _OF_RATIOS)]
         names += ["loss"] if loss.type in BATCH_TOKEN_MEANS else []
         return dict.fromkeys(names, tokens)
 

@@ -41,10 +41,10 @@ def resolve_vocab_chunk(vocab_chunk: VocabChunk, vocab_size: int) -> int | None:
 
 
 class TokenStatistics(NamedTuple):
-    """What a model says of given tokens.
+    """What a model says of given tokens, each `[batch, length]`.
 
     Attributes:
-      logps: Log-probability of each token, float32 `[batch, length]`.
+      logps: Log-probability of each token, float32.
       top1: Whether no token has a larger logit, bool.
       entropy: Entropy of the distribution at each token, in nats, float32; without gradient.
     """
@@ -54,11 +54,8 @@ class TokenStatistics(NamedTuple):
     entropy: jax.Array
 
     def masked(self, mask: jax.Array) -> TokenStatistics:
-        """The same with 0, false and 0 where `mask` is false."""
-        logps, top1, entropy = self
-        return TokenStatistics(
-            jnp.where(mask, logps, 0.0), top1 & mask, jnp.where(mask, entropy, 0.0)
-        )
+        """The same statistics, with 0, false and 0 where `mask` is false."""
+        return jax.tree.map(lambda x: jnp.where(mask, x, jnp.zeros_like(x)), self)
 
 
 def token_statistics(
@@ -68,7 +65,7 @@ def token_statistics(
     *,
     vocab_chunk: VocabChunk = None,
 ) -> TokenStatistics:
-    """Scores one target token at each position.
+    """Scores one target token at each position; `hidden` and `unembedding` get gradients of `logps`.
 
     Args:
       hidden: Final hidden states, `[batch, length, width]`, any float dtype.
@@ -77,9 +74,6 @@ def token_statistics(
       vocab_chunk: Columns of the vocabulary to hold at a time, see `resolve_vocab_chunk`; `None`, or
         a number not below the vocabulary, computes all logits at once. Both give the same numbers up
         to rounding.
-
-    Returns:
-      The statistics. `logps` has gradients with respect to `hidden` and `unembedding`.
 
     Raises:
       ValueError: If `vocab_chunk` is not positive, or the shapes do not belong together.
@@ -118,23 +112,16 @@ def completion_statistics(
     temperature: float = 1.0,
     vocab_chunk: VocabChunk = None,
 ) -> TokenStatistics:
-    """Scores the completion tokens of each row given its prompt, in one forward pass.
+    """Scores the tokens of each row's completion of kind `name`, `[batch, completion]`, in one pass.
 
     Because prompts are padded on the left and completions on the right, the hidden state that
     predicts completion token `i` is always at position `prompt length + i - 1`: only those
-    positions are multiplied with the unembedding.
+    positions are multiplied with the unembedding. The logits are divided by `temperature`. The
+    statistics are 0 and false where masked.
 
-    Args:
-      model: Anything with `hidden(tokens, mask)` and `unembedding()`, as `train.models.Decoder`.
-      batch: `prompt_tokens` int `[batch, prompt]`, left-padded, at least one token in every row;
-        `prompt_mask` bool, true at real tokens; and right-padded `NAME_tokens` and `NAME_mask`,
-        `[batch, completion]`.
-      name: Kind of completion.
-      temperature: Number by which the logits are divided.
-      vocab_chunk: See `token_statistics`.
-
-    Returns:
-      The statistics `[batch, completion]`; 0 and false where masked.
+    `batch` holds `prompt_tokens` int `[batch, prompt]`, left-padded, at least one token in every
+    row; `prompt_mask` bool, true at real tokens; and right-padded `NAME_tokens` and `NAME_mask`,
+    `[batch, completion]`.
     """
     prompt, targets = batch["prompt_tokens"], batch[f"{name}_tokens"]
     if prompt.shape[1] < 1:
@@ -177,15 +164,8 @@ def _chunk_columns(unembedding: jax.Array, index: jax.Array, chunk: int):
     return columns, start, fresh
 
 
-def _chunk_numbers(unembedding: jax.Array, chunk: int) -> jax.Array:
-    return jnp.arange(-(-unembedding.shape[1] // chunk))
-
-
 def _scan_forward(chunk, hidden, unembedding, targets):
-    """Target logit, largest logit, Σ exp(d) and Σ d exp(d) of d = logit − largest.
-
-    Each is float32 `[batch, length]`.
-    """
+    """Target logit, largest logit, Σ exp(d) and Σ d exp(d) of d = logit − largest; float32."""
 
     def body(carry, index):
         largest, total, weighted, target_logits = carry
@@ -207,7 +187,7 @@ def _scan_forward(chunk, hidden, unembedding, targets):
     # Far below any logit, so that the first chunk starts the sums at zero.
     zeros = jnp.zeros(targets.shape, jnp.float32)
     start = (jnp.full(targets.shape, -1e30, jnp.float32), zeros, zeros, zeros)
-    chunks = _chunk_numbers(unembedding, chunk)
+    chunks = jnp.arange(-(-unembedding.shape[1] // chunk))
     (largest, total, weighted, target_logits), _ = jax.lax.scan(body, start, chunks)
     return target_logits, largest, total, weighted
 
@@ -247,7 +227,7 @@ def _chunked_backward(chunk, residuals, cotangents):
         return (d_hidden, d_unembedding), None
 
     start = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(unembedding)
-    chunks = _chunk_numbers(unembedding, chunk)
+    chunks = jnp.arange(-(-unembedding.shape[1] // chunk))
     (d_hidden, d_unembedding), _ = jax.lax.scan(body, start, chunks)
     no_gradient = np.zeros(targets.shape, jax.dtypes.float0)
     return d_hidden.astype(hidden.dtype), d_unembedding, no_gradient

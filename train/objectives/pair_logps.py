@@ -2,7 +2,7 @@
 
 The layout of a batch decides: rows made by `train.data.layout.share_prompt` hold the prompt once
 for both answers (arXiv:2410.20305), other batches repeat it. Both give the same numbers up to
-rounding, because no token sees another one in one way that it does not see in the other.
+rounding, because each token sees the same other tokens in either layout.
 """
 
 from __future__ import annotations
@@ -24,15 +24,9 @@ def pair_token_logps(
 ) -> jax.Array:
     """Per-token log-probabilities of both answers of every pair, from one forward pass.
 
-    Args:
-      model: Anything with `hidden(tokens, mask, positions, visible)` and `unembedding()`, as
-        `train.models.Decoder`.
-      batch: `prompt_…`, `chosen_…`, `rejected_…` tokens and masks `[B, P]` and `[B, C]`, with or
-        without the columns of `train.data.layout.share_prompt`.
-      vocab_chunk: See `train.objectives.logps.token_statistics`.
-
-    Returns:
-      float32 `[2 * B, C]`, 0 where masked: the chosen answers, then the rejected ones.
+    `batch` has `prompt_…`, `chosen_…`, `rejected_…` tokens and masks `[B, P]` and `[B, C]`, with or
+    without the columns of `train.data.layout.share_prompt`. The result is float32 `[2 * B, C]`, 0
+    where masked: the chosen answers, then the rejected ones.
     """
     if "joined_ids" in batch:
         return _shared(model, batch, vocab_chunk)
@@ -46,7 +40,7 @@ def pair_token_logps(
 
 
 def _shared(model: Decoder, batch: Mapping[str, Any], vocab_chunk: VocabChunk) -> jax.Array:
-    """The same for rows that hold the prompt once."""
+    """`pair_token_logps` for rows that hold the prompt once."""
     positions, visible = attention_of_parts(jnp.asarray(batch["joined_parts"]))
     hidden = model.hidden(batch["joined_ids"], positions=positions, visible=visible)
     hidden = jnp.take_along_axis(hidden, batch["scored_from"][..., None], axis=1)
@@ -66,11 +60,9 @@ def _shared(model: Decoder, batch: Mapping[str, Any], vocab_chunk: VocabChunk) -
 
 
 def attention_of_parts(parts: jax.Array, answers: int = 2) -> tuple[jax.Array, jax.Array]:
-    """Positions, and who sees whom, in rows that hold a prompt and answers to it.
+    """Positions, and who sees whom, in rows that hold a prompt and at most so many `answers` to it.
 
-    Args:
-      parts: int `[batch, length]` as `joined_parts` of `train.data.layout.share_prompt`.
-      answers: The largest number of answers in a row.
+    `parts` are int `[batch, length]` as `joined_parts` of `train.data.layout.share_prompt`.
 
     Returns:
       int32 positions `[batch, length]`: all answers count on from the end of the prompt; and bool
@@ -82,8 +74,7 @@ def attention_of_parts(parts: jax.Array, answers: int = 2) -> tuple[jax.Array, j
       >>> positions.tolist(), visible[0, 4].tolist()
       ([[0, 1, 2, 3, 2]], [True, True, False, False, True])
     """
-    length = parts.shape[1]
-    places = jnp.arange(length, dtype=jnp.int32)
+    places = jnp.arange(parts.shape[1], dtype=jnp.int32)
     positions = places
     for number in range(1, answers):
         length = jnp.sum(parts == number, axis=1, keepdims=True, dtype=jnp.int32)

@@ -24,13 +24,9 @@ def preference_loss(
     beta_at: BetaAt | None = None,
     vocab_chunk: VocabChunk = "auto",
 ) -> BatchLoss:
-    """A loss on preference batches, with cached reference log-probabilities where it has any.
+    """A loss on preference batches: `loss`, or DPO with its defaults where that is None.
 
-    Args:
-      graphdef: The model's structure, from `train.models.split_model`.
-      loss: What the log-probabilities are put into; None for DPO with its defaults.
-      beta_at: β of every step, from `train.losses.beta_schedule`, in place of the loss's own.
-      vocab_chunk: See `train.objectives.logps.resolve_vocab_chunk`.
+    `beta_at`, from `train.losses.beta_schedule`, is β of every step in place of the loss's own.
 
     Returns:
       `loss_fn(params, batch) -> (loss, metrics)`: the mean loss over the pairs, float32, and

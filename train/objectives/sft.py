@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 def sft_loss(graphdef: nnx.GraphDef, *, vocab_chunk: VocabChunk = "auto") -> BatchLoss:
     """Cross-entropy on the completion tokens of SFT batches, averaged over the batch's tokens.
 
-    Args:
-      graphdef: The model's structure, from `train.models.split_model`.
-      vocab_chunk: See `train.objectives.logps.resolve_vocab_chunk`.
-
     Returns:
       `loss_fn(params, batch) -> (loss, metrics)` with the metrics of `losses.sft`. `batch` holds
       `prompt_tokens`, `prompt_mask` `[B, P]`, `completion_tokens` and `completion_mask` `[B, C]`, or
@@ -54,16 +50,10 @@ def sft_loss(graphdef: nnx.GraphDef, *, vocab_chunk: VocabChunk = "auto") -> Bat
 def packed_statistics(
     model: Decoder, batch: Batch, *, vocab_chunk: VocabChunk = None
 ) -> TokenStatistics:
-    """Scores the answer tokens of several examples a row, each given its own prompt.
+    """Scores the answer tokens of several examples in a row, each given its own prompt.
 
-    Args:
-      model: Anything with `hidden(tokens, segments=…)` and `unembedding()`, as
-        `train.models.Decoder`.
-      batch: The columns of `train.data.packing.pack`.
-      vocab_chunk: See `train.objectives.logps.token_statistics`.
-
-    Returns:
-      The statistics, shaped like `packed_from`; 0 and false at its padding.
+    `batch` has the columns of `train.data.packing.pack`. The statistics have the shape of
+    `packed_from` and are 0 and false at its padding.
     """
     hidden = model.hidden(batch["packed_ids"], segments=batch["packed_parts"])
     places = jnp.maximum(batch["packed_from"], 0)

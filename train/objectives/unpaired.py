@@ -23,18 +23,12 @@ def unpaired_loss(
     beta_at: BetaAt | None = None,
     vocab_chunk: VocabChunk = "auto",
 ) -> BatchLoss:
-    """KTO or APO-zero on batches of labelled answers with cached reference log-probabilities.
+    """A loss on batches of labelled answers: `loss`, or KTO with its defaults where that is None.
 
-    The divergence is estimated on mismatched completions that the batch brings along
-    (`train.data.mismatched`): the mean over the whole batch, on all devices together, of their
-    log-ratios, clamped at 0 after that. No gradient passes through it, so that forward pass keeps
-    nothing.
-
-    Args:
-      graphdef: The model's structure, from `train.models.split_model`.
-      loss: What the log-probabilities are put into; None for KTO with its defaults.
-      beta_at: β of every step, from `train.losses.beta_schedule`, in place of the loss's own.
-      vocab_chunk: See `train.objectives.logps.resolve_vocab_chunk`.
+    The divergence is estimated on mismatched completions in the batch (`train.data.mismatched`):
+    the mean over the whole batch, on all devices together, of their log-ratios, clamped at 0 after
+    that. No gradient passes through it, so that forward pass keeps nothing. `beta_at`, from
+    `train.losses.beta_schedule`, is β of every step in place of the loss's own.
 
     Returns:
       `loss_fn(params, batch) -> (loss, metrics)`: the mean loss, and `loss` and the metrics of
@@ -82,15 +76,9 @@ def _margin(metrics: Mapping[str, jax.Array]) -> Metrics:
 def unpaired_logps_fn(
     graphdef: nnx.GraphDef, names: Sequence[str], *, vocab_chunk: VocabChunk = "auto"
 ) -> Callable[[Any, Batch], tuple[jax.Array, ...]]:
-    """A jitted `f(params, batch)` that scores answers as `unpaired_loss` does.
+    """A jitted `f(params, batch)` that scores answers as `unpaired_loss` does, float32 `[B]` per name.
 
-    Args:
-      graphdef: The model's structure.
-      names: Kinds of answers: `"completion"`, and `"kl"` for the mismatched ones.
-      vocab_chunk: See `train.objectives.logps.resolve_vocab_chunk`.
-
-    Returns:
-      A function whose result has float32 `[B]` for every name.
+    The names are kinds of answers: `"completion"`, and `"kl"` for the mismatched ones.
     """
 
     @jax.jit
