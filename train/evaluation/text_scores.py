@@ -44,10 +44,6 @@ def squad_f1(answer: str, right: Sequence[str]) -> tuple[bool, float]:
 
     Source: the evaluation script of SQuAD 1.1 (Rajpurkar et al., 2016, arXiv:1606.05250).
 
-    Args:
-        answer: What was written.
-        right: At least one right answer.
-
     Example:
         >>> squad_f1("in Denver, Colorado", ["Denver"])
         (False, 0.5)

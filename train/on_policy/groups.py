@@ -30,8 +30,7 @@ class GroupBatches:
     Attributes:
         policy: Samples and scores; its reward gives ``[answers, rewards]``.
         answers: Number of answers to a prompt.
-        names: Names of the rewards.
-        weights: Weights of the rewards.
+        names: Names of the rewards, which have the ``weights``.
         scale: See `train.on_policy.advantages.advantages`; for "each", `advantages_per_reward`.
         score: From `train.objectives.group.sampled_logps_fn`, and `OnPolicy.replicated`.
         keeps_old: Whether batches are learned from more than once.
@@ -52,16 +51,13 @@ class GroupBatches:
     ) -> Prepared:
         """The batch of a step, and metrics of its answers.
 
-        Args:
-            params: All parameters of the policy.
-            reference: All parameters of the reference; None where the loss asks none.
-            prompts: As the loader of `train.data.tokenize_prompts` gives them.
-            step: Number of steps done, on which the draws depend.
+        ``reference`` is None where the loss needs none; ``prompts`` are a batch of
+        `train.data.tokenize_prompts`; the draws depend on ``step``, the number of steps done.
 
         Returns:
             The columns that `train.objectives.group.group_loss` reads, with the answers to prompt
-            ``i`` in the rows from ``answers * i`` on, no wider than the longest asks for (one of two
-            widths an octave); and what TRL logs of answers and rewards, of the prompts of all
+            ``i`` in the rows from ``answers * i`` on, no wider than the longest needs (one of two
+            widths an octave); and TRL's metrics of answers and rewards, over the prompts of all
             processes.
         """
         count = len(prompts["index"])
@@ -80,7 +76,7 @@ class GroupBatches:
         return self._scored(params, reference, columns), metrics | length_metrics(lengths, ended)
 
     def _compared(self, scores: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
-        """The advantages ``[prompts, answers]``, and what is logged of the rewards."""
+        """The advantages ``[prompts, answers]``, and metrics of the rewards."""
         rewards = weighted_rewards(scores, self.weights)
         if np.isnan(rewards).any():  # Python shows a warning once
             warnings.warn(
@@ -114,7 +110,7 @@ class GroupBatches:
     def _scored(
         self, params: Params, reference: Params | None, columns: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """The batch with the log-probabilities that stay what they are while it is learned from."""
+        """The batch with the log-probabilities that stay fixed while it is learned from."""
         models = {"old_logps": params if self.keeps_old else None, "reference_logps": reference}
         known: dict[str, np.ndarray] = {}
         for name, model in models.items():

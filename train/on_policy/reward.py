@@ -37,11 +37,8 @@ _NEVER_PASSED = ("prompt", "completion", *_GIVEN)
 class Answers:
     """Sampled answers; every list has one entry for each of them.
 
-    Attributes:
-        prompts: As the records have them: text, or messages.
-        completions: Decoded without special tokens.
-        completion_ids: Tokens of the completions, the end token included.
-        records: What the prompts were read from.
+    ``prompts`` are texts or messages, as ``records``, which they were read from, have them.
+    ``completions`` are decoded without special tokens; ``completion_ids`` include the end token.
     """
 
     prompts: list[Text]
@@ -58,8 +55,8 @@ class Answers:
 
 
 Reward = Callable[[Answers], np.ndarray]
-"""Scores of answers, finite float64 ``[answers]``; raises `UserError` where there are none. One of
-several may give NaN where it does not apply; all together give ``[answers, rewards]``."""
+"""Gives finite scores, float64 ``[answers]``, or raises `UserError`. One of several rewards may give
+NaN where it does not apply; all together give ``[answers, rewards]``."""
 
 
 def function_reward(
@@ -175,26 +172,17 @@ def try_reward(
 
 
 def model_reward(path: str, *, dtype: str, template: Any, mesh: Mesh | None) -> Reward:
-    """A reward model, loaded, with its own tokenizer.
+    """A reward model, loaded, with its own tokenizer; ``dtype`` is that of weights and computations.
 
     A text is scored as TRL does it: prompt and answer through the chat template, or one string behind
-    the other, without further special tokens.
-
-    Args:
-        path: Directory or hub name, checked by `train.models.reward.check_reward_model`.
-        dtype: Type of its weights and computations.
-        template: ``"auto"`` or ``"chat"``, see `train.data.templates.Encoder`.
-        mesh: Where weights and batches go.
-
-    Raises:
-        UserError: tokenizer or weights cannot be used.
+    the other, without further special tokens. `train.models.reward.check_reward_model` has checked
+    the directory or hub name. Raises `UserError` where tokenizer or weights cannot be used.
     """
     tokenizer: Any = load_tokenizer(path, "reward.model")
     with blamed_on("reward.model"):
         encoder = Encoder(tokenizer, template)
         model = load_reward_model(path, dtype=np.dtype(dtype), mesh=mesh)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    devices = row_devices(mesh)
     graphdef, *weights = model
 
     def score(weights: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -211,11 +199,10 @@ def model_reward(path: str, *, dtype: str, template: Any, mesh: Mesh | None) -> 
         rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         width, count = padded_width(largest_of_all(max(map(len, rows)))), len(rows)
         # The first prompts alone may be fewer than the devices.
-        filled = rows + rows[:1] * (-count % devices)
+        filled = rows + rows[:1] * (-count % row_devices(mesh))
         tokens, mask = pad_rows(filled, width, encoder.pad_id, left=True)
         batch = put_batch({"tokens": tokens, "mask": mask}, mesh)
         scores = np.asarray(compiled(weights, **batch))
-        mine = own_rows(scores, mesh)[:count]
-        return _numbers(mine, len(rows), f"reward.model {path}")
+        return _numbers(own_rows(scores, mesh)[:count], count, f"reward.model {path}")
 
     return reward
