@@ -205,7 +205,7 @@ def _normalised(
 
 @dataclass(frozen=True)
 class _Fitted:
-    """An encoded row cut to the limits, and what that took."""
+    """An encoded row cut to the limits, and which of its parts lost tokens."""
 
     prompt: list[int]
     answers: list[list[int]]

@@ -22,12 +22,6 @@ from train.generation.greedy_text import greedy_writer
 TaskScores = dict[str, dict[str, dict[str, float]]]
 """Metrics by kind of task (``tasks``, ``texts``, ``generation``), name of a task and of the metric."""
 
-_READERS: Mapping[str, Callable[..., Any]] = {
-    "tasks": read_questions,
-    "texts": read_texts,
-    "generation": read_problems,
-}
-
 
 @dataclass(frozen=True)
 class Tasks:
@@ -52,8 +46,13 @@ def read_tasks(
     settings that the tasks are in, such as ``"evaluation."``, for messages. Raises `UserError` where
     a file or a field is missing, or a setting does not fit.
     """
+    readers: dict[str, Callable[..., Any]] = {
+        "tasks": read_questions,
+        "texts": read_texts,
+        "generation": read_problems,
+    }
     asked = {}
-    for kind, read in _READERS.items():
+    for kind, read in readers.items():
         asked[kind] = {}
         for name, task in getattr(options, kind).items():
             asked[kind][name] = read(f"{within}{kind}.{name}", task, tokenizer, longest)

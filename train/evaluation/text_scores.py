@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 LAST_NUMBER = r"-?(?:\$[.,]*)?[0-9][0-9.,]*"
-"""A number, with a dollar sign before it if there is one; the sign alone is none."""
+"""A number, perhaps with a dollar sign before it; the sign alone is no number."""
 
 # What lm-evaluation-harness takes out of GSM8K's answers: separators, currency, a final full stop.
 _IGNORED = re.compile(r",|\$|\.$")

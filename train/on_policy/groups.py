@@ -73,7 +73,13 @@ class GroupBatches:
         columns = self._columns(prompts, found, order.reshape(-1), width)
         mine = own_rows(gained, self.policy.mesh).reshape(-1)
         columns["advantages"] = mine.astype(np.float32)
-        return self._scored(params, reference, columns), metrics | length_metrics(lengths, ended)
+        # These log-probabilities stay fixed while the batch is learned from.
+        models = {"old_logps": params if self.keeps_old else None, "reference_logps": reference}
+        fixed: dict[str, np.ndarray] = {}
+        for name, model in models.items():
+            if model is not None:
+                fixed |= self.policy.columns(self.score, model, columns, [name])
+        return columns | fixed, metrics | length_metrics(lengths, ended)
 
     def _compared(self, scores: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
         """The advantages ``[prompts, answers]``, and metrics of the rewards."""
@@ -107,25 +113,12 @@ class GroupBatches:
             "completion_mask": mask,
         }
 
-    def _scored(
-        self, params: Params, reference: Params | None, columns: dict[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """The batch with the log-probabilities that stay fixed while it is learned from."""
-        models = {"old_logps": params if self.keeps_old else None, "reference_logps": reference}
-        known: dict[str, np.ndarray] = {}
-        for name, model in models.items():
-            if model is not None:
-                known |= self.policy.columns(self.score, model, columns, [name])
-        return columns | known
-
     def figures(self, found: Sampled) -> dict[str, np.ndarray]:
-        """What is reported of held-out answers, ``[answers]`` by name."""
-        of_rewards = {
-            f"rewards/{name}/mean": found.scores[:, i] for i, name in enumerate(self.names)
-        }
+        """The figures to report of held-out answers, each ``[answers]``."""
+        scores = found.scores
         return {
-            "reward": weighted_rewards(found.scores, self.weights),
-            **of_rewards,
+            "reward": weighted_rewards(scores, self.weights),
+            **{f"rewards/{name}/mean": scores[:, i] for i, name in enumerate(self.names)},
             "completions/mean_length": found.mask.sum(axis=1),
             "completions/clipped_ratio": ~found.ended,
         }

@@ -1,8 +1,8 @@
-"""What scores sampled answers: a Python function with TRL's signature, or a reward model.
+"""Rewards score sampled answers: a Python function with TRL's signature, or a reward model.
 
-Both are checked before a weight of the policy is read: the function is imported, asked whether the
-records have what it takes, and called once with empty answers, which a policy may give too; the model
-is checked from its configuration and the headers of its files.
+Both are checked before a weight of the policy is read. The function is imported, the records must
+have the fields that it takes, and it is called once with empty answers, which a policy may give too.
+The model is checked from its configuration and the headers of its files.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from train.distributed.processes import largest_of_all
 from train.inputs.model import blamed_on, load_tokenizer
 from train.models.reward import RewardModel, last_token_scores, load_reward_model
 
-TRIED = 2
-"""Records that a reward function is tried on."""
+TRIED = 2  # records that a reward function is tried on
 
 _GIVEN = ("prompts", "completions", "completion_ids")
 _NEVER_PASSED = ("prompt", "completion", *_GIVEN)
@@ -62,11 +61,10 @@ NaN where it does not apply; all together give ``[answers, rewards]``."""
 def function_reward(
     name: str, records: Sequence[Mapping[str, Any]], *, optional: bool = False
 ) -> Reward:
-    """A reward function, imported and tried.
+    """A reward function, imported and checked.
 
-    Raises:
-        UserError: it cannot be imported, takes something that no record has, or gives something
-            other than a finite number for each answer.
+    Raises `UserError` where it cannot be imported or takes something that no record has, and when
+    called where it gives anything but a finite number, or None if ``optional``, for each answer.
     """
     function = import_function(name)
     fields = {field for record in records for field in record} - set(_NEVER_PASSED)
@@ -96,7 +94,7 @@ def stack_rewards(rewards: Sequence[Reward]) -> Reward:
 
 
 def import_function(name: str) -> Callable[..., Any]:
-    """What ``module:function`` names. Raises `UserError` where there is no such thing."""
+    """The function that ``module:function`` names; raises `UserError` where there is none."""
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise UserError(f"reward.function must be written module:function, got {name!r}.")
@@ -115,7 +113,7 @@ def import_function(name: str) -> Callable[..., Any]:
 
 
 def _taken(function: Callable[..., Any], name: str, fields: set[str]) -> list[str]:
-    """Names of the arguments to give: all that there are, or those in the signature."""
+    """Names of the arguments to pass: all that are known, or those in the signature."""
     known = [*_GIVEN, *sorted(fields)]
     try:
         parameters = inspect.signature(function).parameters.values()

@@ -57,7 +57,7 @@ class Sampled:
 
 
 Figures = Callable[[Sampled], Mapping[str, np.ndarray]]
-"""What is reported of answers, ``[answers]`` by name, a score first. NaN where there is nothing."""
+"""Gives figures to report, each ``[answers]``, a score first; NaN where an answer has no figure."""
 
 
 class OnPolicy:
