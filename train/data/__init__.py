@@ -1,23 +1,13 @@
 """Data: formats, templates, tokenising, splitting and loading. Knows nothing of models."""
 
-from train.data.buckets import Buckets, make_buckets, saves_by_sharing
+from train.data.buckets import make_buckets, saves_by_sharing
 from train.data.dataset import Lengths, TokenDataset, TokenReport
 from train.data.formats import DataError, Record, read_records
-from train.data.layout import (
-    Widths,
-    answer_names,
-    is_packed,
-    padding_share,
-    row_lengths,
-    share_prompt,
-    trim,
-)
+from train.data.layout import answer_names, is_packed, padding_share
 from train.data.loader import make_loader
 from train.data.mixing import mix
 from train.data.packing import pack
 from train.data.records import (
-    Example,
-    Labelled,
     Preference,
     UnusableRecord,
     normalise_preference,
@@ -32,38 +22,3 @@ from train.data.tokenizing import (
     tokenize_sft,
     tokenize_unpaired,
 )
-
-__all__ = [
-    "Buckets",
-    "DataError",
-    "Example",
-    "Labelled",
-    "Lengths",
-    "Preference",
-    "Record",
-    "TokenDataset",
-    "TokenReport",
-    "UnusableRecord",
-    "Widths",
-    "answer_names",
-    "is_packed",
-    "make_buckets",
-    "make_loader",
-    "mix",
-    "normalise_preference",
-    "normalise_prompt",
-    "normalise_sft",
-    "normalise_unpaired",
-    "pack",
-    "padding_share",
-    "read_records",
-    "row_lengths",
-    "saves_by_sharing",
-    "share_prompt",
-    "split_by_prompt",
-    "tokenize_preference",
-    "tokenize_prompts",
-    "tokenize_sft",
-    "tokenize_unpaired",
-    "trim",
-]

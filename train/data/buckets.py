@@ -14,7 +14,6 @@ import numpy as np
 from train.data.dataset import TokenDataset
 from train.data.layout import (
     Columns,
-    RowLengths,
     Widths,
     answer_names,
     is_packed,
@@ -25,28 +24,18 @@ from train.data.layout import (
 )
 from train.data.padding import round_up
 
-SCORED_PARTS = 2
-"""Buckets that a range of total lengths is divided into."""
-
-MAX_BUCKETS = 16
-"""Buckets when nobody gives a number and there are batches enough."""
-
-LEAST_SHARED = 0.1
-"""Share of the tokens of all pairs that prompts computed once have to spare."""
-
-BATCHES_PER_BUCKET = 16
-"""Batches that a run, or an epoch, has for each of those: every shape costs a compilation."""
+SCORED_PARTS = 2  # buckets that a range of total lengths is divided into
+MAX_BUCKETS = 16  # where the settings give no number and there are enough batches
+BATCHES_PER_BUCKET = 16  # of a run or an epoch: every shape costs a compilation
+LEAST_SHARED = 0.1  # share of the tokens of all pairs that computing prompts once must save
 
 
 @dataclass(frozen=True)
 class Buckets:
     """Which rows are batched together, and the shapes of their batches.
 
-    Attributes:
-      of_row: Bucket of every row, int `[rows]`.
-      widths: The widths of each bucket, by growing length; the last ones fit every row.
-      share_prompts: Whether batches hold a prompt once for both answers.
-      batch_size: Rows in a batch, over all processes together.
+    `of_row` is the bucket of every row, int `[rows]`. `widths` are those of each bucket, by growing
+    length; the last ones fit every row. `batch_size` counts the rows of all processes.
     """
 
     of_row: np.ndarray
@@ -55,26 +44,21 @@ class Buckets:
     batch_size: int
 
     def group(self, rows: np.ndarray) -> np.ndarray:
-        """Batches of rows of one bucket, as far as they go: int `[batches, batch_size]`.
+        """Groups numbers of rows into batches of one bucket: int `[batches, batch_size]`.
 
-        Args:
-          rows: Numbers of rows; within a bucket their order is kept. The last ones that fill no
-            batch are left out.
+        Within a bucket their order is kept; a batch at the border of two buckets has rows of both.
+        The last rows that fill no batch are left out.
         """
         rows = rows[: len(rows) // self.batch_size * self.batch_size]
         return rows[np.argsort(self.of_row[rows], kind="stable")].reshape(-1, self.batch_size)
 
     def widths_of(self, rows: np.ndarray) -> Widths:
-        """The shape of a batch: its bucket's, or the first that fits where rows of several meet."""
+        """The shape of a batch: its bucket's, or the first that fits rows of several buckets."""
         needed = np.max([self.widths[bucket] for bucket in np.unique(self.of_row[rows])], axis=0)
         return next(one for one in self.widths if (np.array(one) >= needed).all())
 
     def padding_share(self, columns: Columns) -> float:
-        """Share of padding among the positions computed in an epoch.
-
-        Args:
-          columns: Those of the data set.
-        """
+        """Share of padding among the positions computed in an epoch of a data set's columns."""
         if is_packed(columns):
             return padding_share(columns)
         lengths, answers = row_lengths(columns), max(1, len(answer_names(columns)))
@@ -89,7 +73,7 @@ class Buckets:
         return float(1 - real / (self.batch_size * sum(positions)))
 
     def describe(self, columns: Columns) -> str:
-        """A line for the log: number of shapes, padding, and how prompts are computed."""
+        """The number of shapes, the padding, and how prompts are computed, as a line for the log."""
         count = int(self.of_row.max()) + 1
         shapes = "one shape" if count == 1 else f"{count} shapes by length"
         text = f"{shapes}, padding {self.padding_share(columns):.0%}"
@@ -99,34 +83,24 @@ class Buckets:
         return text
 
     def shape(self, batch: Columns, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Cuts a batch to the shape that its rows need.
-
-        Args:
-          batch: Columns of the data set at `rows`, or at a process's share of them.
-          rows: Numbers of all rows of the batch.
-        """
+        """Cuts a batch, or a process's share of it, to the shape that all its `rows` need."""
         widths = self.widths_of(rows)
         cut = trim(batch, widths)
         return share_prompt(cut, widths) if self.share_prompts else cut
 
 
 def default_buckets(batches: int) -> int:
-    """How many shapes are worth their compilation: up to `MAX_BUCKETS`, 1 for few batches."""
+    """How many shapes are worth their compilation: up to `MAX_BUCKETS`, one for few batches."""
     return max(1, min(MAX_BUCKETS, batches // BATCHES_PER_BUCKET))
 
 
 def make_buckets(
     dataset: TokenDataset, batch_size: int, count: int | None = None, *, steps: int | None = None
 ) -> Buckets:
-    """Chooses the shapes of the batches of a data set.
+    """Chooses the shapes of the batches of a data set; packed rows have one shape.
 
-    Args:
-      dataset: The rows; `dataset.share_prompts` says whether pairs share their prompt. Packed rows
-        have one shape.
-      batch_size: Rows in a batch, over all processes together.
-      count: Buckets, at most; with 1 all batches have one shape. `None` takes as many as the number
-        of batches can pay for, see `default_buckets`.
-      steps: Batches of the whole run; `None` for one epoch. With a `count` they do not matter.
+    At most `count` buckets are made; `None` takes `default_buckets` of the number of batches, which
+    is `steps`, that of the whole run, or less where an epoch has fewer.
     """
     if is_packed(dataset.arrays):  # as wide as the row that holds most
         one = np.zeros(len(dataset), int)
@@ -145,14 +119,13 @@ def make_buckets(
             rows = of_row == bucket
             of_row[rows] += _divide(scored[rows], SCORED_PARTS)
         of_row = np.unique(of_row, return_inverse=True)[1]
-    everything = np.ones(len(total), bool)
-    parts = [of_row == bucket for bucket in range(of_row.max() + 1)]
-    widths = [_widths(lengths, rows) for rows in [*parts, everything]]
+    widths = [lengths.widths(of_row == bucket, round_up) for bucket in range(of_row.max() + 1)]
+    widths.append(lengths.widths(np.ones(len(total), bool), round_up))
     return Buckets(of_row, tuple(dict.fromkeys(widths)), share_prompts, batch_size)
 
 
-def saves_by_sharing(columns: Columns, least: float = LEAST_SHARED) -> bool:
-    """Whether a prompt computed once spares at least a share `least` of the tokens of all pairs.
+def saves_by_sharing(columns: Columns) -> bool:
+    """Whether computing prompts once saves at least `LEAST_SHARED` of the tokens of all pairs.
 
     Below that the longer rows cost more in attention, which grows with the square of their length,
     than they save elsewhere.
@@ -161,19 +134,11 @@ def saves_by_sharing(columns: Columns, least: float = LEAST_SHARED) -> bool:
         return False
     lengths = row_lengths(columns)
     prompts = int(lengths.prompt.sum())
-    return prompts >= least * (2 * prompts + int(lengths.scored.sum()))
-
-
-def _widths(lengths: RowLengths, rows: np.ndarray) -> Widths:
-    def width(counts: np.ndarray) -> int:
-        return round_up(int(counts[rows].max()))
-
-    joined = lengths.prompt + lengths.scored
-    return Widths(*map(width, (lengths.prompt, lengths.answer, joined, lengths.scored)))
+    return prompts >= LEAST_SHARED * (2 * prompts + int(lengths.scored.sum()))
 
 
 def _divide(values: np.ndarray, parts: int) -> np.ndarray:
-    """Number of the range, of `parts` at most, that each value is in; int, like `values`.
+    """Divides values among at most `parts` ranges: the number of each one's range, int `[rows]`.
 
     The ranges are those with the smallest sum of padded values, by dynamic programming over the
     distinct values (rounded up to a width).

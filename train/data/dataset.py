@@ -28,16 +28,9 @@ class Lengths:
 class TokenReport:
     """What tokenising did, so that no record disappears unnoticed.
 
-    Attributes:
-      records: Records read.
-      rows: Rows in the data set; `records` less those dropped.
-      dropped: Number of records by the reason they were left out.
-      prompts_truncated: Prompts that lost tokens.
-      completions_truncated: Completions that lost tokens, and their end token, on the right.
-      boundaries_moved: Rows whose prompt is tokenised differently alone than before its answer;
-        there the completion starts where the two part.
-      prompts: Lengths of the prompts.
-      completions: Lengths of all completions; 0 for prompts alone.
+    `dropped` counts records by the reason they were left out. A truncated completion lost its end
+    token too. Where a prompt is tokenised differently alone than before its answer, the boundary
+    moves to the place where the two differ. `completions` are 0 for prompts alone.
     """
 
     records: int
@@ -50,7 +43,6 @@ class TokenReport:
     completions: Lengths
 
     def __str__(self) -> str:
-        """A few lines for the log."""
         kinds = {"prompt": self.prompts, "completion": self.completions}
         tokens = ", ".join(
             f"per {name} {one.mean:.1f} (largest {one.largest})"
@@ -74,12 +66,11 @@ class TokenDataset:
     """Rows of equal width, ready to be batched.
 
     Attributes:
-      arrays: Columns by name, the first axis of each being the row: `prompt_tokens` int32
-        `[rows, P]` and `prompt_mask` bool, padded on the left; `completion_tokens` (or
-        `chosen_tokens` and `rejected_tokens`) int32 `[rows, C]` with their masks, padded on the
-        right; or in place of all these the columns of `train.data.packing.pack`; `index` int32
-        `[rows]`, the row's own number. Prompts alone have no answers, and their records in
-        `record`, object `[rows]`.
+      arrays: Columns by name: `prompt_tokens` int32 `[rows, P]` and `prompt_mask` bool, padded on
+        the left; `completion_tokens` (or `chosen_tokens` and `rejected_tokens`) int32 `[rows, C]`
+        with their masks, padded on the right; or in place of all these the columns of
+        `train.data.packing.pack`; `index` int32 `[rows]`, the row's own number. Prompts alone have
+        no answers, but their records in `record`, object `[rows]`.
       report: What became of the records.
       share_prompts: Whether batches hold a prompt once for both answers of a pair, see
         `train.data.layout.share_prompt`.
@@ -97,7 +88,7 @@ class TokenDataset:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows that an epoch draws, those that a mixture repeats counted as often as they come."""
+        """Rows that an epoch draws; those that a mixture repeats count as often as they come."""
         return sum(drawn for _, drawn in self.parts) if self.parts else len(self)
 
     def draw_epoch(self, random: np.random.Generator) -> np.ndarray:
@@ -110,11 +101,7 @@ class TokenDataset:
         return random.permutation(np.concatenate(drawn))
 
     def with_columns(self, **columns: np.ndarray) -> TokenDataset:
-        """A data set with more columns, such as `reference_chosen_logps` float32 `[rows]`.
-
-        Raises:
-          ValueError: When a column has another number of rows.
-        """
+        """Adds columns, such as `reference_chosen_logps`; another number of rows: `ValueError`."""
         for name, column in columns.items():
             if len(column) != len(self):
                 raise ValueError(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
-"""File name endings that `read_records` understands."""
 
 
 class DataError(ValueError):
@@ -23,11 +22,7 @@ class DataError(ValueError):
 
 
 class Record(dict[str, Any]):
-    """One row of a data set: a plain dict that remembers where it was read.
-
-    Attributes:
-      where: File and line (or row), for error messages.
-    """
+    """One row of a data set: a dict that remembers file and line (or row), for error messages."""
 
     def __init__(self, fields: dict[str, Any], where: str):
         super().__init__(fields)
@@ -40,15 +35,10 @@ def where_of(record: Mapping[str, Any]) -> str:
 
 
 def read_records(source: str | Path, split: str = "train") -> list[Record]:
-    """Read every record of a file or of a data set on the hub.
+    """Read every record of a file or of a data set on the hub, in order; at least one.
 
-    Args:
-      source: A path that ends in one of `SUFFIXES`, or the name of a data set on the hub, such as
-        `trl-lib/tldr` or, with a configuration, `openai/gsm8k:main`.
-      split: Split of a hub data set, as `datasets.load_dataset` takes it; files have none.
-
-    Returns:
-      The records in order, never an empty list.
+    A `source` that ends in one of `SUFFIXES` is a file. `split` is that of a hub data set, as
+    `datasets.load_dataset` takes it; files have none.
 
     Raises:
       DataError: When nothing is there, the file is damaged, or it holds no records. A broken line

@@ -8,7 +8,7 @@ attention mask keeps the rejected answer from seeing the chosen one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -17,27 +17,23 @@ Columns = Mapping[str, np.ndarray]
 
 
 class RowLengths(NamedTuple):
-    """Real tokens of every row, each int `[rows]`.
-
-    Attributes:
-      prompt: Tokens of the prompt.
-      answer: Tokens of the longest answer.
-      scored: Tokens of all answers together.
-    """
+    """Real tokens of every row: the prompt, the longest answer, all answers; each int `[rows]`."""
 
     prompt: np.ndarray
     answer: np.ndarray
     scored: np.ndarray
 
+    def widths(self, rows: np.ndarray, rounded: Callable[[int], int]) -> Widths:
+        """The columns that a batch of these rows (numbers or a mask) needs, each rounded up."""
+        counts = (self.prompt, self.answer, self.prompt + self.scored, self.scored)
+        return Widths(*(rounded(int(count[rows].max())) for count in counts))
+
 
 class Widths(NamedTuple):
-    """Columns that a batch has.
+    """Columns of a batch.
 
-    Attributes:
-      prompt: Columns of `prompt_tokens`.
-      answer: Columns of every answer.
-      joined: Columns of a prompt with all its answers, when they share it.
-      scored: Columns of all answers together, when they share a prompt.
+    Where answers share their prompt, `joined` is the width of a prompt with all its answers, and
+    `scored` that of all answers together.
     """
 
     prompt: int
@@ -66,11 +62,9 @@ def row_lengths(columns: Columns) -> RowLengths:
 
 
 def trim(batch: Columns, widths: Widths) -> dict[str, np.ndarray]:
-    """Cuts padding off: prompts on the left, answers on the right.
+    """Cuts padding off, of prompts on the left, of answers on the right.
 
-    Args:
-      batch: Columns with at least these widths.
-      widths: Not below the lengths of any row; larger than a column leaves it whole.
+    `widths` must fit every row; columns that are narrower stay whole.
     """
     cut = dict(batch)
     for name, column in batch.items():
@@ -82,17 +76,12 @@ def trim(batch: Columns, widths: Widths) -> dict[str, np.ndarray]:
 
 
 def share_prompt(batch: Columns, widths: Widths) -> dict[str, np.ndarray]:
-    """Adds the rows in which both answers of a pair follow one copy of their prompt.
+    """Adds to a preference batch the rows in which both answers follow one copy of their prompt.
 
-    Args:
-      batch: A preference batch: `prompt_…`, `chosen_…` and `rejected_…` tokens and masks.
-      widths: `joined` and `scored` columns; not below the lengths of any row.
-
-    Returns:
-      The batch with `joined_ids` int32 `[B, joined]`; `joined_parts` int32 `[B, joined]`, 0 in the
-      prompt, 1 and 2 in the answers, -1 at padding; `scored_ids` int32 `[B, scored]`, the tokens of
-      both answers; and `scored_from` int32 `[B, scored]`, the place in `joined_ids` whose hidden
-      state predicts each of them.
+    The new columns are `joined_ids` int32 `[B, joined]`; `joined_parts` int32 `[B, joined]`, 0 in
+    the prompt, 1 and 2 in the answers, -1 at padding; `scored_ids` int32 `[B, scored]`, the tokens
+    of both answers; and `scored_from` int32 `[B, scored]`, the place in `joined_ids` whose hidden
+    state predicts each of them. `widths` must fit every row.
     """
     names = ("prompt", "chosen", "rejected")
     tokens = np.concatenate([batch[f"{name}_tokens"] for name in names], axis=1)
@@ -121,7 +110,7 @@ def share_prompt(batch: Columns, widths: Widths) -> dict[str, np.ndarray]:
 
 
 def padding_share(batch: Columns) -> float:
-    """Share of padding among the positions that the model computes for a batch, traceable."""
+    """Share of padding among the positions that the model computes for a batch; may be traced."""
     for name in ("joined_parts", "packed_parts"):
         if name in batch:
             return (batch[name] < 0).mean()

@@ -19,24 +19,20 @@ def make_loader(
     *,
     seed: int = 0,
     shuffle: bool = True,
-    num_epochs: int | None = None,
-    drop_remainder: bool = True,
     shard: tuple[Sequence[int], int] = ((0,), 1),
     buckets: Buckets | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """Iterate over batches of a tokenised data set.
+    """Iterate without end over batches of a tokenised data set.
 
     The order of rows is a function of `seed` and the epoch alone. Each process takes its share of
-    every global batch, so the batches are the same for any number of processes.
+    every global batch, so the batches are the same for any number of processes. Rows at the end of
+    an epoch that fill no batch are left out.
 
     Args:
       dataset: The rows.
       batch_size: Rows in a batch, over all processes together.
       seed: Seed of the order, not negative.
       shuffle: Draw a new order in every epoch; `False` keeps that of the data set.
-      num_epochs: How often to go through the data; `None` does not end.
-      drop_remainder: Leave out the rows at the end of an epoch that do not fill a batch (with
-        `shuffle`, other rows each time). `False` gives a last batch of fewer rows.
       shard: `(parts, count)`: a batch is cut into `count` equal parts, of which this process takes
         those numbered in `parts`, see `train.distributed.batches.row_parts`.
       buckets: From `make_buckets`, for the same batch size: rows of similar length are batched
@@ -50,9 +46,9 @@ def make_loader(
     Raises:
       ValueError: When no batch can be made, or the processes cannot share one evenly.
     """
-    _check(dataset.rows_per_epoch, batch_size, seed, drop_remainder, shard)
-    if buckets is not None and not (shuffle and drop_remainder):
-        raise ValueError("buckets need shuffle=True and drop_remainder=True.")
+    _check(dataset.rows_per_epoch, batch_size, seed, shard)
+    if buckets is not None and not shuffle:
+        raise ValueError("buckets need shuffle=True.")
     if dataset.parts and buckets is None:
         raise ValueError("A mixture of data sets needs buckets.")
     parts, count = shard
@@ -70,17 +66,15 @@ def make_loader(
         rows = grain.MapDataset.range(len(dataset))
         if shuffle:
             rows = rows.shuffle(seed=spread)
-        batches = rows.batch(batch_size, drop_remainder=drop_remainder).repeat(num_epochs)
+        batches = rows.batch(batch_size, drop_remainder=True).repeat()
     else:
-        batches = _planned_batches(dataset, buckets, spread, num_epochs)
+        batches = _planned_batches(dataset, buckets, spread)
     # Rows are gathered in this thread: that takes microseconds, and there is nothing to shut down.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return iter(batches.map(gather).to_iter_dataset(options))
 
 
-def _planned_batches(
-    dataset: TokenDataset, buckets: Buckets, seed: int, num_epochs: int | None
-) -> grain.MapDataset[Any]:
+def _planned_batches(dataset: TokenDataset, buckets: Buckets, seed: int) -> grain.MapDataset[Any]:
     """The numbers of the rows of every batch, planned epoch by epoch."""
     per_epoch = dataset.rows_per_epoch // buckets.batch_size
 
@@ -92,18 +86,12 @@ def _planned_batches(
 
     return (
         grain.MapDataset.range(per_epoch)
-        .repeat(num_epochs)
+        .repeat()
         .map_with_index(lambda position, number: plan(position // per_epoch)[number])
     )
 
 
-def _check(
-    rows: int,
-    batch_size: int,
-    seed: int,
-    drop_remainder: bool,
-    shard: tuple[Sequence[int], int],
-) -> None:
+def _check(rows: int, batch_size: int, seed: int, shard: tuple[Sequence[int], int]) -> None:
     """Raises `ValueError` where no batch can be made, or cut into equal parts."""
     parts, count = shard
     if not parts or not all(0 <= part < count for part in parts):
@@ -115,13 +103,8 @@ def _check(
             f"batch_size must be a positive multiple of its number of parts {count}, "
             f"got {batch_size}."
         )
-    if drop_remainder and batch_size > rows:
+    if batch_size > rows:
         raise ValueError(
             f"batch_size {batch_size} is larger than the data set, which has {rows} rows. "
             "Use a smaller batch or more data."
-        )
-    if not drop_remainder and rows % batch_size % count:
-        raise ValueError(
-            f"The last batch of {rows % batch_size} rows cannot be cut into {count} equal "
-            "parts. Use drop_remainder=True."
         )

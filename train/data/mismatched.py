@@ -21,10 +21,7 @@ def rotation(rows: int, batch_size: int) -> np.ndarray:
 
     Within each run of `batch_size` rows the completions move on by one place, and the last one comes
     first. A single row left over joins the batch before it, because alone it would borrow its own
-    completion, which is no mismatch.
-
-    Raises:
-      ValueError: When there are fewer than two rows, or in a batch.
+    completion, which is no mismatch. Fewer than two rows, in all or in a batch: `ValueError`.
 
     Example:
       >>> rotation(5, 2).tolist()
@@ -53,7 +50,7 @@ def with_kl_completions(dataset: TokenDataset, batch_size: int) -> TokenDataset:
 
 
 def in_random_order(dataset: TokenDataset, seed: int) -> TokenDataset:
-    """The rows in an order drawn once; `index` still holds each row's place before."""
+    """The rows in an order drawn once; `index` still holds each row's former place."""
     order = np.random.default_rng(seed).permutation(len(dataset))
     return dataclasses.replace(
         dataset, arrays={name: column[order] for name, column in dataset.arrays.items()}

@@ -16,20 +16,13 @@ def mix(datasets: Sequence[TokenDataset], weights: Sequence[float]) -> TokenData
     A weight says how often the rows of its data set come in an epoch: all of them once at 1, all
     twice and half of them a third time at 2.5, a half at 0.5; which half is drawn anew in every
     epoch. So ratios of rows are exact in every epoch, and a row is stored and scored by the
-    reference once, however often it comes.
-
-    Args:
-      datasets: Data sets with the same columns; widths may differ.
-      weights: One positive number for each.
+    reference once, however often it comes. The data sets have the same columns; widths may differ.
 
     Returns:
       All rows, in the order given, with `parts` that say how they are drawn.
 
     Raises:
       ValueError: When a data set gets no row.
-
-    Example:
-      >>> mixed = mix([chat, maths], [1, 0.2])  # doctest: +SKIP
     """
     parts = []
     for dataset, weight in zip(datasets, weights, strict=True):
@@ -58,25 +51,22 @@ def _stack(name: str, datasets: Sequence[TokenDataset]) -> np.ndarray:
 
 def _merge(reports: Sequence[TokenReport]) -> TokenReport:
     """One report of all records."""
+    weights = [report.rows for report in reports]
 
-    def total(name: str) -> int:
-        return sum(getattr(report, name) for report in reports)
-
-    def lengths(name: str) -> Lengths:
-        each = [getattr(report, name) for report in reports]
-        mean = np.average([one.mean for one in each], weights=[one.rows for one in reports])
+    def lengths(each: list[Lengths]) -> Lengths:
+        mean = np.average([one.mean for one in each], weights=weights)
         return Lengths(float(mean), max(one.largest for one in each))
 
     dropped: Counter[str] = Counter()
     for report in reports:
         dropped.update(report.dropped)
     return TokenReport(
-        records=total("records"),
-        rows=total("rows"),
+        records=sum(report.records for report in reports),
+        rows=sum(weights),
         dropped=dict(dropped),
-        prompts_truncated=total("prompts_truncated"),
-        completions_truncated=total("completions_truncated"),
-        boundaries_moved=total("boundaries_moved"),
-        prompts=lengths("prompts"),
-        completions=lengths("completions"),
+        prompts_truncated=sum(report.prompts_truncated for report in reports),
+        completions_truncated=sum(report.completions_truncated for report in reports),
+        boundaries_moved=sum(report.boundaries_moved for report in reports),
+        prompts=lengths([report.prompts for report in reports]),
+        completions=lengths([report.completions for report in reports]),
     )

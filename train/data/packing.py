@@ -21,17 +21,9 @@ from train.data.padding import pad_rows, round_up
 
 
 def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, size: int) -> list[list[int]]:
-    """Divides examples among as few rows as this rule finds.
+    """The numbers of the examples in every row of at most `size` tokens.
 
-    Args:
-      lengths: Tokens of every example.
-      size: Tokens that a row holds at most.
-
-    Returns:
-      Numbers of the examples in every row.
-
-    Raises:
-      ValueError: An example is longer than a row.
+    Raises `ValueError` where an example is longer than a row.
 
     Example:
       >>> best_fit_decreasing([3, 5, 2, 6], size=8)
@@ -64,20 +56,13 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, size: int) -> list[
 
 
 def pack(dataset: TokenDataset, length: int) -> TokenDataset:
-    """Rows that hold several examples each; the parts of a mixture are packed apart.
+    """Packs SFT examples into rows of at most `length` tokens, each part of a mixture by itself.
 
-    Args:
-      dataset: SFT examples: `prompt_…` and `completion_…` tokens and masks.
-      length: Tokens that a row holds at most.
-
-    Returns:
-      Columns `packed_ids` int32 `[rows, L]`, the examples of a row one after the other, padding at
-      the end; `packed_parts` int32 `[rows, L]`, the number of the example in its row, -1 at padding;
-      `packed_from` int32 `[rows, S]`, the places whose hidden state predicts a token of an answer,
-      -1 at padding; and `index`. The report stays that of the examples.
-
-    Raises:
-      ValueError: An example is longer than a row.
+    The columns are `packed_ids` int32 `[rows, L]`, the examples of a row one after the other, padding
+    at the end; `packed_parts` int32 `[rows, L]`, the number of the example in its row, -1 at padding;
+    `packed_from` int32 `[rows, S]`, the places whose hidden state predicts a token of an answer, -1
+    at padding; and `index`. The report stays that of the examples. Raises `ValueError` where an
+    example is longer than a row.
     """
     lengths = row_lengths(dataset.arrays)
     total = lengths.prompt + lengths.answer

@@ -12,11 +12,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from rich.progress import track
 
-WIDTH_MULTIPLE = 8
-"""Widths of data sets, packed rows and buckets are rounded up to a multiple of this."""
-
-BATCH_WIDTH = 32
-"""Rows to be scored or continued are at least this wide: less would not pay for its compilation."""
+WIDTH_MULTIPLE = 8  # of the widths of data sets, packed rows and buckets
+BATCH_WIDTH = 32  # the least width of rows to be scored or continued, worth its compilation
 
 
 def round_up(length: int, multiple: int = WIDTH_MULTIPLE) -> int:
@@ -63,16 +60,11 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarr
 def batches_by_length(
     lengths: Sequence[int] | np.ndarray, batch_size: int, shown_as: str = ""
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All rows once, those of similar length together.
+    """Yields all rows once, those of similar length together.
 
-    Args:
-      lengths: Tokens of every row, int `[rows]`.
-      batch_size: Rows in a batch.
-      shown_as: Label of a progress bar; empty for none.
-
-    Yields:
-      The numbers of the rows of a batch, int `[n]` with `n <= batch_size`; and the same filled up to
-      `batch_size` with the first of them, so that all batches have one number of rows.
+    Each batch comes as the numbers of its rows, int `[n]` with `n <= batch_size`, and as the same
+    filled up to `batch_size` with the first of them, so that all batches have one number of rows. A
+    progress bar has the label `shown_as`; without one there is none.
 
     Example:
       >>> [filled.tolist() for _, filled in batches_by_length([3, 1, 2], 2)]

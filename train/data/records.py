@@ -47,10 +47,8 @@ class UnusableRecord(Exception):
 class Preference:
     """A prompt with a preferred and a rejected answer.
 
-    Attributes:
-      prompt: Text, or the messages of a conversation up to the answer.
-      chosen: The preferred answer: text, or one assistant message when `prompt` is messages.
-      rejected: The rejected answer, in the same shape.
+    All are texts; or the prompt is the messages of a conversation up to the answer, and each answer
+    one assistant message.
     """
 
     prompt: Text
@@ -69,12 +67,9 @@ class Example:
 def normalise_preference(record: Mapping[str, Any]) -> Preference:
     r"""Read a preference in any of this module's formats.
 
-    Args:
-      record: Fields by name, as `read_records` returns them.
-
     Raises:
       DataError: When a field is missing, empty or of the wrong type.
-      UnusableRecord: When the answers are the same, or part before the last message.
+      UnusableRecord: When the answers are the same, or differ before the last message.
 
     Example:
       >>> record = {"instruction": "Add", "input": "1 1", "chosen": "2", "rejected": "3"}
@@ -105,9 +100,6 @@ def normalise_preference(record: Mapping[str, Any]) -> Preference:
 def normalise_sft(record: Mapping[str, Any]) -> Example:
     """Read an SFT example in any of this module's formats.
 
-    Args:
-      record: Fields by name, as `read_records` returns them.
-
     Raises:
       DataError: When a field is missing, empty or of the wrong type.
       UnusableRecord: When the completion holds more than one message.
@@ -118,8 +110,7 @@ def normalise_sft(record: Mapping[str, Any]) -> Example:
     """
     where = where_of(record)
     if has(record, "completion"):
-        prompt = _field(record, "prompt", SFT_FORMATS)
-        name = "completion"
+        prompt, name = _field(record, "prompt", SFT_FORMATS), "completion"
     elif has(record, "messages"):
         messages = _field(record, "messages", SFT_FORMATS)
         if isinstance(messages, str) or len(messages) < 2:
@@ -129,8 +120,7 @@ def normalise_sft(record: Mapping[str, Any]) -> Example:
     elif has(record, "instruction"):
         prompt, name = _instruction(record, SFT_FORMATS), "output"
     elif has(record, "question"):
-        name = "answer"
-        prompt = [_message("user", _string(record, "question", SFT_FORMATS))]
+        prompt, name = [_message("user", _string(record, "question", SFT_FORMATS))], "answer"
     else:
         raise DataError(f"{where}: found {_found(record)}. Expected {SFT_FORMATS}.")
     answer = _field(record, name, SFT_FORMATS)
@@ -140,11 +130,7 @@ def normalise_sft(record: Mapping[str, Any]) -> Example:
 
 @dataclass(frozen=True)
 class Labelled(Example):
-    """An example with a verdict.
-
-    Attributes:
-      label: Whether the completion is desirable.
-    """
+    """An example that says whether its completion is desirable."""
 
     label: bool
 
@@ -152,9 +138,7 @@ class Labelled(Example):
 def normalise_unpaired(record: Mapping[str, Any]) -> list[Labelled]:
     """Read a labelled answer, or both answers of a preference as TRL does, the chosen one first.
 
-    Args:
-      record: Fields by name, as `read_records` returns them: a format of `normalise_sft` with
-        `label` (true, false, 1 or 0), or one of `normalise_preference`.
+    A labelled answer has a format of `normalise_sft` and `label` (true, false, 1 or 0).
 
     Raises:
       DataError: When a field is missing, empty or of the wrong type.
@@ -187,9 +171,6 @@ def normalise_unpaired(record: Mapping[str, Any]) -> list[Labelled]:
 def normalise_prompt(record: Mapping[str, Any]) -> Text:
     r"""The prompt of a record in any of this module's formats: text, or messages.
 
-    Args:
-      record: Fields by name, as `read_records` returns them; it may have no answer.
-
     Raises:
       DataError: When there is no prompt, or it is neither text nor messages.
       UnusableRecord: When the prompt would have to be found in answers that are the same.
@@ -212,17 +193,13 @@ def normalise_prompt(record: Mapping[str, Any]) -> Text:
     raise DataError(f"{where}: found {_found(record)}. Expected {PROMPT_FORMATS}.")
 
 
-def prompt_of(record: Mapping[str, Any]) -> tuple[Text, list[Text], str]:
-    """A record's field ``prompt``, no answers, and where the record was read.
-
-    Raises:
-      DataError: When there is no prompt, or it is neither text nor messages.
-    """
-    return _field(record, "prompt", "text or a list of messages"), [], where_of(record)
+def prompt_of(record: Mapping[str, Any]) -> Text:
+    """A record's field `prompt`; raises `DataError` where it is neither text nor messages."""
+    return _field(record, "prompt", "text or a list of messages")
 
 
 def has(record: Mapping[str, Any], name: str) -> bool:
-    """Whether a field is there; tables write None for what a row lacks."""
+    """Whether a field is there; tables hold None for what a row lacks."""
     return record.get(name) is not None
 
 
@@ -269,7 +246,7 @@ def _string(record: Mapping[str, Any], name: str, formats: str) -> str:
 
 
 def _check_characters(text: str, name: str, where: str) -> None:
-    """JSON may hold halves of characters, which no tokenizer reads."""
+    """Raises `DataError` for half a character: JSON may hold it, but no tokenizer reads it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -319,7 +296,7 @@ def _instruction(record: Mapping[str, Any], formats: str) -> list[Message]:
 
 
 def _split_common_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
-    """Cut the longest common beginning off both answers."""
+    """The longest common beginning of two answers, and the rest of each."""
     length = common_length(chosen, rejected)
     # As in TRL, the space before the first word that differs belongs to the answers.
     if isinstance(chosen, str) and length and chosen[length - 1] == " ":
@@ -352,15 +329,15 @@ def _match_shapes(prompt: Text, answers: dict[str, Text], where: str) -> tuple[T
             return prompt, list(answers.values())
         prompt = [_message("user", prompt)]
     return prompt, [
-        _one_answer(_without_prompt(answer, prompt), name, where)
-        if not isinstance(answer, str)
-        else [_message("assistant", answer)]
+        [_message("assistant", answer)]
+        if isinstance(answer, str)
+        else _one_answer(_without_prompt(answer, prompt), name, where)
         for name, answer in answers.items()
     ]
 
 
 def _without_prompt(answer: list[Message], prompt: list[Message]) -> list[Message]:
-    """Some data sets (UltraFeedback) repeat the prompt at the start of every answer."""
+    """An answer without the prompt that some data sets (UltraFeedback) repeat at its start."""
     start = [(message["role"], message["content"]) for message in answer[: len(prompt)]]
     if start == [(message["role"], message["content"]) for message in prompt]:
         return answer[len(prompt) :]

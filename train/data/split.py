@@ -29,11 +29,8 @@ def split_by_prompt(
     order of records, not on what else the set holds, and not on the format, so that a prompt held
     out of SFT as `{instruction, input, output}` is held out of DPO as messages too.
 
-    Args:
-      records: Records in the formats of `train.data.records`.
-      eval_fraction: Share of the prompts to hold out, in [0, 1). The share of records that results
-        varies around it, as prompts are few or repeated.
-      seed: Another seed holds out other prompts.
+    `eval_fraction` is a share of the prompts, in [0, 1); the share of records varies around it, as
+    prompts are few or repeated.
 
     Returns:
       `(train, eval)`, both in the order of `records`. Records that cannot be trained on stay in
@@ -74,13 +71,10 @@ def _draw(record: Mapping[str, Any], seed: int) -> float:
 def _prompt_messages(record: Mapping[str, Any]) -> list[Message]:
     """The prompt of a record of any format, as messages; a string counts as one user turn.
 
-    It tells whether two records ask the same, across formats and training stages. Of answers that
-    are text and share their prompt with it, the beginnings may be the same too; a prompt of turns
-    that are marked as in HH-RLHF ends where the last answer begins.
-
-    Raises:
-      DataError: When the record is in none of the formats.
-      UnusableRecord: When the record cannot be trained on.
+    It tells whether two records ask the same, across formats and training stages. The common
+    beginning of two answers may reach beyond the prompt; where turns are marked as in HH-RLHF, it is
+    cut off where the last answer begins. Raises `DataError` for a record in none of the formats, and
+    `UnusableRecord` for one that cannot be trained on.
     """
     if has(record, "chosen") or has(record, "rejected"):
         prompt = normalise_preference(record).prompt

@@ -48,12 +48,9 @@ _CLOCK = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one prompt and its answers.
+    """Token ids of a prompt, at least one, and of its answers, each with its end token.
 
-    Attributes:
-      prompt: Ids of the prompt, at least one.
-      answers: Ids of each answer, each with its end token.
-      moved: Whether the prompt lost tokens to the answers at the boundary.
+    `moved` says whether the prompt lost tokens to the answers at the boundary.
     """
 
     prompt: list[int]
@@ -79,15 +76,10 @@ class Row:
 class Encoder:
     """Turns rows into token ids with one tokeniser.
 
-    Args:
-      tokenizer: A tokenizer of transformers with an EOS token, and for conversations a chat
-        template.
-      template: `"auto"` renders conversations with the chat template and takes strings as they are,
-        which is what TRL does; `"chat"` also makes a user turn of a string prompt and an assistant
-        turn of a string answer.
-
-    Raises:
-      DataError: When the tokeniser has no EOS token, or `template` is unknown.
+    The template `"auto"` renders conversations with the chat template and takes strings as they are,
+    which is what TRL does; `"chat"` also makes a user turn of a string prompt and an assistant turn
+    of a string answer. Raises `DataError` when the tokeniser has no EOS token, or `template` is
+    unknown.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template = "auto"):
@@ -106,8 +98,7 @@ class Encoder:
     def encode(self, rows: Sequence[Row]) -> list[Encoded | UnusableRecord]:
         """Token ids of every row, or the reason why it has none. Rows may have no answers.
 
-        Raises:
-          DataError: When a conversation meets no chat template, or one that refuses it.
+        Raises `DataError` when a conversation meets no chat template, or one that refuses it.
         """
         texts: list[str] = []
         conversations = []
@@ -127,11 +118,7 @@ class Encoder:
         return encoded
 
     def whole_texts(self, row: Row) -> list[str]:
-        """The text of prompt and answer, all that the template writes, for every answer of a row.
-
-        Raises:
-          DataError: When a conversation meets no chat template, or one that refuses it.
-        """
+        """The text of prompt and answer for every answer of a row; raises what `encode` raises."""
         prompt, answers = self._as_template_wants(row)
         return self._render(prompt, answers, row.where)[1:]
 
@@ -193,7 +180,7 @@ class Encoder:
         return Encoded(prompt, answers, moved)
 
     def _finished(self, answer: list[int], ends: set[int]) -> list[int]:
-        """The answer up to the token that closes it, or with EOS appended when nothing does."""
+        """The answer up to the token that closes it, or with EOS appended when none does."""
         stop = len(answer)
         while stop and self._is_blank(answer[stop - 1]):
             stop -= 1

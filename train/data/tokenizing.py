@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -28,36 +28,40 @@ if TYPE_CHECKING:
 Truncation = Literal["keep_end", "keep_start"]
 
 
-class Limits(TypedDict):
-    """Keyword arguments of all tokenisers; `tokenize_preference` says what they mean."""
+ERRORS_SHOWN = 5  # malformed records that an error lists before it only counts
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Keyword arguments of all tokenisers; raises `DataError` where a value is out of range.
+
+    The lengths are the largest numbers of tokens, the end token included. `template` is `"auto"` or
+    `"chat"`, see `train.data.templates.Encoder`. `truncation` says what stays of a long prompt:
+    `"keep_end"`, the last turns, or `"keep_start"`.
+    """
 
     max_prompt_length: int
     max_completion_length: int
-    template: NotRequired[Template]
-    truncation: NotRequired[Truncation]
+    template: Template = "auto"
+    truncation: Truncation = "keep_end"
 
-
-ERRORS_SHOWN = 5
-"""Malformed records that an error lists before it only counts."""
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_length", "max_completion_length"):
+            limit = getattr(self, name)
+            if limit < 1:
+                raise DataError(f"{name} must be at least 1, got {limit}.")
+        if self.truncation not in get_args(Truncation):
+            raise DataError(f"truncation must be keep_end or keep_start, got {self.truncation!r}.")
 
 
 def tokenize_preference(
-    records: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    **limits: Unpack[Limits],
+    records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, **limits: Any
 ) -> TokenDataset:
-    """Tokenise preferences.
+    """Tokenise preferences in the formats of `train.data.records`, within `Limits`.
 
     Prompts longer than their limit lose tokens on the left (BOS stays) or on the right, completions
     on the right, and with those their end token: a model must not learn to stop in the middle of a
     sentence. No answer loses tokens to a long prompt, as TRL's `max_length` takes them.
-
-    Args:
-      records: Records in the formats of `train.data.records`.
-      tokenizer: A tokenizer of transformers.
-      limits: `max_prompt_length` and `max_completion_length`: tokens that they may have, the end token
-        included. `template`: `"auto"` or `"chat"`, see `train.data.templates.Encoder`. `truncation`:
-        what stays of a long prompt, `"keep_end"`, the last turns, or `"keep_start"`.
 
     Returns:
       Columns `prompt_…`, `chosen_…`, `rejected_…` and `index`. Widths are those of the longest row,
@@ -73,38 +77,27 @@ def tokenize_preference(
         pair = normalise_preference(record)
         return [Row(pair.prompt, (pair.chosen, pair.rejected), where_of(record))]
 
-    return _tokenize(records, rows, ("chosen", "rejected"), tokenizer, _Limits(**limits))
+    return _tokenize(records, rows, ("chosen", "rejected"), tokenizer, Limits(**limits))
 
 
 def tokenize_sft(
-    records: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    **limits: Unpack[Limits],
+    records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, **limits: Any
 ) -> TokenDataset:
-    """Tokenise SFT examples; arguments, limits and errors are those of `tokenize_preference`.
-
-    Returns:
-      Columns `prompt_…`, `completion_…` and `index`.
-    """
+    """Tokenise SFT examples as `tokenize_preference` does; columns `prompt_…` and `completion_…`."""
 
     def rows(record: Mapping[str, Any]) -> list[Row]:
         example = normalise_sft(record)
         return [Row(example.prompt, (example.completion,), where_of(record))]
 
-    return _tokenize(records, rows, ("completion",), tokenizer, _Limits(**limits))
+    return _tokenize(records, rows, ("completion",), tokenizer, Limits(**limits))
 
 
 def tokenize_unpaired(
-    records: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    **limits: Unpack[Limits],
+    records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, **limits: Any
 ) -> TokenDataset:
-    """Tokenise labelled answers; arguments, limits and errors are those of `tokenize_preference`.
+    """Tokenise labelled answers as `tokenize_sft` does, with a column `label`, bool `[rows]`.
 
     A preference pair gives two rows, the chosen answer's first.
-
-    Returns:
-      Columns `prompt_…`, `completion_…`, `label` bool `[rows]` and `index`.
     """
 
     def rows(record: Mapping[str, Any]) -> list[Row]:
@@ -112,42 +105,32 @@ def tokenize_unpaired(
         found = normalise_unpaired(record)
         return [Row(one.prompt, (one.completion,), where, one.label) for one in found]
 
-    return _tokenize(records, rows, ("completion",), tokenizer, _Limits(**limits))
+    return _tokenize(records, rows, ("completion",), tokenizer, Limits(**limits))
 
 
 def tokenize_prompts(
-    records: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    **limits: Unpack[Limits],
+    records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, **limits: Any
 ) -> TokenDataset:
-    """Tokenise prompts to sample answers to; arguments and errors are those of `tokenize_preference`.
+    """Tokenise prompts to sample answers to, with the records in a column `record`, dtype object.
 
     Answers in the records are ignored, and `max_completion_length` is the room for those to come.
-
-    Returns:
-      Columns `prompt_…`, `index` and `record`, the records themselves (dtype object).
     """
 
     def rows(record: Mapping[str, Any]) -> list[Row]:
         return [Row(normalise_prompt(record), (), where_of(record), record=record)]
 
-    return _tokenize(records, rows, (), tokenizer, _Limits(**limits))
+    return _tokenize(records, rows, (), tokenizer, Limits(**limits))
 
 
 def encode_prompts(
     records: Sequence[Mapping[str, Any]], tokenizer: Any, *, chat_template: bool
 ) -> list[list[int]]:
-    """Token ids of every record's prompt, ready to be continued.
+    """Token ids of every record's field `prompt`, ready to be continued.
 
-    Args:
-        records: with a field ``prompt``: text, or messages.
-        tokenizer: from transformers.
-        chat_template: make a user turn of text.
-
-    Raises:
-        DataError: a record has no prompt, or one that cannot be used.
+    With `chat_template` a prompt that is text becomes a user turn. Raises `DataError` where a record
+    has no prompt, or one that cannot be used.
     """
-    rows = [Row(*prompt_of(record)) for record in records]
+    rows = [Row(prompt_of(record), (), where_of(record)) for record in records]
     encoded = Encoder(tokenizer, "chat" if chat_template else "auto").encode(rows)
     prompts = []
     for row, found in zip(rows, encoded, strict=True):
@@ -162,7 +145,7 @@ def _tokenize(
     rows_of: Callable[[Mapping[str, Any]], list[Row]],
     names: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
-    limits: _Limits,
+    limits: Limits,
 ) -> TokenDataset:
     """The rows of all records, with a column of answers for every name."""
     encoder = Encoder(tokenizer, limits.template)
@@ -185,7 +168,18 @@ def _tokenize(
     if sources[0].record is not None:
         arrays["record"] = np.empty(len(sources), object)
         arrays["record"][:] = [source.record for source in sources]
-    return TokenDataset(arrays, _report(len(records), dropped, fitted, arrays, names))
+    answer_masks = [arrays[f"{name}_mask"] for name in names]
+    report = TokenReport(
+        records=len(records),
+        rows=len(fitted),
+        dropped=dict(dropped),
+        prompts_truncated=sum(row.prompt_cut for row in fitted),
+        completions_truncated=sum(row.answers_cut for row in fitted),
+        boundaries_moved=sum(row.moved for row in fitted),
+        prompts=Lengths.of(arrays["prompt_mask"]),
+        completions=Lengths.of(np.concatenate(answer_masks)) if names else Lengths(0.0, 0),
+    )
+    return TokenDataset(arrays, report)
 
 
 def _normalised(
@@ -210,26 +204,8 @@ def _normalised(
 
 
 @dataclass(frozen=True)
-class _Limits:
-    """`Limits` with their defaults, checked."""
-
-    max_prompt_length: int
-    max_completion_length: int
-    template: Template = "auto"
-    truncation: Truncation = "keep_end"
-
-    def __post_init__(self) -> None:
-        for name in ("max_prompt_length", "max_completion_length"):
-            limit = getattr(self, name)
-            if limit < 1:
-                raise DataError(f"{name} must be at least 1, got {limit}.")
-        if self.truncation not in get_args(Truncation):
-            raise DataError(f"truncation must be keep_end or keep_start, got {self.truncation!r}.")
-
-
-@dataclass(frozen=True)
 class _Fitted:
-    """An encoded row cut to the limits, and what that took."""
+    """An encoded row cut to the limits, and which of its parts lost tokens."""
 
     prompt: list[int]
     answers: list[list[int]]
@@ -238,8 +214,8 @@ class _Fitted:
     moved: bool
 
 
-def _fit(encoded: Encoded, limits: _Limits, encoder: Encoder) -> _Fitted | UnusableRecord:
-    """Cuts a row to the limits."""
+def _fit(encoded: Encoded, limits: Limits, encoder: Encoder) -> _Fitted | UnusableRecord:
+    """The row cut to the limits, or why it cannot be trained on then."""
     prompt, longest_prompt = encoded.prompt, limits.max_prompt_length
     longest_answer = limits.max_completion_length
     prompt_cut = len(prompt) > longest_prompt
@@ -256,7 +232,7 @@ def _fit(encoded: Encoded, limits: _Limits, encoder: Encoder) -> _Fitted | Unusa
 
 
 def _columns(
-    rows: list[_Fitted], names: tuple[str, ...], limits: _Limits, encoder: Encoder
+    rows: list[_Fitted], names: tuple[str, ...], limits: Limits, encoder: Encoder
 ) -> dict[str, np.ndarray]:
     """Every column, padded to the width of the longest row, or to the limit if that is less."""
     arrays: dict[str, np.ndarray] = {}
@@ -273,25 +249,3 @@ def _columns(
         )
     arrays["index"] = np.arange(len(rows), dtype=np.int32)
     return arrays
-
-
-def _report(
-    records: int,
-    dropped: Counter[str],
-    rows: list[_Fitted],
-    arrays: Mapping[str, np.ndarray],
-    names: tuple[str, ...],
-) -> TokenReport:
-    """What became of all records."""
-    prompts = arrays["prompt_mask"]
-    answers = [arrays[f"{name}_mask"] for name in names]
-    return TokenReport(
-        records=records,
-        rows=len(rows),
-        dropped=dict(dropped),
-        prompts_truncated=sum(row.prompt_cut for row in rows),
-        completions_truncated=sum(row.answers_cut for row in rows),
-        boundaries_moved=sum(row.moved for row in rows),
-        prompts=Lengths.of(prompts),
-        completions=Lengths.of(np.concatenate(answers)) if answers else Lengths(0.0, 0),
-    )

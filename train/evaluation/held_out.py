@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from train.data import TokenDataset, Widths, answer_names, row_lengths, share_prompt, trim
+from train.data import TokenDataset, answer_names
+from train.data.layout import row_lengths, share_prompt, trim
 from train.data.padding import batches_by_length, padded_width
 from train.distributed.batches import put_whole
 from train.distributed.processes import fetch, is_first
@@ -21,19 +22,12 @@ from train.types import Evaluate, LossFn, Score
 def bucketed_batches(
     dataset: TokenDataset, batch_size: int, shown_as: str = ""
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """All rows once, those of similar length together, in batches of few shapes.
+    """Yields all rows once, those of similar length together, in batches of few shapes.
 
     Padding that no row of a batch needs is cut off, to one of two widths an octave. The last batch
     is filled up with copies of its first row whose answers are masked, so that they add no token.
-
-    Args:
-        dataset: Preferences, labelled answers or SFT rows.
-        batch_size: Rows in every batch.
-        shown_as: Label of a progress bar; empty for none.
-
-    Yields:
-        The numbers of the rows, int ``[n]`` with ``n <= batch_size``, and the batch, whose first
-        ``n`` rows they are.
+    With each batch come the numbers of its rows, int ``[n]`` with ``n <= batch_size``: they are the
+    batch's first ``n``. A progress bar has the label ``shown_as``; without one there is none.
     """
     lengths = row_lengths(dataset.arrays)
     total = lengths.prompt + lengths.scored
@@ -41,8 +35,7 @@ def bucketed_batches(
         batch = {name: column[filled] for name, column in dataset.arrays.items()}
         for name in answer_names(batch):
             batch[f"{name}_mask"][len(rows) :] = False
-        counts = (lengths.prompt, lengths.answer, total, lengths.scored)
-        widths = Widths(*(padded_width(int(count[rows].max())) for count in counts))
+        widths = lengths.widths(rows, padded_width)
         batch = trim(batch, widths)
         yield rows, share_prompt(batch, widths) if dataset.share_prompts else batch
 
@@ -58,14 +51,9 @@ def answer_logps(
 ) -> tuple[np.ndarray, ...]:
     """Summed log-probabilities of every kind of answer, each float32 ``[rows]``.
 
-    Args:
-        score: From `train.objectives.preference.reference_logps_fn` (the chosen and the rejected
-            answers) or `train.objectives.unpaired.unpaired_logps_fn`.
-        params: The parameters of the model that scores.
-        dataset: Preferences or labelled answers.
-        batch_size: Rows scored at once.
-        mesh: The devices that batches are split over.
-        shown_as: Label of a progress bar; empty for none.
+    ``score`` is from `train.objectives.preference.reference_logps_fn` (the chosen and the rejected
+    answers) or `train.objectives.unpaired.unpaired_logps_fn`. A progress bar has the label
+    ``shown_as``; without one there is none.
     """
     found: list[np.ndarray] = []
     for rows, batch in bucketed_batches(dataset, batch_size, shown_as if is_first() else ""):
@@ -86,13 +74,9 @@ def evaluate_preferences(
 ) -> Evaluate:
     """Makes ``f(params) -> {"eval_loss", "eval_rewards/accuracies", …}`` for preferences.
 
-    Args:
-        score: From `train.objectives.preference.reference_logps_fn`.
-        dataset: Preferences with `reference_chosen_logps` and `reference_rejected_logps`, unless
-            the loss is reference-free.
-        batch_size: Pairs scored at once.
-        mesh: The devices that batches are split over.
-        loss: The loss. One that compares the pairs of a batch (aot) compares all pairs here.
+    ``score`` is from `train.objectives.preference.reference_logps_fn`. Unless the loss is
+    reference-free, the data set has `reference_chosen_logps` and `reference_rejected_logps`. A loss
+    that compares the pairs of a batch (aot) compares all pairs here.
     """
     arrays, kinds = dataset.arrays, ("chosen", "rejected")
     reference = [np.zeros(len(dataset), np.float32)] * 2
@@ -120,15 +104,9 @@ def evaluate_unpaired(
     """Makes ``f(params) -> {"eval_loss", "eval_kl", "eval_rewards/margins", …}`` for KTO.
 
     Every figure is of all rows together: the divergence is the mean over all of them, clamped at 0
-    after that, and a label's reward the mean over its rows. TRL averages over batches.
-
-    Args:
-        score: From `train.objectives.unpaired.unpaired_logps_fn`.
-        dataset: Labelled answers with `reference_completion_logps`, and for `"kto"` the mismatched
-            ones with `reference_kl_logps`.
-        batch_size: Rows scored at once.
-        mesh: The devices that batches are split over.
-        loss: The loss.
+    after that, and a label's reward the mean over its rows. TRL averages over batches. ``score`` is
+    from `train.objectives.unpaired.unpaired_logps_fn`. The data set has labelled answers with
+    `reference_completion_logps`, and for `"kto"` the mismatched ones with `reference_kl_logps`.
     """
     arrays = dataset.arrays
 
@@ -151,11 +129,7 @@ def evaluate_sft(
 ) -> Evaluate:
     """Makes ``f(params) -> {"eval_loss", "eval_mean_token_accuracy"}``: means over all tokens.
 
-    Args:
-        loss_fn: From `train.objectives.sft.sft_loss`.
-        dataset: Held-out rows.
-        batch_size: Rows scored at once.
-        mesh: The devices that batches are split over.
+    ``loss_fn`` is from `train.objectives.sft.sft_loss`.
     """
     measure = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
 

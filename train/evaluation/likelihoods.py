@@ -38,11 +38,10 @@ class Query:
 class Rows(NamedTuple):
     """A batch of queries, one a row.
 
-    Attributes:
-        tokens: int32 ``[B, L]``: prompt, first answer, second answer …, padding.
-        parts: int32 ``[B, L]``: 0 in the prompt, 1, 2 … in the answers, -1 at padding.
-        sources: int32 ``[B, S]``: the places whose hidden state predicts each token of the answers,
-            in their order; -1 at padding.
+    ``tokens`` int32 ``[B, L]`` has prompt, first answer, second answer …, padding; ``parts``, of the
+    same shape, 0 in the prompt, 1, 2 … in the answers, -1 at padding. ``sources`` int32 ``[B, S]``
+    has the places whose hidden state predicts each token of the answers, in their order; -1 at
+    padding.
     """
 
     tokens: np.ndarray
@@ -51,8 +50,8 @@ class Rows(NamedTuple):
 
 
 Likelihoods = tuple[np.ndarray, np.ndarray]
-"""Of every answer, `[queries, answers]`: the log-probability, float64, and whether each of its tokens
-was the most likely one, bool. Where a query has fewer answers than others: 0 and True."""
+"""For every answer, `[queries, answers]`: its log-probability, float64, and whether each of its tokens
+was the most likely one, bool. Where a query has fewer answers than others they are 0 and True."""
 
 LikelihoodScorer = Callable[..., Likelihoods]
 
@@ -66,21 +65,12 @@ def likelihood_scorer(
 ) -> LikelihoodScorer:
     """Compiles the scoring of answers; each shape of a batch is compiled once.
 
-    Args:
-        graphdef: The model's structure, from `train.models.split_model`.
-        batch_size: Queries scored at once.
-        pad_id: Token at padding.
-        out_shardings: Where the results lie. Parameters on a mesh need one that gives every process
-            all of them.
+    Parameters on a mesh need an ``out_shardings`` that gives every process all results.
 
     Returns:
         ``f(params, queries, shown_as="")`` giving their `Likelihoods`, in order. Queries of similar
         length are scored together. A progress bar has the label ``shown_as``; without one there is
         none.
-
-    Example:
-        >>> score = likelihood_scorer(graphdef, batch_size=8, pad_id=0)  # doctest: +SKIP
-        >>> logps, greedy = score(params, [Query(prompt_ids, [answer_ids])])  # doctest: +SKIP
     """
 
     def sums(params: Any, rows: Rows, answers: int) -> tuple[jax.Array, jax.Array]:
@@ -107,12 +97,10 @@ def likelihood_scorer(
 
 
 def joined_rows(queries: Sequence[Query], scored: int, pad_id: int) -> Rows:
-    """A batch whose rows are as wide as the longest asks for.
+    """A batch of queries, one a row, as wide as the longest needs.
 
-    Args:
-        queries: One a row.
-        scored: Columns for the tokens of all answers to a prompt, fewer in rows that are shorter.
-        pad_id: Token at padding.
+    ``scored`` is the number of columns for the tokens of all answers to a prompt, which the width of
+    the batch limits.
     """
     tokens, parts, sources = [], [], []
     for query in queries:
@@ -135,12 +123,7 @@ def joined_rows(queries: Sequence[Query], scored: int, pad_id: int) -> Rows:
 def scored_statistics(
     model: Decoder, rows: Rows, answers: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scores the tokens of all answers given their prompt, in one forward pass.
-
-    Args:
-        model: The model.
-        rows: From `joined_rows`.
-        answers: The largest number of answers in a row.
+    """Scores the tokens of all answers, at most ``answers`` in a row, in one forward pass.
 
     Returns:
         ``(logps, top1, numbers)``, float32, bool and int32 ``[B, S]``: the log-probability of every
@@ -158,6 +141,5 @@ def scored_statistics(
     places = jnp.where(real, prompts + number, 0)
     hidden = jnp.take_along_axis(hidden, jnp.where(real, sources, 0)[..., None], axis=1)
     targets = jnp.take_along_axis(tokens, places, axis=1)
-    unembedding = model.unembedding()
-    logps, top1, _ = token_statistics(hidden, unembedding, targets, vocab_chunk="auto")
+    logps, top1, _ = token_statistics(hidden, model.unembedding(), targets, vocab_chunk="auto")
     return logps, top1, jnp.take_along_axis(parts, places, axis=1)

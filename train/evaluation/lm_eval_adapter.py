@@ -178,7 +178,7 @@ class DecoderLM(TemplateLM):
 
 
 def _generation(kwargs: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
-    """Tokens to generate and texts to stop at."""
+    """The number of tokens to generate, and the texts to stop at."""
     if kwargs.get("do_sample") and kwargs.get("temperature", 1.0) > 0:
         raise ValueError(f"only greedy generation is supported, but a task asks for {kwargs}")
     until: str | Sequence[str] = kwargs.get("until") or ()

@@ -49,15 +49,12 @@ def read_questions(
 ) -> Questions:
     """Questions of a task, the same on every call.
 
-    Args:
-        field: The setting that holds `options`, for messages, such as "tasks.sums".
-        options: The task.
-        tokenizer: The model's.
-        longest: Positions that the model was made for.
+    ``field`` is the setting that holds the task, for messages, such as "tasks.sums", and ``longest``
+    the number of positions that the model was made for.
 
     Raises:
-        UserError: a file or field is missing, there are too few different answers, or a question is
-            longer than the model's positions reach.
+        UserError: a file or field is missing, there are too few different answers, or a question
+            needs more positions.
     """
     check_settings(options, field)
     given = options.choices_field is not None
@@ -75,9 +72,8 @@ def read_questions(
         )
         for record, texts in zip(records[: options.limit], candidates, strict=True)
     ]
-    with blamed_on(f"{field}"):
-        encoder = Encoder(tokenizer, "chat" if options.chat_template else "auto")
-        encoded = encoder.encode(rows)
+    with blamed_on(field):
+        encoded = Encoder(tokenizer, "chat" if options.chat_template else "auto").encode(rows)
     questions, lengths = [], {}
     for row, one, texts in zip(rows, encoded, candidates, strict=True):
         if isinstance(one, Encoded):
@@ -146,13 +142,7 @@ def _drawn(right: str, pool: list[str], options: TaskOptions, index: int, field:
 def accuracies(
     score: LikelihoodScorer, params: Any, questions: Questions, shown_as: str = ""
 ) -> dict[str, float]:
-    """Accuracy of a model on questions.
-
-    Args:
-        score: From `train.evaluation.likelihoods.likelihood_scorer`.
-        params: The model's parameters.
-        questions: From `read_questions`.
-        shown_as: Label of a progress bar; empty for none.
+    """Accuracy of a model on questions; ``shown_as`` is the label of a progress bar, if any.
 
     Returns:
         ``accuracy``: share of questions whose right answer has the highest log-probability (a tie

@@ -14,9 +14,9 @@ from train.inputs.model import blamed_on
 
 
 class Texts(NamedTuple):
-    """Windows over the tokens of texts, and the bytes of the texts in UTF-8.
+    """Windows over the tokens of texts, and the number of the texts' bytes in UTF-8.
 
-    A window's answer are the tokens that it scores, its prompt those before them.
+    The answer of a window is the tokens that it scores, its prompt the tokens before them.
     """
 
     asked: list[Query]
@@ -27,13 +27,11 @@ class Texts(NamedTuple):
 
 
 def read_texts(field: str, options: TextOptions, tokenizer: Any, longest: int) -> Texts:
-    """Tokenised windows of a file's texts, each for itself or all as one.
+    """Tokenised windows of a file's texts, each by itself or all as one; a .txt file is one text.
 
-    Args:
-        field: The setting that holds `options`, for messages, such as "texts.wiki".
-        options: The file. A .txt file is one text.
-        tokenizer: The model's; its own special tokens (such as BOS) are added.
-        longest: Positions that the model was made for.
+    ``field`` is the setting that holds the file, for messages, such as "texts.wiki", and ``longest``
+    the number of positions that the model was made for. The tokenizer adds its special tokens, such
+    as BOS.
 
     Raises:
         UserError: a file or field is missing, a setting does not fit, or there is nothing to score.

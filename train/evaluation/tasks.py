@@ -22,12 +22,6 @@ from train.generation.greedy_text import greedy_writer
 TaskScores = dict[str, dict[str, dict[str, float]]]
 """Metrics by kind of task (``tasks``, ``texts``, ``generation``), name of a task and of the metric."""
 
-_READERS: Mapping[str, Callable[..., Any]] = {
-    "tasks": read_questions,
-    "texts": read_texts,
-    "generation": read_problems,
-}
-
 
 @dataclass(frozen=True)
 class Tasks:
@@ -48,18 +42,17 @@ def read_tasks(
 ) -> Tasks:
     """Reads and tokenises all tasks, and says how many records cannot be used.
 
-    Args:
-        options: The tasks.
-        tokenizer: The model's.
-        longest: Positions that the model was made for.
-        console: Where the counts are shown.
-        within: Group of the settings that the tasks are in, such as ``"evaluation."``, for messages.
-
-    Raises:
-        UserError: a file or a field is missing, or a setting does not fit.
+    ``longest`` is the number of positions that the model was made for. ``within`` is the group of the
+    settings that the tasks are in, such as ``"evaluation."``, for messages. Raises `UserError` where
+    a file or a field is missing, or a setting does not fit.
     """
+    readers: dict[str, Callable[..., Any]] = {
+        "tasks": read_questions,
+        "texts": read_texts,
+        "generation": read_problems,
+    }
     asked = {}
-    for kind, read in _READERS.items():
+    for kind, read in readers.items():
         asked[kind] = {}
         for name, task in getattr(options, kind).items():
             asked[kind][name] = read(f"{within}{kind}.{name}", task, tokenizer, longest)
@@ -79,16 +72,10 @@ def task_scorer(
 ) -> Callable[[Any], TaskScores]:
     """Makes ``f(params)`` that scores all tasks; each shape of a batch is compiled once.
 
-    Args:
-        graphdef: The model's structure.
-        tasks: From `read_tasks`.
-        tokenizer: The model's.
-        ends: Tokens that end an answer, from `train.models.model_dir.end_tokens`.
-        batch_size: Questions, windows or problems at once; a multiple of the devices that rows are
-            split over.
-        mesh: The devices that hold the parameters. Every process scores every task and has the
-            results whole.
-        show: Show progress bars.
+    ``ends`` are the tokens that end an answer, from `train.models.model_dir.end_tokens`.
+    ``batch_size`` counts questions, windows or problems; it is a multiple of the devices that rows
+    are split over. On a ``mesh`` every process scores every task and has all results. ``show`` shows
+    progress bars.
     """
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     settings: dict[str, Any] = {"batch_size": batch_size, "out_shardings": everywhere}
@@ -113,7 +100,7 @@ def task_scorer(
 
 
 def as_metrics(scores: TaskScores) -> dict[str, float]:
-    """Scores as held-out metrics of a run, without what cannot change.
+    """Scores as held-out metrics of a run, without numbers of questions and the like.
 
     Example:
         >>> as_metrics({"tasks": {"sums": {"accuracy": 0.5, "questions": 8}}})
@@ -124,5 +111,5 @@ def as_metrics(scores: TaskScores) -> dict[str, float]:
         for kind, named in scores.items()
         for name, metrics in named.items()
         for metric, value in metrics.items()
-        if not isinstance(value, int)  # the number of questions, tokens or problems
+        if not isinstance(value, int)  # the number of questions, tokens or problems cannot change
     }

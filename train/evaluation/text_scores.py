@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 LAST_NUMBER = r"-?(?:\$[.,]*)?[0-9][0-9.,]*"
-"""A number, with a dollar sign before it if there is one; the sign alone is none."""
+"""A number, perhaps with a dollar sign before it; the sign alone is no number."""
 
 # What lm-evaluation-harness takes out of GSM8K's answers: separators, currency, a final full stop.
 _IGNORED = re.compile(r",|\$|\.$")
@@ -43,10 +43,6 @@ def squad_f1(answer: str, right: Sequence[str]) -> tuple[bool, float]:
     """Whether an answer is one of the right ones, and its largest F1 over words with any of them.
 
     Source: the evaluation script of SQuAD 1.1 (Rajpurkar et al., 2016, arXiv:1606.05250).
-
-    Args:
-        answer: What was written.
-        right: At least one right answer.
 
     Example:
         >>> squad_f1("in Denver, Colorado", ["Denver"])

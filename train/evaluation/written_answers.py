@@ -43,15 +43,12 @@ def read_problems(
 ) -> Problems:
     """Problems of a task.
 
-    Args:
-        field: The setting that holds `options`, for messages, such as "generation.gsm8k".
-        options: The task.
-        tokenizer: The model's.
-        longest: Positions that the model was made for.
+    ``field`` is the setting that holds the task, for messages, such as "generation.gsm8k", and
+    ``longest`` the number of positions that the model was made for.
 
     Raises:
         UserError: a file, field or pattern cannot be used, a record's own answer is not found, or a
-            prompt with `max_new_tokens` is longer than the model's positions reach.
+            prompt with `max_new_tokens` needs more positions.
     """
     _check(options, field)
     check_template(options, tokenizer, field)
@@ -111,13 +108,7 @@ def _right_answers(
 def score_answers(
     write: Write, params: Any, problems: Problems, shown_as: str = ""
 ) -> dict[str, float]:
-    """Lets a model answer all problems and compares.
-
-    Args:
-        write: From `train.generation.greedy_text.greedy_writer`.
-        params: The model's parameters.
-        problems: From `read_problems`.
-        shown_as: Label of a progress bar; empty for none.
+    """Lets a model answer all problems and compares; ``shown_as`` labels a progress bar, if any.
 
     Returns:
         ``exact_match``, with "squad" also ``f1``, means over the problems; ``extracted``, the share in
@@ -131,15 +122,11 @@ def score_answers(
     figures = []
     for problem, text in zip(asked, texts, strict=True):
         answer = text if pattern is None else extract(pattern, text)
-        right, f1 = _compared(answer or "", problem, squad)
+        if squad:
+            right, f1 = squad_f1(answer or "", problem.answers)
+        else:
+            right, f1 = normalised(answer or "") in map(normalised, problem.answers), 0.0
         figures.append((right and answer is not None, answer is not None, f1))
     exact, extracted, f1 = np.mean(np.array(figures, np.float64), axis=0).tolist()
     mean_f1 = {"f1": f1} if squad else {}
     return {"exact_match": exact, **mean_f1, "extracted": extracted, "problems": len(asked)}
-
-
-def _compared(answer: str, problem: Problem, squad: bool) -> tuple[bool, float]:
-    """Whether an answer is right, and with `squad` its F1."""
-    if squad:
-        return squad_f1(answer, problem.answers)
-    return normalised(answer) in map(normalised, problem.answers), 0.0

@@ -9,11 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.config import (
-    LoraOptions,
-    ModelOptions,
-    UserError,
-)
+from train.config import LoraOptions, ModelOptions, UserError
 from train.files.checksums import hash_file
 from train.models import ModelConfig, check_hf_compatible, resolve_model_dir
 from train.models.attention import check_attention
@@ -37,8 +33,7 @@ def blamed_on(name: str) -> Iterator[None]:
 def check_model(options: ModelOptions, name: str = "model.path") -> ModelConfig:
     """The configuration of a model, after a look at config.json and the headers of its weights.
 
-    Raises:
-        UserError: naming the field `name`, where something is missing, damaged or not supported.
+    Raises `UserError` with the field `name` where something is missing, damaged or not supported.
     """
     with blamed_on(name):
         config = check_hf_compatible(options.path)
@@ -48,8 +43,7 @@ def check_model(options: ModelOptions, name: str = "model.path") -> ModelConfig:
 def with_settings(config: ModelConfig, options: ModelOptions) -> ModelConfig:
     """The configuration of a model as a run uses it: types, programs and adapters.
 
-    Raises:
-        UserError: its attention cannot run on this machine, or the adapters do not fit.
+    Raises `UserError` where its attention cannot run on this machine, or the adapters do not fit.
     """
     config = with_types(config, options)
     with blamed_on("model"):
@@ -71,8 +65,7 @@ def with_types(config: ModelConfig, options: ModelOptions) -> ModelConfig:
 def with_adapters(config: ModelConfig, options: LoraOptions) -> ModelConfig:
     """The configuration of the model with adapters.
 
-    Raises:
-        UserError: a module is unknown, or `lora.adapter` is of another shape or damaged.
+    Raises `UserError` where a module is unknown, or `lora.adapter` is of another shape or damaged.
     """
     name = "model.lora.target_modules"
     unknown = [module for module in options.target_modules if module not in TARGETS]
@@ -98,8 +91,7 @@ def with_adapters(config: ModelConfig, options: LoraOptions) -> ModelConfig:
 def check_related(path: str, model: str, name: str) -> None:
     """Checks that another model, such as the base, has the parameters and tokens of `model`.
 
-    Raises:
-        UserError: naming the field `name` and what differs, or what is missing or damaged.
+    Raises `UserError` with the field `name` and what differs, or what is missing or damaged.
     """
     with blamed_on(name):
         check_hf_compatible(path, same_shapes_as=model)

@@ -37,11 +37,10 @@ def load_data(
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
 ) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training rows of a run, and the held-out ones if any; what became of records is said.
+    """The training rows of a run, and the held-out ones if any; the console says what was dropped.
 
-    Raises:
-        UserError: a file is missing, a line is broken, a record cannot be used as it is, or the
-            records to evaluate on are those to train on.
+    Raises `UserError` where a file is missing, a line is broken, a record cannot be used as it is, or
+    the records to evaluate on are those to train on.
     """
     eval_split = options.eval_split or "test"
     _check_apart(options, eval_split)
@@ -135,8 +134,7 @@ def split_records(
 ) -> tuple[Sequence[Record], Sequence[Record] | None]:
     """The records of a file, and those held out of it, if any.
 
-    Raises:
-        UserError: naming the field `name`, where the file is missing or broken, or a side is empty.
+    Raises `UserError` with the field `name` where the file is missing or broken, or a side is empty.
     """
     with blamed_on(name):
         records = read_records(options.path, options.split)

@@ -20,12 +20,8 @@ _ZERO = 1e-8
 def weighted_rewards(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     """One reward an answer: the weighted sum of those that apply to it.
 
-    Args:
-        scores: ``[..., rewards]``, NaN where a reward does not apply.
-        weights: One for each reward.
-
-    Returns:
-        ``[...]``, NaN where none applies.
+    In ``scores`` ``[..., rewards]`` a reward that does not apply is NaN; so is the sum ``[...]`` where
+    none applies.
     """
     total = np.nansum(scores * np.asarray(weights), axis=-1)
     return np.where(np.isnan(scores).all(axis=-1), np.nan, total)
@@ -61,12 +57,8 @@ def advantages_per_reward(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Every reward against its group by itself, and their weighted sum against the batch.
 
-    So that a reward that varies little counts as much as one that varies a lot (GDPO,
-    arXiv:2601.05242).
-
-    Args:
-        scores: ``[prompts, answers, rewards]``, NaN where a reward does not apply.
-        weights: One for each reward.
+    A reward that varies little then counts as much as one that varies a lot (GDPO, arXiv:2601.05242).
+    ``scores`` are ``[prompts, answers, rewards]``, NaN where a reward does not apply.
 
     Returns:
         The advantages, float64 ``[prompts, answers]``, 0 where an answer has no reward; and whether

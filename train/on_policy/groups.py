@@ -30,8 +30,7 @@ class GroupBatches:
     Attributes:
         policy: Samples and scores; its reward gives ``[answers, rewards]``.
         answers: Number of answers to a prompt.
-        names: Names of the rewards.
-        weights: Weights of the rewards.
+        names: Names of the rewards, which have the ``weights``.
         scale: See `train.on_policy.advantages.advantages`; for "each", `advantages_per_reward`.
         score: From `train.objectives.group.sampled_logps_fn`, and `OnPolicy.replicated`.
         keeps_old: Whether batches are learned from more than once.
@@ -52,16 +51,13 @@ class GroupBatches:
     ) -> Prepared:
         """The batch of a step, and metrics of its answers.
 
-        Args:
-            params: All parameters of the policy.
-            reference: All parameters of the reference; None where the loss asks none.
-            prompts: As the loader of `train.data.tokenize_prompts` gives them.
-            step: Number of steps done, on which the draws depend.
+        ``reference`` is None where the loss needs none; ``prompts`` are a batch of
+        `train.data.tokenize_prompts`; the draws depend on ``step``, the number of steps done.
 
         Returns:
             The columns that `train.objectives.group.group_loss` reads, with the answers to prompt
-            ``i`` in the rows from ``answers * i`` on, no wider than the longest asks for (one of two
-            widths an octave); and what TRL logs of answers and rewards, of the prompts of all
+            ``i`` in the rows from ``answers * i`` on, no wider than the longest needs (one of two
+            widths an octave); and TRL's metrics of answers and rewards, over the prompts of all
             processes.
         """
         count = len(prompts["index"])
@@ -77,10 +73,16 @@ class GroupBatches:
         columns = self._columns(prompts, found, order.reshape(-1), width)
         mine = own_rows(gained, self.policy.mesh).reshape(-1)
         columns["advantages"] = mine.astype(np.float32)
-        return self._scored(params, reference, columns), metrics | length_metrics(lengths, ended)
+        # These log-probabilities stay fixed while the batch is learned from.
+        models = {"old_logps": params if self.keeps_old else None, "reference_logps": reference}
+        fixed: dict[str, np.ndarray] = {}
+        for name, model in models.items():
+            if model is not None:
+                fixed |= self.policy.columns(self.score, model, columns, [name])
+        return columns | fixed, metrics | length_metrics(lengths, ended)
 
     def _compared(self, scores: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
-        """The advantages ``[prompts, answers]``, and what is logged of the rewards."""
+        """The advantages ``[prompts, answers]``, and metrics of the rewards."""
         rewards = weighted_rewards(scores, self.weights)
         if np.isnan(rewards).any():  # Python shows a warning once
             warnings.warn(
@@ -111,25 +113,12 @@ class GroupBatches:
             "completion_mask": mask,
         }
 
-    def _scored(
-        self, params: Params, reference: Params | None, columns: dict[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """The batch with the log-probabilities that stay what they are while it is learned from."""
-        models = {"old_logps": params if self.keeps_old else None, "reference_logps": reference}
-        known: dict[str, np.ndarray] = {}
-        for name, model in models.items():
-            if model is not None:
-                known |= self.policy.columns(self.score, model, columns, [name])
-        return columns | known
-
     def figures(self, found: Sampled) -> dict[str, np.ndarray]:
-        """What is reported of held-out answers, ``[answers]`` by name."""
-        of_rewards = {
-            f"rewards/{name}/mean": found.scores[:, i] for i, name in enumerate(self.names)
-        }
+        """The figures to report of held-out answers, each ``[answers]``."""
+        scores = found.scores
         return {
-            "reward": weighted_rewards(found.scores, self.weights),
-            **of_rewards,
+            "reward": weighted_rewards(scores, self.weights),
+            **{f"rewards/{name}/mean": scores[:, i] for i, name in enumerate(self.names)},
             "completions/mean_length": found.mask.sum(axis=1),
             "completions/clipped_ratio": ~found.ended,
         }

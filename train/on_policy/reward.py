@@ -1,8 +1,8 @@
-"""What scores sampled answers: a Python function with TRL's signature, or a reward model.
+"""Rewards score sampled answers: a Python function with TRL's signature, or a reward model.
 
-Both are checked before a weight of the policy is read: the function is imported, asked whether the
-records have what it takes, and called once with empty answers, which a policy may give too; the model
-is checked from its configuration and the headers of its files.
+Both are checked before a weight of the policy is read. The function is imported, the records must
+have the fields that it takes, and it is called once with empty answers, which a policy may give too.
+The model is checked from its configuration and the headers of its files.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from train.distributed.processes import largest_of_all
 from train.inputs.model import blamed_on, load_tokenizer
 from train.models.reward import RewardModel, last_token_scores, load_reward_model
 
-TRIED = 2
-"""Records that a reward function is tried on."""
+TRIED = 2  # records that a reward function is tried on
 
 _GIVEN = ("prompts", "completions", "completion_ids")
 _NEVER_PASSED = ("prompt", "completion", *_GIVEN)
@@ -37,11 +36,8 @@ _NEVER_PASSED = ("prompt", "completion", *_GIVEN)
 class Answers:
     """Sampled answers; every list has one entry for each of them.
 
-    Attributes:
-        prompts: As the records have them: text, or messages.
-        completions: Decoded without special tokens.
-        completion_ids: Tokens of the completions, the end token included.
-        records: What the prompts were read from.
+    ``prompts`` are texts or messages, as ``records``, which they were read from, have them.
+    ``completions`` are decoded without special tokens; ``completion_ids`` include the end token.
     """
 
     prompts: list[Text]
@@ -58,18 +54,17 @@ class Answers:
 
 
 Reward = Callable[[Answers], np.ndarray]
-"""Scores of answers, finite float64 ``[answers]``; raises `UserError` where there are none. One of
-several may give NaN where it does not apply; all together give ``[answers, rewards]``."""
+"""Gives finite scores, float64 ``[answers]``, or raises `UserError`. One of several rewards may give
+NaN where it does not apply; all together give ``[answers, rewards]``."""
 
 
 def function_reward(
     name: str, records: Sequence[Mapping[str, Any]], *, optional: bool = False
 ) -> Reward:
-    """A reward function, imported and tried.
+    """A reward function, imported and checked.
 
-    Raises:
-        UserError: it cannot be imported, takes something that no record has, or gives something
-            other than a finite number for each answer.
+    Raises `UserError` where it cannot be imported or takes something that no record has, and when
+    called where it gives anything but a finite number, or None if ``optional``, for each answer.
     """
     function = import_function(name)
     fields = {field for record in records for field in record} - set(_NEVER_PASSED)
@@ -99,7 +94,7 @@ def stack_rewards(rewards: Sequence[Reward]) -> Reward:
 
 
 def import_function(name: str) -> Callable[..., Any]:
-    """What ``module:function`` names. Raises `UserError` where there is no such thing."""
+    """The function that ``module:function`` names; raises `UserError` where there is none."""
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise UserError(f"reward.function must be written module:function, got {name!r}.")
@@ -118,7 +113,7 @@ def import_function(name: str) -> Callable[..., Any]:
 
 
 def _taken(function: Callable[..., Any], name: str, fields: set[str]) -> list[str]:
-    """Names of the arguments to give: all that there are, or those in the signature."""
+    """Names of the arguments to pass: all that are known, or those in the signature."""
     known = [*_GIVEN, *sorted(fields)]
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -175,26 +170,17 @@ def try_reward(
 
 
 def model_reward(path: str, *, dtype: str, template: Any, mesh: Mesh | None) -> Reward:
-    """A reward model, loaded, with its own tokenizer.
+    """A reward model, loaded, with its own tokenizer; ``dtype`` is that of weights and computations.
 
     A text is scored as TRL does it: prompt and answer through the chat template, or one string behind
-    the other, without further special tokens.
-
-    Args:
-        path: Directory or hub name, checked by `train.models.reward.check_reward_model`.
-        dtype: Type of its weights and computations.
-        template: ``"auto"`` or ``"chat"``, see `train.data.templates.Encoder`.
-        mesh: Where weights and batches go.
-
-    Raises:
-        UserError: tokenizer or weights cannot be used.
+    the other, without further special tokens. `train.models.reward.check_reward_model` has checked
+    the directory or hub name. Raises `UserError` where tokenizer or weights cannot be used.
     """
     tokenizer: Any = load_tokenizer(path, "reward.model")
     with blamed_on("reward.model"):
         encoder = Encoder(tokenizer, template)
         model = load_reward_model(path, dtype=np.dtype(dtype), mesh=mesh)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    devices = row_devices(mesh)
     graphdef, *weights = model
 
     def score(weights: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -211,11 +197,10 @@ def model_reward(path: str, *, dtype: str, template: Any, mesh: Mesh | None) -> 
         rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         width, count = padded_width(largest_of_all(max(map(len, rows)))), len(rows)
         # The first prompts alone may be fewer than the devices.
-        filled = rows + rows[:1] * (-count % devices)
+        filled = rows + rows[:1] * (-count % row_devices(mesh))
         tokens, mask = pad_rows(filled, width, encoder.pad_id, left=True)
         batch = put_batch({"tokens": tokens, "mask": mask}, mesh)
         scores = np.asarray(compiled(weights, **batch))
-        mine = own_rows(scores, mesh)[:count]
-        return _numbers(mine, len(rows), f"reward.model {path}")
+        return _numbers(own_rows(scores, mesh)[:count], count, f"reward.model {path}")
 
     return reward

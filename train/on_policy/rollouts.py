@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from train.data import TokenDataset, Widths, normalise_prompt, share_prompt
+from train.data import TokenDataset, normalise_prompt
+from train.data.layout import Widths, share_prompt
 from train.distributed.batches import (
     agree_on_shared_rows,
     own_rows,
@@ -41,15 +42,11 @@ _NAMES = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class Sampled:
-    """Answers to the prompts of this process, those to prompt ``i`` at ``i`` and ``i + n``.
+    """Answers to the prompts of this process, those to prompt ``i`` at ``i``, ``i + n`` ….
 
-    Attributes:
-        tokens: int32 ``[answers, max_new_tokens]``.
-        mask: bool, like ``tokens``.
-        ended: bool ``[answers]``, whether the end token came.
-        scores: float64 ``[answers]``, less the penalty for a missing end; or ``[answers, rewards]``
-            where a reward gives several.
-        texts: The answers as text.
+    ``tokens`` int32 and ``mask`` bool are ``[answers, max_new_tokens]``; ``ended`` bool ``[answers]``
+    says whether the end token came. ``scores`` float64 ``[answers]`` are less the penalty for a
+    missing end; they are ``[answers, rewards]`` where a reward gives several.
     """
 
     tokens: np.ndarray
@@ -60,20 +57,14 @@ class Sampled:
 
 
 Figures = Callable[[Sampled], Mapping[str, np.ndarray]]
-"""What is reported of answers, ``[answers]`` by name, a score first. NaN where there is nothing."""
+"""Gives figures to report, each ``[answers]``, a score first; NaN where an answer has no figure."""
 
 
 class OnPolicy:
     """Samples and scores answers with the parameters of the moment.
 
-    Args:
-        sampler: Samples from the policy, with a temperature above 0.
-        tokenizer: Decodes the answers.
-        reward: Scores answers.
-        missing_eos_penalty: What an answer that has not ended loses of its score.
-        seed: Fixes the draws.
-        mesh: Where batches go.
-        console: Where a few held-out answers are shown at every evaluation.
+    The sampler has a temperature above 0. An answer that has not ended loses ``missing_eos_penalty``
+    of its score. ``console`` shows a few held-out answers at every evaluation.
     """
 
     def __init__(
@@ -117,18 +108,12 @@ class OnPolicy:
         stream: int = _TRAINING,
         copies: int = ANSWERS,
     ) -> Sampled:
-        """Answers to every prompt of a batch, scored.
+        """``copies`` answers to every prompt of a batch, scored.
 
-        Args:
-            params: All parameters of the policy.
-            batch: ``prompt_tokens``, ``prompt_mask`` ``[rows, width]``, ``record`` ``[rows]``, and
-                ``number`` int32 ``[rows]``, on which a row's draws depend.
-            step: Number of steps done, on which all draws depend.
-            stream: Stream of random numbers.
-            copies: Answers to a prompt.
-
-        Raises:
-            UserError: the reward gives no finite number for each answer.
+        The batch has ``prompt_tokens``, ``prompt_mask`` ``[rows, width]``, ``record`` ``[rows]`` and
+        ``number`` int32 ``[rows]``. A row's draws depend on its number, on ``step``, the number of
+        steps done, and on ``stream``. Raises `UserError` where the reward gives no finite number for
+        each answer.
         """
         names = ("prompt_tokens", "prompt_mask", "number")
         given = put_batch({name: batch[name] for name in names}, self.mesh)
@@ -153,13 +138,11 @@ class OnPolicy:
     ) -> dict[str, np.ndarray]:
         """A preference batch of the policy's own answers to prompts, from `tokenize_prompts`.
 
-        With `share` a prompt is computed once for both answers, see `train.data.share_prompt`. Of
-        two answers with the same score the first one is chosen, as in TRL.
-
-        Returns:
-            The columns that `train.objectives.preference.preference_loss` reads, but for the
-            reference's, and ``chosen_scores``, ``rejected_scores``, ``chosen_ended``,
-            ``rejected_ended`` float32 ``[rows]``, which `with_objectives` reads.
+        With `share` a prompt is computed once for both answers (`train.data.layout.share_prompt`). Of
+        two answers with the same score the first one is chosen, as in TRL. The batch has the columns
+        that `train.objectives.preference.preference_loss` reads, but for the reference's, and
+        ``chosen_scores``, ``rejected_scores``, ``chosen_ended``, ``rejected_ended`` float32
+        ``[rows]``, which `with_objectives` reads.
         """
         number = row_numbers(len(batch["index"]), self.mesh)
         found = self.sample(params, {**batch, "number": number}, step)
@@ -211,27 +194,24 @@ class OnPolicy:
     def columns(
         self, score: Score, params: Params, batch: Batch, names: Sequence[str]
     ) -> dict[str, np.ndarray]:
-        """What a model, such as the reference, says of this process's rows, float32 by name.
-
-        `score` is from `replicated`, and `names` are those of its results.
-        """
+        """A model's scores of this process's rows, float32; `score` is from `replicated`."""
         scores = score(params, put_batch(batch, self.mesh))
         return {
             name: self._own_rows(np.asarray(one)) for name, one in zip(names, scores, strict=True)
         }
 
     def of_all_processes(self, rows: np.ndarray) -> np.ndarray:
-        """Numbers of this process's prompts, ``[prompts, …]``, with those of all others; float32."""
+        """Puts numbers of this process's prompts, ``[prompts, …]``, beside all others'; float32."""
         rows = rows.astype(np.float32)
         parts, count = row_parts(self.mesh)
         return rows if len(parts) == count else fetch(put_batch({"": rows}, self.mesh))[""]
 
     def replicated(self, score: Score) -> Score:
-        """A function of parameters and batch, compiled so that every process has its results whole."""
+        """A function of parameters and batch, compiled so that every process has all its results."""
         return jax.jit(score, out_shardings=self.everywhere)
 
     def _agree_on_shared_rows(self, scores: np.ndarray, copies: int) -> np.ndarray:
-        """One score for each answer where several processes have it; a reward may be a judge's."""
+        """One score for each answer where several processes have it, as a reward may be a judge."""
         by_prompt = np.stack(np.split(scores, copies), axis=1)
         return np.concatenate(np.moveaxis(agree_on_shared_rows(by_prompt, self.mesh), 1, 0))
 
@@ -267,27 +247,34 @@ def rank(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def with_objectives(loss: BatchLoss, *, beta: float, has_reference: bool) -> BatchLoss:
     """A loss on preference batches that also reports what TRL's online trainer does.
 
-    Args:
-        loss: From `train.objectives.preference.preference_loss`.
-        beta: Beta of the loss, where its metrics have none.
-        has_reference: Whether the batch has the reference's log-probabilities.
-
-    Returns:
-        The loss with `objective/scores` (mean over all answers), `objective/scores_margin`,
-        `objective/ties` (share of pairs with equal scores, which teach nothing about the reward),
-        `val/contain_eos_token` and `completions/mean_length`. With a reference it also reports
-        `objective/entropy` (minus the mean log-probability of an answer), `objective/kl` (in nats,
-        the mean over answers of the log-ratio of policy and reference),
-        `objective/non_score_reward` (−β times that) and `objective/rlhf_reward` (scores plus that).
+    It reports `objective/scores` (mean over all answers), `objective/scores_margin`, `objective/ties`
+    (share of pairs with equal scores, which teach nothing about the reward), `val/contain_eos_token`
+    and `completions/mean_length`. Where batches have the reference's log-probabilities, it also
+    reports `objective/entropy` (minus the mean log-probability of an answer), `objective/kl` (in
+    nats, the mean over answers of the log-ratio of policy and reference),
+    `objective/non_score_reward` (−β times that) and `objective/rlhf_reward` (scores plus that).
+    ``beta`` is that of the loss, where its metrics have none.
     """
+
+    def mean(columns: Sequence[jax.Array]) -> jax.Array:
+        return jnp.mean(jnp.stack(columns))
 
     def loss_with_objectives(params: Any, batch: Batch) -> tuple[Any, Metrics]:
         terms, found = loss.loss_fn(params, batch)
-        metrics = {"beta": jnp.float32(beta), **found, **_of_scores(batch)}
+        chosen, rejected = (batch[f"{name}_scores"] for name in _NAMES)
+        lengths = [jnp.sum(batch[f"{name}_mask"], axis=1, dtype=jnp.float32) for name in _NAMES]
+        metrics = {
+            "beta": jnp.float32(beta),
+            **found,
+            "objective/scores": mean([chosen, rejected]),
+            "objective/scores_margin": jnp.mean(chosen - rejected),
+            "objective/ties": jnp.mean((chosen == rejected).astype(jnp.float32)),
+            "val/contain_eos_token": mean([batch[f"{name}_ended"] for name in _NAMES]),
+            "completions/mean_length": mean(lengths),
+        }
         if has_reference:
-            entropy = -_mean([metrics["logps/chosen"], metrics["logps/rejected"]])
-            reference = [batch[f"reference_{name}_logps"] for name in _NAMES]
-            kl = -entropy - _mean(reference)
+            entropy = -mean([metrics["logps/chosen"], metrics["logps/rejected"]])
+            kl = -entropy - mean([batch[f"reference_{name}_logps"] for name in _NAMES])
             penalty = -metrics["beta"] * kl
             metrics |= {
                 "objective/entropy": entropy,
@@ -298,19 +285,3 @@ def with_objectives(loss: BatchLoss, *, beta: float, has_reference: bool) -> Bat
         return terms, metrics
 
     return replace(loss, loss_fn=loss_with_objectives)
-
-
-def _mean(columns: Sequence[jax.Array]) -> jax.Array:
-    return jnp.mean(jnp.stack(columns))
-
-
-def _of_scores(batch: Batch) -> Metrics:
-    chosen, rejected = (batch[f"{name}_scores"] for name in _NAMES)
-    lengths = [jnp.sum(batch[f"{name}_mask"], axis=1, dtype=jnp.float32) for name in _NAMES]
-    return {
-        "objective/scores": _mean([chosen, rejected]),
-        "objective/scores_margin": jnp.mean(chosen - rejected),
-        "objective/ties": jnp.mean((chosen == rejected).astype(jnp.float32)),
-        "val/contain_eos_token": _mean([batch[f"{name}_ended"] for name in _NAMES]),
-        "completions/mean_length": _mean(lengths),
-    }

@@ -29,8 +29,7 @@ Config = OnlineDPOConfig | GRPOConfig
 def check_rewards(config: Config) -> None:
     """Imports reward functions, and checks directories of reward models without reading weights.
 
-    Raises:
-        UserError: one of them cannot be used.
+    Raises `UserError` where one of them cannot be used.
     """
     functions, models = _functions_and_models(config)
     for name in functions:
@@ -51,8 +50,7 @@ def _functions_and_models(config: Config) -> tuple[Sequence[str], Sequence[str]]
 def make_rewards(config: Config, run: Run) -> list[Reward]:
     """Rewards, tried on the first training prompts. With several, functions may give None.
 
-    Raises:
-        UserError: one of them cannot be used.
+    Raises `UserError` where one of them cannot be used.
     """
     functions, models = _functions_and_models(config)
     sets = [run.data, *([] if run.held_out is None else [run.held_out])]
@@ -72,7 +70,7 @@ def make_rewards(config: Config, run: Run) -> list[Reward]:
 def make_on_policy(
     config: Config, run: Run, reward: Reward, missing_eos_penalty: float | None = None
 ) -> OnPolicy:
-    """Makes what samples the policy's answers and scores them."""
+    """Makes the `OnPolicy` of a run."""
     sampling, tokenizer = config.sampling, run.tokenizer
     pad_id = tokenizer.pad_token_id
     sampler = Sampler(
