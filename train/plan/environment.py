@@ -13,8 +13,7 @@ from train.config import UserError
 def prepare_environment(topology: str) -> None:
     """Sets the environment for compiling ahead of time.
 
-    Raises:
-        UserError: JAX already runs with fewer virtual devices than ``cpu:N`` names.
+    Raises `UserError` where JAX already runs with fewer virtual devices than ``cpu:N`` names.
     """
     # Lets the TPU compiler work on a machine without a TPU, beside other programs that load it;
     # where there is a TPU they would hide it.
