@@ -74,8 +74,9 @@ class Target:
 
 
 def read_target(topology: str) -> Target:
-    """Reads names such as ``v5p:4x4x8``, ``2xv5e:4x4`` for two slices, ``cpu:8``, ``h100:8`` or ``gpu:8x80``.
+    """Reads the name of a target.
 
+    It is such as ``v5p:4x4x8``, ``2xv5e:4x4`` for two slices, ``cpu:8``, ``h100:8`` or ``gpu:8x80``.
     Raises `UserError` for any other name, or where its compiler is not installed.
     """
     name, _, size = topology.partition(":")
