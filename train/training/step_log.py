@@ -10,13 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from train.config import TrainerOptions, UserError
 from train.data import is_packed, padding_share
@@ -139,7 +133,7 @@ class StepLog:
 def count_batch(batch: Mapping[str, np.ndarray], placed: Mapping[str, Any]) -> Mapping[str, Any]:
     """The real tokens and the share of padding of a batch, which is `placed` on the devices.
 
-    Of several processes each knows its own rows alone, so the devices count there.
+    Each of several processes knows only its own rows, so there the devices count.
     """
     return _counts(batch) if jax.process_count() == 1 else _counts_jit(placed)
 
