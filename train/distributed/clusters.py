@@ -50,7 +50,6 @@ def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
         'Open MPI'
     """
     given = environment.get
-    given = environment.get
     if all(name in environment for name in _SLURM):
         processes, process, local = (int(environment[name]) for name in _SLURM[1:])
         return Cluster("Slurm", processes, process, local)

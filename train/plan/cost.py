@@ -80,7 +80,7 @@ class _Walk:
         self.known: dict[str, Cost] = {}
 
     def of(self, name: str | None) -> Cost:
-        """The cost of one run of a computation, the entry where an instruction names none."""
+        """The cost of one run of a computation, of the entry for None."""
         name = self.module.entry if name is None else name
         if name not in self.known:
             total = Cost()
@@ -108,7 +108,8 @@ class _Walk:
         elif opcode in ("send", "recv"):
             self._add_transfer(total, instruction)
         elif is_kernel(instruction):
-            self._add_kernel(total, computation, instruction)
+            cost = splash_cost(instruction, computation)
+            total.add(Cost(kernels=(instruction.name,)) if cost is None else Cost(*cost))
         elif not opcode.endswith("-done") and opcode not in _FREE:
             total.flops += flops(instruction, computation)
             total.hbm_bytes += _plain_bytes(computation, instruction)
@@ -128,14 +129,6 @@ class _Walk:
         if found := transferred(instruction, self.slices):
             kind, size = found
             total.network[kind] += size
-
-    def _add_kernel(self, total: Cost, computation: Computation, kernel: Instruction) -> None:
-        cost = splash_cost(kernel, computation)
-        if cost is None:
-            total.kernels += (kernel.name,)
-        else:
-            total.flops += cost[0]
-            total.hbm_bytes += cost[1]
 
     def _inside(self, fusion: Instruction) -> Computation:
         return self.module.computations[fusion.called("calls") or ""]

@@ -129,10 +129,9 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """What is written to a file."""
-        memory, roofline = self.memory, self.roofline
-        hbm = {**asdict(memory.state), "padding": memory.padding}
-        hbm |= {"temporaries": memory.temporaries, "program": memory.program}
-        hbm |= {"total": memory.total, "capacity": self.target.hbm}
+        roofline, memory = self.roofline, asdict(self.memory)
+        hbm = {**memory.pop("state"), **memory}
+        hbm |= {"total": self.memory.total, "capacity": self.target.hbm}
         times = None if roofline is None else {**asdict(roofline), "step": roofline.step}
         return {
             "topology": self.target.topology,

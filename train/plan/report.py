@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from train.plan.figures import Memory, Plan
 
@@ -71,13 +71,9 @@ def _work_table(plans: Sequence[Plan]) -> Table:
 
 
 def _table(title: str, unit: str, compares: bool) -> Table:
-    table = Table("", unit, title=title, title_justify="left")
-    if compares:
-        table.add_column("without merging")
-        table.add_column("merge's share")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
+    headers = (unit, "without merging", "merge's share") if compares else (unit,)
+    columns = [Column(header, justify="right") for header in headers]
+    return Table("", *columns, title=title, title_justify="left")
 
 
 def _compared(values: Sequence[float]) -> list[str]:
