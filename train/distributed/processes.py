@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other, apart from arrays of the training step.
+"""Communication between the processes of a run, apart from the arrays of the training step.
 
 All processes must call these functions together, except `is_first`.
 """

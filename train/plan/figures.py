@@ -128,7 +128,7 @@ class Plan:
         return Roofline(compute, hbm, interconnect, network, mfu)
 
     def as_json(self) -> dict[str, Any]:
-        """What is written to a file."""
+        """The plan's entries in the JSON file."""
         roofline, memory = self.roofline, asdict(self.memory)
         hbm = {**memory.pop("state"), **memory}
         hbm |= {"total": self.memory.total, "capacity": self.target.hbm}

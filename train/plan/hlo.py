@@ -180,7 +180,7 @@ def _constant(computation: Computation, name: str | None) -> int | None:
 
 
 def _element(computation: Computation, name: str) -> int | None:
-    """Which element of the loop's tuple an instruction is."""
+    """The index of the element of the loop's tuple that an instruction reads."""
     found = _source(computation, name)
     if found is None or found.opcode != "get-tuple-element":
         return None
@@ -201,7 +201,7 @@ def _compared(condition: Computation) -> tuple[int, int, int] | None:
 
 
 def _at(computation: Computation, name: str, index: int) -> int | None:
-    """The constant that an element of a tuple is."""
+    """The value of an element of a tuple, where it is a constant integer."""
     instruction = computation.get(name)
     if instruction is None or instruction.opcode != "tuple":
         return None

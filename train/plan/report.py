@@ -1,4 +1,4 @@
-"""A plan as tables."""
+"""Prints a plan as tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from train.plan.figures import Memory, Plan
 
 
 def show(plan: Plan, plain: Plan | None, advised: Sequence[str], console: Console) -> None:
-    """Prints a plan."""
+    """Prints a plan, beside one without merging where `plain` is given, and the advice."""
     plans = [plan] if plain is None else [plan, plain]
     size = " x ".join(f"{axis} {count}" for axis, count in plan.mesh.items())
     slices = f" in {plan.target.slices} slices" if plan.target.slices > 1 else ""

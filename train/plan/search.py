@@ -36,7 +36,7 @@ class Tried:
         return self.plan.fits is False, step, self.plan.memory.total
 
     def as_json(self) -> dict[str, Any]:
-        """What is written to a file."""
+        """The entries of this choice in the JSON file."""
         return {"settings": self.settings, **self.plan.as_json()}
 
 

@@ -34,9 +34,8 @@ class ParameterAverages:
 
     def update(self, state: dict[str, Any], params: Any, step: jax.Array) -> dict[str, Any]:
         """The averages after a step, from the state before it and `step`, the steps done now."""
-        held = {}
-        if self.ema_decay is not None:
-            decay = self.ema_decay
+        held, decay = {}, self.ema_decay
+        if decay is not None:
             # ema' = ema + (1 − decay) (params − ema)
             held["ema"] = jax.tree.map(
                 lambda mean, new: mean + (1 - decay) * (_wide(new) - mean), state["ema"], params

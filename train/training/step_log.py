@@ -101,7 +101,7 @@ class StepLog:
         step, metrics = pending
         self._progress.update(self._task, completed=step)
         if step % self._options.log_every and step not in (1, len(self._learning_rates)):
-            # What follows is not to save or to evaluate in vain; otherwise seldom enough.
+            # No evaluation or save after too many skips; otherwise rarely, because reading waits.
             if waited_for or step % max(1, self._options.max_skipped_steps) == 0:
                 self._check_skips(step, _read(metrics))
             return
