@@ -8,6 +8,7 @@ where every position is treated alike (Korthikanti et al. 2022).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -30,13 +31,10 @@ RULES: dict[str, tuple[str, ...]] = {
 def partition_spec(
     axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    """Where an array with logical axes lies on a mesh.
+    """Where an array with logical axes (a name or None for each) lies on a mesh.
 
-    Args:
-        axes: A logical name, or None, for every axis.
-        shape: Shape of the array.
-        mesh: A mesh with any of `MESH_AXES`. An axis that it lacks, or whose devices do not divide the
-            size, stays whole.
+    The mesh has any of `MESH_AXES`. An axis whose mesh axes are missing, or whose size their devices do
+    not divide, stays whole.
 
     Example:
         >>> mesh = AbstractMesh((2, 4), ("fsdp", "tensor"))
@@ -46,10 +44,7 @@ def partition_spec(
     entries: list[str | tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
         split = tuple(name for name in RULES.get(axis or "", ()) if name in mesh.shape)
-        devices = 1
-        for name in split:
-            devices *= mesh.shape[name]
-        if not split or size % devices:
+        if not split or size % math.prod(mesh.shape[name] for name in split):
             entries.append(None)
         else:
             entries.append(split[0] if len(split) == 1 else split)
@@ -57,7 +52,7 @@ def partition_spec(
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Asks for an activation's place on the mesh of `jax.set_mesh`; without one, gives it back."""
+    """Constrains the sharding of an activation on the mesh of `jax.set_mesh`, where there is one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x

@@ -23,16 +23,9 @@ from train.distributed.processes import bytes_of_all
 def check_batch(
     name: str, batch_size: int, mesh: Mesh | AbstractMesh | None, microbatches: int = 1
 ) -> None:
-    """Checks that a batch, or each of its microbatches, can be split over the mesh.
+    """Checks that each of the microbatches of a batch can be split over the mesh.
 
-    Args:
-        name: The field that a message names.
-        batch_size: Rows of a batch.
-        mesh: From `train.distributed.mesh.make_mesh`.
-        microbatches: How many are accumulated in a step.
-
-    Raises:
-        UserError: the rows are no multiple of both numbers.
+    Raises `UserError`, which names the field `name`, where `batch_size` is no multiple of both numbers.
     """
     devices = row_devices(mesh)
     reasons = [f"{devices} devices of the mesh"] if microbatches == 1 or devices > 1 else []
@@ -44,7 +37,7 @@ def check_batch(
 
 
 def row_devices(mesh: Mesh | AbstractMesh | None) -> int:
-    """The number of parts that the rows of a batch are split into."""
+    """The number of parts into which the mesh splits the rows of a batch."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in _row_axes(mesh))
 
 
@@ -60,11 +53,8 @@ def _row_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
 def row_parts(mesh: Mesh | None) -> tuple[tuple[int, ...], int]:
     """The parts of a batch that this process loads, and the number of all parts.
 
-    Processes whose devices share a part, because a tensor axis spans them, all load it.
-
-    Example:
-        >>> row_parts(None)
-        ((0,), 1)
+    Processes whose devices share a part, because a tensor axis spans them, all load it. Without a mesh
+    there is one part, ``((0,), 1)``.
     """
     return _parts_by_process(mesh)[jax.process_index()], row_devices(mesh)
 
@@ -84,7 +74,7 @@ def _parts_by_process(mesh: Mesh | None) -> list[tuple[int, ...]]:
 
 
 def own_rows(values: np.ndarray, mesh: Mesh | None) -> np.ndarray:
-    """This process's rows of a batch that it has whole; the inverse of what `put_batch` does."""
+    """This process's rows, as `put_batch` takes them, of a batch that it has whole."""
     parts, count = row_parts(mesh)
     if len(parts) == count:
         return values
@@ -96,11 +86,8 @@ def agree_on_shared_rows(values: np.ndarray, mesh: Mesh | None) -> np.ndarray:
     """This process's rows, with the values of the first of the processes that share them.
 
     Where a tensor axis spans processes they all compute what belongs to a row on the host, and what
-    depends on more than the row may differ. All processes must call this.
-
-    Args:
-        values: ``[rows, …]``, those of this process's `row_parts`, in order.
-        mesh: From `train.distributed.mesh.make_mesh`.
+    depends on more than the row may differ. `values` are ``[rows, …]``, those of this process's
+    `row_parts` in order. All processes must call this.
     """
     held = _parts_by_process(mesh)
     if sum(map(len, held)) == row_devices(mesh):  # none is shared
@@ -128,15 +115,12 @@ def row_numbers(count: int, mesh: Mesh | None) -> np.ndarray:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
-    """Moves a batch onto the devices, its rows split over the mesh.
-
-    On several processes each gives the rows of its `row_parts`, in order.
-    """
+    """Moves onto the mesh a batch of which each process has the rows of its `row_parts`, in order."""
     return _put(batch, mesh, row_parts(mesh)[0])
 
 
 def put_whole(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
-    """Moves a batch that every process has whole onto the devices, as `put_batch` does."""
+    """Moves onto the mesh a batch that every process has whole."""
     return _put(batch, mesh, range(row_devices(mesh)))
 
 

@@ -17,40 +17,24 @@ from train.config import DistributedOptions, UserError
 
 @dataclass(frozen=True)
 class Cluster:
-    """What started this process, among others.
+    """The launcher or cluster that started this process; None stands for what it does not tell."""
 
-    Attributes:
-        name: What messages call it.
-        processes: Number of processes; None where only a server knows.
-        process: Number of this process, or None.
-        local: Number of this process, and of its GPU, on its host; or None.
-        finds_coordinator: Whether JAX finds the coordinator's address.
-    """
-
-    name: str
-    processes: int | None = None
-    process: int | None = None
-    local: int | None = None
-    finds_coordinator: bool = True
+    name: str  # for messages
+    processes: int | None = None  # how many there are
+    process: int | None = None  # number of this one
+    local: int | None = None  # number of this process, and of its GPU, on its host
+    finds_coordinator: bool = True  # whether JAX finds the address of process 0
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes to join. None stands for what JAX finds out.
+    """The processes to join. None stands for what JAX finds out."""
 
-    Attributes:
-        address: HOST:PORT of process 0.
-        processes: Number of processes.
-        process: Number of this process.
-        local: Number of its GPU on its host; None for all GPUs.
-        cluster: Name of what started them.
-    """
-
-    address: str | None
+    address: str | None  # HOST:PORT of process 0
     processes: int | None
-    process: int | None
-    local: int | None
-    cluster: str | None
+    process: int | None  # number of this one
+    local: int | None  # number of its GPU on its host; None for all GPUs
+    cluster: str | None  # name of what started them
 
     @property
     def explicit(self) -> bool:
@@ -59,7 +43,7 @@ class Group:
 
 
 def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
-    """The cluster that the environment variables tell of, or None.
+    """The cluster that the environment variables show, or None.
 
     Example:
         >>> find_cluster({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}).name
@@ -70,7 +54,7 @@ def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
         processes, process, local = (int(environment[name]) for name in _SLURM[1:])
         return Cluster("Slurm", processes, process, local)
     if "OMPI_COMM_WORLD_SIZE" in environment:
-        numbers = (environment.get(f"OMPI_COMM_WORLD_{name}") for name in _OMPI)
+        numbers = (given(f"OMPI_COMM_WORLD_{name}") for name in _OMPI)
         processes, process, local = (int(number or 0) for number in numbers)
         # Open MPI 5 no longer says where mpirun runs.
         known = "OMPI_MCA_orte_hnp_uri" in environment
@@ -103,8 +87,7 @@ def _may_use_tpu(environment: Mapping[str, str]) -> bool:
 def find_group(options: DistributedOptions, environment: Mapping[str, str]) -> Group | None:
     """The processes to join, or None for a single one.
 
-    Raises:
-        UserError: what is set is not enough or contradicts itself or the cluster.
+    Raises `UserError` where the settings are not enough, or contradict themselves or the cluster.
     """
     address, processes, process = (_setting(options, environment, name) for name in _VARIABLES)
     if options.mode == "off":

@@ -30,29 +30,22 @@ _AGAIN = "This process stops too; the same command goes on from the last checkpo
 
 
 class Listener:
-    """A port of the first process to which the others connect.
-
-    Args:
-        host_names: Names of this host that others may know it by.
-    """
+    """A port of the first process to which the others connect, at any of the names of its host."""
 
     def __init__(self, host_names: Sequence[str]) -> None:
         self.server = socket.create_server(("", 0), backlog=1024)
         self.token = secrets.token_hex(8)
         self.address = [self.server.getsockname()[1], self.token, *host_names]
-        """What the others need in order to connect: port, token and names of the host."""
+        """Port, token and names of the host: what the others need in order to connect."""
 
 
 class FailureDetector:
-    """The connections of one process to the others.
+    """The connections of process number `mine` to the others, which messages call by `names`.
 
-    Args:
-        names: What to call each process, in order.
-        mine: Number of this one.
-        silence: Seconds without a sign of life after which a host counts as gone.
-        on_failure: Called in a thread of its own when another process has ended, with a message and
-            the exit status that this one should have: that of the other one's error, or that of a run
-            that can go on where the other one is gone.
+    A host counts as gone after `silence` seconds without a sign of life. When another process has
+    ended, `on_failure` is called in a thread of its own with a message and the exit status that this
+    process should have: that of the other's error, or that of a run that can go on where the other is
+    gone.
     """
 
     def __init__(
@@ -69,10 +62,9 @@ class FailureDetector:
         self._lock = threading.Lock()
 
     def accept(self, listener: Listener, timeout: float) -> list[int]:
-        """Takes the connections of the others in, on the first process.
+        """Takes the connections of the others in, on the first process, within `timeout` seconds.
 
-        Returns:
-            The processes that have not come: only heartbeats tell of them.
+        Returns the processes that have not come, whose end heartbeats alone will notice.
         """
         with listener.server as server:
             server.settimeout(timeout)
@@ -91,14 +83,9 @@ class FailureDetector:
         return [n for n in range(1, len(self._names)) if n not in self._connections]
 
     def connect(self, address: Sequence[Any], timeout: float) -> bool:
-        """Connects to the first process.
+        """Connects to the `Listener.address` of the first process; returns whether it was reached.
 
-        Args:
-            address: `Listener.address` of the first process.
-            timeout: Seconds for each name of its host.
-
-        Returns:
-            Whether it was reached.
+        Each name of its host is tried for `timeout` seconds.
         """
         port, token, *hosts = address
         for host in hosts:

@@ -42,12 +42,8 @@ def joined(options: DistributedOptions) -> Iterator[None]:
     When this process ends with an error, the others are told, and when another one ends, this one
     stops with a message that names it.
 
-    Args:
-        options: Which processes there are.
-
-    Raises:
-        UserError: the processes cannot be joined.
-        TryAgain: a cluster started them, and they did not find each other in time.
+    Raises `UserError` where the processes cannot be joined, and `TryAgain` where a cluster started them
+    and they did not find each other in time.
     """
     check_settings(options, "distributed")
     group = find_group(options, os.environ)

@@ -18,14 +18,10 @@ _PRODUCT = "mesh.data * mesh.fsdp * mesh.tensor"
 
 
 def make_mesh(options: MeshOptions) -> Mesh | None:
-    """The mesh of a run, with the axes of `train.distributed.axes.MESH_AXES`.
+    """The mesh of a run, with the axes `MESH_AXES`; None for a single device, where none is needed.
 
-    Returns:
-        The mesh, or None for a single device, where none is needed.
-
-    Raises:
-        UserError: there are fewer devices, or, on several processes or slices, not exactly as many;
-            or slices would share parameters.
+    Raises `UserError` where there are fewer devices, or, on several processes or slices, not exactly as
+    many; or where slices would share parameters.
     """
     devices = jax.devices()
     shape = mesh_shape(options, len(devices), count_slices(devices))
@@ -40,7 +36,7 @@ def count_slices(devices: Sequence[Any]) -> int:
     """The number of slices of TPUs, which only a network joins, that the devices belong to.
 
     What JAX calls a slice of GPUs is a host, unless it was told otherwise. Parameters are commonly
-    split over the network between hosts, so nothing is asked of a mesh there.
+    split over the network between hosts, so GPUs count as one slice.
     """
     if not devices or devices[0].platform != "tpu":
         return 1
@@ -50,8 +46,8 @@ def count_slices(devices: Sequence[Any]) -> int:
 def arrange(devices: Sequence[Any], shape: tuple[int, int, int]) -> Mesh:
     """The mesh of some devices, neighbours along an axis where the links between them are fast.
 
-    On several slices of TPUs ``data`` goes over the slices first, and what differs along the other
-    axes alone shares a slice. GPUs lie in the order of their hosts, the last axis within one.
+    On several slices of TPUs ``data`` goes over the slices first, so that the other axes stay within a
+    slice. GPUs lie in the order of their hosts, the last axis within one.
     """
     slices = count_slices(devices)
     if slices > 1:
@@ -87,8 +83,7 @@ def compiler_options(mesh: Mesh | AbstractMesh | None) -> dict[str, Any] | None:
 def mesh_shape(options: MeshOptions, devices: int, slices: int = 1) -> tuple[int, int, int]:
     """Devices along ``data``, ``fsdp`` and ``tensor``.
 
-    Raises:
-        UserError: they do not suffice, or on several slices ``data`` is no multiple of their number.
+    Raises `UserError` where they do not suffice, or ``data`` is no multiple of the number of slices.
 
     Example:
         >>> mesh_shape(MeshOptions(tensor=2), 8)
@@ -97,21 +92,20 @@ def mesh_shape(options: MeshOptions, devices: int, slices: int = 1) -> tuple[int
         (2, 4, 2)
     """
     data = slices if options.data is None else options.data
-    found = (
+    expected = (
         f"a multiple of {slices} (slices of TPUs here, and only a network between them) or unset"
     )
-    require(data % slices == 0, "mesh.data", data, found)
+    require(data % slices == 0, "mesh.data", data, expected)
     others = data * options.tensor
     fsdp = max(1, devices // others) if options.fsdp is None else options.fsdp
     count = others * fsdp
-    expected = f"at most {devices} (devices here)"
-    require(count <= devices, _PRODUCT, count, expected)
+    require(count <= devices, _PRODUCT, count, f"at most {devices} (devices here)")
     if options.fsdp is None:
-        named = f"a divisor of the {devices} devices, or mesh.fsdp set"
-        require(count == devices, "mesh.data * mesh.tensor", others, named)
+        expected = f"a divisor of the {devices} devices, or mesh.fsdp set"
+        require(count == devices, "mesh.data * mesh.tensor", others, expected)
     if slices > 1:
-        every = f"{devices}, the devices of all {slices} slices"
-        require(count == devices, _PRODUCT, count, every)
+        expected = f"{devices}, the devices of all {slices} slices"
+        require(count == devices, _PRODUCT, count, expected)
     return data, fsdp, options.tensor
 
 

@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other, apart from arrays of the training step.
+"""Communication between the processes of a run, apart from the arrays of the training step.
 
 All processes must call these functions together, except `is_first`.
 """
@@ -18,12 +18,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes the files of which there is one."""
+    """Whether this is the process that writes the files that all processes share."""
     return jax.process_index() == 0
 
 
 def from_first(value: Any) -> Any:
-    """What the first process gives, on every process."""
+    """The first process's value, of types that JSON has, on every process."""
     if jax.process_count() == 1:
         return value
     mine = json.dumps(value).encode() if is_first() else b""
@@ -32,7 +32,7 @@ def from_first(value: Any) -> Any:
 
 
 def from_each(value: Any) -> list[Any]:
-    """What every process gives, in their order, of types that JSON has; on every process."""
+    """The values of all processes, of types that JSON has, in their order, on every process."""
     rows = bytes_of_all(np.frombuffer(json.dumps(value).encode(), np.uint8))
     return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows]
 
@@ -45,11 +45,9 @@ def largest_of_all(value: int) -> int:
 
 
 def bytes_of_all(array: np.ndarray) -> list[np.ndarray]:
-    """The bytes of an array of every process, in order, on every process.
+    """The bytes of an array of each process, in their order, on every process: uint8 ``[bytes]``.
 
-    Returns:
-        For each process uint8 ``[bytes]`` of its array, as long as the longest one, so that arrays
-        of 64 bits keep them all.
+    All are padded to the longest one. As bytes, arrays of 64 bits keep them all.
     """
     data = array.tobytes()
     padded = np.frombuffer(data.ljust(largest_of_all(len(data)), b"\0"), np.uint8)
@@ -68,16 +66,15 @@ def fetch(tree: Any) -> Any:
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes have come here, with the same name."""
+    """Returns when all processes have called this with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def true_anywhere(flag: bool) -> jax.Array:
-    """Whether the flag is up on any process.
+    """Whether the flag is up on any process: a bool scalar, the same everywhere.
 
-    Returns:
-        A bool scalar, the same everywhere. Only reading it waits for the others.
+    Only reading it waits for the others.
     """
     mesh, combine = _any_over_devices()
     mine = np.full(jax.local_device_count(), flag)

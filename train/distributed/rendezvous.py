@@ -16,16 +16,14 @@ from train.config import UserError
 
 
 class RendezvousTimeout(UserError):
-    """Processes have not come in time: they may be late, or what is set may be wrong."""
+    """Processes have not come in time: they may be late, or the settings may be wrong."""
 
 
 def rendezvous(address: str, processes: int, process: int, timeout: float) -> None:
     """Returns when all processes have come.
 
-    Raises:
-        RendezvousTimeout: some processes have not come, which every one that has come is told, or
-            this one does not reach process 0.
-        UserError: two have the same number, or they expect different numbers.
+    Raises `RendezvousTimeout` where some have not come, which every one that has come is told, or this
+    one does not reach process 0; `UserError` where two have the same number or expect different ones.
     """
     deadline = time.monotonic() + timeout
     if process == 0:
@@ -39,7 +37,7 @@ def rendezvous(address: str, processes: int, process: int, timeout: float) -> No
 def _wait_for_others(
     address: str, processes: int, timeout: float, deadline: float
 ) -> tuple[str | None, bool]:
-    """What is wrong, if anything, and whether it is that some are late; the others are told too."""
+    """The problem, if any, and whether it is that some are late; the others are told of it too."""
     came: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_listen(address))
@@ -81,7 +79,7 @@ def _listen(address: str) -> socket.socket:
 def _register(
     connection: socket.socket, came: dict[int, socket.socket], processes: int
 ) -> str | None:
-    """Adds one process to those that have come, or says what is wrong with it."""
+    """Adds a process to those that have come; returns what is wrong with it, if anything."""
     connection.settimeout(5)
     try:
         said = _receive(connection)
@@ -113,12 +111,12 @@ def _missing(came: dict[int, socket.socket], processes: int, timeout: float) -> 
 def _report_to_first(
     address: str, processes: int, process: int, timeout: float, deadline: float
 ) -> tuple[str | None, bool]:
-    """What process 0 says is wrong, if anything, and whether it is that some are late."""
+    """The problem that process 0 reports, if any, and whether it is that some are late."""
     with _connect(address, timeout, deadline) as connection:
         try:
             me = {"process": process, "processes": processes, "host": socket.gethostname()}
             send(connection, me)
-            # Process 0 may wait as long as this one, and answers after that.
+            # Process 0 may wait as long as this one did, and answers only then.
             connection.settimeout(max(1.0, deadline - time.monotonic()) + timeout)
             answer = _receive(connection)
             return answer["problem"], answer["late"]
@@ -151,6 +149,6 @@ def send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _receive(connection: socket.socket) -> dict[str, Any]:
-    """One line of JSON. Raises `ValueError` when the other side has closed or says something else."""
+    """Reads a line of JSON; raises `ValueError` where the other side closed or sent anything else."""
     with connection.makefile("rb") as lines:
         return json.loads(lines.readline(65536))

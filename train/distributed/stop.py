@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 EXIT_STATUS = 75
@@ -20,22 +20,15 @@ class Stopped(Exception):
 
 
 class TryAgain(Exception):
-    """What another try may mend has ended a run: the status is `EXIT_STATUS`, as of one stopped."""
+    """A run ended for a reason that another try may mend; the status is `EXIT_STATUS` too."""
 
 
 class StopSignals:
-    """While this context is open, the first signal is noted and a second one ends the process.
+    """While this context is open, the first SIGTERM or SIGINT is noted.
 
-    A second signal ends it at once, with the status 128 + its number; what is on disk is whole then
-    too, as after SIGKILL. Outside the main thread, where Python handles no signals, nothing is
-    noted.
-
-    Example:
-        >>> with StopSignals() as signals:  # doctest: +SKIP
-        ...     for step in range(steps):
-        ...         state = train_step(state)
-        ...         if signals.agreed():
-        ...             break
+    A second signal ends the process at once, with the status 128 + its number; the files on disk are
+    complete even then, as after SIGKILL. Outside the main thread, where Python handles no signals,
+    nothing is noted.
     """
 
     def __init__(self) -> None:
@@ -51,12 +44,7 @@ class StopSignals:
                 break
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -7,7 +7,7 @@ from train.plan.figures import Plan
 
 
 def advice(config: DPOConfig, plan: Plan) -> list[str]:
-    """Changes that make the step smaller, what spares most without changing the result first."""
+    """Changes that make the step smaller, first those that spare most without changing the result."""
     capacity, state = plan.target.hbm, plan.memory.state
     if plan.fits is not False or capacity is None:
         return []

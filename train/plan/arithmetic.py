@@ -22,19 +22,12 @@ from train.plan.program import shares_prompts
 
 
 class Rows(NamedTuple):
-    """What the model computes for one pair.
-
-    Attributes:
-        number: Number of rows.
-        length: Tokens of a row.
-        scored: Tokens whose log-probability is taken, in all rows together.
-        seen: Pairs of tokens of which one looks at the other, in all rows together.
-    """
+    """The rows of one pair; `scored` and `seen` are sums over all of them."""
 
     number: int
-    length: int
-    scored: int
-    seen: float
+    length: int  # tokens of a row
+    scored: int  # tokens whose log-probability is taken
+    seen: float  # pairs of tokens of which one attends to the other
 
 
 def rows_of_pair(config: DPOConfig) -> Rows:
@@ -73,8 +66,8 @@ def estimate(
 
     `node` is the number of chips of a host, where a slower network joins hosts, and 0 elsewhere.
     """
-    needed = temporaries(config, model, mesh, state)
-    return Memory(state, 0.0, needed), _work(config, model, mesh, node)
+    memory = Memory(state, padding=0.0, temporaries=temporaries(config, model, mesh, state))
+    return memory, _work(config, model, mesh, node)
 
 
 def _size(dtype: Any) -> int:

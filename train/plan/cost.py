@@ -32,54 +32,47 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 class Cost:
     """What one run of a program, or of a part of it, costs one chip.
 
-    Of kernels of their own (Pallas) the compiler tells nothing; those of splash attention are known
-    (`train.plan.kernels`).
+    `hbm_bytes` are read from and written to the chip's main memory. An operand of which a fusion
+    takes a slice counts by the slice, and an array updated in place by the update.
 
-    Attributes:
-        flops: Twice the multiplications of matrix products.
-        hbm_bytes: Bytes read from and written to the chip's main memory. What a fusion takes a slice of
-            counts by the slice, and what is updated in place by the update.
-        sent: Bytes that each kind of collective brings to the chip from others, with the best known
-            algorithm on ``n`` chips: ``(n − 1)/n`` of the result for a gather, of the operand for a
-            scatter, and both for an all-reduce.
-        network: The same of what comes from other slices, which `sent` leaves out.
-        loops: Names of loops whose trips the text does not tell; they count as one.
-        kernels: Names of kernels of which nothing is known; they count as nothing.
+    `sent` has the bytes that each kind of collective brings from other chips, with the best known
+    algorithm on ``n`` chips: ``(n − 1)/n`` of the result for a gather, of the operand for a scatter,
+    and both for an all-reduce. `network` has those that come from other slices, and `sent` does not.
+
+    The compiler does not count custom kernels (Pallas); the cost of splash attention's is in
+    `train.plan.kernels`.
     """
 
-    flops: float = 0.0
+    flops: float = 0.0  # twice the multiplications of matrix products
     hbm_bytes: float = 0.0
     sent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     network: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    loops: tuple[str, ...] = ()
-    kernels: tuple[str, ...] = ()
+    loops: tuple[str, ...] = ()  # those whose trips are unknown; their bodies count once
+    kernels: tuple[str, ...] = ()  # those of unknown cost, which are left out
 
     def add(self, other: Cost, times: int = 1) -> None:
         """Adds `times` runs of another part."""
         self.flops += times * other.flops
         self.hbm_bytes += times * other.hbm_bytes
-        for kind, size in other.sent.items():
-            self.sent[kind] += times * size
-        for kind, size in other.network.items():
-            self.network[kind] += times * size
+        for mine, others in ((self.sent, other.sent), (self.network, other.network)):
+            for kind, size in others.items():
+                mine[kind] += times * size
         self.loops += other.loops
         self.kernels += other.kernels
 
 
 def program_cost(text: str, chips: int, *, slices: int = 1, count_loops: bool = True) -> Cost:
-    """The cost of a compiled program on each chip.
+    """The cost on each chip of a compiled program, given ``compiled.as_text()``.
 
-    Args:
-        text: ``compiled.as_text()``.
-        chips: How many chips of one slice run it.
-        slices: How many slices run it.
-        count_loops: False: every body once, as XLA's ``cost_analysis`` does.
+    `chips` counts those of one slice. Without `count_loops` every body counts once, as in XLA's
+    ``cost_analysis``.
     """
-    return _Walk(parse(text), chips, slices, count_loops).of(None)
+    module = parse(text)
+    return _Walk(module, chips, slices, count_loops).of(module.entry)
 
 
 class _Walk:
-    """Adds up the costs of a program's computations, each of which is looked at once."""
+    """Adds up the costs of a program's computations, each of which is read once."""
 
     def __init__(self, module: Module, chips: int, slices: int, count_loops: bool) -> None:
         self.module, self.chips, self.slices = module, chips, slices
@@ -87,7 +80,7 @@ class _Walk:
         self.known: dict[str, Cost] = {}
 
     def of(self, name: str | None) -> Cost:
-        """The cost of one run of a computation; of the whole program for None."""
+        """The cost of one run of a computation, of the entry for None."""
         name = self.module.entry if name is None else name
         if name not in self.known:
             total = Cost()
@@ -115,7 +108,8 @@ class _Walk:
         elif opcode in ("send", "recv"):
             self._add_transfer(total, instruction)
         elif is_kernel(instruction):
-            self._add_kernel(total, computation, instruction)
+            cost = splash_cost(instruction, computation)
+            total.add(Cost(kernels=(instruction.name,)) if cost is None else Cost(*cost))
         elif not opcode.endswith("-done") and opcode not in _FREE:
             total.flops += flops(instruction, computation)
             total.hbm_bytes += _plain_bytes(computation, instruction)
@@ -136,19 +130,11 @@ class _Walk:
             kind, size = found
             total.network[kind] += size
 
-    def _add_kernel(self, total: Cost, computation: Computation, kernel: Instruction) -> None:
-        cost = splash_cost(kernel, computation)
-        if cost is None:
-            total.kernels += (kernel.name,)
-        else:
-            total.flops += cost[0]
-            total.hbm_bytes += cost[1]
-
     def _inside(self, fusion: Instruction) -> Computation:
         return self.module.computations[fusion.called("calls") or ""]
 
     def _add_inside(self, total: Cost, inside: Computation) -> None:
-        """Products and collectives of a fusion; its other work stays on the chip."""
+        """Adds the products and collectives of a fusion; its other work moves nothing."""
         users = _users(inside)
         for instruction in inside.values():
             if instruction.opcode == "fusion":
@@ -183,10 +169,10 @@ class _Walk:
 
 
 def _users(computation: Computation) -> dict[str, list[Instruction]]:
-    users: dict[str, list[Instruction]] = {}
+    users: defaultdict[str, list[Instruction]] = defaultdict(list)
     for instruction in computation.values():
         for name in instruction.operands:
-            users.setdefault(name, []).append(instruction)
+            users[name].append(instruction)
     return users
 
 
@@ -223,10 +209,9 @@ def _plain_bytes(computation: Computation, instruction: Instruction) -> float:
     opcode = instruction.opcode
     if opcode in (*_SLICES, "slice-start"):
         written = instruction.arrays if opcode != "slice-start" else instruction.arrays[1:2]
-        moved = sum(array.size for array in written)
         source = computation[instruction.operands[0]].arrays
-        ends = (any(a.in_hbm for a in source), any(a.in_hbm for a in written))
-        return moved * sum(ends)
+        ends_in_hbm = any(a.in_hbm for a in source) + any(a.in_hbm for a in written)
+        return ends_in_hbm * sum(array.size for array in written)
     if opcode == "dynamic-update-slice":
         return 2 * sum(a.size for a in computation[instruction.operands[1]].arrays if a.in_hbm)
     if opcode == "copy-start":
@@ -240,7 +225,7 @@ def _result(instruction: Instruction) -> float:
     """Bytes of the results of a collective, without the operands that an asynchronous one repeats."""
     found, count = instruction.arrays, len(instruction.operands)
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
-        # After both the runtime's own; a permutation in place has four operands and results in two.
+        # The runtime's own arrays follow; a permutation in place has four operands and two results.
         found = found[count : 2 * count] or found[1:2] or found
     return sum(array.size for array in found)
 
@@ -286,9 +271,8 @@ def _starts(instruction: Instruction, users: dict[str, list[Instruction]]) -> bo
     """False where a fusion only lets a collective go on that an earlier one has started."""
     if "chain_id" not in instruction.attributes:
         return True
-    return any(
-        "AsyncCollectiveStart" in user.attributes for user in users.get(instruction.name, [])
-    )
+    reached = users.get(instruction.name, [])
+    return any("AsyncCollectiveStart" in user.attributes for user in reached)
 
 
 def _only_sliced(users: dict[str, list[Instruction]], instruction: Instruction) -> bool:

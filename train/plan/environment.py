@@ -13,8 +13,7 @@ from train.config import UserError
 def prepare_environment(topology: str) -> None:
     """Sets the environment for compiling ahead of time.
 
-    Raises:
-        UserError: JAX already runs with fewer virtual devices than ``cpu:N`` names.
+    Raises `UserError` where JAX already runs with fewer virtual devices than ``cpu:N`` names.
     """
     # Lets the TPU compiler work on a machine without a TPU, beside other programs that load it;
     # where there is a TPU they would hide it.
@@ -25,21 +24,18 @@ def prepare_environment(topology: str) -> None:
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     virtual = re.fullmatch(r"cpu:(\d+)", topology)
     if "jax" in sys.modules:
-        _check_devices(int(virtual[1]) if virtual else 1)
+        import jax
+
+        wanted, found = int(virtual[1]) if virtual else 1, len(jax.devices("cpu"))
+        if found < wanted:
+            raise UserError(
+                f"topology names {wanted} CPU devices, but JAX already runs with {found}; use the "
+                "command line, or set XLA_FLAGS=--xla_force_host_platform_device_count="
+                f"{wanted} before JAX starts."
+            )
         return
     # Nothing is computed on devices: a plan must not take those that a run may hold.
     os.environ["JAX_PLATFORMS"] = "cpu"
     if virtual:
         flag = f"--xla_force_host_platform_device_count={virtual[1]}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-
-
-def _check_devices(wanted: int) -> None:
-    import jax
-
-    found = len(jax.devices("cpu"))
-    if found < wanted:
-        raise UserError(
-            f"topology names {wanted} CPU devices, but JAX already runs with {found}; use the command "
-            f"line, or set XLA_FLAGS=--xla_force_host_platform_device_count={wanted} before JAX starts."
-        )

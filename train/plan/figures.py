@@ -13,42 +13,33 @@ from train.plan.target import Target
 class State:
     """Bytes of what a chip holds from step to step, and of its part of a batch.
 
-    Attributes:
-        parameters: The model's parameters.
-        optimizer: Moments and counters.
-        delta: The reference delta, with the sums and the residuals that a merge keeps; with storage
-            recompute the weights of reference and base.
-        batch: One batch.
-        on_host: The chip's part of a delta that lies in its host's memory, which `total` leaves out.
+    `delta` includes the sums and the residuals that a merge keeps; with storage recompute it is the
+    weights of reference and base. A delta `on_host` lies in the host's memory; `total` leaves it out.
     """
 
     parameters: float
-    optimizer: float
+    optimizer: float  # moments and counters
     delta: float
     batch: float
     on_host: float = 0.0
 
     @property
     def total(self) -> float:
-        """Bytes that the chip holds."""
+        """Bytes in the chip's memory."""
         return self.parameters + self.optimizer + self.delta + self.batch
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a step needs of a chip's memory, in bytes.
+    """Bytes that a step needs of a chip's memory.
 
-    Attributes:
-        state: What is held, by the shapes.
-        padding: What the layout of the state's arrays adds to it.
-        temporaries: Activations, gradients, gathered weights, and results that replace nothing.
-        program: The compiled program.
+    `temporaries` are activations, gradients, gathered weights, and results that replace no argument.
     """
 
     state: State
-    padding: float
+    padding: float  # added by the layout of the state's arrays
     temporaries: float
-    program: float = 0.0
+    program: float = 0.0  # the compiled code
 
     @property
     def total(self) -> float:
@@ -58,23 +49,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step does.
+    """What a chip does in a step.
 
-    Attributes:
-        flops: FLOPs of matrix products.
-        hbm_bytes: Bytes read from and written to memory; None where they were not counted.
-        sent: Bytes that each kind of collective brings from other chips, over the links between them.
-        network: Bytes that each kind brings from other slices, or from other hosts of GPUs.
-        uncounted_loops: Loops of unknown length, whose body counts once.
-        uncounted_kernels: Kernels of their own (Pallas) of which nothing is known.
+    `sent` has the bytes that each kind of collective brings from other chips over the links between
+    them, `network` those from other slices, or from other hosts of GPUs.
     """
 
-    flops: float
-    hbm_bytes: float | None
+    flops: float  # of matrix products
+    hbm_bytes: float | None  # read and written; None where they were not counted
     sent: dict[str, float] = field(default_factory=dict)
     network: dict[str, float] = field(default_factory=dict)
-    uncounted_loops: int = 0
-    uncounted_kernels: int = 0
+    uncounted_loops: int = 0  # loops of unknown length, whose bodies count once
+    uncounted_kernels: int = 0  # custom kernels (Pallas) of unknown cost
 
 
 _BOUNDS = ("compute", "hbm", "interconnect", "network")
@@ -84,13 +70,8 @@ _BOUNDS = ("compute", "hbm", "interconnect", "network")
 class Roofline:
     """Lower bounds of the time of a step, in seconds, each at the peak of what it is named after.
 
-    Attributes:
-        compute: Time of the matrix products.
-        hbm: Time of the memory traffic.
-        interconnect: Time of the collectives over the links between chips.
-        network: Time of what they bring from other slices or hosts.
-        mfu: Upper bound of the model's FLOPs utilisation (Chowdhery et al. 2022): what forward and
-            backward pass need without recomputation, at the peak, as a share of the step.
+    `mfu` is an upper bound of the model's FLOPs utilisation (Chowdhery et al. 2022): the time that
+    forward and backward pass need at the peak without recomputation, as a share of the step.
     """
 
     compute: float
@@ -101,12 +82,12 @@ class Roofline:
 
     @property
     def step(self) -> float:
-        """The largest: everything overlaps."""
+        """The largest bound, as if everything overlapped."""
         return max(getattr(self, name) for name in _BOUNDS)
 
     @property
     def bound(self) -> str:
-        """The name of the largest."""
+        """The name of the largest bound."""
         return max(_BOUNDS, key=lambda name: getattr(self, name))
 
 
@@ -114,29 +95,22 @@ class Roofline:
 class Plan:
     """A step of one configuration on one machine.
 
-    Attributes:
-        target: The machine.
-        mesh: Chips along each axis.
-        source: ``"compiler"``; ``"arithmetic"`` where only the state is exact; ``"state"`` where it
-            alone exceeds the memory, so that nothing was compiled: temporaries are arithmetic.
-        parameters: Number of the model's parameters, over all chips.
-        model_flops: FLOPs of a step over all chips, without recomputation.
-        memory: What the step needs of a chip's memory.
-        work: What a chip does in a step; None where the compiler refused a program that does not fit,
-            or was not asked.
+    `source` is ``"compiler"``; ``"arithmetic"`` where only the state is exact; or ``"state"`` where the
+    state alone exceeds the memory, so that nothing was compiled and temporaries are arithmetic. `work`
+    is None where the compiler refused a program that does not fit, or was not asked.
     """
 
     target: Target
-    mesh: dict[str, int]
+    mesh: dict[str, int]  # chips along each axis
     source: str
-    parameters: int
-    model_flops: float
+    parameters: int  # of the model, over all chips
+    model_flops: float  # of a step over all chips, without recomputation
     memory: Memory
     work: Work | None
 
     @property
     def fits(self) -> bool | None:
-        """Whether the memory suffices; None where that of a chip is not known."""
+        """Whether the memory suffices; None where a chip's memory is not known."""
         return None if self.target.hbm is None else self.memory.total <= self.target.hbm
 
     @property
@@ -154,11 +128,10 @@ class Plan:
         return Roofline(compute, hbm, interconnect, network, mfu)
 
     def as_json(self) -> dict[str, Any]:
-        """What is written to a file."""
-        memory, roofline = self.memory, self.roofline
-        hbm = {**asdict(memory.state), "padding": memory.padding}
-        hbm |= {"temporaries": memory.temporaries, "program": memory.program}
-        hbm |= {"total": memory.total, "capacity": self.target.hbm}
+        """The plan's entries in the JSON file."""
+        roofline, memory = self.roofline, asdict(self.memory)
+        hbm = {**memory.pop("state"), **memory}
+        hbm |= {"total": self.memory.total, "capacity": self.target.hbm}
         times = None if roofline is None else {**asdict(roofline), "step": roofline.step}
         return {
             "topology": self.target.topology,

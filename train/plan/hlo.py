@@ -22,40 +22,24 @@ _END = re.compile(r'\}(, execution_thread="[^"]*")?$')
 
 
 class Array(NamedTuple):
-    """One array of a shape.
-
-    Attributes:
-        dims: Sizes of its axes.
-        size: Bytes, without the padding of tiles.
-        in_hbm: Whether it lies in the main memory of the device rather than in its caches.
-    """
+    """One array of a shape."""
 
     dims: tuple[int, ...]
-    size: float
-    in_hbm: bool
+    size: float  # bytes, without the padding of tiles
+    in_hbm: bool  # in the main memory of the device rather than in its caches
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction.
-
-    Attributes:
-        name: Its name within the computation.
-        opcode: What it does, such as ``"fusion"``.
-        arrays: What it results in; several for a tuple.
-        operands: Names of the instructions it reads.
-        literal: What stands in place of operands, such as the value of a constant.
-        attributes: The rest of the line.
-        is_root: Whether it is the result of its computation.
-    """
+    """One line of a computation, such as ``ROOT %name = shape opcode(%operand), attributes``."""
 
     name: str
     opcode: str
-    arrays: tuple[Array, ...]
-    operands: tuple[str, ...]
-    literal: str
+    arrays: tuple[Array, ...]  # of the result; several for a tuple
+    operands: tuple[str, ...]  # names of the instructions it reads
+    literal: str  # the text between the brackets, such as the value of a constant
     attributes: str
-    is_root: bool
+    is_root: bool  # whether it is the result of its computation
 
     def called(self, role: str) -> str | None:
         """The computation called as ``"calls"``, ``"body"``, ``"condition"`` …, if any."""
@@ -73,23 +57,14 @@ Computation = dict[str, Instruction]
 
 
 class Module(NamedTuple):
-    """A compiled program.
+    """A compiled program."""
 
-    Attributes:
-        computations: By name, each with its instructions in order.
-        entry: Name of the computation that runs.
-    """
-
-    computations: dict[str, Computation]
-    entry: str
+    computations: dict[str, Computation]  # by name, each with its instructions in order
+    entry: str  # name of the computation that runs
 
 
 def parse(text: str) -> Module:
-    """Reads what ``compiled.as_text()`` gives.
-
-    Raises:
-        ValueError: it has no entry computation.
-    """
+    """Reads ``compiled.as_text()``; raises `ValueError` where it has no entry computation."""
     computations: dict[str, Computation] = {}
     entry, current = None, None
     for line in _lines(text):
@@ -108,7 +83,7 @@ def parse(text: str) -> Module:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """The lines, with those that an attribute of several (what a kernel says of itself) goes on in."""
+    """The lines of the text; an attribute over several lines (a kernel's configuration) is joined."""
     whole = ""
     for line in text.splitlines():
         if line.startswith(("}}", '"')):
@@ -168,12 +143,9 @@ def arrays(shape: str) -> list[Array]:
 
 
 def trips(module: Module, computation: Computation, loop: Instruction) -> int:
-    """How often the body of a ``while`` runs.
+    """How often the body of a ``while`` runs, as the compiler says or a constant counter implies.
 
-    The compiler says it, or the loop counts in constant steps up to a constant.
-
-    Raises:
-        ValueError: it cannot be seen from the text.
+    Raises `ValueError` where the text does not tell.
     """
     said = _TRIPS.search(loop.attributes)
     if said:
@@ -200,7 +172,7 @@ def _source(computation: Computation, name: str | None) -> Instruction | None:
 
 
 def _constant(computation: Computation, name: str | None) -> int | None:
-    """The integer that an instruction is, if it is a constant one."""
+    """The value of an instruction that is a constant integer, else None."""
     found = _source(computation, name)
     if found is None or found.opcode != "constant":
         return None
@@ -208,7 +180,7 @@ def _constant(computation: Computation, name: str | None) -> int | None:
 
 
 def _element(computation: Computation, name: str) -> int | None:
-    """Which element of the loop's tuple an instruction is."""
+    """The index of the element of the loop's tuple that an instruction reads."""
     found = _source(computation, name)
     if found is None or found.opcode != "get-tuple-element":
         return None
@@ -229,7 +201,7 @@ def _compared(condition: Computation) -> tuple[int, int, int] | None:
 
 
 def _at(computation: Computation, name: str, index: int) -> int | None:
-    """The constant that an element of a tuple is."""
+    """The value of an element of a tuple, where it is a constant integer."""
     instruction = computation.get(name)
     if instruction is None or instruction.opcode != "tuple":
         return None

@@ -1,7 +1,7 @@
-"""What splash attention, a kernel of its own that the compiler sees nothing of, computes and moves.
+"""What splash attention, a custom kernel that the compiler does not count, computes and moves.
 
 Its grid is known: it visits the blocks of queries and keys on and below the diagonal. The program's
-text says how large they are, and of which shape its operands.
+text tells the sizes of the blocks and the shapes of the operands.
 """
 
 from __future__ import annotations
@@ -26,28 +26,25 @@ _QUERY = 2
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    """Whether an instruction is a kernel of its own (Pallas, Mosaic)."""
+    """Whether an instruction runs a custom kernel (Pallas, Mosaic)."""
     return 'custom_call_target="tpu_custom_call"' in instruction.attributes
 
 
 def splash_cost(instruction: Instruction, computation: Computation) -> tuple[float, float] | None:
-    """FLOPs and bytes of main memory of one run of a kernel of splash attention, causal.
+    """FLOPs and bytes of main memory of one run of a causal kernel of splash attention.
 
     Queries, keys and values and their gradients are moved in blocks. A forward or ``dq`` kernel
     fetches keys and values anew for every block of queries, and a ``dkv`` kernel what belongs to the
     queries for every block of keys (FlashAttention-2, Dao 2023). Every other operand and the results
-    are moved once; what lies in caches is not counted.
-
-    Returns:
-        Both, or None for another kernel, or for sizes that the text does not tell.
+    are moved once; what lies in caches is not counted. None for another kernel, or for sizes that the
+    text does not tell.
     """
     found = _NAME.search(instruction.attributes)
     if not found or not is_kernel(instruction):
         return None
     phase = found[1]
-    sizes = [_block(instruction, name) for name in _BLOCKS[phase]]
     operands = [computation[name].arrays[0] for name in instruction.operands]
-    block_q, block_kv = sizes
+    block_q, block_kv = (_block(instruction, name) for name in _BLOCKS[phase])
     if block_q is None or block_kv is None:
         return None
     *heads, length, width = operands[_QUERY].dims

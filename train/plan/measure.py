@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from typing import Any
@@ -23,22 +22,17 @@ _REFUSED = (
     re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM"),
     re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"),
 )
-"""What the compiler says of a program that does not fit: its temporaries, or all that it needs."""
+"""The compiler's messages for a program that does not fit: its temporaries, or all it needs."""
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def make_plan(config: DPOConfig, model: ModelConfig, target: Target) -> Plan:
-    """The figures of a step.
+    """The figures of a step, from the compiler where the target has one and the state fits.
 
-    Returns:
-        The plan, from the compiler where the target has one and the state fits.
-
-    Raises:
-        UserError: a field cannot be used there.
+    Raises `UserError` for a field that cannot be used on the target.
     """
-    _check_attention(config.model.attention, target)
-    _check_storage(config.optimizer, target)
+    _check_platform(config, target)
     mesh = target.mesh(config.mesh)
     program = make_program(config, model, mesh)
     state = state_bytes(program)
@@ -63,8 +57,9 @@ def make_plan(config: DPOConfig, model: ModelConfig, target: Target) -> Plan:
     )
 
 
-def _check_attention(kind: str, target: Target) -> None:
-    """Raises `UserError` where a program of attention is not one for the target."""
+def _check_platform(config: DPOConfig, target: Target) -> None:
+    """Refuses a kind of attention, or a delta in the host's memory, that the target does not have."""
+    kind = config.model.attention
     runs_on = {"xla": ("cpu", "tpu", "gpu"), "splash": ("tpu",), "cudnn": ("gpu",)}[kind]
     platform = target.devices[0].platform if target.devices else "gpu"
     if platform not in runs_on:
@@ -72,14 +67,7 @@ def _check_attention(kind: str, target: Target) -> None:
             f"model.attention is {kind}, which cannot be compiled for {target.topology}; use xla."
         )
 
-
-def _check_storage(options: OptimizerOptions, target: Target) -> None:
-    """Raises `UserError` for a delta in the host's memory where the devices have no other."""
-    if (
-        options.delta_storage == "pinned_host"
-        and target.devices
-        and target.devices[0].platform == "cpu"
-    ):
+    if config.optimizer.delta_storage == "pinned_host" and platform == "cpu":
         raise UserError(
             "optimizer.storage is pinned_host, which is for accelerators, and topology is "
             f"{target.topology}; use dense or sparse."
@@ -91,12 +79,8 @@ def without_merge(options: OptimizerOptions) -> OptimizerOptions | None:
     name = options.inner_name
     if options.delta_storage is None or name not in ("adamw", "lion"):
         return None
-    kept = {
-        item.name: getattr(options, item.name)
-        for item in dataclasses.fields(options)
-        if item.name in ("learning_rate", "b1", "b2", "eps", "weight_decay", "max_grad_norm")
-    }
-    return OptimizerOptions(name=name, moment_dtype=options.moment_dtype, **kept)
+    kept = ("learning_rate", "b1", "b2", "eps", "weight_decay", "max_grad_norm", "moment_dtype")
+    return OptimizerOptions(name=name, **{field: getattr(options, field) for field in kept})
 
 
 def state_bytes(program: Program) -> State:
@@ -155,7 +139,7 @@ def _compiled(
 
 
 def refused_temporaries(message: str, state: State) -> float | None:
-    """Bytes of temporaries by the message of a compiler that refuses a program; None: it says nothing.
+    """Bytes of temporaries that a compiler names when it refuses a program, or None where it does not.
 
     Example:
         >>> held = State(parameters=1e9, optimizer=0.0, delta=0.0, batch=0.0)

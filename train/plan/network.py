@@ -15,12 +15,10 @@ _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
 def transferred(instruction: Instruction, slices: int) -> tuple[str, float] | None:
-    """What a ``recv`` brings to a chip over the network.
+    """The kind of collective whose data a ``recv`` brings to a chip over the network, and its bytes.
 
-    Returns:
-        The kind of collective and its bytes, with the best known algorithm: of ``n`` slices'
-        parts an all-reduce takes ``2 (n − 1)/n``, and a scatter ``n − 1`` of what is left of them;
-        None for any other instruction.
+    With the best known algorithm and ``n`` slices an all-reduce takes ``2 (n − 1)/n`` of the array, and
+    a scatter ``n − 1`` times what is left of it. None for any other instruction.
     """
     found = _TRANSFER.search(instruction.attributes)
     if instruction.opcode != "recv" or found is None:
@@ -40,13 +38,9 @@ def crossing(size: float, chips: int, stride: int, node: int) -> float:
     """Bytes that a gather or a scatter brings to a chip from other nodes.
 
     Members of a group that share a node each fetch their part of what the node lacks, and pass it on
-    within it.
-
-    Args:
-        size: Of what is gathered, in bytes; twice that for an all-reduce.
-        chips: In the group.
-        stride: Between its members, in the order in which chips lie in nodes.
-        node: Chips of a node; 0 where there is only one.
+    within it. `size` is the bytes of what is gathered, twice that for an all-reduce; `chips` are those
+    of the group, `stride` apart in the order in which chips lie in nodes of `node` chips; 0 stands for
+    a single node.
 
     Example:
         >>> crossing(16e9, chips=16, stride=1, node=8) / 1e9

@@ -31,16 +31,12 @@ SHAPES = Path(__file__).parent / "shapes"
 
 
 class Program(NamedTuple):
-    """A step that can be lowered.
+    """A step that can be lowered; its arguments have `jax.ShapeDtypeStruct` leaves with shardings.
 
-    Attributes:
-        step: The jitted ``step(state, batch)`` of `train.training.step.make_train_step`.
-        state: `jax.ShapeDtypeStruct` leaves with their places.
-        batch: The same for a batch.
-        models: The same for the weights of reference and base, where a merge recomputes its delta.
+    `models` has the weights of reference and base, where a merge recomputes its delta.
     """
 
-    step: Any
+    step: Any  # from `train.training.step.make_train_step`
     state: Any
     batch: Any
     models: dict[str, Any]
@@ -51,19 +47,14 @@ class Program(NamedTuple):
 
 
 def read_shape(path: str) -> ModelConfig:
-    """The model of a directory with a ``config.json``, or of a file in ``train/plan/shapes``.
+    """The model of a directory with a ``config.json``, or of ``train/plan/shapes/<path>.json``.
 
-    Args:
-        path: Directory, or a name such as ``llama-3-70b``.
-
-    Raises:
-        UserError: neither, or the decoder does not compute such a model.
+    Raises `UserError` where there is neither, or the decoder does not support the model.
     """
+    shape = SHAPES / f"{path}.json"
     try:
-        if (SHAPES / f"{path}.json").is_file():
-            text = (SHAPES / f"{path}.json").read_text(encoding="utf-8")
-            return ModelConfig.from_hf(json.loads(text))
-        return ModelConfig.from_hf(read_hf_config(path))
+        known = json.loads(shape.read_text(encoding="utf-8")) if shape.is_file() else None
+        return ModelConfig.from_hf(read_hf_config(path) if known is None else known)
     except FileNotFoundError as error:
         names = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
         raise UserError(
@@ -78,9 +69,8 @@ def make_program(
 ) -> Program:
     """Builds the step that `train.commands.dpo` runs; nothing is allocated.
 
-    Raises:
-        UserError: the batch cannot be split over the mesh, or the run trains a part of the model or
-            holds copies of it, whose steps are not built here.
+    Raises `UserError` where the batch cannot be split over the mesh, or the run trains a part of the
+    model or holds copies of it, whose steps are not built here.
     """
     _check_whole(config)
     trainer = config.trainer
@@ -99,12 +89,8 @@ def make_program(
     if shardings is not None:
         state = abstract(state, shardings)
     loss = loss_from(PreferenceLoss, config.loss)
-    loss_fn = preference_loss(
-        graphdef,
-        loss,
-        beta_at=beta_from(config.loss, steps),
-        vocab_chunk=config.loss.vocab_chunk,
-    )
+    beta_at, chunk = beta_from(config.loss, steps), config.loss.vocab_chunk
+    loss_fn = preference_loss(graphdef, loss, beta_at=beta_at, vocab_chunk=chunk)
     step = make_train_step(
         loss_fn,
         tx,

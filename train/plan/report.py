@@ -1,17 +1,17 @@
-"""A plan as tables."""
+"""Prints a plan as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from train.plan.figures import Memory, Plan
 
 
 def show(plan: Plan, plain: Plan | None, advised: Sequence[str], console: Console) -> None:
-    """Prints a plan."""
+    """Prints a plan, beside one without merging where `plain` is given, and the advice."""
     plans = [plan] if plain is None else [plan, plain]
     size = " x ".join(f"{axis} {count}" for axis, count in plan.mesh.items())
     slices = f" in {plan.target.slices} slices" if plan.target.slices > 1 else ""
@@ -71,13 +71,9 @@ def _work_table(plans: Sequence[Plan]) -> Table:
 
 
 def _table(title: str, unit: str, compares: bool) -> Table:
-    table = Table("", unit, title=title, title_justify="left")
-    if compares:
-        table.add_column("without merging")
-        table.add_column("merge's share")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
+    headers = (unit, "without merging", "merge's share") if compares else (unit,)
+    columns = [Column(header, justify="right") for header in headers]
+    return Table("", *columns, title=title, title_justify="left")
 
 
 def _compared(values: Sequence[float]) -> list[str]:

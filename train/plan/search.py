@@ -23,12 +23,7 @@ SHOWN = 8
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """One choice of settings.
-
-    Attributes:
-        settings: Fields that the search chose, with their values.
-        plan: The plan with these settings.
-    """
+    """Fields that the search chose, with their values, and the plan that they give."""
 
     settings: dict[str, Any]
     plan: Plan
@@ -41,7 +36,7 @@ class Tried:
         return self.plan.fits is False, step, self.plan.memory.total
 
     def as_json(self) -> dict[str, Any]:
-        """What is written to a file."""
+        """The entries of this choice in the JSON file."""
         return {"settings": self.settings, **self.plan.as_json()}
 
 
@@ -49,13 +44,8 @@ def search(config: DPOConfig, model: ModelConfig, target: Target, console: Conso
     """Tries meshes with every remat policy, then parts of a batch and storages on the best of them.
 
     The second round starts from what was fastest in the first, or smallest where nothing fitted:
-    trying all combinations would compile for hours.
-
-    Returns:
-        What could be planned, the best first.
-
-    Raises:
-        UserError: nothing could be.
+    trying all combinations would compile for hours. Returns what could be planned, the best first;
+    raises the first `UserError` where nothing could be.
     """
     found: list[Tried] = []
     refused: list[UserError] = []
@@ -102,12 +92,7 @@ def _second_round(config: DPOConfig, found: list[Tried]) -> Iterator[dict[str, A
 
 
 def with_settings(config: DPOConfig, settings: dict[str, Any]) -> DPOConfig:
-    """A configuration with some fields replaced.
-
-    Example:
-        >>> with_settings(config, {"model.remat": "full"}).model.remat  # doctest: +SKIP
-        'full'
-    """
+    """A configuration with some fields replaced, such as ``{"model.remat": "full"}``."""
     for name, value in settings.items():
         group, field = name.split(".")
         config = dataclasses.replace(

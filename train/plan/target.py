@@ -26,22 +26,16 @@ class Chip:
     of the SXM modules (bfloat16 without sparsity; half of NVLink's figure), and the usual 400 Gbit/s of
     network for each.
 
-    Attributes:
-        flops: bfloat16 operations a second.
-        hbm: Bytes of memory, of which the system keeps some.
-        hbm_bandwidth: Bytes a second.
-        interconnect: Bytes a second that arrive from other chips, over all links together.
-        network: Bytes a second that arrive for each chip from where no link goes: other slices, or
-            other hosts of GPUs.
-        node: GPUs of a host; 0 for TPUs, whose slices have any size.
+    `interconnect` is what arrives from other chips over all links together, and `network` what arrives
+    from where no link goes: other slices, or other hosts of GPUs.
     """
 
-    flops: float
-    hbm: float
-    hbm_bandwidth: float
+    flops: float  # bfloat16 operations a second
+    hbm: float  # bytes of memory, of which the system keeps some
+    hbm_bandwidth: float  # bytes a second, as the next two
     interconnect: float
     network: float
-    node: int = 0
+    node: int = 0  # GPUs of a host; 0 for TPUs, whose slices have any size
 
 
 CHIPS = {
@@ -58,29 +52,19 @@ TPUS = ("v5e", "v5p", "v6e")
 
 @dataclass(frozen=True)
 class Target:
-    """What a plan is made for.
+    """The machine of a plan; `hbm` and `peaks` are None where they are not known."""
 
-    Attributes:
-        topology: The name, as given.
-        chips: Number of chips in all slices.
-        hbm: Bytes of memory of a chip; None where they are not known.
-        peaks: Peaks of a chip; None where they are not known.
-        devices: Devices to compile for; empty where there is no compiler.
-        slices: Number of slices of TPUs, which a network joins.
-    """
-
-    topology: str
-    chips: int
-    hbm: float | None
+    topology: str  # the name, as given
+    chips: int  # in all slices
+    hbm: float | None  # bytes of memory of a chip
     peaks: Chip | None
-    devices: tuple[Any, ...]
-    slices: int = 1
+    devices: tuple[Any, ...]  # to compile for; empty where there is no compiler
+    slices: int = 1  # slices of TPUs, which a network joins
 
     def mesh(self, options: MeshOptions) -> Mesh | AbstractMesh:
         """The mesh that a run there has; an abstract one where there are no devices.
 
-        Raises:
-            UserError: there are fewer chips, or slices would share parameters.
+        Raises `UserError` where there are fewer chips, or slices would share parameters.
         """
         shape = mesh_shape(options, self.chips, self.slices)
         if not self.devices:
@@ -90,14 +74,10 @@ class Target:
 
 
 def read_target(topology: str) -> Target:
-    """What a name stands for.
+    """Reads the name of a target.
 
-    Args:
-        topology: Such as ``v5p:4x4x8``, ``2xv5e:4x4`` for two slices, ``cpu:8``, ``h100:8`` or
-            ``gpu:8x80``.
-
-    Raises:
-        UserError: it stands for nothing, or its compiler is not installed.
+    It is such as ``v5p:4x4x8``, ``2xv5e:4x4`` for two slices, ``cpu:8``, ``h100:8`` or ``gpu:8x80``.
+    Raises `UserError` for any other name, or where its compiler is not installed.
     """
     name, _, size = topology.partition(":")
     found = re.fullmatch(rf"(?:([1-9]\d*)x)?({'|'.join(TPUS)})", name)

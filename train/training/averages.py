@@ -13,15 +13,10 @@ import jax.numpy as jnp
 class ParameterAverages:
     """Which averages a training state holds besides the parameters, and how they are updated.
 
-    Attributes:
-      ema_decay: ``ema ← decay · ema + (1 − decay) · params`` after every step, in float32; None for no
-        average.
-      mixup_alpha: ``reference ← α · params + (1 − α) · reference`` (TR-DPO, 1 is a hard update); None
-        for a reference that is not in the state.
-      sync_steps: steps from one update of the reference to the next.
-
-    References:
-      Gorbatovski et al., Learn Your Reference Model, https://arxiv.org/abs/2404.09656, Eq. 2 and 3.
+    After every step ``ema ← decay · ema + (1 − decay) · params``, in float32. Every `sync_steps` steps
+    ``reference ← α · params + (1 − α) · reference`` (TR-DPO, 1 is a hard update; Gorbatovski et al.,
+    Learn Your Reference Model, https://arxiv.org/abs/2404.09656, Eq. 2 and 3). The state does not hold
+    an average whose weight is None.
     """
 
     ema_decay: float | None = None
@@ -38,16 +33,9 @@ class ParameterAverages:
         return held
 
     def update(self, state: dict[str, Any], params: Any, step: jax.Array) -> dict[str, Any]:
-        """The averages after a step.
-
-        Args:
-          state: the state before it, which holds them.
-          params: the new parameters.
-          step: int32 scalar, steps done now.
-        """
-        held = {}
-        if self.ema_decay is not None:
-            decay = self.ema_decay
+        """The averages after a step, from the state before it and `step`, the steps done now."""
+        held, decay = {}, self.ema_decay
+        if decay is not None:
             # ema' = ema + (1 − decay) (params − ema)
             held["ema"] = jax.tree.map(
                 lambda mean, new: mean + (1 - decay) * (_wide(new) - mean), state["ema"], params

@@ -49,12 +49,9 @@ class Checkpoints:
     moment leaves the last good one in place, and damage that comes later is found before a restore.
     What a killed save left behind is removed when the directory is opened again.
 
-    Args:
-        directory: Made when it does not exist.
-        every: Save at multiples of this step; None: only when told to.
-        keep: Newest checkpoints that stay.
-        read_only: Leave the directory as it is; nothing can be saved.
-        warn: Called with a message about a save that failed or a damaged checkpoint.
+    The directory is made when it does not exist. With `every`, saves are due at multiples of this step;
+    the `keep` newest checkpoints stay. With `read_only` the directory stays as it is and nothing can be
+    saved. `warn` is called with a message about a save that failed or a damaged checkpoint.
 
     Example:
         >>> with Checkpoints(directory, every=100, keep=2) as checkpoints:  # doctest: +SKIP
@@ -105,11 +102,11 @@ class Checkpoints:
         return ocp.CheckpointManager(self._directory, options=options)
 
     def latest(self) -> int | None:
-        """Returns the step of the newest complete checkpoint, or None."""
+        """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """Returns the steps of all complete checkpoints, in order."""
+        """The steps of all complete checkpoints, in order."""
         return sorted(self._manager.all_steps())
 
     def due(self, step: int) -> bool:
@@ -121,17 +118,10 @@ class Checkpoints:
     ) -> None:
         """Starts writing a checkpoint; the state may be donated as soon as this returns.
 
-        A save that fails is warned about, here or at the next call; earlier checkpoints stay.
-
-        Args:
-            step: Updates done so far.
-            state: The training state.
-            position: The loader's state, JSON.
-            also_keep: Steps whose checkpoints stay besides the newest ones.
-
-        Raises:
-            UserError: the disk is full, and other processes do not know it.
-            TryAgain: this process failed otherwise, and other processes do not know it.
+        `position` is the loader's state, of types that JSON has. The checkpoints of the steps
+        `also_keep` stay besides the newest ones. A save that fails is warned about, here or at the
+        next call; earlier checkpoints stay. Where other processes do not know of the failure, it
+        raises `UserError` for a full disk and `TryAgain` for anything else.
         """
         self.wait()
         arguments = ocp.args.Composite(
@@ -142,14 +132,9 @@ class Checkpoints:
         self._try(lambda: self._manager.save(step, args=arguments, force=True))
 
     def wait(self) -> bool:
-        """Returns when everything is on disk.
+        """Waits until everything is on disk; returns False after a save that failed, with a warning.
 
-        Returns:
-            Whether it is: False after a save that failed, which is warned about.
-
-        Raises:
-            UserError: as `save`.
-            TryAgain: as `save`.
+        Raises the same errors as `save`.
         """
         done = self._try(self._manager.wait_until_finished)
         self._saving = None
@@ -157,14 +142,13 @@ class Checkpoints:
 
     def _try(self, action: Callable[[], Any]) -> bool:
         """Calls Orbax; returns whether that went well, and cleans up where it did not."""
-        failure = None
         try:
             action()
+            return True
         except Exception as error:  # Orbax, TensorStore and the system raise all kinds
             failure = error
-        if failure is not None:
-            self._failed(failure)  # not in `except`: barriers take that for a failure of their own
-        return failure is None
+        self._failed(failure)  # not in `except`: barriers take that for a failure of their own
+        return False
 
     def _failed(self, error: Exception) -> None:
         """Gives up the save under way, and warns; raises where other processes do not know of it."""
@@ -177,9 +161,8 @@ class Checkpoints:
         # To open the directory again all processes have to come, and only this one may know of it.
         if jax.process_count() > 1 and not self._agreement.failed:
             if brief(error) in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)):
-                raise UserError(
-                    f"{found} Make room; the same command goes on from there."
-                ) from error
+                message = f"{found} Make room; the same command goes on from there."
+                raise UserError(message) from error
             raise TryAgain(f"{found} The same command goes on from there.") from error
         with contextlib.suppress(Exception):  # what went wrong is known
             self._manager.close()
@@ -205,17 +188,10 @@ class Checkpoints:
         return next(self._directory.glob(f"{self._saving}{_PARTIAL}*"))
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
-        """Reads a checkpoint.
+        """Reads one of `steps`: the state, placed like `like`, and the loader's state.
 
-        Args:
-            step: One of `steps`.
-            like: The state's shapes, dtypes and shardings (`abstract`).
-
-        Returns:
-            The state, placed like `like`, and the loader's state.
-
-        Raises:
-            UserError: the files are damaged or do not hold such a state.
+        `like` comes from `abstract`. Raises `UserError` where the files are damaged or do not hold
+        such a state.
         """
         # To find damage takes reading every byte, so what `newest_intact` has just found counts once.
         known, self._intact = self._intact, None
@@ -249,11 +225,8 @@ class Checkpoints:
     def newest_intact(self) -> int | None:
         """Finds the step of the newest checkpoint without damage; None when there is no checkpoint.
 
-        Newer ones are warned about and moved to ``damaged-checkpoints`` beside the directory, so
-        that their steps can be saved again.
-
-        Raises:
-            UserError: there are checkpoints, and all are damaged; they stay where they are.
+        Newer ones are warned about and moved to ``damaged-checkpoints`` beside the directory, so that
+        their steps can be saved again. Where all are damaged they stay, and it raises `UserError`.
         """
         self.wait()
         damaged: dict[int, str] = {}
@@ -316,14 +289,14 @@ class _Preserve(_policies.PreservationPolicy):
 
 
 def _writer(name: str) -> int | None:
-    """Returns the number of the process that wrote a file; None where it is a file of all."""
+    """The number of the process that wrote a file; None for a file of all processes."""
     found = re.search(r"(?:^|[./])process_(\d+)(?:/|$)", name)
     return int(found[1]) if found else None
 
 
 @functools.cache
 def _hide_reported_errors() -> None:
-    """Keeps Python from showing what Orbax says of a failed save, which `Checkpoints` reports."""
+    """Hides what Python would show of Orbax's errors in a failed save, which `Checkpoints` reports."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_not_from_orbax)
     show = sys.unraisablehook
@@ -343,13 +316,9 @@ def _is_late(error: BaseException | None) -> bool:
 
 
 def restore_params(directory: Path, step: int, like: Any, name: str = "params") -> Any:
-    """Reads the parameters of a checkpoint alone, whatever the optimizer was.
+    """Reads the parameters alone of a checkpoint in the directory of `Checkpoints`, with any optimizer.
 
-    Args:
-        directory: As given to `Checkpoints`.
-        step: One of `Checkpoints.steps`.
-        like: Their shapes, dtypes and shardings.
-        name: Their name in the state: params, or ema for their average.
+    `like` has their shapes, dtypes and shardings; `name` is "params", or "ema" for their average.
     """
     item = {name: like}
     arguments = ocp.args.PyTreeRestore(
@@ -362,12 +331,10 @@ def restore_params(directory: Path, step: int, like: Any, name: str = "params") 
 
 
 def abstract(state: State, shardings: Any = None) -> State:
-    """Returns the shapes, dtypes and places of a state, real or from `jax.eval_shape`.
+    """The shapes, dtypes and places of a state, of arrays or `jax.ShapeDtypeStruct`.
 
-    Args:
-        state: Arrays or `jax.ShapeDtypeStruct`.
-        shardings: Tree like `state`, from `train.training.step.state_shardings`; None: all of it in the
-            memory of one device.
+    `shardings` comes from `train.training.step.state_shardings`; None puts all of the state in the
+    memory of one device.
     """
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -1,4 +1,4 @@
-"""What held-out metrics decide: when to stop early, and which checkpoint is the best.
+"""Decides by held-out metrics when to stop early and which checkpoint is the best.
 
 All of it follows from the evaluations so far, so a resumed run finds its way by reading its log.
 """
@@ -12,29 +12,23 @@ from train.config import TrainerOptions, UserError
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a metric of this name is to fall: losses and perplexities are, as in transformers."""
+    """Whether a metric of this name should fall: losses and perplexities, as in transformers."""
     return metric.endswith(("loss", "perplexity", "nll", "bits_per_byte"))
 
 
 class EvalMonitor:
     """Follows the evaluations of a run: when to stop early, and which step is the best.
 
-    Args:
-        options: Its `early_stop` and `export_best` are read.
-        rows: Logged metrics of the run so far; those of evaluations count.
-
-    Attributes:
-        best_step: Step of the best evaluation by `export_best`, of the last one where only floors
-            are given, that keeps to all floors; or None. Step 0, before training, does not count.
-        reason: Why the run is over before its last step, in words; None while it goes on.
-        evaluated: Steps of all evaluations.
+    It reads `early_stop` and `export_best` of the options, and the evaluations among the logged `rows`.
+    The best step is that of the best evaluation by `export_best`, or of the last one where only floors
+    are given, among those that keep to all floors. Step 0, before training, does not count.
     """
 
     def __init__(self, options: TrainerOptions, rows: Iterable[Mapping[str, float]] = ()) -> None:
         self._stop, self._best_by = options.early_stop, options.export_best
         self.best_step: int | None = None
-        self.reason: str | None = None
-        self.evaluated: set[int] = set()
+        self.reason: str | None = None  # why the run ends before its last step, in words
+        self.evaluated: set[int] = set()  # steps of all evaluations
         self._floors = {} if self._stop is None else dict(self._stop.floors)
         self._best = self._best_watched = -math.inf
         self._without_gain = 0
@@ -48,14 +42,10 @@ class EvalMonitor:
         return 0 not in self.evaluated and (self._stop or self._best_by) is not None
 
     def record(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Takes note of an evaluation.
+        """Takes note of an evaluation; returns whether its step is now the best.
 
-        Returns:
-            Whether the step is the best so far, see `best_step`.
-
-        Raises:
-            UserError: there is no metric of a name that the settings give, or the model is beyond
-                a floor before the first step.
+        Raises `UserError` where a metric that the settings name is missing, or the model is beyond a
+        floor before the first step.
         """
         self.evaluated.add(step)
         self._set_floors(step, metrics)
@@ -120,11 +110,7 @@ class EvalMonitor:
         return bool(crossed)
 
     def step_to_export(self, last: int) -> int:
-        """The step whose checkpoint is to be exported.
-
-        Raises:
-            UserError: no evaluated step keeps to the floors.
-        """
+        """The step to export; raises `UserError` where no evaluated step keeps to the floors."""
         if self.best_step is not None:
             return self.best_step
         if self._floors:
@@ -138,7 +124,7 @@ class EvalMonitor:
 
 
 def _score(metric: str, metrics: Mapping[str, float], field: str, mode: str | None = None) -> float:
-    """The value, with its sign turned where lower is better; the worst one where it is NaN."""
+    """The value, negated where lower is better; minus infinity where it is NaN."""
     if metric not in metrics:
         names = ", ".join(sorted(name for name in metrics if name.startswith("eval_")))
         raise UserError(f"{field}: there is no held-out metric {metric!r}; there are {names}.")

@@ -22,15 +22,12 @@ def no_skips() -> dict[str, jax.Array]:
 def keep_if_not_finite(
     loss: jax.Array, grad_norm: jax.Array, new: dict[str, Any], old: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """The new state where loss and gradient are finite, otherwise the old one.
+    """The new state where loss and gradient are finite, otherwise the old one, and metrics.
 
     A finite norm of the gradient, which is a root of a sum of squares, also means that its moments
-    are finite. What the step does not change, such as a delta, is not touched.
-    `new` counts ``step`` up and has no ``skipped``; `old` holds the counters of `no_skips`.
-
-    Returns:
-        The state, whose ``step`` and ``skipped`` count on in any case, and the metrics
-        ``skipped_steps`` (total) and ``skipped_in_a_row``.
+    are finite. What the step does not change, such as a delta, is not touched. `new` has its ``step``
+    counted up and no ``skipped``; `old` holds the counters of `no_skips`. Both count on in the result
+    in any case. The metrics are ``skipped_steps`` (total) and ``skipped_in_a_row``.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 

@@ -33,29 +33,20 @@ from train.types import Batch, Metrics, Prepared, State
 class Job:
     """The functions and settings that the loop is given.
 
-    Attributes:
-        start: Makes the state of a new run; not called when a checkpoint is resumed.
-        like: The state's shapes, dtypes and shardings, to restore into.
-        step: From `train.training.step.make_train_step`.
-        loader: Training batches without end. Its `get_state` gives a position that JSON can hold, and
-            `set_state` goes back there.
-        evaluate: Held-out metrics of a state, or None.
-        check_first: Called with the metrics of step 1 of a new run; raises when they cannot be.
-        learning_rates: Rate of every update; its length is the number of steps.
-        mesh: Where batches go.
-        prepare: Completes a batch of the loader's with what on-policy training samples, given the
-            state and the number of steps done. It waits for the device.
-        steps_per_batch: Steps on a batch before the next one is taken. A run is saved and evaluated
-            only between batches.
+    `loader` gives training batches without end. Its `get_state` gives a position that JSON can hold,
+    and `set_state` goes back there. `check_first` is called with the metrics of step 1 of a new run and
+    raises when they are impossible. `prepare` completes a batch with what on-policy training samples,
+    given the state and the number of steps done; it waits for the device. Each batch is used for
+    `steps_per_batch` steps, and a run is saved and evaluated only between batches.
     """
 
-    start: Callable[[], State]
-    like: State
+    start: Callable[[], State]  # makes the state of a new run; not called when one is resumed
+    like: State  # shapes, dtypes and shardings, to restore into
     step: Callable[[State, Batch], tuple[State, Metrics]]
     loader: Any
-    evaluate: Callable[[State], dict[str, float]] | None
+    evaluate: Callable[[State], dict[str, float]] | None  # held-out metrics
     check_first: CheckFirst | None
-    learning_rates: np.ndarray
+    learning_rates: np.ndarray  # of every update, so its length is the number of steps
     mesh: Mesh | None
     prepare: Callable[[State, Batch, int], Prepared] | None = None
     steps_per_batch: int = 1
@@ -66,14 +57,10 @@ def fit(
 ) -> tuple[State, int]:
     """Trains from the start or from the last intact checkpoint to the end.
 
-    Returns:
-        The final state, which is also the last checkpoint, and the step whose weights are to be
-        exported.
-
-    Raises:
-        Stopped: SIGTERM or SIGINT came; everything is saved.
-        UserError: too many steps in a row were not finite, the disk has no room, or no step keeps
-            to the floors. Earlier checkpoints stay.
+    Returns the final state, which is also the last checkpoint, and the step whose weights are to be
+    exported. Raises `Stopped` where SIGTERM or SIGINT came and everything is saved; `UserError` where
+    too many steps in a row were not finite, the disk has no room, or no step keeps to the floors.
+    Earlier checkpoints stay.
     """
 
     def warn(message: str) -> None:
@@ -163,9 +150,9 @@ def _train(
 
 
 def _rows_until(step: int, path: Path) -> list[dict[str, float]]:
-    """What a run that goes on after `step` has logged; all processes must call this.
+    """The metrics that a run has logged up to `step`; all processes must call this.
 
-    The first process reads it, which has just mended the file: a kill may have cut off its last
+    The first process reads them, which has just mended the file: a kill may have cut off its last
     line, and the others may see that for a while.
     """
     rows = read_metrics(path) if step and is_first() and path.exists() else []

@@ -31,15 +31,9 @@ class SaveFailedElsewhere(Exception):
 class SaveAgreement:
     """Takes the place of Orbax's barriers of a save (`orbax.checkpoint.AsyncOptions.barrier_sync_fn`).
 
-    A process that has failed says so, comes to the barrier where the others are, and then all fail.
-    From then on no process waits for another one in this save.
-
-    Args:
-        hash_own: Computes the checksums of the files that this process has written. Each process
-            calls it once its files are complete, so that all of them read at the same time.
-
-    Attributes:
-        failed: All processes know that the save has failed.
+    A process that has failed says so, comes to the barrier where the others are, and then all fail:
+    `failed` is True on each, and none waits for another one in this save any more. Each process calls
+    `hash_own` once its own files are complete, so that all processes hash theirs at the same time.
     """
 
     def __init__(self, hash_own: Callable[[], Checksums]) -> None:
@@ -52,20 +46,15 @@ class SaveAgreement:
         self.failed, self._place, self._count = False, f"omerge_save/{next(_saves)}", 0
 
     def barrier(self, *, key: str, timeout_ms: int) -> None:
-        """Waits for the other processes.
+        """Waits for the other processes, for `timeout_ms` at most.
 
-        Orbax calls this in ``finally`` too, where an exception that is being raised is this
-        process's failure.
+        Orbax calls this in ``finally`` too, where an exception that is being raised is this process's
+        failure. `key` is Orbax's name of the barrier. The barrier has another name here, because a
+        process that has failed comes to a later one of Orbax's than the others.
 
-        Args:
-            key: Orbax's name of the barrier. The barrier has another name here, because a process
-                that has failed comes to a later one of Orbax's than the others.
-            timeout_ms: Milliseconds to wait.
-
-        Raises:
-            SaveFailedElsewhere: another process has failed, and this one has not.
-            Exception: this process cannot read what it has written.
-            jax.errors.JaxRuntimeError: the others have not come in time.
+        Raises `SaveFailedElsewhere` where another process has failed and this one has not;
+        `jax.errors.JaxRuntimeError` where the others have not come in time; and what `hash_own` raises
+        where this process cannot read its files.
         """
         if jax.process_count() == 1 or self.failed:
             return
@@ -79,9 +68,8 @@ class SaveAgreement:
                 error = unreadable = caught
         if error is not None:
             client.key_value_set(f"{self._place}/failed/{me}", f"process {me}: {brief(error)}")
-        ocp.multihost.get_barrier_sync_fn()(
-            key=f"{self._place}/{self._count}", timeout_ms=timeout_ms
-        )
+        wait = ocp.multihost.get_barrier_sync_fn()
+        wait(key=f"{self._place}/{self._count}", timeout_ms=timeout_ms)
         self._count += 1
         found = client.key_value_dir_get(f"{self._place}/failed/")
         self.failed = bool(found)
@@ -103,7 +91,7 @@ class SaveAgreement:
 
 
 def brief(error: BaseException) -> str:
-    """Returns the operating system's words where an error of TensorStore or Python has them."""
+    """The operating system's words for an error where it has them, otherwise its first line."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code is not None:
         return os.strerror(int(code[1]))
@@ -113,7 +101,7 @@ def brief(error: BaseException) -> str:
 
 
 def _client() -> Any:
-    """Returns the processes' store of short texts, which needs no device: threads may use it."""
+    """The processes' store of short texts, which needs no device: threads may use it."""
     from jax._src import distributed  # Orbax too finds no public way to it
 
     return distributed.global_state.client

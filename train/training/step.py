@@ -13,14 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import (
-    AbstractMesh,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-    Sharding,
-    SingleDeviceSharding,
-)
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 import omerge_jax as om
 from train.models.trainable import join
@@ -31,21 +24,14 @@ from train.types import Batch, LossFn, Metrics, Params, State
 
 
 def state_shardings(state: Any, params: Any, *, delta_on_host: bool = False) -> Any:
-    """Where every array of a training state belongs.
+    """Where every array of a training state, or of its `jax.ShapeDtypeStruct`, belongs.
 
     On a mesh a leaf of the state takes the sharding of the parameter whose key path its own path
     ends with and whose shape it has (moments, task vectors, the parameters themselves). The entries
     of a sparse task vector are split over all devices, whatever their places; anything else, such
-    as counters, is replicated.
-
-    Args:
-      state: A training state of arrays or `jax.ShapeDtypeStruct`, as `init_state` makes.
-      params: The parameters, with `jax.sharding.NamedSharding`.
-      delta_on_host: The reference delta lies in the host's memory (``storage="pinned_host"``).
-
-    Returns:
-      A tree of shardings shaped like `state`; `None` when `params` are not on a mesh and everything
-      lies in the memory of one device.
+    as counters, is replicated. With `delta_on_host` (``storage="pinned_host"``) the reference delta
+    lies in the host's memory. None when `params` are not on a mesh and all of the state lies in the
+    memory of one device.
     """
     by_path = {_key_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     places = [getattr(leaf, "sharding", None) for leaf in by_path.values()]
@@ -78,7 +64,7 @@ def _on_one_device(state: Any) -> Any:
     )
 
 
-def _split_last(leaf: Any, mesh: Mesh | AbstractMesh) -> NamedSharding:
+def _split_last(leaf: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> NamedSharding:
     """Splits the last axis over as many axes of the mesh as divide it, the fastest network first."""
     axes, count = [], 1
     for axis in reversed(mesh.axis_names):
@@ -103,19 +89,12 @@ def init_state(
     """Starts a run: a copy of the parameters, the optimizer's state, and step 0.
 
     Every array of the state is its own buffer, because the step donates them: `params` and `delta`
-    stay valid, and are freed when the caller lets go of them.
+    stay valid, and are freed when the caller lets go of them. On a mesh, the optimizer state follows
+    the shardings of `params`. `delta` is the task vector for an online merge, None for an optimizer
+    without one; `averages` are held besides; `delta_on_host` is as in `state_shardings`.
 
-    Args:
-      params: Parameters, a tree of arrays. On a mesh, the optimizer state follows their shardings.
-      tx: The optimizer.
-      delta: Task vector for its online merge, set through `omerge_jax.with_delta`; `None` when
-        the optimizer has no use for one.
-      averages: Averages of the parameters to hold besides.
-      delta_on_host: See `state_shardings`.
-
-    Returns:
-      `{"params", "opt_state", "step", "skipped"}`, and `"ema"` and `"reference"` of the averages;
-      `step` is an int32 scalar and `skipped` holds the counters of `train.training.finite`.
+    Returns `{"params", "opt_state", "step", "skipped"}`, and `"ema"` and `"reference"` of the averages;
+    `step` is an int32 scalar and `skipped` holds the counters of `train.training.finite`.
     """
 
     def init(params: Any, delta: Any) -> State:
@@ -148,22 +127,20 @@ def make_train_step(
 
     It consumes the state. `frozen` holds the parameters that are not trained, `models` what the
     optimizer's update is given besides (`reference_params`, `base_params`). A step whose loss or
-    gradient is not finite changes nothing but counters.
+    gradient is not finite changes nothing but counters. The metrics are float32 scalars: `loss`,
+    `grad_norm` (before any clipping), those of `loss_fn`, `merge/<name>` of
+    `omerge_jax.merge_metrics`, and those of `train.training.finite`.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> (loss, metrics)`, or a
         `train.objectives.accumulate.BatchLoss`; its batch also holds `step`, the updates done.
       tx: The optimizer `state` was made with.
       shardings: The places of the new state, from `state_shardings`, so that it keeps its layout.
-      microbatches: How many a batch is looked at in, one after the other.
+      microbatches: Number of parts of a batch that are processed one after the other.
       averages: The averages that `init_state` was given.
       reference_columns: `f(params, batch)`: columns that come from the reference of the state.
       alpha_scale: What the weight of the reference is multiplied by, from the metrics of `loss_fn`.
       compiler_options: Options of `jax.jit`, see `train.distributed.mesh.compiler_options`.
-
-    Returns:
-      The step. Its metrics are float32 scalars: `loss`, `grad_norm` (before any clipping), those of
-      `loss_fn`, `merge/<name>` of `omerge_jax.merge_metrics`, and those of `train.training.finite`.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -185,7 +162,7 @@ def make_train_step(
         params, count = optax.apply_updates(state["params"], updates), state["step"] + 1
         new_state = {"params": params, "opt_state": opt_state, "step": count}
         new_state |= {} if averages is None else averages.update(state, params, count)
-        grad_norm = _global_norm(grads)
+        grad_norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
         new_state, skips = keep_if_not_finite(loss, grad_norm, new_state, state)
         merge = {f"merge/{name}": value for name, value in om.merge_metrics(opt_state).items()}
         metrics = {"loss": loss, "grad_norm": grad_norm, **metrics, **merge, **skips}
@@ -193,9 +170,3 @@ def make_train_step(
 
     places = None if shardings is None else (shardings, None)
     return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=compiler_options)
-
-
-def _global_norm(tree: Any) -> jax.Array:
-    """Euclidean norm over all leaves, summed in float32 whatever their dtype."""
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, start=jnp.zeros([], jnp.float32)))

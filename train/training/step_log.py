@@ -10,13 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from train.config import TrainerOptions, UserError
 from train.data import is_packed, padding_share
@@ -107,7 +101,7 @@ class StepLog:
         step, metrics = pending
         self._progress.update(self._task, completed=step)
         if step % self._options.log_every and step not in (1, len(self._learning_rates)):
-            # What follows is not to save or to evaluate in vain; otherwise seldom enough.
+            # No evaluation or save after too many skips; otherwise rarely, because reading waits.
             if waited_for or step % max(1, self._options.max_skipped_steps) == 0:
                 self._check_skips(step, _read(metrics))
             return
@@ -139,7 +133,7 @@ class StepLog:
 def count_batch(batch: Mapping[str, np.ndarray], placed: Mapping[str, Any]) -> Mapping[str, Any]:
     """The real tokens and the share of padding of a batch, which is `placed` on the devices.
 
-    Of several processes each knows its own rows alone, so the devices count there.
+    Each of several processes knows only its own rows, so there the devices count.
     """
     return _counts(batch) if jax.process_count() == 1 else _counts_jit(placed)
 
