@@ -68,9 +68,8 @@ from train.runs.train import Objective, train
 def train_grpo(config: GRPOConfig) -> None:
     """Aligns from the start or from the last checkpoint, and exports the model.
 
-    Raises:
-        UserError: something given cannot be used, before training starts; or a reward gives
-            something other than finite numbers.
+    Raises `UserError` before training starts where something given cannot be used, and during training
+    where a reward gives something other than finite numbers.
     """
     check_config(config)
     length = config.sampling.max_new_tokens

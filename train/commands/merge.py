@@ -40,18 +40,8 @@ def merge_models(config: MergeConfig) -> Path:
 
     Tensors that are the same in all models, those that are no floating-point numbers, and rotary
     frequencies saved by old versions are copied bit for bit. Where the configuration ties the output
-    matrix to the embedding, both are merged once.
-
-    Returns:
-        The directory.
-
-    Raises:
-        UserError: settings that the method does not take or lacks, or models that do not belong
-            together; before a weight is read.
-
-    Example:
-        >>> merge_models(MergeConfig(method="ties", base="base", output="merged", models=[
-        ...     MergeModelOptions(path="a", weight=1.0, density=0.5)]))      # doctest: +SKIP
+    matrix to the embedding, both are merged once. Returns the directory. Raises `UserError` before a
+    weight is read where the method does not take or lacks settings, or models do not belong together.
     """
     output = Path(config.output)
     with blamed_on("output"):
@@ -76,8 +66,7 @@ def merge_models(config: MergeConfig) -> Path:
 def merge_settings(config: MergeConfig) -> dict[str, Any]:
     """Returns the keyword arguments of `omerge_jax.offline_merge` for a configuration.
 
-    Raises:
-        UserError: the method refuses them, a weight is missing, or there is no base.
+    Raises `UserError` where the method refuses them, a weight is missing, or there is no base.
     """
     check_settings(config)
     if not config.models:

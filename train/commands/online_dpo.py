@@ -50,9 +50,8 @@ from train.types import Batch, Params, Prepared
 def train_online_dpo(config: OnlineDPOConfig) -> None:
     """Aligns from the start or from the last checkpoint, and exports the model.
 
-    Raises:
-        UserError: something given cannot be used, before training starts; or the reward gives
-            something other than finite numbers.
+    Raises `UserError` before training starts where something given cannot be used, and during training
+    where the reward gives something other than finite numbers.
     """
     check_config(config)
     loss = check_preference_loss(config.loss, config.trainer.gradient_accumulation_steps)

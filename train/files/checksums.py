@@ -18,7 +18,7 @@ Checksums = dict[str, dict[str, int | str]]
 
 
 def hash_file(path: Path) -> str:
-    """Returns the SHA-256 of a file, in hex."""
+    """Returns the SHA-256 of a file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -30,14 +30,9 @@ def file_names(directory: Path) -> list[str]:
 
 
 def hash_files(directory: Path, names: Iterable[str]) -> Checksums:
-    """Computes sizes and checksums of some files of a directory.
+    """Computes sizes and checksums of some files of a directory; `names` are paths in it.
 
-    Args:
-        directory: The directory.
-        names: Paths of the files in it.
-
-    Raises:
-        OSError: a file cannot be read.
+    Raises `OSError` where a file cannot be read.
     """
     files = [directory / name for name in names]
     with ThreadPoolExecutor(_THREADS) as pool:  # hashing releases the interpreter lock
@@ -53,13 +48,8 @@ def write_manifest(
 ) -> None:
     """Writes ``manifest.json``: ``{"files": Checksums}`` of all files of a directory, at any depth.
 
-    Args:
-        directory: The directory.
-        known: Checksums that were computed before. Only the other files of the directory are read.
-        ignore: Name of files that may change later, and so are not listed.
-
-    Raises:
-        OSError: a file cannot be read, or there is no space left.
+    Files with checksums in `known` are not read again. Files named `ignore`, which may change later,
+    are not listed. Raises `OSError` where a file cannot be read or there is no space left.
     """
     names = [name for name in file_names(directory) if Path(name).name != ignore]
     listed = {name: known[name] for name in names if name in known} if known else {}
@@ -68,14 +58,9 @@ def write_manifest(
 
 
 def find_damage(directory: Path, checked: Callable[[str], bool] = lambda name: True) -> str | None:
-    """Says what is wrong with the files that the manifest of a directory lists.
+    """Says in words what is wrong with the files that a directory's manifest lists, or returns None.
 
-    Args:
-        directory: The directory.
-        checked: Whether to read the file of a name. Another process reads the others.
-
-    Returns:
-        The damage in words, or None.
+    Only files whose name passes `checked` are looked at; other processes read the others.
     """
     try:
         listed = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]

@@ -22,15 +22,8 @@ class MetricsLog:
     """Appends metrics to ``metrics.jsonl`` and ``tensorboard/``.
 
     A run that was killed may have logged steps past its last checkpoint. They are computed again
-    after the resume, so the lines after `resume_step` are dropped first. Only process 0 writes.
-
-    Args:
-        directory: The run's directory.
-        resume_step: Last step that counts; 0 for a new run.
-
-    Example:
-        >>> with MetricsLog(directory, resume_step=0) as log:  # doctest: +SKIP
-        ...     log.write(1, {"loss": 0.69})
+    after the resume, so the lines after `resume_step`, 0 for a new run, are dropped first. Only
+    process 0 writes. It is a context manager.
     """
 
     def __init__(self, directory: Path, resume_step: int = 0) -> None:
@@ -59,8 +52,7 @@ class MetricsLog:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line, ``{"step": step, **metrics}``.
 
-        Raises:
-            UserError: the disk is full, or cannot be written to for another reason.
+        Raises `UserError` where the disk is full or cannot be written to for another reason.
         """
         if self._file is None:
             return
@@ -96,11 +88,9 @@ def _unwritable(directory: Path, error: OSError) -> UserError:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and one that a kill cut off.
+    """Drops the lines of later steps than `step`, and one that a kill cut off, where there is a file.
 
-    Args:
-        path: A `metrics.jsonl`; nothing happens where there is none.
-        step: Last step that counts. 0 drops all lines: a run without a checkpoint starts again.
+    Step 0 drops all lines: a run without a checkpoint starts again.
     """
     if not path.exists():
         return
@@ -112,11 +102,8 @@ def keep_until(path: Path, step: int) -> None:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Reads all rows of a ``metrics.jsonl``.
 
-    A last line that a kill cut off, or that is being written, is passed over.
-
-    Raises:
-        UserError: another line is damaged.
-        OSError: the file cannot be read.
+    A last line that a kill cut off, or that is being written, is passed over. Raises `UserError` where
+    another line is damaged, and `OSError` where the file cannot be read.
     """
     rows: list[dict[str, float]] = []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

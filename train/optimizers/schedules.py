@@ -15,14 +15,8 @@ def make_schedule(
 ) -> optax.Schedule:
     """Learning rate, or another number, as a function of the number of updates done.
 
-    Args:
-        options: Shape and warm-up.
-        peak: Largest rate.
-        steps: Updates of the whole run; linear and cosine schedules end there.
-        name: Field of the settings, for messages.
-
-    Raises:
-        UserError: the warm-up is longer than the run.
+    Linear and cosine schedules end at `steps`, the updates of the whole run. Raises `UserError`, which
+    names the field `name` of the settings, where the warm-up is longer than the run.
 
     Example:
         >>> schedule = make_schedule(ScheduleOptions(type="linear", warmup_steps=2), 1.0, 6)

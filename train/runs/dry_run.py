@@ -6,7 +6,6 @@ the dry run goes as far as it can and ends with what is missing.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,9 +50,8 @@ _PERCENTILES = (50, 90, 99)
 def describe_models(config: Config, console: Console) -> tuple[ModelConfig, Any]:
     """The model's configuration and its tokenizer, without a look at its weights.
 
-    Raises:
-        UserError: a model cannot be used, or the hub is needed and cannot be reached. What can be said
-            about the records without it is shown before that.
+    Raises `UserError` where a model cannot be used, or where the hub is needed and cannot be reached;
+    what can be said about the records without it is shown before that.
     """
     model, tokenizer = _described(config, "model.path", config.model.path, console)
     base = getattr(config.model, "base", None)
@@ -101,13 +99,14 @@ def _show_records(config: Config, console: Console) -> None:
     """Shows what can be said about the records without a tokenizer."""
     normalise = _READERS[type(config)]
     for path in (config.data.path, *config.data.mix):
+        unusable = 0
         with blamed_on("data.path" if path == config.data.path else f"data.mix: {path}"):
             records = read_records(path, config.data.split)
-            unusable = len(records)
             for record in records:
-                with contextlib.suppress(UnusableRecord):
+                try:
                     normalise(record)
-                    unusable -= 1
+                except UnusableRecord:
+                    unusable += 1
         console.print(
             f"{path}: {len(records)} records, {unusable} of which cannot be used", highlight=False
         )

@@ -28,22 +28,10 @@ Config = SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig | GRPOConfig
 class Run:
     """What a training command knows once everything given is checked.
 
-    Attributes:
-        config: The settings.
-        output: The directory of the run.
-        console: Where progress is shown.
-        model: The model's configuration, with the types of this run.
-        graphdef: The model's structure.
-        shapes: Its parameters as `jax.ShapeDtypeStruct`, with their places.
-        trained: A test of a parameter's path.
-        tokenizer: The model's tokenizer.
-        data: Training rows.
-        held_out: Held-out rows, if any.
-        tasks: What else is scored at every evaluation.
-        steps: Number of updates.
-        schedule: Learning rate.
-        optimizer: The optimizer; with a merge, its state still needs the delta.
-        mesh: Devices, None for a single one.
+    `model` has the types of this run, and `shapes` its parameters as `jax.ShapeDtypeStruct` with their
+    shardings. `trained` says of a parameter's path whether it is trained. `tasks` are also scored at
+    every evaluation. `steps` counts updates, and `schedule` is the learning rate. The state of an
+    optimizer that merges still needs the delta. `mesh` is None for a single device.
     """
 
     config: Config

@@ -27,8 +27,7 @@ from train.types import Params, State
 def hash_weights(options: ModelOptions) -> dict[str, str]:
     """Content hashes of all weights that a run reads: of the model, its adapter and its base.
 
-    Raises:
-        UserError: base and model are the same.
+    Raises `UserError` where base and model are the same.
     """
     hashes = {"model": hash_model(options.path)}
     if options.lora is not None and options.lora.adapter is not None:
@@ -51,15 +50,10 @@ def _no_delta(as_held: str = "") -> UserError:
 class StartWeights:
     """The weights' way through a run. Nothing is read before `load`, `start` or `resume` is called.
 
-    Args:
-        run: The run.
-        scores_answers: Keep the reference, to score answers that the policy gives during training.
-
-    Attributes:
-        loaded: All parameters, until `start` or `resume` lets go of them.
-        frozen: The parameters that are not trained.
-        reference: The trained parameters as they were at the start, where they are kept.
-        base: What those were before fine-tuning, where it is kept.
+    With `scores_answers` the reference is kept, to score answers that the policy gives during training.
+    `loaded` are all parameters, until `start` or `resume` lets go of them; `frozen` are those that are
+    not trained. Where they are kept, `reference` are the trained parameters as they were at the start,
+    and `base` as they were before fine-tuning.
     """
 
     def __init__(self, run: Run, *, scores_answers: bool) -> None:
@@ -101,8 +95,7 @@ class StartWeights:
     def start(self) -> State:
         """The state of a new run.
 
-        Raises:
-            UserError: model and base are the same in the types of this run.
+        Raises `UserError` where model and base are the same in the types of this run.
         """
         params, frozen = self._run.split(self.load())
         delta = base = None

@@ -39,17 +39,17 @@ class Objective:
     """The parts of a run in which one kind of training differs from another.
 
     Attributes:
-        loss_fn: From `train.objectives`.
+        loss_fn: The loss, from `train.objectives`.
         evaluate: Makes the evaluation of held-out rows, which have their reference columns.
-        score: Log-probabilities of the answers, which the reference's are computed with.
-        names: Kinds of answers that `score` gives; none where the loss asks no reference.
+        score: Computes the log-probabilities of answers, with the weights of the reference.
+        names: Kinds of answers that `score` gives; none where the loss needs no reference.
         depends_on: Settings that change what `score` gives.
-        check_first: Raises `ValueError` when the metrics of step 1 of a new run cannot be.
+        check_first: Raises `ValueError` when the metrics of step 1 of a new run are impossible.
         shuffle: Whether every epoch draws a new order.
-        synced: Whether the reference follows the policy, and is scored at every step.
-        sample: `f(policy, reference, batch, done)`: the batch of a step of the loader's prompts, given
-            all parameters of both and the number of steps done, and what is logged of it. The
-            reference is the start, and None where `names` are none.
+        synced: Whether the reference follows the policy and is scored at every step.
+        sample: `f(policy, reference, batch, done)` makes a step's batch of the loader's prompts, and
+            what is logged of it. It gets all parameters of both models and the number of steps done;
+            the reference is the start, and None where `names` is empty.
         inputs: Content hashes of what else the run reads, by name.
     """
 
@@ -74,14 +74,10 @@ class Objective:
 def train(run: Run, objective: Objective) -> None:
     """Trains from the start or from the last checkpoint, exports the model and reports.
 
-    Args:
-        run: From `train.runs.set_up.set_up`.
-        objective: What is learned.
-
     Raises:
-        Stopped: by a signal; the run is saved.
-        UserError: base and model are the same, before training starts; or training ended, and said
-            why: then nothing is exported.
+        Stopped: a signal came; the run is saved.
+        UserError: base and model are the same, which is found before training starts; or training
+            ended for a reason that the message gives, and nothing is exported.
     """
     hashes = hash_weights(run.config.model)
     scores_answers = objective.sample is not None and bool(objective.names)
@@ -167,10 +163,13 @@ def _with_reference(
 
     def compute(dataset: TokenDataset) -> Scores:
         assert objective.score is not None
-        shown_as = f"reference log-probabilities of {len(dataset)} rows"
-        batch_size, params = run.eval_batch_size, weights.load()
         logps = answer_logps(
-            objective.score, params, dataset, batch_size, run.mesh, shown_as=shown_as
+            objective.score,
+            weights.load(),
+            dataset,
+            run.eval_batch_size,
+            run.mesh,
+            shown_as=f"reference log-probabilities of {len(dataset)} rows",
         )
         return dict(zip(objective.names, logps, strict=True))
 
@@ -187,11 +186,8 @@ def _with_tasks(run: Run, evaluate: Evaluate | None) -> Evaluate | None:
     scores = task_scorer(
         run.graphdef, run.tasks, run.tokenizer, ends, batch_size=batch_size, mesh=mesh
     )
-
-    def evaluate_with_tasks(params: Params) -> dict[str, float]:
-        return ({} if evaluate is None else evaluate(params)) | as_metrics(scores(params))
-
-    return evaluate_with_tasks
+    held_out: Evaluate = evaluate or (lambda params: {})
+    return lambda params: held_out(params) | as_metrics(scores(params))
 
 
 def _loader(run: Run, data: TokenDataset, shuffle: bool) -> Any:
