@@ -122,13 +122,13 @@ _TRAINING = ("sft", "dpo", "kto", "online-dpo", "grpo")
 
 
 def imported(place: str) -> Any:
-    """What MODULE:NAME is in `train`."""
+    """Imports MODULE:NAME of `train`."""
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(f"train.{module}"), name)
 
 
 def overview() -> str:
-    """The help of ``python -m train``."""
+    """Returns the help of ``python -m train``."""
     lines = [f"  {name:14s} {command.help}" for name, command in COMMANDS.items()]
     first = "usage: python -m train COMMAND [--config FILE] [--FIELD VALUE ...]"
     last = "python -m train COMMAND --help lists the fields of a command."

@@ -59,7 +59,7 @@ def evaluate_model(config: EvalConfig) -> Results:
 
 
 def _read_pairs(options: PreferenceEvalOptions, tokenizer: Any) -> TokenDataset:
-    """The held-out pairs, or all of them where nothing is to be held out."""
+    """Reads the held-out pairs, or all of them where nothing is to be held out."""
     name = "preferences.path"
     everything, held_out = split_records(options, name)
     records = everything if held_out is None else held_out
@@ -91,7 +91,7 @@ def _evaluate(
 
 
 def _with_reference(config: EvalConfig, score: Score, pairs: TokenDataset) -> TokenDataset:
-    """The pairs with the log-probabilities that the reference gives their answers."""
+    """Adds the log-probabilities that the reference gives the answers of pairs."""
     assert config.preferences is not None
     params = _load(config.preferences.reference, config, "preferences.reference")
     chosen, rejected = answer_logps(
@@ -101,7 +101,7 @@ def _with_reference(config: EvalConfig, score: Score, pairs: TokenDataset) -> To
 
 
 def _load(path: str, config: EvalConfig, name: str) -> Any:
-    """The parameters of a model directory that the field `name` gives."""
+    """Reads the parameters of a model that the field `name` gives."""
     with blamed_on(name):
         # Parameters stay float32, as in training: only the computation takes the type.
         return split_model(
@@ -110,7 +110,7 @@ def _load(path: str, config: EvalConfig, name: str) -> Any:
 
 
 def _table(results: Results) -> Table:
-    """All metrics, a group for the preferences and for every task."""
+    """Makes a table of all metrics, a group for the preferences and for every task."""
     table = Table("", "metric", title=results["model"])
     table.add_column("value", justify="right")
     groups = [("preferences", results.get("preferences", {}))]

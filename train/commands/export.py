@@ -64,7 +64,7 @@ def export_checkpoint(config: ExportConfig) -> None:
 
 
 def _model_options(settings: dict[str, Any]) -> ModelOptions:
-    """The model's settings, which a run records under dotted names.
+    """Returns the model's settings, which a run records under dotted names.
 
     Its attention may need another machine, and an export does not compute it, so it is xla here.
     """
@@ -79,14 +79,14 @@ def _model_options(settings: dict[str, Any]) -> ModelOptions:
 
 
 def _restored(settings: dict[str, Any], params: Any) -> tuple[Any, str]:
-    """Shapes and name of what a checkpoint holds of the weights to export."""
+    """Returns shapes and name of what a checkpoint holds of the weights to export."""
     if not settings.get("trainer.ema.export"):
         return params, "params"
     return jax.tree.map(lambda leaf: leaf.update(dtype=jnp.float32), params), "ema"
 
 
 def _frozen(options: ModelOptions, rest: Any, record: Path) -> Any:
-    """The parameters that were not trained, from the model that the run started from."""
+    """Reads the parameters that were not trained from the model that the run started from."""
     expected = json.loads(record.read_text())["inputs"]["model"]
     if hash_model(options.path) != expected:
         raise UserError(
@@ -101,7 +101,7 @@ def _frozen(options: ModelOptions, rest: Any, record: Path) -> Any:
 
 
 def _run_dtype(directory: Path) -> str | None:
-    """The run's own `model.export_dtype`; run.json leaves out what a resumed run may change."""
+    """Reads the run's own `model.export_dtype`; run.json leaves out what a resumed run may change."""
     file = directory / "config.yaml"
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["export_dtype"]

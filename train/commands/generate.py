@@ -87,7 +87,7 @@ def _write(
 
 
 def _key(config: GenerateConfig, records: Any, prompts: Any, ends: list[int]) -> str:
-    """A hash of all that a continuation depends on; draws depend on its number, not on the batch."""
+    """Hashes all that a continuation depends on; draws depend on its number, not on the batch."""
     settings = dataclasses.asdict(config)
     del settings["output"], settings["batch_size"]
     asked = (settings, hash_model(config.model), records, prompts, ends)
@@ -120,7 +120,7 @@ def _check_lengths(
 
 
 def _keys(seed: int, rows: np.ndarray) -> jax.Array:
-    """The keys that the rows of the file draw with."""
+    """Makes the random keys that the rows of the file draw with."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
 
 

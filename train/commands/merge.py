@@ -9,6 +9,7 @@ On a CPU these took, for two models, 2 times the tensor in float32 (linear), 5 (
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -167,16 +168,14 @@ def _merged(
             continue
         others = [model.read(name) for model in models]
         dtype = config.dtype or origin.dtype
-        if fixed and all(_same(origin, other) for other in others):
+        if fixed and all(
+            other.dtype == origin.dtype and other.tobytes() == origin.tobytes() for other in others
+        ):
             merged = origin
         else:
             wide = [{name: array.astype(np.float32)} for array in (origin, *others)]
             merged = np.asarray(om.offline_merge(wide[0], wide[1:], **settings)[name])
         yield name, cast_checked(name, merged, dtype)
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
 def _tied(
@@ -194,5 +193,5 @@ def _dtype_name(base: SafetensorsDir) -> str:
     sizes = Counter[str]()
     for entry in base.entries.values():
         if entry.dtype is not None:
-            sizes[entry.dtype.name] += int(np.prod(entry.shape))
+            sizes[entry.dtype.name] += math.prod(entry.shape)
     return sizes.most_common(1)[0][0]

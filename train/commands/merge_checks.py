@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,7 +55,7 @@ def check_room(base: SafetensorsDir, output: Path, dtype: str | None) -> None:
     for entry in base.entries.values():
         # A tensor of integers is copied; each number has 8 bytes at most.
         width = 8 if entry.dtype is None else np.dtype(dtype or entry.dtype).itemsize
-        needed += width * int(np.prod(entry.shape, dtype=np.int64))
+        needed += width * math.prod(entry.shape)
     place = output.absolute()
     while not place.exists():
         place = place.parent

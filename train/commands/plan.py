@@ -75,7 +75,7 @@ def _plan_step(
 
 
 def merge_share(merging: Plan, plain: Plan) -> dict[str, float]:
-    """What the merge adds to the plain step, as shares of the merging one."""
+    """Computes what the merge adds to the plain step, as shares of the merging one."""
     shares = {"hbm": 1 - plain.memory.total / merging.memory.total}
     if merging.work and plain.work and merging.work.hbm_bytes and plain.work.hbm_bytes:
         shares["hbm_bytes_of_a_step"] = 1 - plain.work.hbm_bytes / merging.work.hbm_bytes

@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """A configuration as ``{"trainer.steps": 10, …}``, in the order of its fields."""
+    """Returns a configuration as ``{"trainer.steps": 10, …}``, in the order of its fields."""
     flat: dict[str, Any] = {}
     # `asdict` also makes dicts, which JSON can hold, of groups of fields that the user names.
     for name, plain in dataclasses.asdict(config).items():

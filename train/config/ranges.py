@@ -40,7 +40,7 @@ RANGES: dict[Any, Range] = {
 def _restricted(
     shown: str, expected: str, holds: Callable[[Any], bool], kind: type[int] | type[float] = float
 ) -> type:
-    """A type of fields that ``--help`` shows by its kind and `shown`. Fields hold plain numbers."""
+    """Makes a type of fields that ``--help`` shows by kind and `shown`; fields hold plain numbers."""
     restricted = type(f"{kind.__name__} {shown}", (kind,), {})
     RANGES[restricted] = Range(kind, expected, holds)
     return restricted

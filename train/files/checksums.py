@@ -34,12 +34,11 @@ def hash_files(directory: Path, names: Iterable[str]) -> Checksums:
 
     Raises `OSError` where a file cannot be read.
     """
-    files = [directory / name for name in names]
+    files = {name: directory / name for name in names}
     with ThreadPoolExecutor(_THREADS) as pool:  # hashing releases the interpreter lock
-        hashes = list(pool.map(hash_file, files))
+        hashes = dict(zip(files, pool.map(hash_file, files.values()), strict=True))
     return {
-        file.relative_to(directory).as_posix(): {"size": file.stat().st_size, "sha256": found}
-        for file, found in zip(files, hashes, strict=True)
+        name: {"size": file.stat().st_size, "sha256": hashes[name]} for name, file in files.items()
     }
 
 
@@ -80,16 +79,11 @@ def find_damage(directory: Path, checked: Callable[[str], bool] = lambda name: T
             return f"{name}: {error.strerror}"
         if found != size:
             return f"{name} has {found} bytes instead of {size}"
-    with ThreadPoolExecutor(_THREADS) as pool:
-        checksums = pool.map(lambda name: _hash_or_error(directory / name), expected)
-        for (name, (_, checksum)), found in zip(expected.items(), checksums, strict=True):
-            if found != checksum:
-                return f"the content of {name} has changed since it was written"
-    return None
-
-
-def _hash_or_error(path: Path) -> str:
     try:
-        return hash_file(path)
+        checksums = hash_files(directory, expected)
     except OSError as error:
-        return str(error)
+        return f"{error.filename}: {error.strerror}"
+    for name, (_, checksum) in expected.items():
+        if checksums[name]["sha256"] != checksum:
+            return f"the content of {name} has changed since it was written"
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,23 +31,18 @@ class MetricsLog:
         self._directory = directory
         if jax.process_index() != 0:
             return
-        try:
-            self._open(resume_step)
-        except OSError as error:
-            raise _unwritable(directory, error) from error
-
-    def _open(self, resume_step: int) -> None:
-        path, board = self._directory / "metrics.jsonl", self._directory / "tensorboard"
-        keep_until(path, resume_step)
-        board.mkdir(exist_ok=True)
-        # Not tensorboardX's SummaryWriter: its thread dies when the disk is full, and then it hangs.
-        self._board = EventsWriter(str(board / "events"))
-        # What follows takes the place of later steps in earlier files; for a new run too, because
-        # one killed before its first checkpoint starts again at step 1.
-        start = SessionLog(status=SessionLog.START)
-        self._board.write_event(Event(step=resume_step + 1, file_version="brain.Event:2"))
-        self._board.write_event(Event(step=resume_step + 1, session_log=start))
-        self._file = path.open("ab")
+        path, board = directory / "metrics.jsonl", directory / "tensorboard"
+        with _stops_where_unwritable(directory):
+            keep_until(path, resume_step)
+            board.mkdir(exist_ok=True)
+            # Not tensorboardX's SummaryWriter: its thread dies when the disk is full, and it hangs.
+            self._board = EventsWriter(str(board / "events"))
+            # What follows takes the place of later steps in earlier files; for a new run too, because
+            # one killed before its first checkpoint starts again at step 1.
+            start = SessionLog(status=SessionLog.START)
+            self._board.write_event(Event(step=resume_step + 1, file_version="brain.Event:2"))
+            self._board.write_event(Event(step=resume_step + 1, session_log=start))
+            self._file = path.open("ab")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line, ``{"step": step, **metrics}``.
@@ -57,15 +52,13 @@ class MetricsLog:
         if self._file is None:
             return
         row = {name: float(value) for name, value in metrics.items()}
-        try:
+        with _stops_where_unwritable(self._directory):
             self._file.write(_line({"step": step, **row}))
             self._file.flush()
             for name, value in row.items():
                 event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
                 self._board.write_event(event)
             self._board.flush()
-        except OSError as error:
-            raise _unwritable(self._directory, error) from error
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -74,17 +67,19 @@ class MetricsLog:
         if self._file is None:
             return
         # Where a line could not be written, that error is being raised already.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), contextlib.closing(self._board):
             self._file.close()
-        with contextlib.suppress(OSError):
-            self._board.close()
 
 
-def _unwritable(directory: Path, error: OSError) -> UserError:
-    return UserError(
-        f"the log in {directory} cannot be written ({error.strerror}), so training stopped. Make "
-        "room; the same command goes on from the last checkpoint."
-    )
+@contextlib.contextmanager
+def _stops_where_unwritable(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the log in {directory} cannot be written ({error.strerror}), so training stopped. Make "
+            "room; the same command goes on from the last checkpoint."
+        ) from error
 
 
 def keep_until(path: Path, step: int) -> None:

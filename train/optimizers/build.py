@@ -21,7 +21,7 @@ def make_optimizer(
     layer_axes: int | Callable[[tuple[str, ...]], int] = 0,
     steps: int | None = None,
 ) -> optax.GradientTransformation:
-    """Clipping, then the optimizer with the learning rate `schedule`.
+    """Makes clipping, then the optimizer with the learning rate `schedule`.
 
     `check_optimizer` accepts the options. `layer_axes` are the leading axes of a leaf whose entries are
     separate tensors. `steps`, the updates of the whole run, is needed where alpha has a schedule. The
@@ -45,7 +45,7 @@ def make_optimizer(
 
 
 def parameters(function: Callable[..., Any]) -> frozenset[str]:
-    """Names of the parameters of a function."""
+    """Returns the names of the parameters of a function."""
     return frozenset(inspect.signature(function).parameters)
 
 
@@ -56,7 +56,7 @@ def _call(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
 
 
 def _inner(options: AdamWOptions, values: Mapping[str, Any]) -> optax.GradientTransformation:
-    """The optimizer whose updates are merged, or applied as they are."""
+    """Makes the optimizer whose updates are merged, or applied as they are."""
     match options.inner_name:
         case "adamw":
             tx = _call(optax.adamw, values)
@@ -88,7 +88,7 @@ def _with_moments_in(tx: optax.GradientTransformation, dtype: str) -> optax.Grad
 def _merging(
     options: OptimizerOptions, inner: optax.GradientTransformation, values: Mapping[str, Any]
 ) -> optax.GradientTransformation:
-    """The optimizer of a name, which rounds its updates as the settings say."""
+    """Makes the optimizer of a name, which rounds its updates as the settings say."""
     match options.name:
         case "adamw" | "lion":
             tx = inner
@@ -110,5 +110,5 @@ def _merging(
 
 
 def _inputs_axis(path: tuple[str, ...]) -> int:
-    """The axis along which the inputs of one output run, counted within one tensor."""
+    """Returns the axis along which the inputs of one output run, counted within one tensor."""
     return -1 if path[-1] in ("embed_tokens", "weight", "bias") else -2

@@ -73,7 +73,7 @@ def _check_use(options: OptimizerOptions, field: str) -> None:
 def _read_by(
     name: OptimizerName, sparsifier: Sparsifier | None = None, consensus: Consensus | None = None
 ) -> set[str]:
-    """Fields that an optimizer reads: the parameters of its functions in `omerge_jax`, and ours.
+    """Lists fields that an optimizer reads: parameters of its functions in `omerge_jax`, and ours.
 
     Where online_merge has no sparsifier or consensus, the fields of all of them count.
     """

@@ -21,7 +21,6 @@ from train.data import (
     TokenDataset,
     UnusableRecord,
     answer_names,
-    make_buckets,
     normalise_preference,
     normalise_prompt,
     normalise_sft,
@@ -48,7 +47,7 @@ _PERCENTILES = (50, 90, 99)
 
 
 def describe_models(config: Config, console: Console) -> tuple[ModelConfig, Any]:
-    """The model's configuration and its tokenizer, without a look at its weights.
+    """Reads the model's configuration and its tokenizer, without a look at its weights.
 
     Raises `UserError` where a model cannot be used, or where the hub is needed and cannot be reached;
     what can be said about the records without it is shown before that.
@@ -65,7 +64,7 @@ def describe_models(config: Config, console: Console) -> tuple[ModelConfig, Any]
 def _described(
     config: Config, name: str, path: str, console: Console
 ) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer of a directory or a hub name, of which nothing else is fetched."""
+    """Reads configuration and tokenizer; nothing else is fetched of a hub name."""
     from transformers import AutoTokenizer
 
     try:
@@ -86,7 +85,7 @@ def _described(
 
 
 def _fetched_config(hub_name: str) -> Path:
-    """The directory of a ``config.json`` from the hub. Raises `OSError` where it cannot be fetched."""
+    """Fetches ``config.json`` from the hub and returns its directory. Raises `OSError`."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -114,14 +113,12 @@ def _show_records(config: Config, console: Console) -> None:
 
 def show_run(run: Run, examples: TokenDataset) -> None:
     """Prints the batches of a run, its first examples with their loss masks, and its length."""
-    trainer, rows = run.config.trainer, run.data.rows_per_epoch
-    batches = run.steps // run.config.steps_per_batch
-    buckets = make_buckets(run.data, trainer.batch_size, run.config.data.buckets, steps=batches)
-    run.console.print(f"Batches: {buckets.describe(run.data.arrays)}", highlight=False)
+    size, rows = run.config.trainer.batch_size, run.data.rows_per_epoch
+    run.show_buckets()
     show_examples(examples, run.tokenizer, run.console)
     run.console.print(
-        f"{run.steps} steps of {trainer.batch_size} rows, {batches * trainer.batch_size / rows:.2g} "
-        f"epochs; {0 if run.held_out is None else len(run.held_out)} rows held out. Dry run: no weight "
+        f"{run.steps} steps of {size} rows, {run.batches * size / rows:.2g} epochs; "
+        f"{0 if run.held_out is None else len(run.held_out)} rows held out. Dry run: no weight "
         "was read, nothing was written.",
         highlight=False,
     )

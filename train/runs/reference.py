@@ -27,7 +27,7 @@ Scores = Mapping[str, np.ndarray]
 def cache_file(
     directory: Path, model_hash: str, dataset: TokenDataset, computation: list[str | float]
 ) -> Path:
-    """Where the log-probabilities of one model on one data set are kept.
+    """Says where the log-probabilities of one model on one data set are kept.
 
     `computation` holds the types of the computation and of the parameters, and what else it depends on.
     Of labelled answers the mismatched ones count too.
@@ -38,7 +38,7 @@ def cache_file(
 
 
 def read_cache(file: Path, rows: int, names: tuple[str, ...]) -> Scores | None:
-    """The log-probabilities in a file by the names of answers, or None when it does not exist.
+    """Reads the log-probabilities in a file by the names of answers, or None when it does not exist.
 
     Raises `UserError` where the file is damaged, or not of so many rows.
     """
@@ -68,7 +68,7 @@ def with_reference(
     names: tuple[str, ...],
     compute: Callable[[TokenDataset], Scores],
 ) -> TokenDataset:
-    """The data set with `reference_NAME_logps`, float32 ``[rows]``, for every kind of answer.
+    """Adds columns `reference_NAME_logps`, float32 ``[rows]``, for every kind of answer.
 
     They come from the cache, or are computed and cached where `file` does not exist.
     """

@@ -125,7 +125,7 @@ def _checked_run(
 
 
 def _models(config: Config) -> tuple[ModelConfig, Any]:
-    """The model's configuration and its tokenizer, after a look at the headers of all weights."""
+    """Reads the model's configuration and its tokenizer, after a look at the headers of all weights."""
     model = check_model(config.model)
     tokenizer = load_tokenizer(config.model.path, "model.path")
     base = getattr(config.model, "base", None)
@@ -185,7 +185,7 @@ def _check_rows(config: Config, mesh: Mesh | None) -> None:
 
 
 def count_steps(options: TrainerOptions, rows: int, per_batch: int = 1) -> int:
-    """Number of updates, `per_batch` on every batch, where an epoch has so many `rows`.
+    """Counts the updates, `per_batch` on every batch, where an epoch has so many `rows`.
 
     Raises `UserError` where there are fewer rows than a batch has, or less than one step results.
     """

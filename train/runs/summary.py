@@ -16,7 +16,7 @@ _HIDDEN = ("step", "tokens_per_second", "learning_rate")
 
 
 def summarise(output: OutputDir, *, exported: int) -> dict[str, Any]:
-    """What summary.json holds, above all the first and the last value of every metric."""
+    """Returns what summary.json holds, above all the first and the last value of every metric."""
     metrics: dict[str, dict[str, float]] = {}
     rows = read_metrics(output.path / "metrics.jsonl")
     for row in rows:
@@ -60,7 +60,7 @@ def _kind(name: str) -> str:
 
 
 def _style(name: str, value: dict[str, float]) -> str | None:
-    """The style of a row: headlines are bold, and skipped steps are yellow."""
+    """Returns the style of a row: headlines are bold, and skipped steps are yellow."""
     if name == "skipped_steps" and value["last"]:
         return "yellow"
     return "bold" if name in HEADLINES else None

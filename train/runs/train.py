@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from train.config import UserError
-from train.data import TokenDataset, make_buckets, make_loader
+from train.data import TokenDataset, make_loader
 from train.distributed.batches import row_parts
 from train.distributed.mesh import compiler_options, on_mesh
 from train.distributed.processes import is_first
@@ -65,7 +64,7 @@ class Objective:
     inputs: Mapping[str, str] = field(default_factory=dict)
 
     def reference_columns(self, params: Params, batch: Batch) -> Batch:
-        """The reference's log-probabilities of a batch, by the names that the loss reads."""
+        """Computes the reference's log-probabilities of a batch, by the names that the loss reads."""
         assert self.score is not None
         names = [f"reference_{name}_logps" for name in self.names]
         return dict(zip(names, self.score(params, batch), strict=True))
@@ -138,7 +137,14 @@ def _job(
         start=weights.start,
         like=abstract(like, shardings),
         step=lambda state, batch: step(state, batch, weights.frozen, weights.merged_models),
-        loader=_loader(run, data, objective.shuffle),
+        loader=make_loader(
+            data,
+            trainer.batch_size,
+            seed=trainer.seed,
+            shuffle=objective.shuffle,
+            shard=row_parts(run.mesh),
+            buckets=run.show_buckets() if objective.shuffle else None,
+        ),
         evaluate=None if evaluate is None else lambda state: evaluate(all_params(state, evaluated)),
         check_first=None if check_first is None else blamed_on("reference")(check_first),
         learning_rates=learning_rates(run.schedule, run.steps),
@@ -155,7 +161,7 @@ def _job(
 def _with_reference(
     run: Run, objective: Objective, weights: StartWeights, dataset: TokenDataset, key: str
 ) -> TokenDataset:
-    """The data set with the reference's log-probabilities, from the cache where it has them."""
+    """Adds the reference's log-probabilities to a data set, from the cache where it has them."""
     model = run.config.model
     cache = getattr(run.config, "reference_cache", None)
     directory = run.output.path / "reference" if cache is None else Path(cache)
@@ -178,7 +184,7 @@ def _with_reference(
 
 
 def _with_tasks(run: Run, evaluate: Evaluate | None) -> Evaluate | None:
-    """An evaluation of held-out rows, if any, and of the tasks, if any."""
+    """Adds the tasks, if there are any, to the evaluation of held-out rows, if there are any."""
     if not run.tasks:
         return evaluate
     ends = end_tokens(run.config.model.path, run.tokenizer)
@@ -190,24 +196,8 @@ def _with_tasks(run: Run, evaluate: Evaluate | None) -> Evaluate | None:
     return lambda params: held_out(params) | as_metrics(scores(params))
 
 
-def _loader(run: Run, data: TokenDataset, shuffle: bool) -> Any:
-    trainer, buckets = run.config.trainer, None
-    if shuffle:
-        count, batches = run.config.data.buckets, run.steps // run.config.steps_per_batch
-        buckets = make_buckets(data, trainer.batch_size, count, steps=batches)
-        run.console.print(f"Batches: {buckets.describe(data.arrays)}", highlight=False)
-    return make_loader(
-        data,
-        trainer.batch_size,
-        seed=trainer.seed,
-        shuffle=shuffle,
-        shard=row_parts(run.mesh),
-        buckets=buckets,
-    )
-
-
 def _weights_of(run: Run, step: int, state: State, like: State) -> Params:
-    """The trained weights of a step, or their average where the settings say so."""
+    """Returns the trained weights of a step, or their average where the settings say so."""
     ema, by = run.config.trainer.ema, run.config.trainer.export_best
     name = "ema" if ema is not None and ema.export else "params"
     if step == int(state["step"]):
