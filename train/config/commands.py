@@ -47,8 +47,8 @@ class _RunConfig:
     output_dir: str
     data: PromptDataOptions
     model: ModelOptions
-    optimizer: AdamWOptions
     trainer: TrainerOptions
+    optimizer: AdamWOptions
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     evaluation: TaskSetOptions = field(default_factory=TaskSetOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
