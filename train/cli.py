@@ -52,13 +52,11 @@ def report(arguments: Sequence[str]) -> None:
 
 
 class Command(NamedTuple):
-    """One command.
+    """One command with a line of help.
 
-    Attributes:
-        help: A line about it.
-        config: The class of its settings, or MODULE:CLASS; None for a command without.
-        function: What is called with its settings, as MODULE:FUNCTION; or a function that reads its
-            arguments itself.
+    `config` is the class of its settings, or MODULE:CLASS to import later. `function` is
+    MODULE:FUNCTION, which takes the settings; or it is a function that reads the arguments itself,
+    and `config` is None.
     """
 
     help: str
@@ -124,13 +122,13 @@ _TRAINING = ("sft", "dpo", "kto", "online-dpo", "grpo")
 
 
 def imported(place: str) -> Any:
-    """What MODULE:NAME is in `train`."""
+    """Imports MODULE:NAME of `train`."""
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(f"train.{module}"), name)
 
 
 def overview() -> str:
-    """The help of ``python -m train``."""
+    """Returns the help of ``python -m train``."""
     lines = [f"  {name:14s} {command.help}" for name, command in COMMANDS.items()]
     first = "usage: python -m train COMMAND [--config FILE] [--FIELD VALUE ...]"
     last = "python -m train COMMAND --help lists the fields of a command."
@@ -138,15 +136,11 @@ def overview() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Runs one command, with the arguments of the process where none are given.
 
-    Args:
-        arguments: Command and flags; those of the process when None.
-
-    Returns:
-        Exit status: 0, 2 when the user gave something that cannot be used, 75 when a signal or
-        something that will pass stopped a run that can go on, 130 when interrupted before there was
-        anything to save.
+    Returns the exit status: 0; 2 when the user gave something that cannot be used; 75 when a signal, or
+    something that will pass, stopped a run that can go on; 130 when it was interrupted before there was
+    anything to save.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -185,8 +179,7 @@ def _run_command(name: str, arguments: Sequence[str]) -> None:
         return
     config = configured(name, imported(kind) if isinstance(kind, str) else kind, arguments)
     if name == "plan":
-        imported("plan.environment:prepare_environment")(
-            config.topology
-        )  # before anything imports jax
+        # Before anything imports jax.
+        imported("plan.environment:prepare_environment")(config.topology)
     with joined(config.distributed) if name in _TRAINING else nullcontext():
         imported(function)(config)

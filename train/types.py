@@ -18,7 +18,7 @@ Batch = Mapping[str, Any]
 """Columns by name, each with the rows of the batch on axis 0."""
 
 Prepared = tuple[dict[str, np.ndarray], dict[str, float]]
-"""A batch as a step takes it, and what is logged of it."""
+"""A batch as a step takes it, and the metrics that are logged about it."""
 
 Metrics = dict[str, jax.Array]
 """Scalars by the name under which they are logged."""
@@ -27,7 +27,7 @@ LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
 """``loss_fn(params, batch) -> (loss, metrics)``."""
 
 Score = Callable[[Any, Any], tuple[jax.Array, ...]]
-"""``score(params, batch)``: log-probabilities of every kind of answer, each float32 ``[rows]``."""
+"""``score(params, batch)`` gives log-probabilities of every kind of answer, each float32 ``[rows]``."""
 
 Evaluate = Callable[[Any], dict[str, float]]
-"""``evaluate(params)``: held-out metrics by name."""
+"""``evaluate(params)`` gives held-out metrics by name."""

@@ -17,8 +17,7 @@ from train.runs.train import Objective, train
 def train_dpo(config: DPOConfig) -> None:
     """Aligns from the start or from the last checkpoint, and exports the model.
 
-    Raises:
-        UserError: something given cannot be used; before training starts.
+    Raises `UserError` before training starts where something given cannot be used.
     """
     loss = check_preference_loss(config.loss, config.trainer.gradient_accumulation_steps)
     check_config(config)

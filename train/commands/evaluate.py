@@ -10,17 +10,11 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from train.config import (
-    EvalConfig,
-    ModelOptions,
-    PreferenceEvalOptions,
-    UserError,
-    check_settings,
-)
+from train.config import EvalConfig, ModelOptions, PreferenceEvalOptions, UserError, check_settings
 from train.data import TokenDataset, tokenize_preference
 from train.evaluation.held_out import answer_logps, evaluate_preferences
 from train.evaluation.tasks import Tasks, read_tasks, task_scorer
-from train.files.whole import check_place, write_json
+from train.files.whole import check_new_file, write_json
 from train.inputs.model import blamed_on, check_model, check_related, load_tokenizer
 from train.inputs.records import sharing_prompts, split_records, tokenized
 from train.losses import PreferenceLoss
@@ -34,17 +28,18 @@ Results = dict[str, Any]
 
 
 def evaluate_model(config: EvalConfig) -> Results:
-    """Evaluates one model, prints a table and writes the JSON file.
+    """Evaluates one model, prints a table, writes the JSON file and returns what it holds.
 
-    Returns:
-        What the file holds: ``{"model", "preferences": {metric: value}}`` and under each of
-        ``"tasks"``, ``"texts"`` and ``"generation"`` ``{name: {metric: value}}``.
-
-    Raises:
-        UserError: something given cannot be used; before weights are read.
+    That is ``{"model", "preferences": {metric: value}}`` and under each of ``"tasks"``, ``"texts"`` and
+    ``"generation"`` ``{name: {metric: value}}``. Raises `UserError` before weights are read where
+    something given cannot be used.
     """
     console = Console()
-    output = _check(config)
+    check_settings(config)
+    if not (config.preferences or config.tasks or config.texts or config.generation):
+        raise UserError("Nothing to evaluate: give preferences, tasks, texts or generation.")
+    output = Path(config.output)
+    check_new_file(output, "output")
     model = check_model(ModelOptions(path=config.model, dtype=config.dtype), name="model")
     tokenizer = load_tokenizer(config.model, "model")
     tasks = read_tasks(config, tokenizer, model.max_position_embeddings, console)
@@ -57,36 +52,19 @@ def evaluate_model(config: EvalConfig) -> Results:
     # Shown first: whatever keeps the file from being written, the work is not lost.
     console.print(_table(results))
     with blamed_on("output"):
-        _check_new(output)
+        check_new_file(output, "output")
         write_json(output, results)
     console.print(f"Written to {output}", highlight=False, soft_wrap=True)
     return results
 
 
 def _read_pairs(options: PreferenceEvalOptions, tokenizer: Any) -> TokenDataset:
-    """The held-out pairs, or all of them where nothing is to be held out."""
+    """Reads the held-out pairs, or all of them where nothing is to be held out."""
     name = "preferences.path"
     everything, held_out = split_records(options, name)
     records = everything if held_out is None else held_out
     pairs = tokenized(records, options, name, tokenize_preference, tokenizer)
     return sharing_prompts(pairs, options)
-
-
-def _check(config: EvalConfig) -> Path:
-    check_settings(config)
-    named = [*config.tasks, *config.texts, *config.generation]
-    if config.preferences is None and not named:
-        raise UserError("Nothing to evaluate: give preferences, tasks, texts or generation.")
-    output = Path(config.output)
-    _check_new(output)
-    check_place(output, "output")
-    return output
-
-
-def _check_new(output: Path) -> None:
-    """Raises `UserError` where the file is already there."""
-    if output.exists():
-        raise UserError(f"output: {str(output)!r} exists; nothing is overwritten.")
 
 
 def _evaluate(
@@ -113,7 +91,7 @@ def _evaluate(
 
 
 def _with_reference(config: EvalConfig, score: Score, pairs: TokenDataset) -> TokenDataset:
-    """The pairs with the log-probabilities that the reference gives their answers."""
+    """Adds the log-probabilities that the reference gives the answers of pairs."""
     assert config.preferences is not None
     params = _load(config.preferences.reference, config, "preferences.reference")
     chosen, rejected = answer_logps(
@@ -123,7 +101,7 @@ def _with_reference(config: EvalConfig, score: Score, pairs: TokenDataset) -> To
 
 
 def _load(path: str, config: EvalConfig, name: str) -> Any:
-    """The parameters of a model directory that the field `name` gives."""
+    """Reads the parameters of a model that the field `name` gives."""
     with blamed_on(name):
         # Parameters stay float32, as in training: only the computation takes the type.
         return split_model(
@@ -132,7 +110,7 @@ def _load(path: str, config: EvalConfig, name: str) -> Any:
 
 
 def _table(results: Results) -> Table:
-    """All metrics, a group for the preferences and for every task."""
+    """Makes a table of all metrics, a group for the preferences and for every task."""
     table = Table("", "metric", title=results["model"])
     table.add_column("value", justify="right")
     groups = [("preferences", results.get("preferences", {}))]

@@ -26,8 +26,7 @@ from train.training.checkpoint import Checkpoints, restore_params
 def export_checkpoint(config: ExportConfig) -> None:
     """Writes the model of any checkpoint of a run.
 
-    Raises:
-        UserError: no such run or checkpoint, or the output is not empty.
+    Raises `UserError` where there is no such run or checkpoint, or the output is not empty.
     """
     check_settings(config)
     record = Path(config.run) / "run.json"
@@ -65,34 +64,29 @@ def export_checkpoint(config: ExportConfig) -> None:
 
 
 def _model_options(settings: dict[str, Any]) -> ModelOptions:
-    """The model's settings as a run recorded them, dotted names and all.
+    """Returns the model's settings, which a run records under dotted names.
 
-    All but its attention, which an export does not compute, and which may need another machine.
+    Its attention may need another machine, and an export does not compute it, so it is xla here.
     """
-    fields = {item.name for item in dataclasses.fields(ModelOptions)} - {"lora"}
-    given = {name: settings[f"model.{name}"] for name in fields if f"model.{name}" in settings}
-    lora = {
-        item.name: settings[f"model.lora.{item.name}"]
-        for item in dataclasses.fields(LoraOptions)
-        if f"model.lora.{item.name}" in settings
-    }
-    given["attention"] = "xla"
-    return ModelOptions(**given, lora=LoraOptions(**lora) if lora else None)
+
+    def given(prefix: str, kind: type[ModelOptions | LoraOptions]) -> dict[str, Any]:
+        names = {f"{prefix}.{item.name}": item.name for item in dataclasses.fields(kind)}
+        return {name: settings[key] for key, name in names.items() if key in settings}
+
+    lora = given("model.lora", LoraOptions)
+    parts = {"attention": "xla", "lora": LoraOptions(**lora) if lora else None}
+    return ModelOptions(**given("model", ModelOptions) | parts)
 
 
 def _restored(settings: dict[str, Any], params: Any) -> tuple[Any, str]:
-    """Shapes and name of what a checkpoint holds of the weights to export."""
+    """Returns shapes and name of what a checkpoint holds of the weights to export."""
     if not settings.get("trainer.ema.export"):
         return params, "params"
-
-    def wide(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
-
-    return jax.tree.map(wide, params), "ema"
+    return jax.tree.map(lambda leaf: leaf.update(dtype=jnp.float32), params), "ema"
 
 
 def _frozen(options: ModelOptions, rest: Any, record: Path) -> Any:
-    """The parameters that were not trained, from the model that the run started from."""
+    """Reads the parameters that were not trained from the model that the run started from."""
     expected = json.loads(record.read_text())["inputs"]["model"]
     if hash_model(options.path) != expected:
         raise UserError(
@@ -107,7 +101,7 @@ def _frozen(options: ModelOptions, rest: Any, record: Path) -> Any:
 
 
 def _run_dtype(directory: Path) -> str | None:
-    """The run's own `model.export_dtype`; run.json leaves out what a resumed run may change."""
+    """Reads the run's own `model.export_dtype`; run.json leaves out what a resumed run may change."""
     file = directory / "config.yaml"
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["export_dtype"]

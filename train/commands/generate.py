@@ -19,7 +19,7 @@ from train.data import Record, read_records
 from train.data.padding import pad_prompts
 from train.data.tokenizing import encode_prompts
 from train.files.continued_lines import continued_lines
-from train.files.whole import check_place
+from train.files.whole import check_new_file
 from train.generation.filters import Filters
 from train.generation.sampler import Sampler
 from train.inputs.model import blamed_on, check_model, hash_model, load_tokenizer
@@ -32,8 +32,7 @@ from train.types import Params
 def generate_text(config: GenerateConfig) -> None:
     """Writes the continuations to the terminal or to a new file.
 
-    Raises:
-        UserError: something given cannot be used; before weights are read.
+    Raises `UserError` before weights are read where something given cannot be used.
     """
     console = Console()
     filters = _check(config)
@@ -88,7 +87,7 @@ def _write(
 
 
 def _key(config: GenerateConfig, records: Any, prompts: Any, ends: list[int]) -> str:
-    """A hash of all that a continuation depends on; draws depend on its number, not on the batch."""
+    """Hashes all that a continuation depends on; draws depend on its number, not on the batch."""
     settings = dataclasses.asdict(config)
     del settings["output"], settings["batch_size"]
     asked = (settings, hash_model(config.model), records, prompts, ends)
@@ -104,10 +103,7 @@ def _check(config: GenerateConfig) -> Filters:
             "output is the file for the continuations of prompts: give both, or neither."
         )
     if config.output is not None:
-        output = Path(config.output)
-        if output.exists():
-            raise UserError(f"output: {config.output!r} exists; nothing is overwritten.")
-        check_place(output, "output")
+        check_new_file(Path(config.output), "output")
     return Filters(config.temperature, config.top_k, config.top_p, config.min_p)
 
 
@@ -124,7 +120,7 @@ def _check_lengths(
 
 
 def _keys(seed: int, rows: np.ndarray) -> jax.Array:
-    """The keys that the rows of the file draw with."""
+    """Makes the random keys that the rows of the file draw with."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
 
 
@@ -133,16 +129,16 @@ def _show(
 ) -> None:
     """Writes text as soon as its bytes are whole characters."""
     ids: list[int] = []
-    written = ""
+    text, written = "", 0
     tokens, mask = pad_prompts([prompt], sampler.pad_id)
     for token in sampler.stream(params, tokens, mask, _keys(seed, np.arange(1))):
         ids.append(int(token[0]))
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if not text.endswith("\ufffd"):
-            out.write(text[len(written) :])
+            out.write(text[written:])
             out.flush()
-            written = text
-    out.write(tokenizer.decode(ids, skip_special_tokens=True)[len(written) :] + "\n")
+            written = len(text)
+    out.write(text[written:] + "\n")
 
 
 def _complete(
@@ -161,10 +157,9 @@ def _complete(
         filled = np.pad(rows, (0, size - len(rows)), mode="edge")
         tokens, mask = pad_prompts([prompts[row] for row in filled], sampler.pad_id)
         found = sampler(params, tokens, mask, _keys(config.seed, filled))
-        for _, ids, used in zip(
-            rows, np.asarray(found.tokens), np.asarray(found.mask), strict=False
-        ):
-            ids = ids[used]
+        answers, used = np.asarray(found.tokens), np.asarray(found.mask)
+        for row in range(len(rows)):
+            ids = answers[row][used[row]]
             yield {
                 "generated": tokenizer.decode(ids, skip_special_tokens=True),
                 "generated_tokens": len(ids),

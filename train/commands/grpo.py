@@ -1,51 +1,6 @@
-r"""``python -m train grpo``: alignment on groups of the policy's own answers, scored by rewards.
+"""``python -m train grpo``: alignment on groups of the policy's own answers, scored by rewards.
 
-In every step the policy answers each prompt of a batch `sampling.num_generations` times
-(`train.generation.sampler`), rewards score the answers, and the train step of `dpo` raises the
-probability of those that are better than the others to the same prompt, with any optimizer, online
-merging included (GRPO: Shao et al., 2024, "DeepSeekMath", arXiv:2402.03300). Prompts come from any
-data set that `dpo`, `kto` or `sft` read, or from records that have nothing else.
-
-    python -m train grpo --config train/configs/grpo.yaml --config train/configs/smollm2_on_dare.yaml \
-        --model.path runs/sft/export --model.base models/smollm2 --data.path questions.jsonl \
-        --reward.function my_rewards:correct --output_dir runs/grpo
-
-with `my_rewards.py` in the current directory (a function written for TRL works as it is), where the
-records of `questions.jsonl` hold a `prompt` and an `answer`:
-
-    def correct(completions, answer, **kwargs):
-        return [float(text.strip().endswith(right)) for text, right in zip(completions, answer)]
-
-Prompts that are messages give completions that are messages. Several functions
-(`--reward.function '[my_rewards:correct, my_rewards:brevity]'`) and reward models add up with
-`reward.weights`; see `train.commands.online_dpo` for both.
-
-The log has TRL's names: `reward`, `reward_std`, `rewards/NAME/mean` and `/std`,
-`frac_reward_zero_std`, `kl`, `entropy`, `clip_ratio/low_mean` …, `completions/mean_length`,
-`completions/clipped_ratio` and the others on lengths. Held-out prompts are answered once at each
-evaluation, from the same draws, for `eval_reward` and `eval_rewards/NAME/mean`, which
-`trainer.early_stop` and `trainer.export_best` can go by.
-
-Settings have TRL's names and defaults, in groups: `loss.type` is its loss_type, `loss.beta`,
-`loss.epsilon` … as there, `sampling.num_generations`, `sampling.num_iterations`,
-`sampling.max_new_tokens` (max_completion_length), `reward.weights` (reward_weights),
-`reward.scale_rewards` and `reward.multi_objective_aggregation`. What differs from TRL:
-
-- `trainer.batch_size` counts prompts, as in `online-dpo`: a step learns from it times
-  `sampling.num_generations` answers. It has to be a multiple of the devices, and the answers one of
-  the devices times `trainer.gradient_accumulation_steps`. New answers are sampled at every
-  `sampling.num_iterations`-th step (TRL's steps_per_generation is that of one optimizer step).
-- Draws depend on the seed, the step and the place in the batch alone. A run is saved only where it
-  samples anew, so that one that goes on is the same bit for bit: with `sampling.num_iterations` above
-  1, `trainer.steps`, `save_every` and `eval_every` are multiples of it, and a signal to stop waits
-  for the last step on the answers at hand.
-- The reference stays the model at `model.path`, in memory next to the policy while `loss.beta` is
-  above 0.
-- A reward that is not a finite number ends the run. Of several functions one may return None for an
-  answer to which it does not apply; an answer without any reward has an advantage of 0, and a warning.
-- `cispo` without `loss.epsilon_high` and `luspo` without one ratio an answer are refused.
-- With gradient accumulation `bnpo` divides by the tokens of each part and all others are what they
-  are without; metrics are means over all tokens, not over parts.
+The page ``docs/on_policy.md`` describes its settings, its log, and how it differs from TRL.
 """
 
 from __future__ import annotations
@@ -68,9 +23,8 @@ from train.runs.train import Objective, train
 def train_grpo(config: GRPOConfig) -> None:
     """Aligns from the start or from the last checkpoint, and exports the model.
 
-    Raises:
-        UserError: something given cannot be used, before training starts; or a reward gives
-            something other than finite numbers.
+    Raises `UserError` before training starts where something given cannot be used, and during training
+    where a reward gives something other than finite numbers.
     """
     check_config(config)
     length = config.sampling.max_new_tokens

@@ -21,8 +21,7 @@ from train.runs.train import Objective, train
 def train_kto(config: KTOConfig) -> None:
     """Aligns from the start or from the last checkpoint, and exports the model.
 
-    Raises:
-        UserError: something given cannot be used; before training starts.
+    Raises `UserError` before training starts where something given cannot be used.
     """
     loss = loss_from(UnpairedLoss, config.loss)
     beta_from(config.loss, steps=1)

@@ -9,6 +9,7 @@ On a CPU these took, for two models, 2 times the tensor in float32 (linear), 5 (
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,18 +41,8 @@ def merge_models(config: MergeConfig) -> Path:
 
     Tensors that are the same in all models, those that are no floating-point numbers, and rotary
     frequencies saved by old versions are copied bit for bit. Where the configuration ties the output
-    matrix to the embedding, both are merged once.
-
-    Returns:
-        The directory.
-
-    Raises:
-        UserError: settings that the method does not take or lacks, or models that do not belong
-            together; before a weight is read.
-
-    Example:
-        >>> merge_models(MergeConfig(method="ties", base="base", output="merged", models=[
-        ...     MergeModelOptions(path="a", weight=1.0, density=0.5)]))      # doctest: +SKIP
+    matrix to the embedding, both are merged once. Returns the directory. Raises `UserError` before a
+    weight is read where the method does not take or lacks settings, or models do not belong together.
     """
     output = Path(config.output)
     with blamed_on("output"):
@@ -76,8 +67,7 @@ def merge_models(config: MergeConfig) -> Path:
 def merge_settings(config: MergeConfig) -> dict[str, Any]:
     """Returns the keyword arguments of `omerge_jax.offline_merge` for a configuration.
 
-    Raises:
-        UserError: the method refuses them, a weight is missing, or there is no base.
+    Raises `UserError` where the method refuses them, a weight is missing, or there is no base.
     """
     check_settings(config)
     if not config.models:
@@ -178,16 +168,14 @@ def _merged(
             continue
         others = [model.read(name) for model in models]
         dtype = config.dtype or origin.dtype
-        if fixed and all(_same(origin, other) for other in others):
+        if fixed and all(
+            other.dtype == origin.dtype and other.tobytes() == origin.tobytes() for other in others
+        ):
             merged = origin
         else:
             wide = [{name: array.astype(np.float32)} for array in (origin, *others)]
             merged = np.asarray(om.offline_merge(wide[0], wide[1:], **settings)[name])
         yield name, cast_checked(name, merged, dtype)
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
 def _tied(
@@ -205,5 +193,5 @@ def _dtype_name(base: SafetensorsDir) -> str:
     sizes = Counter[str]()
     for entry in base.entries.values():
         if entry.dtype is not None:
-            sizes[entry.dtype.name] += int(np.prod(entry.shape))
+            sizes[entry.dtype.name] += math.prod(entry.shape)
     return sizes.most_common(1)[0][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,18 +18,14 @@ from train.models.hf_names import EMBEDDING, LM_HEAD
 from train.models.safetensors_dir import SafetensorsDir
 
 _COMPARED = ("architectures", "tie_word_embeddings")
-"""Fields that are compared where the decoder does not know the architecture."""
 
 
 def network_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Says where the networks of two ``config.json`` differ, such as in rotary frequencies.
 
     Weights of equal shapes may belong to networks that read them differently; a merge of those is
-    noise.
-
-    Returns:
-        One text a field, ``"rope_theta is 10000.0 and 500000.0"``, theirs first. Where the decoder does
-        not know the architecture, only its name and the tied embedding are compared.
+    noise. Returns one text a field, such as ``"rope_theta is 10000.0 and 500000.0"``, theirs first.
+    Where the decoder does not know the architecture, only the fields in `_COMPARED` are compared.
     """
     left, right, fields = dict(ours), dict(theirs), list(_COMPARED)
     with contextlib.suppress(ValueError):
@@ -43,11 +40,7 @@ def network_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> l
 
 
 def check_tied(weights: SafetensorsDir, field: str) -> None:
-    """Checks a stored copy of a tied output matrix, which a merge replaces by the embedding.
-
-    Raises:
-        UserError: it is not a copy.
-    """
+    """Raises `UserError` where a tied output matrix, which a merge replaces, is not the embedding."""
     stored = {EMBEDDING, LM_HEAD} <= weights.entries.keys()
     if stored and not np.array_equal(weights.read(LM_HEAD), weights.read(EMBEDDING)):
         raise UserError(
@@ -57,16 +50,12 @@ def check_tied(weights: SafetensorsDir, field: str) -> None:
 
 
 def check_room(base: SafetensorsDir, output: Path, dtype: str | None) -> None:
-    """Checks that the merged tensors fit on the disk.
-
-    Raises:
-        UserError: they do not; says how large they are and how much is free.
-    """
+    """Raises `UserError` where the merged tensors do not fit on the disk."""
     needed = 0
     for entry in base.entries.values():
         # A tensor of integers is copied; each number has 8 bytes at most.
         width = 8 if entry.dtype is None else np.dtype(dtype or entry.dtype).itemsize
-        needed += width * int(np.prod(entry.shape, dtype=np.int64))
+        needed += width * math.prod(entry.shape)
     place = output.absolute()
     while not place.exists():
         place = place.parent

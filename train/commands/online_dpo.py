@@ -1,32 +1,6 @@
-r"""``python -m train online-dpo``: alignment on pairs of the policy's own answers, ranked by a reward.
+"""``python -m train online-dpo``: alignment on pairs of the policy's own answers, ranked by a reward.
 
-In every step the policy answers each prompt of a batch twice (`train.generation.sampler`), a
-reward scores the answers, and the train step of `dpo` learns from the better and the worse one,
-with any loss on pairs and any optimizer, online merging included (Guo et al., 2024, "Direct
-Language Model Alignment from Online AI Feedback", arXiv:2402.04792). Prompts come from any data
-set that `dpo`, `kto` or `sft` read, or from records that have nothing else.
-
-    python -m train online-dpo --config train/configs/online_dpo.yaml \
-        --model.path runs/sft/export --model.base models/smollm2 --data.path prompts.jsonl \
-        --reward.function my_rewards:brevity --output_dir runs/online
-
-with `my_rewards.py` in the current directory (a function written for TRL works as it is):
-
-    def brevity(prompts, completions, **kwargs):
-        return [-float(len(text)) for text in completions]
-
-Prompts that are messages give completions that are messages, `[{"role": "assistant", "content": …}]`.
-Other fields of the records come as keyword arguments. `--reward.model DIR` takes a reward model
-instead: a `…ForSequenceClassification` directory with one label, as TRL's `RewardTrainer` writes.
-
-The log has TRL's names: `objective/scores`, `objective/scores_margin`, `objective/kl`,
-`objective/rlhf_reward`, `val/contain_eos_token`, `rewards/margins`, … Held-out prompts are answered
-once at each evaluation, from the same draws, for `eval_objective/scores`, which `trainer.early_stop`
-and `trainer.export_best` can go by.
-
-Against TRL: the reference stays the model at `model.path`, held in memory next to the policy; `ipo`
-averages over tokens as in `dpo`; a reward that is not a finite number ends the run instead of being
-counted as nothing.
+The page ``docs/on_policy.md`` describes its rewards, its log, and how it differs from TRL.
 """
 
 from __future__ import annotations
@@ -50,9 +24,8 @@ from train.types import Batch, Params, Prepared
 def train_online_dpo(config: OnlineDPOConfig) -> None:
     """Aligns from the start or from the last checkpoint, and exports the model.
 
-    Raises:
-        UserError: something given cannot be used, before training starts; or the reward gives
-            something other than finite numbers.
+    Raises `UserError` before training starts where something given cannot be used, and during training
+    where the reward gives something other than finite numbers.
     """
     check_config(config)
     loss = check_preference_loss(config.loss, config.trainer.gradient_accumulation_steps)

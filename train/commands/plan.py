@@ -29,8 +29,7 @@ FORMAT = "omerge_jax plan"
 def plan(config: PlanConfig) -> None:
     """Plans the step of a run, prints its figures and writes them to a file.
 
-    Raises:
-        UserError: a field cannot be used; before anything is compiled.
+    Raises `UserError` before anything is compiled where a field cannot be used.
     """
     # Tables are not to be folded where they go to a file.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
@@ -76,7 +75,7 @@ def _plan_step(
 
 
 def merge_share(merging: Plan, plain: Plan) -> dict[str, float]:
-    """What the merge adds to the plain step, as shares of the merging one."""
+    """Computes what the merge adds to the plain step, as shares of the merging one."""
     shares = {"hbm": 1 - plain.memory.total / merging.memory.total}
     if merging.work and plain.work and merging.work.hbm_bytes and plain.work.hbm_bytes:
         shares["hbm_bytes_of_a_step"] = 1 - plain.work.hbm_bytes / merging.work.hbm_bytes
@@ -84,11 +83,7 @@ def merge_share(merging: Plan, plain: Plan) -> dict[str, float]:
 
 
 def check_output(path: Path) -> None:
-    """Checks that a plan may be written to `path`.
-
-    Raises:
-        UserError: it holds something else, or cannot be written.
-    """
+    """Raises `UserError` where `path` holds something else than a plan, or cannot be written."""
     if not path.parent.is_dir():
         raise UserError(f"output_file: there is no directory {str(path.parent)!r}; make it.")
     check_place(path.parent, "output_file")

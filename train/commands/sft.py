@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from rich.console import Console
-
 from train.config import SFTConfig
-from train.data import TokenDataset, tokenize_sft
+from train.data import tokenize_sft
 from train.evaluation.held_out import evaluate_sft
 from train.inputs.records import packed
 from train.objectives.sft import sft_loss
@@ -18,17 +16,15 @@ from train.runs.train import Objective, train
 def train_sft(config: SFTConfig) -> None:
     """Trains from the start or from the last checkpoint, and exports the model.
 
-    Raises:
-        UserError: something given cannot be used; before training starts.
+    Raises `UserError` before training starts where something given cannot be used.
     """
-
-    def arrange(
-        data: TokenDataset, held_out: TokenDataset | None, console: Console
-    ) -> tuple[TokenDataset, TokenDataset | None]:
-        return packed(config.data, data, console), held_out
-
     check_config(config)
-    run = set_up("sft", config, tokenize_sft, arrange)
+    run = set_up(
+        "sft",
+        config,
+        tokenize_sft,
+        lambda data, held_out, console: (packed(config.data, data, console), held_out),
+    )
     if run is None:
         return
     loss_fn = sft_loss(run.graphdef, vocab_chunk=config.loss.vocab_chunk)

@@ -16,22 +16,16 @@ class UserError(ValueError):
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """A configuration as ``{"trainer.steps": 10, …}``, in the order of its fields."""
+    """Returns a configuration as ``{"trainer.steps": 10, …}``, in the order of its fields."""
     flat: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
+    # `asdict` also makes dicts, which JSON can hold, of groups of fields that the user names.
+    for name, plain in dataclasses.asdict(config).items():
+        value = getattr(config, name)
         if dataclasses.is_dataclass(value):
-            flat |= {f"{item.name}.{key}": inner for key, inner in flatten(value).items()}
+            flat |= {f"{name}.{key}": inner for key, inner in flatten(value).items()}
         else:
-            flat[item.name] = _plain(value)
+            flat[name] = plain
     return flat
-
-
-def _plain(value: Any) -> Any:
-    """Groups of fields that are named by the user, as dicts that JSON can hold."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(type(value)) else value
 
 
 def require(condition: bool, name: str, value: Any, expected: str) -> None:

@@ -13,7 +13,7 @@ from train.config.ranges import RANGES
 
 
 def configured(name: str, config_type: type, arguments: Sequence[str]) -> Any:
-    """Settings from files and flags; exits with status 2 and a message where they do not fit."""
+    """Reads settings from files and flags; exits with status 2 and a message where they do not fit."""
     _register_ranges()
     parser = make_parser(name, "[--config FILE] [--FIELD VALUE ...]")
     parser.add_argument("--config", action="config", help="YAML file with the fields below.")
@@ -24,7 +24,7 @@ def configured(name: str, config_type: type, arguments: Sequence[str]) -> Any:
 
 
 def make_parser(name: str, usage: str) -> ArgumentParser:
-    """The parser of a command, still without arguments."""
+    """Makes the parser of a command, still without arguments."""
     prog = f"python -m train {name}"
     return ArgumentParser(prog=prog, usage=f"{prog} {usage}")
 

@@ -47,8 +47,8 @@ class _RunConfig:
     output_dir: str
     data: PromptDataOptions
     model: ModelOptions
-    optimizer: AdamWOptions
     trainer: TrainerOptions
+    optimizer: AdamWOptions
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     evaluation: TaskSetOptions = field(default_factory=TaskSetOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
@@ -262,7 +262,7 @@ class PlanConfig(DPOConfig):
         output_file: JSON file for the figures; an older plan is replaced. Unset: none is written.
         search: Try meshes, remat policies, parts of a batch and ways to hold the delta, and show the
             fastest that fit.
-        output_dir: Of the run; a plan does not touch it.
+        output_dir: Directory of the run, which a plan does not touch.
     """
 
     topology: str
@@ -301,15 +301,8 @@ FREE_FIELDS = frozenset(
         "trainer.save_every",
         "trainer.keep",
         "trainer.log_every",
-        "mesh.data",
-        "mesh.fsdp",
-        "mesh.tensor",
-        "distributed.mode",
-        "distributed.coordinator_address",
-        "distributed.num_processes",
-        "distributed.process_id",
-        "distributed.timeout",
-        "distributed.heartbeat_timeout",
         "trainer.max_skipped_steps",
+        *(f"mesh.{item.name}" for item in fields(MeshOptions)),
+        *(f"distributed.{item.name}" for item in fields(DistributedOptions)),
     }
 )

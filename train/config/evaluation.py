@@ -102,8 +102,8 @@ class GenerationTaskOptions(_ScoredFile):
         extract: Regular expression whose last match in what the model wrote is its answer: the
             first group that matched, or the whole. Unset: the last number with "exact_match",
             everything with "squad".
-        answer_extract: The same for the right answers, for example "#### (.+)" of GSM8K. Unset:
-            all of it.
+        answer_extract: Such an expression for the right answers, for example "#### (.+)" of GSM8K.
+            Unset: all of the text counts.
         max_new_tokens: Tokens to generate at most.
         chat_template: Put the prompt into the tokenizer's chat template.
     """

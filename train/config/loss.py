@@ -90,19 +90,19 @@ class GroupLossOptions(SFTLossOptions):
         beta: Weight of the divergence from the reference, the model at model.path. 0: there is none,
             and nothing is held in memory for it.
         epsilon: How far below 1 the ratio of new and old probability counts.
-        epsilon_high: How far above 1. Unset: as epsilon. For cispo the largest ratio itself.
+        epsilon_high: How far above 1 it counts. Unset: as far as below. For cispo: the largest ratio.
         delta: Largest ratio where the clip sets no bound (two-sided GRPO). Unset: none.
         importance_sampling_level: token, or sequence for one ratio an answer (GSPO).
         use_bias_correction_kl: Multiply the divergence by the ratio, for an unbiased gradient.
         mask_truncated_completions: Leave answers out of the loss that have not ended after
             sampling.max_new_tokens. Their rewards count in the means of their groups.
-        sapo_temperature_neg: Of sapo's gate, for answers no better than the mean of their group.
-        sapo_temperature_pos: Of sapo's gate, for better ones.
-        vespo_k_pos: Of vespo's weights, for answers no worse than the mean of their group: how fast
-            they fall for answers that have become less likely.
-        vespo_lambda_pos: For the same: how fast they fall for answers that have become more likely.
-        vespo_k_neg: As vespo_k_pos, for worse answers.
-        vespo_lambda_neg: As vespo_lambda_pos, for worse answers.
+        sapo_temperature_neg: Temperature of sapo's gate for answers no better than their group's mean.
+        sapo_temperature_pos: Temperature of sapo's gate for answers better than their group's mean.
+        vespo_k_pos: How fast vespo's weights fall where an answer no worse than its group's mean has
+            become less likely.
+        vespo_lambda_pos: How fast they fall where such an answer has become more likely.
+        vespo_k_neg: The same as vespo_k_pos, for answers worse than their group's mean.
+        vespo_lambda_neg: The same as vespo_lambda_pos, for answers worse than their group's mean.
     """
 
     type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"] = "dapo"

@@ -56,9 +56,9 @@ class ModelOptions:
             of a bfloat16 model are rounded.
         lora: Train low-rank adapters alone. Exported are the model with them merged in, and the
             adapters in PEFT's format.
-        freeze: Regular expressions; a parameter whose dotted path, such as
-            layers.self_attn.q_proj.kernel or embed_tokens, one of them is found in is not trained.
-        trainable: The other way round: only what one of them is found in is trained.
+        freeze: Regular expressions. A parameter is not trained where one of them is found in its dotted
+            path, such as layers.self_attn.q_proj.kernel or embed_tokens.
+        trainable: Regular expressions. Only parameters are trained in whose path one of them is found.
     """
 
     path: str

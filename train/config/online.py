@@ -86,9 +86,8 @@ class GroupRewardOptions:
             several may return None for an answer to which it does not apply.
         model: Directory of a reward model, or a hub name, or a list of them.
         weights: A factor for every function, then for every model. Unset: 1 each.
-        scale_rewards: group divides what an answer's reward is above the mean of its group by the
-            standard deviation of the group; batch by that of all rewards of the batch; none by
-            nothing.
+        scale_rewards: What an answer's reward minus the mean of its group is divided by: group (the
+            standard deviation of the group), batch (that of all rewards of the batch) or none.
         multi_objective_aggregation: sum_then_normalize adds the rewards up and compares the sums;
             normalize_then_sum divides each reward by its deviation in the group, adds those up, and
             divides by the deviation of the batch (GDPO).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from train.config import ranges
@@ -49,10 +50,6 @@ class ScheduleOptions:
             )
 
 
-def _constant() -> ScheduleOptions:
-    return ScheduleOptions(type="constant")
-
-
 @dataclass(frozen=True, kw_only=True)
 class AlphaOptions:
     """Weight of the reference delta over time, or relative to the size of the steps.
@@ -71,7 +68,7 @@ class AlphaOptions:
     value: ranges.Share | None = None
     relative: ranges.Share | None = None
     scope: Literal["global", "tensor"] | None = None
-    schedule: ScheduleOptions = field(default_factory=_constant)
+    schedule: ScheduleOptions = field(default_factory=partial(ScheduleOptions, type="constant"))
     gate: ranges.Share | None = None
 
     def check_together(self, name: str) -> None:
@@ -129,7 +126,7 @@ class AdamWOptions:
         return self._setting("rounding") or ("stochastic" if merges else "nearest")
 
     def _setting(self, name: str) -> Any:
-        """A setting of `OptimizerOptions`, or None where there is none."""
+        """Returns a setting of `OptimizerOptions`, or None where there is none."""
         return getattr(self, name, None)
 
 

@@ -21,10 +21,8 @@ from train.config.base import require
 class Range(NamedTuple):
     """The numbers that a field accepts.
 
-    Attributes:
-        kind: int or float.
-        expected: The range in words, which follow "must be".
-        holds: Whether a number lies in the range. Infinite ones are refused before.
+    `kind` is int or float, `expected` says the range in words that follow "must be", and `holds` says
+    whether a number lies in it; infinite numbers have been refused before.
     """
 
     kind: type
@@ -42,7 +40,7 @@ RANGES: dict[Any, Range] = {
 def _restricted(
     shown: str, expected: str, holds: Callable[[Any], bool], kind: type[int] | type[float] = float
 ) -> type:
-    """A type of fields that ``--help`` shows by its kind and `shown`. Fields hold plain numbers."""
+    """Makes a type of fields that ``--help`` shows by kind and `shown`; fields hold plain numbers."""
     restricted = type(f"{kind.__name__} {shown}", (kind,), {})
     RANGES[restricted] = Range(kind, expected, holds)
     return restricted
@@ -82,13 +80,8 @@ def check_settings(settings: Any, name: str = "") -> None:
     """Checks every number of a dataclass and of those in it, then what its fields say together.
 
     A dataclass whose fields depend on each other has a method ``check_together(name)`` for that.
-
-    Args:
-        settings: A dataclass of this package, or one with fields of its types.
-        name: Field that holds it, for messages. Empty for the settings of a command.
-
-    Raises:
-        UserError: names the first field that cannot be used.
+    `name` is the field that holds the settings, empty for those of a command. Raises `UserError`, which
+    names the first field that cannot be used.
 
     Example:
         >>> check_settings(TextOptions(path="a.txt", stride=0), "texts.wiki")

@@ -18,7 +18,7 @@ Checksums = dict[str, dict[str, int | str]]
 
 
 def hash_file(path: Path) -> str:
-    """Returns the SHA-256 of a file, in hex."""
+    """Returns the SHA-256 of a file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -30,21 +30,15 @@ def file_names(directory: Path) -> list[str]:
 
 
 def hash_files(directory: Path, names: Iterable[str]) -> Checksums:
-    """Computes sizes and checksums of some files of a directory.
+    """Computes sizes and checksums of some files of a directory; `names` are paths in it.
 
-    Args:
-        directory: The directory.
-        names: Paths of the files in it.
-
-    Raises:
-        OSError: a file cannot be read.
+    Raises `OSError` where a file cannot be read.
     """
-    files = [directory / name for name in names]
+    files = {name: directory / name for name in names}
     with ThreadPoolExecutor(_THREADS) as pool:  # hashing releases the interpreter lock
-        hashes = list(pool.map(hash_file, files))
+        hashes = dict(zip(files, pool.map(hash_file, files.values()), strict=True))
     return {
-        file.relative_to(directory).as_posix(): {"size": file.stat().st_size, "sha256": found}
-        for file, found in zip(files, hashes, strict=True)
+        name: {"size": file.stat().st_size, "sha256": hashes[name]} for name, file in files.items()
     }
 
 
@@ -53,13 +47,8 @@ def write_manifest(
 ) -> None:
     """Writes ``manifest.json``: ``{"files": Checksums}`` of all files of a directory, at any depth.
 
-    Args:
-        directory: The directory.
-        known: Checksums that were computed before. Only the other files of the directory are read.
-        ignore: Name of files that may change later, and so are not listed.
-
-    Raises:
-        OSError: a file cannot be read, or there is no space left.
+    Files with checksums in `known` are not read again. Files named `ignore`, which may change later,
+    are not listed. Raises `OSError` where a file cannot be read or there is no space left.
     """
     names = [name for name in file_names(directory) if Path(name).name != ignore]
     listed = {name: known[name] for name in names if name in known} if known else {}
@@ -68,14 +57,9 @@ def write_manifest(
 
 
 def find_damage(directory: Path, checked: Callable[[str], bool] = lambda name: True) -> str | None:
-    """Says what is wrong with the files that the manifest of a directory lists.
+    """Says in words what is wrong with the files that a directory's manifest lists, or returns None.
 
-    Args:
-        directory: The directory.
-        checked: Whether to read the file of a name. Another process reads the others.
-
-    Returns:
-        The damage in words, or None.
+    Only files whose name passes `checked` are looked at; other processes read the others.
     """
     try:
         listed = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -95,16 +79,11 @@ def find_damage(directory: Path, checked: Callable[[str], bool] = lambda name: T
             return f"{name}: {error.strerror}"
         if found != size:
             return f"{name} has {found} bytes instead of {size}"
-    with ThreadPoolExecutor(_THREADS) as pool:
-        checksums = pool.map(lambda name: _hash_or_error(directory / name), expected)
-        for (name, (_, checksum)), found in zip(expected.items(), checksums, strict=True):
-            if found != checksum:
-                return f"the content of {name} has changed since it was written"
-    return None
-
-
-def _hash_or_error(path: Path) -> str:
     try:
-        return hash_file(path)
+        checksums = hash_files(directory, expected)
     except OSError as error:
-        return str(error)
+        return f"{error.filename}: {error.strerror}"
+    for name, (_, checksum) in expected.items():
+        if checksums[name]["sha256"] != checksum:
+            return f"the content of {name} has changed since it was written"
+    return None

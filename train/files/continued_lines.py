@@ -14,26 +14,14 @@ from train.files.whole import put_in_place
 
 @contextlib.contextmanager
 def continued_lines(output: Path, key: str) -> Iterator[tuple[BinaryIO, int]]:
-    r"""Opens a file beside ``output`` that takes its name when the block ends without an error.
+    """Opens a file beside ``output`` that takes its name when the block ends without an error.
 
     After an error it stays, as ``NAME.KEY.partial``, and the next call with the same key adds to it.
 
-    Args:
-        output: A file that does not exist, in a directory that does.
-        key: A hash of everything that the lines depend on, so that lines of other settings are
-            never mixed. It is a part of a file name.
-
-    Yields:
-        The file, opened to append bytes, and the number of whole lines in it. A line that was cut
-        off is removed.
-
-    Raises:
-        UserError: another process writes the same lines, or ``output`` exists when they are done.
-
-    Example:
-        >>> with continued_lines(Path("out.jsonl"), "1f3a") as (file, done):  # doctest: +SKIP
-        ...     for line in lines[done:]:
-        ...         file.write(line.encode() + b"\n")
+    `key` is a hash of everything that the lines depend on, so that lines of other settings are never
+    mixed. The directory of ``output`` must exist. Yields the file, opened to append bytes, and the
+    number of whole lines in it; a line that was cut off is removed. Raises `UserError` where another
+    process writes the same lines, or ``output`` exists when they are done.
     """
     partial = output.with_name(f"{output.name}.{key}.partial")
     with partial.open("a+b") as file:

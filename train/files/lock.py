@@ -26,10 +26,7 @@ from train.distributed.stop import TryAgain
 LOCK_FILE = ".lock"
 
 _WAIT_S = 180.0
-"""Seconds to wait for a lock held by another host, which may be dead.
-
-NFS servers keep the locks of a client that has gone for about 90 seconds.
-"""
+"""Seconds to wait for a lock held by a host that may be dead; NFS keeps its locks for about 90 s."""
 _POLL_S = 2.0
 """Seconds from one try to the next."""
 _FREE, _IN_USE, _IN_USE_ELSEWHERE = range(3)
@@ -41,17 +38,14 @@ _held: dict[Path, IO[str]] = {}
 
 
 def hold(directory: Path) -> None:
-    """Takes the lock of a directory for this process, until `release` or the end of the process.
+    """Takes the lock of an existing directory, until `release` or the end of this process.
 
     A process may take a lock again that it holds.
 
-    Args:
-        directory: A directory that exists.
-
     Raises:
         UserError: another process holds the lock; the message names it and its host.
-        TryAgain: so does one on another host, after minutes of waiting, and that host may be dead.
-            Only one of several processes, or a job that is started again, waits and raises this.
+        TryAgain: a process on another host, which may be dead, still holds the lock after `_WAIT_S`.
+            Only a run of several processes, or a job that was started again, waits and raises this.
         OSError: the lock cannot be written.
     """
     holder = _patiently(lambda: _take(directory), directory) if is_first() else None
@@ -78,14 +72,9 @@ def refuse_if_held(directory: Path) -> None:
 
 
 def lock_file(file: IO[Any], kind: int = fcntl.LOCK_EX) -> bool:
-    """Locks an open file until it is closed, without waiting.
+    """Locks an open file until it is closed; returns False at once where another process holds it.
 
-    Args:
-        file: The file.
-        kind: `fcntl.LOCK_EX`, or `fcntl.LOCK_SH` for a lock that several processes may hold.
-
-    Returns:
-        False where another process holds a lock.
+    `kind` is `fcntl.LOCK_EX`, or `fcntl.LOCK_SH` for a lock that several processes may hold.
     """
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,15 +22,8 @@ class MetricsLog:
     """Appends metrics to ``metrics.jsonl`` and ``tensorboard/``.
 
     A run that was killed may have logged steps past its last checkpoint. They are computed again
-    after the resume, so the lines after `resume_step` are dropped first. Only process 0 writes.
-
-    Args:
-        directory: The run's directory.
-        resume_step: Last step that counts; 0 for a new run.
-
-    Example:
-        >>> with MetricsLog(directory, resume_step=0) as log:  # doctest: +SKIP
-        ...     log.write(1, {"loss": 0.69})
+    after the resume, so the lines after `resume_step`, 0 for a new run, are dropped first. Only
+    process 0 writes. It is a context manager.
     """
 
     def __init__(self, directory: Path, resume_step: int = 0) -> None:
@@ -38,42 +31,34 @@ class MetricsLog:
         self._directory = directory
         if jax.process_index() != 0:
             return
-        try:
-            self._open(resume_step)
-        except OSError as error:
-            raise _unwritable(directory, error) from error
-
-    def _open(self, resume_step: int) -> None:
-        path, board = self._directory / "metrics.jsonl", self._directory / "tensorboard"
-        keep_until(path, resume_step)
-        board.mkdir(exist_ok=True)
-        # Not tensorboardX's SummaryWriter: its thread dies when the disk is full, and then it hangs.
-        self._board = EventsWriter(str(board / "events"))
-        # What follows takes the place of later steps in earlier files; for a new run too, because
-        # one killed before its first checkpoint starts again at step 1.
-        start = SessionLog(status=SessionLog.START)
-        self._board.write_event(Event(step=resume_step + 1, file_version="brain.Event:2"))
-        self._board.write_event(Event(step=resume_step + 1, session_log=start))
-        self._file = path.open("ab")
+        path, board = directory / "metrics.jsonl", directory / "tensorboard"
+        with _stops_where_unwritable(directory):
+            keep_until(path, resume_step)
+            board.mkdir(exist_ok=True)
+            # Not tensorboardX's SummaryWriter: its thread dies when the disk is full, and it hangs.
+            self._board = EventsWriter(str(board / "events"))
+            # What follows takes the place of later steps in earlier files; for a new run too, because
+            # one killed before its first checkpoint starts again at step 1.
+            start = SessionLog(status=SessionLog.START)
+            self._board.write_event(Event(step=resume_step + 1, file_version="brain.Event:2"))
+            self._board.write_event(Event(step=resume_step + 1, session_log=start))
+            self._file = path.open("ab")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line, ``{"step": step, **metrics}``.
 
-        Raises:
-            UserError: the disk is full, or cannot be written to for another reason.
+        Raises `UserError` where the disk is full or cannot be written to for another reason.
         """
         if self._file is None:
             return
         row = {name: float(value) for name, value in metrics.items()}
-        try:
+        with _stops_where_unwritable(self._directory):
             self._file.write(_line({"step": step, **row}))
             self._file.flush()
             for name, value in row.items():
                 event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
                 self._board.write_event(event)
             self._board.flush()
-        except OSError as error:
-            raise _unwritable(self._directory, error) from error
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -82,25 +67,25 @@ class MetricsLog:
         if self._file is None:
             return
         # Where a line could not be written, that error is being raised already.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), contextlib.closing(self._board):
             self._file.close()
-        with contextlib.suppress(OSError):
-            self._board.close()
 
 
-def _unwritable(directory: Path, error: OSError) -> UserError:
-    return UserError(
-        f"the log in {directory} cannot be written ({error.strerror}), so training stopped. Make "
-        "room; the same command goes on from the last checkpoint."
-    )
+@contextlib.contextmanager
+def _stops_where_unwritable(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the log in {directory} cannot be written ({error.strerror}), so training stopped. Make "
+            "room; the same command goes on from the last checkpoint."
+        ) from error
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and one that a kill cut off.
+    """Drops the lines of later steps than `step`, and one that a kill cut off, where there is a file.
 
-    Args:
-        path: A `metrics.jsonl`; nothing happens where there is none.
-        step: Last step that counts. 0 drops all lines: a run without a checkpoint starts again.
+    Step 0 drops all lines: a run without a checkpoint starts again.
     """
     if not path.exists():
         return
@@ -112,11 +97,8 @@ def keep_until(path: Path, step: int) -> None:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Reads all rows of a ``metrics.jsonl``.
 
-    A last line that a kill cut off, or that is being written, is passed over.
-
-    Raises:
-        UserError: another line is damaged.
-        OSError: the file cannot be read.
+    A last line that a kill cut off, or that is being written, is passed over. Raises `UserError` where
+    another line is damaged, and `OSError` where the file cannot be read.
     """
     rows: list[dict[str, float]] = []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

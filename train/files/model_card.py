@@ -16,15 +16,7 @@ from train.files.metrics_log import read_metrics
 
 
 def merge_card(title: str, config: MergeConfig) -> str:
-    """Makes the card of a merged model.
-
-    Args:
-        title: Name of the model.
-        config: Settings of the merge; those that are unset are left out.
-
-    Returns:
-        Markdown with YAML front matter.
-    """
+    """Makes the card of a merged model; settings that are unset are left out."""
     paths = [*([config.base] if config.base is not None else []), *(m.path for m in config.models)]
     settings = _given(dataclasses.asdict(config))
     command = " ".join(["python -m train", *sys.argv[1:]])
@@ -39,15 +31,10 @@ def merge_card(title: str, config: MergeConfig) -> str:
 
 
 def run_card(run: Path, title: str, step: int | None = None) -> str:
-    """Makes the card of a trained model.
+    """Makes the card of a trained model: settings, the last metrics up to `step`, command.
 
-    Args:
-        run: Output directory of the run: `run.json`, `config.yaml` and `metrics.jsonl`.
-        title: Name of the model.
-        step: Step of an exported checkpoint. None: the last one.
-
-    Returns:
-        Markdown with YAML front matter: settings, the last metrics up to `step`, command.
+    It reads `run.json`, `config.yaml` and `metrics.jsonl` in the run's output directory. `step` is
+    that of an exported checkpoint, None for the last one.
     """
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     command, settings = record["command"], record["settings"]
@@ -55,10 +42,9 @@ def run_card(run: Path, title: str, step: int | None = None) -> str:
     recipe = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
     optimizer = settings.get("optimizer.name", "adamw")
     model, base = settings.get("model.path"), settings.get("model.base")
-    metrics = _last_metrics(run / "metrics.jsonl", step)
     sections = {
         "Recipe": _code(recipe, "yaml") if recipe else _yaml_block(settings),
-        "Final metrics": _metric_table(metrics),
+        "Final metrics": _metric_table(_last_metrics(run / "metrics.jsonl", step)),
         "Command": _code(f"python -m train {command} --config config.yaml"),
     }
     return _card(
@@ -89,6 +75,7 @@ def _card(
     opening: str,
     sections: Mapping[str, str],
 ) -> str:
+    """Puts a card together: Markdown with YAML front matter."""
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     # The Hub refuses a base model that is no name on it, such as a local directory.
     on_hub = [parent for parent in dict.fromkeys(parents) if _is_hub_name(parent)]

@@ -22,6 +22,7 @@ the directory. On several hosts the first process writes everything but the chec
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
@@ -38,14 +39,11 @@ from train.files.whole import check_place, is_partial, unwritable, write_json, w
 
 @dataclasses.dataclass(frozen=True)
 class OutputDir:
-    """The paths of one run. `open_output` makes the object; nothing is written before `begin`.
+    """The directory of one run. `open_output` makes the object; nothing is written before `begin`.
 
-    Attributes:
-        path: The directory.
-        identity: Command and settings that tell this run from another.
-        started: The directory already holds this run.
-        summary: What the finished run reported, or None when it is not finished.
-        abandoned: It holds another run, which ended before its first checkpoint.
+    `identity` holds the command and the settings that tell this run from another. When `started`, the
+    directory already holds this run, and `summary` what it reported if it has finished. When
+    `abandoned`, it holds another run, which ended before its first checkpoint.
     """
 
     path: Path
@@ -56,37 +54,27 @@ class OutputDir:
 
     @property
     def checkpoints(self) -> Path:
-        """The directory of Orbax's checkpoints."""
+        """Orbax's checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def export(self) -> Path:
-        """The directory of the trained model."""
+        """The trained model."""
         return self.path / "export"
 
     def begin(self, config: Any, inputs: dict[str, str]) -> Path | None:
         """Creates the directory, or checks that the inputs of the run that it holds are unchanged.
 
-        From then on the directory is locked, until `train.files.lock.release` or the end
-        of the process.
-
-        Args:
-            config: The settings, written to config.yaml.
-            inputs: Content hash by name of what the run reads.
-
-        Returns:
-            Where the records of another run were put that ended here before its first checkpoint;
-            None where there was none.
-
-        Raises:
-            UserError: an input's content changed since the run began and saved something, another
-                process is writing here, or nothing can be written.
+        From then on the directory is locked, until `train.files.lock.release` or the end of the
+        process. `config` goes to config.yaml; `inputs` are content hashes, by name, of what the run
+        reads. Returns where the records of an abandoned run were put, or None where there was none.
+        Raises `UserError` where an input's content changed since the run began and saved something,
+        another process is writing here, or nothing can be written.
         """
         run_file = self.path / "run.json"
         other = self.abandoned or (self.started and self._has_other_inputs(inputs))
-        barrier(
-            "everything given is checked"
-        )  # so that nothing is written where one of them refuses
+        # Nothing is written before every process has accepted what is given.
+        barrier("everything given is checked")
         aside = None
         try:
             if is_first():
@@ -139,18 +127,10 @@ class OutputDir:
 
 
 def open_output(command: str, config: Any) -> OutputDir:
-    """Looks at ``config.output_dir`` without changing anything.
+    """Looks at ``config.output_dir`` without changing anything; `command` is a name such as "dpo".
 
-    Args:
-        command: Name of the command, such as "dpo".
-        config: The settings of the run.
-
-    Returns:
-        The directory, with `started` and `summary` telling what it holds.
-
-    Raises:
-        UserError: it holds another run (the differing fields are named) or files that no run wrote,
-            another process is writing to it, or it cannot be read or written.
+    Raises `UserError` where it holds another run (the differing fields are named) or files that no run
+    wrote, another process is writing to it, or it cannot be read or written.
     """
     path = Path(config.output_dir).expanduser().absolute()
     settings = {key: value for key, value in flatten(config).items() if key not in FREE_FIELDS}
@@ -225,10 +205,8 @@ def _is_aside(name: str) -> bool:
 
 def _put_aside(path: Path) -> Path:
     """Moves the records of a run into a directory of their own; run.json, its identity, goes last."""
-    number = 1
-    while (path / f"{_ASIDE}{number}").exists():
-        number += 1
-    aside = path / f"{_ASIDE}{number}"
+    numbered = (path / f"{_ASIDE}{number}" for number in itertools.count(1))
+    aside = next(place for place in numbered if not place.exists())
     aside.mkdir()
     for name in reversed(_RECORDS):
         if (path / name).exists():

@@ -34,20 +34,10 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that takes the name ``path`` when the block ends without an error.
+    """Opens a file for bytes, which takes the name ``path`` when the block ends without an error.
 
-    Args:
-        path: An older file of that name is replaced. Missing directories are made.
-
-    Yields:
-        The file, open for bytes.
-
-    Raises:
-        OSError: it cannot be written; an older file stays as it was.
-
-    Example:
-        >>> with whole_file(Path("scores.npz")) as file:                 # doctest: +SKIP
-        ...     np.savez(file, scores=scores)
+    An older file of that name is replaced, and missing directories are made. Raises `OSError` where
+    it cannot be written; an older file then stays as it was.
     """
     with _hidden_name(path) as partial, partial.open("xb") as file:
         yield file
@@ -55,20 +45,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def whole_directory(out: Path) -> Iterator[Path]:
-    """Makes a directory that takes the name ``out`` when the block ends without an error.
+    """Yields a directory to fill, which takes the name ``out`` when the block ends without an error.
 
-    Args:
-        out: A path for which `check_absent_or_empty` passes. Missing parents are made.
-
-    Yields:
-        The directory to fill.
-
-    Raises:
-        FileExistsError: ``out`` is a file or a directory that holds something.
-
-    Example:
-        >>> with whole_directory(Path("out")) as partial:                # doctest: +SKIP
-        ...     (partial / "config.json").write_text("{}")
+    Missing parents are made. Raises `FileExistsError` where ``out`` is a file or a directory that holds
+    something.
     """
     check_absent_or_empty(out)
     with _hidden_name(out) as partial:
@@ -77,12 +57,9 @@ def whole_directory(out: Path) -> Iterator[Path]:
 
 
 def put_in_place(partial: Path, out: Path) -> None:
-    """Waits until all bytes of a file or directory are on the disk, and renames it.
+    """Waits until all bytes of a complete file or directory are on the disk, and renames it.
 
-    Args:
-        partial: The complete file or directory.
-        out: Its final name, in the same directory. A file or an empty directory of that name is
-            replaced.
+    ``out`` is in the same directory. A file or an empty directory of that name is replaced.
     """
     for path in [*partial.rglob("*"), partial]:
         _sync(path)
@@ -98,15 +75,18 @@ def check_absent_or_empty(out: Path) -> None:
         raise FileExistsError(f"{out} is a file; choose another name")
 
 
+def check_new_file(path: Path, name: str) -> None:
+    """Raises `UserError` unless the file that the field `name` gives is absent and can be made."""
+    if path.exists():
+        raise UserError(f"{name}: {str(path)!r} exists; nothing is overwritten.")
+    check_place(path, name)
+
+
 def check_place(path: Path, name: str) -> None:
-    """Checks that `path` can be made or written: a nameless file there is made and vanishes again.
+    """Checks that a file or directory can be made, with a nameless file that vanishes again.
 
-    Args:
-        path: A file or directory that may not exist yet.
-        name: The field that gave it, for messages.
-
-    Raises:
-        UserError: its nearest existing directory cannot be written to.
+    Raises `UserError`, which names the field `name` that gave the path, where its nearest existing
+    directory cannot be written to.
     """
     place = path
     try:

@@ -16,14 +16,10 @@ AlphaScale = Callable[[Mapping[str, jax.Array]], jax.Array]
 
 
 def make_alpha(alpha: float | AlphaOptions | None, steps: int | None) -> Any:
-    """Alpha as `omerge_jax` takes it: a number, a schedule or a relative weight.
+    """Makes alpha as `omerge_jax` takes it: a number, a schedule or a relative weight.
 
-    Args:
-        alpha: Settings that `check_optimizer` accepts.
-        steps: Updates of the whole run; needed where alpha has a schedule.
-
-    Raises:
-        UserError: the warm-up is longer than the run.
+    `check_optimizer` accepts the settings. `steps` are the updates of the whole run, needed where alpha
+    has a schedule. Raises `UserError` where the warm-up is longer than the run.
     """
     if not isinstance(alpha, AlphaOptions):
         return alpha
@@ -40,14 +36,10 @@ def make_alpha(alpha: float | AlphaOptions | None, steps: int | None) -> Any:
 
 
 def alpha_scale_of(options: AdamWOptions) -> AlphaScale | None:
-    """What alpha is multiplied by in a step, from the metrics of its loss.
+    """Makes the factor that alpha gets in a step from the metrics of its loss.
 
-    Args:
-        options: The optimizer; its ``alpha.gate`` is read.
-
-    Returns:
-        ``f(metrics)``: 1 where the batch ranks at least so many of its pairs right, else 0, float32;
-        or None where every step adds the reference.
+    Returns ``f(metrics)``, float32: 1 where the batch ranks at least the share ``alpha.gate`` of its
+    pairs right, else 0. Returns None where every step adds the reference.
     """
     alpha = options.alpha if isinstance(options, OptimizerOptions) else None
     if not isinstance(alpha, AlphaOptions) or alpha.gate is None:

@@ -12,7 +12,6 @@ import optax
 import omerge_jax as om
 from train.config import AdamWOptions, OptimizerOptions
 from train.optimizers.alpha import make_alpha
-from train.optimizers.moments import with_moments_in
 
 
 def make_optimizer(
@@ -22,20 +21,12 @@ def make_optimizer(
     layer_axes: int | Callable[[tuple[str, ...]], int] = 0,
     steps: int | None = None,
 ) -> optax.GradientTransformation:
-    """Clipping, then the optimizer.
+    """Makes clipping, then the optimizer with the learning rate `schedule`.
 
-    Args:
-        options: Settings that `check_optimizer` accepts.
-        schedule: Learning rate.
-        layer_axes: Leading axes of a leaf that are separate tensors, as `omerge_jax` takes it.
-        steps: Updates of the whole run, for schedules of alpha; needed where there is one.
-
-    Returns:
-        The transformation. With a merging optimizer its state still needs the delta
-        (`omerge_jax.with_delta`), or with storage recompute its updates both models.
-
-    Raises:
-        UserError: the warm-up of alpha is longer than the run.
+    `check_optimizer` accepts the options. `layer_axes` are the leading axes of a leaf whose entries are
+    separate tensors. `steps`, the updates of the whole run, is needed where alpha has a schedule. The
+    state of a merging optimizer still needs the delta (`omerge_jax.with_delta`); with storage recompute
+    its updates need both models. Raises `UserError` where alpha's warm-up is longer than the run.
     """
     # Fields that are not set keep the defaults of the functions that they are passed to.
     fields = {item.name: getattr(options, item.name) for item in dataclasses.fields(options)}
@@ -54,7 +45,7 @@ def make_optimizer(
 
 
 def parameters(function: Callable[..., Any]) -> frozenset[str]:
-    """Names of the parameters of a function."""
+    """Returns the names of the parameters of a function."""
     return frozenset(inspect.signature(function).parameters)
 
 
@@ -65,7 +56,7 @@ def _call(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
 
 
 def _inner(options: AdamWOptions, values: Mapping[str, Any]) -> optax.GradientTransformation:
-    """The optimizer whose updates are merged, or applied as they are."""
+    """Makes the optimizer whose updates are merged, or applied as they are."""
     match options.inner_name:
         case "adamw":
             tx = _call(optax.adamw, values)
@@ -75,13 +66,29 @@ def _inner(options: AdamWOptions, values: Mapping[str, Any]) -> optax.GradientTr
             decay = optax.add_decayed_weights(options.weight_decay)
             tx = optax.chain(decay, optax.sgd(values["learning_rate"]))
     dtype = values.get("moment_dtype")
-    return tx if dtype is None else with_moments_in(tx, dtype)
+    return tx if dtype is None else _with_moments_in(tx, dtype)
+
+
+def _with_moments_in(tx: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """Lets an optimizer see gradients and parameters in a dtype, which its moments then have.
+
+    Its updates have it too. In bfloat16 a second moment whose decay is 0.999 stands still: what decays
+    in a step is below half of its last digit.
+    """
+
+    def init(params: Any) -> Any:
+        return tx.init(optax.tree.cast(params, dtype))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return tx.update(optax.tree.cast(updates, dtype), state, optax.tree.cast(params, dtype))
+
+    return optax.GradientTransformation(init, update)
 
 
 def _merging(
     options: OptimizerOptions, inner: optax.GradientTransformation, values: Mapping[str, Any]
 ) -> optax.GradientTransformation:
-    """The optimizer of a name, which rounds its updates as the settings say."""
+    """Makes the optimizer of a name, which rounds its updates as the settings say."""
     match options.name:
         case "adamw" | "lion":
             tx = inner
@@ -103,5 +110,5 @@ def _merging(
 
 
 def _inputs_axis(path: tuple[str, ...]) -> int:
-    """The axis along which the inputs of one output run, counted within one tensor."""
+    """Returns the axis along which the inputs of one output run, counted within one tensor."""
     return -1 if path[-1] in ("embed_tokens", "weight", "bias") else -2

@@ -25,8 +25,7 @@ _UNREAD = {"adamw": (), "lion": ("eps",), "sgd": ("b1", "b2", "eps", "moment_dty
 def check_optimizer(options: AdamWOptions) -> None:
     """Checks the ranges of the settings, that none is missing and that none is set in vain.
 
-    Raises:
-        UserError: names the field, what was found and what the optimizer accepts.
+    Raises `UserError`, which names the field, what was found and what the optimizer accepts.
     """
     check_settings(options, "optimizer")
     if not isinstance(options, OptimizerOptions):
@@ -74,12 +73,9 @@ def _check_use(options: OptimizerOptions, field: str) -> None:
 def _read_by(
     name: OptimizerName, sparsifier: Sparsifier | None = None, consensus: Consensus | None = None
 ) -> set[str]:
-    """Fields that an optimizer reads: the parameters of its functions in `omerge_jax`, and ours.
+    """Lists fields that an optimizer reads: parameters of its functions in `omerge_jax`, and ours.
 
-    Args:
-        name: The optimizer.
-        sparsifier: That of online_merge. None: any.
-        consensus: That of online_merge. None: any.
+    Where online_merge has no sparsifier or consensus, the fields of all of them count.
     """
     read = {"rounding", "seed"}
     if not name.endswith("_adamw"):

@@ -13,16 +13,10 @@ from train.config import ScheduleOptions, require
 def make_schedule(
     options: ScheduleOptions, peak: float, steps: int, name: str = "schedule"
 ) -> optax.Schedule:
-    """Learning rate, or another number, as a function of the number of updates done.
+    """Makes the learning rate, or another number, as a function of the number of updates done.
 
-    Args:
-        options: Shape and warm-up.
-        peak: Largest rate.
-        steps: Updates of the whole run; linear and cosine schedules end there.
-        name: Field of the settings, for messages.
-
-    Raises:
-        UserError: the warm-up is longer than the run.
+    Linear and cosine schedules end at `steps`, the updates of the whole run. Raises `UserError`, which
+    names the field `name` of the settings, where the warm-up is longer than the run.
 
     Example:
         >>> schedule = make_schedule(ScheduleOptions(type="linear", warmup_steps=2), 1.0, 6)
@@ -44,5 +38,5 @@ def make_schedule(
 
 
 def learning_rates(schedule: optax.Schedule, steps: int) -> np.ndarray:
-    """The rate of every update, float32 ``[steps]``; known beforehand, so logging it is free."""
+    """Computes the rate of every update, float32 ``[steps]``, so that logging it later is free."""
     return np.asarray(jax.vmap(lambda step: jnp.asarray(schedule(step)))(jnp.arange(steps)))

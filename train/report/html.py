@@ -37,12 +37,9 @@ footer { margin-top: 2rem; font-size: .85rem; opacity: .75 }
 
 
 def document(title: str, *parts: str, width: str = "76rem") -> str:
-    """Makes the page: head, style, the title as a heading, and the parts below it.
+    """Makes the page: head, style, the title as a heading, and parts in HTML below it.
 
-    Args:
-        title: Text.
-        parts: HTML.
-        width: Largest width of the text, in CSS.
+    `width` is the largest width of the text, in CSS.
     """
     name = html.escape(title)
     return "\n".join(

@@ -11,32 +11,19 @@ from rich.console import Console
 from rich.progress import track
 
 from train.config import UserError
-from train.files.whole import check_place, write_whole
+from train.files.whole import check_new_file, write_whole
 from train.report.html import document, table
 from train.report.plots import COLORS, STYLES, draw, metric_order
 from train.report.runs import Run, differing_settings, read_runs
 
 
 def write_report(paths: Sequence[str], output: str) -> Path:
-    """Writes the report of runs, finished or not.
+    """Writes the report of runs, finished or not, to a new HTML file and returns its path.
 
-    Args:
-        paths: Output directories of runs.
-        output: HTML file to write; it must not exist yet.
-
-    Returns:
-        The file.
-
-    Raises:
-        UserError: a directory is no run, or the file exists or cannot be written.
-
-    Example:
-        >>> write_report(["runs/adamw", "runs/on_dare"], "report.html")           # doctest: +SKIP
+    Raises `UserError` where a directory is no run, or the file exists or cannot be written.
     """
     file = Path(output)
-    if file.exists():
-        raise UserError(f"output: {output!r} exists; nothing is overwritten.")
-    check_place(file, "output")
+    check_new_file(file, "output")
     text = page(read_runs(paths))
     try:
         write_whole(file, text)

@@ -17,14 +17,14 @@ COLORS = ("#4477aa", "#ee6677", "#228833", "#bb8800", "#3aa6c9", "#aa3377", "#88
 STYLES = ("-", "--", ":", "-.")
 _INK = "#808183"  # replaced by the page's own colour
 _SMOOTH_FROM = 80
-FIRST = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm")
+_FIRST = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm")
 _LAST = ("tokens_per_second", "learning_rate")
 
 
 def metric_order(runs: Sequence[Run]) -> list[str]:
     """Orders the metrics: what a reader looks for first, then held-out, other and merge metrics."""
-    names = dict.fromkeys(name for run in runs for name in run.curves)
-    rank = {name: i for i, name in enumerate(FIRST)}
+    names = {name for run in runs for name in run.curves}
+    rank = {name: i for i, name in enumerate(_FIRST)}
 
     def key(name: str) -> tuple[int, int, str]:
         plain = name.removeprefix("eval_")
@@ -38,11 +38,8 @@ def metric_order(runs: Sequence[Run]) -> list[str]:
 def draw(metric: str, runs: Sequence[Run]) -> str:
     """Draws one metric of all runs that have it, as an ``<svg>`` element.
 
-    Long noisy curves are drawn faint with a running mean on top.
-
-    Args:
-        metric: Name of the metric.
-        runs: All runs of the report, so that a run has one colour in all images.
+    Long noisy curves are drawn faint with a running mean on top. `runs` are all runs of the report, so
+    that a run has one colour in all images.
     """
     # Text stays text: small, and it can be searched and selected.
     style: Any = {"svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}

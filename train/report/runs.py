@@ -12,18 +12,12 @@ from train.config import UserError
 from train.files.metrics_log import read_metrics
 
 Curve = tuple[list[float], list[float]]
+"""Steps, and the value of a metric at each."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run as the report shows it.
-
-    Attributes:
-        name: Label, different from those of the other runs.
-        settings: Flat settings by field name, the command among them.
-        curves: ``(steps, values)`` by metric.
-        finished: It ended and wrote its summary.
-    """
+    """A run as the report shows it: a label of its own, and flat settings, the command among them."""
 
     name: str
     settings: dict[str, Any]
@@ -38,8 +32,7 @@ class Run:
 def read_runs(paths: Sequence[str]) -> list[Run]:
     """Reads the runs, in the order given.
 
-    Raises:
-        UserError: a directory is no run, is given twice, or has logged nothing.
+    Raises `UserError` where a directory is no run, is given twice, or has logged nothing.
     """
     directories = [Path(path).absolute() for path in paths]
     if len(set(directories)) < len(directories):

@@ -6,7 +6,6 @@ the dry run goes as far as it can and ends with what is missing.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,6 @@ from train.data import (
     TokenDataset,
     UnusableRecord,
     answer_names,
-    make_buckets,
     normalise_preference,
     normalise_prompt,
     normalise_sft,
@@ -49,11 +47,10 @@ _PERCENTILES = (50, 90, 99)
 
 
 def describe_models(config: Config, console: Console) -> tuple[ModelConfig, Any]:
-    """The model's configuration and its tokenizer, without a look at its weights.
+    """Reads the model's configuration and its tokenizer, without a look at its weights.
 
-    Raises:
-        UserError: a model cannot be used, or the hub is needed and cannot be reached. What can be said
-            about the records without it is shown before that.
+    Raises `UserError` where a model cannot be used, or where the hub is needed and cannot be reached;
+    what can be said about the records without it is shown before that.
     """
     model, tokenizer = _described(config, "model.path", config.model.path, console)
     base = getattr(config.model, "base", None)
@@ -67,7 +64,7 @@ def describe_models(config: Config, console: Console) -> tuple[ModelConfig, Any]
 def _described(
     config: Config, name: str, path: str, console: Console
 ) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer of a directory or a hub name, of which nothing else is fetched."""
+    """Reads configuration and tokenizer; nothing else is fetched of a hub name."""
     from transformers import AutoTokenizer
 
     try:
@@ -88,7 +85,7 @@ def _described(
 
 
 def _fetched_config(hub_name: str) -> Path:
-    """The directory of a ``config.json`` from the hub. Raises `OSError` where it cannot be fetched."""
+    """Fetches ``config.json`` from the hub and returns its directory. Raises `OSError`."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -101,13 +98,14 @@ def _show_records(config: Config, console: Console) -> None:
     """Shows what can be said about the records without a tokenizer."""
     normalise = _READERS[type(config)]
     for path in (config.data.path, *config.data.mix):
+        unusable = 0
         with blamed_on("data.path" if path == config.data.path else f"data.mix: {path}"):
             records = read_records(path, config.data.split)
-            unusable = len(records)
             for record in records:
-                with contextlib.suppress(UnusableRecord):
+                try:
                     normalise(record)
-                    unusable -= 1
+                except UnusableRecord:
+                    unusable += 1
         console.print(
             f"{path}: {len(records)} records, {unusable} of which cannot be used", highlight=False
         )
@@ -115,14 +113,12 @@ def _show_records(config: Config, console: Console) -> None:
 
 def show_run(run: Run, examples: TokenDataset) -> None:
     """Prints the batches of a run, its first examples with their loss masks, and its length."""
-    trainer, rows = run.config.trainer, run.data.rows_per_epoch
-    batches = run.steps // run.config.steps_per_batch
-    buckets = make_buckets(run.data, trainer.batch_size, run.config.data.buckets, steps=batches)
-    run.console.print(f"Batches: {buckets.describe(run.data.arrays)}", highlight=False)
+    size, rows = run.config.trainer.batch_size, run.data.rows_per_epoch
+    run.show_buckets()
     show_examples(examples, run.tokenizer, run.console)
     run.console.print(
-        f"{run.steps} steps of {trainer.batch_size} rows, {batches * trainer.batch_size / rows:.2g} "
-        f"epochs; {0 if run.held_out is None else len(run.held_out)} rows held out. Dry run: no weight "
+        f"{run.steps} steps of {size} rows, {run.batches * size / rows:.2g} epochs; "
+        f"{0 if run.held_out is None else len(run.held_out)} rows held out. Dry run: no weight "
         "was read, nothing was written.",
         highlight=False,
     )

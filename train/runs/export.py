@@ -24,14 +24,9 @@ def export_run(
     """Writes the trained model to ``output.export`` unless it is there already.
 
     The adapters of a model that has some are written beside it first, in PEFT's format. On several
-    processes all must call this, and the first one writes.
-
-    Args:
-        output: The run's directory.
-        options: The model that the run started from, whose tokenizer and configuration are copied.
-        model: Its configuration, with adapters if it has some.
-        params: All its parameters, trained or not.
-        step: The step of these parameters, for the metrics of the model card.
+    processes all must call this, and the first one writes. The tokenizer and the configuration are
+    copied from the model of `options`, which the run started from. `params` are all parameters, trained
+    or not, and `step` is theirs, for the metrics of the model card.
     """
     adapter = output.path / "adapter"
     for path in (output.export, adapter) if is_first() else ():

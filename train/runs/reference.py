@@ -27,13 +27,10 @@ Scores = Mapping[str, np.ndarray]
 def cache_file(
     directory: Path, model_hash: str, dataset: TokenDataset, computation: list[str | float]
 ) -> Path:
-    """Where the log-probabilities of one model on one data set are kept.
+    """Says where the log-probabilities of one model on one data set are kept.
 
-    Args:
-        directory: Directory of the cache.
-        model_hash: Content hash of the weights.
-        dataset: Preferences, or labelled answers with their mismatched ones, which count too.
-        computation: Types of the computation and of the parameters, and what else it depends on.
+    `computation` holds the types of the computation and of the parameters, and what else it depends on.
+    Of labelled answers the mismatched ones count too.
     """
     # Shared prompts round differently, and rewards are to start at 0 in low precision too.
     key = json.dumps([model_hash, dataset.fingerprint(), computation, dataset.share_prompts])
@@ -41,10 +38,9 @@ def cache_file(
 
 
 def read_cache(file: Path, rows: int, names: tuple[str, ...]) -> Scores | None:
-    """The log-probabilities in a file by the names of answers, or None when it does not exist.
+    """Reads the log-probabilities in a file by the names of answers, or None when it does not exist.
 
-    Raises:
-        UserError: the file is damaged, or not of so many rows.
+    Raises `UserError` where the file is damaged, or not of so many rows.
     """
     if not file.exists():
         return None
@@ -72,7 +68,7 @@ def with_reference(
     names: tuple[str, ...],
     compute: Callable[[TokenDataset], Scores],
 ) -> TokenDataset:
-    """The data set with `reference_NAME_logps`, float32 ``[rows]``, for every kind of answer.
+    """Adds columns `reference_NAME_logps`, float32 ``[rows]``, for every kind of answer.
 
     They come from the cache, or are computed and cached where `file` does not exist.
     """

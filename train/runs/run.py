@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from train.config import DPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig
-from train.data import TokenDataset
+from train.data import Buckets, TokenDataset, make_buckets
 from train.evaluation.tasks import Tasks
 from train.files.run_directory import OutputDir
 from train.models import ModelConfig
@@ -28,22 +28,10 @@ Config = SFTConfig | DPOConfig | KTOConfig | OnlineDPOConfig | GRPOConfig
 class Run:
     """What a training command knows once everything given is checked.
 
-    Attributes:
-        config: The settings.
-        output: The directory of the run.
-        console: Where progress is shown.
-        model: The model's configuration, with the types of this run.
-        graphdef: The model's structure.
-        shapes: Its parameters as `jax.ShapeDtypeStruct`, with their places.
-        trained: A test of a parameter's path.
-        tokenizer: The model's tokenizer.
-        data: Training rows.
-        held_out: Held-out rows, if any.
-        tasks: What else is scored at every evaluation.
-        steps: Number of updates.
-        schedule: Learning rate.
-        optimizer: The optimizer; with a merge, its state still needs the delta.
-        mesh: Devices, None for a single one.
+    `model` has the types of this run, and `shapes` its parameters as `jax.ShapeDtypeStruct` with their
+    shardings. `trained` says of a parameter's path whether it is trained. `tasks` are also scored at
+    every evaluation. `steps` counts updates, and `schedule` is the learning rate. The state of an
+    optimizer that merges still needs the delta. `mesh` is None for a single device.
     """
 
     config: Config
@@ -68,7 +56,7 @@ class Run:
         return self.split(self.shapes)[0]
 
     def split(self, params: Params) -> tuple[Params, Params]:
-        """Parameters, or their shapes, that are trained, and the others."""
+        """Splits parameters, or their shapes, into those that are trained and the others."""
         return split(params, self.trained)
 
     @property
@@ -83,6 +71,18 @@ class Run:
             mixup_alpha=mixup,
             sync_steps=getattr(config, "ref_model_sync_steps", 1),
         )
+
+    @property
+    def batches(self) -> int:
+        """Batches of the whole run, some of which several steps may learn from."""
+        return self.steps // self.config.steps_per_batch
+
+    def show_buckets(self) -> Buckets:
+        """Chooses the shapes of batches, and prints them."""
+        count, size = self.config.data.buckets, self.config.trainer.batch_size
+        buckets = make_buckets(self.data, size, count, steps=self.batches)
+        self.console.print(f"Batches: {buckets.describe(self.data.arrays)}", highlight=False)
+        return buckets
 
     @property
     def eval_batch_size(self) -> int:

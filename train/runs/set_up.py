@@ -42,8 +42,7 @@ Arrange = Callable[
 def check_config(config: Config) -> None:
     """Checks what needs no file: ranges, the optimizer, and the models that it merges.
 
-    Raises:
-        UserError: names the first field that cannot be used.
+    Raises `UserError`, which names the first field that cannot be used.
     """
     check_settings(config)
     check_optimizer(config.optimizer)
@@ -56,18 +55,10 @@ def set_up(
 ) -> Run | None:
     """Checks the model, the mesh and the data; a dry run shows what was found.
 
-    Args:
-        command: "sft", "dpo", "kto", "online-dpo" or "grpo".
-        config: Settings that `check_config` accepts.
-        tokenize: Makes rows of records.
-        arrange: Orders and completes the training and the held-out rows.
-
-    Returns:
-        The run, or None when there is none to make: after a dry run, and when the output directory
-        holds it already finished, which is said.
-
-    Raises:
-        UserError: something given cannot be used.
+    `check_config` accepts the settings, `tokenize` makes rows of records, and `arrange` orders and
+    completes the training and the held-out rows. Returns None when there is no run to make: after a
+    dry run, and when the output directory holds the run already finished, which is said. Raises
+    `UserError` where something given cannot be used.
     """
     console = Console(quiet=not is_first())
     output = open_output(command, config)
@@ -134,7 +125,7 @@ def _checked_run(
 
 
 def _models(config: Config) -> tuple[ModelConfig, Any]:
-    """The model's configuration and its tokenizer, after a look at the headers of all weights."""
+    """Reads the model's configuration and its tokenizer, after a look at the headers of all weights."""
     model = check_model(config.model)
     tokenizer = load_tokenizer(config.model.path, "model.path")
     base = getattr(config.model, "base", None)
@@ -194,10 +185,9 @@ def _check_rows(config: Config, mesh: Mesh | None) -> None:
 
 
 def count_steps(options: TrainerOptions, rows: int, per_batch: int = 1) -> int:
-    """Number of updates, `per_batch` on every batch, where an epoch has so many `rows`.
+    """Counts the updates, `per_batch` on every batch, where an epoch has so many `rows`.
 
-    Raises:
-        UserError: there are fewer rows than a batch has, or less than one step results.
+    Raises `UserError` where there are fewer rows than a batch has, or less than one step results.
     """
     if options.batch_size > rows:
         raise UserError(

@@ -25,10 +25,9 @@ from train.types import Params, State
 
 
 def hash_weights(options: ModelOptions) -> dict[str, str]:
-    """Content hashes of all weights that a run reads: of the model, its adapter and its base.
+    """Returns content hashes of all weights that a run reads: of the model, its adapter and its base.
 
-    Raises:
-        UserError: base and model are the same.
+    Raises `UserError` where base and model are the same.
     """
     hashes = {"model": hash_model(options.path)}
     if options.lora is not None and options.lora.adapter is not None:
@@ -51,15 +50,10 @@ def _no_delta(as_held: str = "") -> UserError:
 class StartWeights:
     """The weights' way through a run. Nothing is read before `load`, `start` or `resume` is called.
 
-    Args:
-        run: The run.
-        scores_answers: Keep the reference, to score answers that the policy gives during training.
-
-    Attributes:
-        loaded: All parameters, until `start` or `resume` lets go of them.
-        frozen: The parameters that are not trained.
-        reference: The trained parameters as they were at the start, where they are kept.
-        base: What those were before fine-tuning, where it is kept.
+    With `scores_answers` the reference is kept, to score answers that the policy gives during training.
+    `loaded` are all parameters, until `start` or `resume` lets go of them; `frozen` are those that are
+    not trained. Where they are kept, `reference` are the trained parameters as they were at the start,
+    and `base` as they were before fine-tuning.
     """
 
     def __init__(self, run: Run, *, scores_answers: bool) -> None:
@@ -91,7 +85,7 @@ class StartWeights:
         return {"reference_params": self.reference, "base_params": self.base}
 
     def load(self) -> Params:
-        """All parameters that training starts from, adapters included; read at the first call."""
+        """Returns all parameters that training starts from, read at the first call, with adapters."""
         if self.loaded is None:
             self._run.console.print("Loading the model ...")
             params, lora = self._read("model.path", self._run.config.model.path), self._adapters()
@@ -99,10 +93,9 @@ class StartWeights:
         return self.loaded
 
     def start(self) -> State:
-        """The state of a new run.
+        """Makes the state of a new run.
 
-        Raises:
-            UserError: model and base are the same in the types of this run.
+        Raises `UserError` where model and base are the same in the types of this run.
         """
         params, frozen = self._run.split(self.load())
         delta = base = None
@@ -126,7 +119,7 @@ class StartWeights:
         self.loaded = None
 
     def abstract_state(self) -> State:
-        """The shapes and dtypes of what `start` makes."""
+        """Returns the shapes and dtypes of what `start` makes."""
         shapes, delta = self._run.trained_shapes, None
         if self._options.holds_delta:
             delta = jax.eval_shape(self._delta, shapes, shapes)
@@ -139,14 +132,14 @@ class StartWeights:
         self.base = base if self._recomputes else None
 
     def _read(self, field: str, path: str) -> Params:
-        """Parameters of a model directory, in the types and places of this run."""
+        """Reads parameters of a model directory in the types and places of this run."""
         model = self._run.model
         types = {"dtype": model.dtype, "param_dtype": model.param_dtype}
         with blamed_on(field):
             return split_model(from_hf(path, **types, mesh=self._run.mesh))[1]
 
     def _adapters(self) -> Params | None:
-        """Low-rank adapters, fresh or from a directory; None where all weights are trained."""
+        """Makes low-rank adapters, fresh or from a directory; None where all weights are trained."""
         model, lora = self._run.model, self._run.config.model.lora
         if lora is None:
             return None
@@ -159,7 +152,7 @@ class StartWeights:
         return jax.device_put(adapters, jax.tree.map(lambda leaf: leaf.sharding, shapes))
 
     def _load_base(self, params: Params) -> Params:
-        """The trained parameters as they were before fine-tuning, when adapters added nothing."""
+        """Reads the trained parameters as they were before fine-tuning, when adapters added nothing."""
         if self._run.config.model.lora is not None:
             return jax.tree.map(jnp.zeros_like, params)
         self._run.console.print("Loading the base model ...")
@@ -175,7 +168,7 @@ class StartWeights:
         return om.task_vector(params, base, dtype=self._delta_dtype)
 
     def _delta_and_size(self, params: Params, base: Params) -> tuple[Params | None, jax.Array]:
-        """The delta, where the state holds it, and its norm as a share of that of the weights."""
+        """Returns the delta where the state holds it, and its norm as a share of the weights' norm."""
         delta = self._delta(params, base)
         size = optax.tree.norm(delta) / optax.tree.norm(params)
         return delta if self._options.holds_delta else None, size

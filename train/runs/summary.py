@@ -16,7 +16,7 @@ _HIDDEN = ("step", "tokens_per_second", "learning_rate")
 
 
 def summarise(output: OutputDir, *, exported: int) -> dict[str, Any]:
-    """What summary.json holds: the length of a run, and the first and last value of every metric."""
+    """Returns what summary.json holds, above all the first and the last value of every metric."""
     metrics: dict[str, dict[str, float]] = {}
     rows = read_metrics(output.path / "metrics.jsonl")
     for row in rows:
@@ -42,16 +42,11 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
     table.add_column("first", justify="right")
     table.add_column("last", justify="right")
     for kind in ("eval_", "", "merge/"):
-        chosen = [name for name in summary["metrics"] if _kind(name) == kind]
-        for name in chosen:
-            value = summary["metrics"][name]
-            table.add_row(
-                name,
-                f"{value['first']:.5g}",
-                f"{value['last']:.5g}",
-                end_section=name == chosen[-1],
-                style=_style(name, value),
-            )
+        for name, value in summary["metrics"].items():
+            if _kind(name) == kind:
+                first, last = f"{value['first']:.5g}", f"{value['last']:.5g}"
+                table.add_row(name, first, last, style=_style(name, value))
+        table.add_section()
     console.print(table)
     console.print(
         f"Model of step {summary['exported_step']}: {summary['export']}",
@@ -65,7 +60,7 @@ def _kind(name: str) -> str:
 
 
 def _style(name: str, value: dict[str, float]) -> str | None:
-    """The style of a row: headlines are bold, and skipped steps are yellow."""
+    """Returns the style of a row: headlines are bold, and skipped steps are yellow."""
     if name == "skipped_steps" and value["last"]:
         return "yellow"
     return "bold" if name in HEADLINES else None

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from train.config import UserError
-from train.data import TokenDataset, make_buckets, make_loader
+from train.data import TokenDataset, make_loader
 from train.distributed.batches import row_parts
 from train.distributed.mesh import compiler_options, on_mesh
 from train.distributed.processes import is_first
@@ -39,17 +38,17 @@ class Objective:
     """The parts of a run in which one kind of training differs from another.
 
     Attributes:
-        loss_fn: From `train.objectives`.
+        loss_fn: The loss, from `train.objectives`.
         evaluate: Makes the evaluation of held-out rows, which have their reference columns.
-        score: Log-probabilities of the answers, which the reference's are computed with.
-        names: Kinds of answers that `score` gives; none where the loss asks no reference.
+        score: Computes the log-probabilities of answers, with the weights of the reference.
+        names: Kinds of answers that `score` gives; none where the loss needs no reference.
         depends_on: Settings that change what `score` gives.
-        check_first: Raises `ValueError` when the metrics of step 1 of a new run cannot be.
+        check_first: Raises `ValueError` when the metrics of step 1 of a new run are impossible.
         shuffle: Whether every epoch draws a new order.
-        synced: Whether the reference follows the policy, and is scored at every step.
-        sample: `f(policy, reference, batch, done)`: the batch of a step of the loader's prompts, given
-            all parameters of both and the number of steps done, and what is logged of it. The
-            reference is the start, and None where `names` are none.
+        synced: Whether the reference follows the policy and is scored at every step.
+        sample: `f(policy, reference, batch, done)` makes a step's batch of the loader's prompts, and
+            what is logged of it. It gets all parameters of both models and the number of steps done;
+            the reference is the start, and None where `names` is empty.
         inputs: Content hashes of what else the run reads, by name.
     """
 
@@ -65,7 +64,7 @@ class Objective:
     inputs: Mapping[str, str] = field(default_factory=dict)
 
     def reference_columns(self, params: Params, batch: Batch) -> Batch:
-        """The reference's log-probabilities of a batch, by the names that the loss reads."""
+        """Computes the reference's log-probabilities of a batch, by the names that the loss reads."""
         assert self.score is not None
         names = [f"reference_{name}_logps" for name in self.names]
         return dict(zip(names, self.score(params, batch), strict=True))
@@ -74,14 +73,10 @@ class Objective:
 def train(run: Run, objective: Objective) -> None:
     """Trains from the start or from the last checkpoint, exports the model and reports.
 
-    Args:
-        run: From `train.runs.set_up.set_up`.
-        objective: What is learned.
-
     Raises:
-        Stopped: by a signal; the run is saved.
-        UserError: base and model are the same, before training starts; or training ended, and said
-            why: then nothing is exported.
+        Stopped: a signal came; the run is saved.
+        UserError: base and model are the same, which is found before training starts; or training
+            ended for a reason that the message gives, and nothing is exported.
     """
     hashes = hash_weights(run.config.model)
     scores_answers = objective.sample is not None and bool(objective.names)
@@ -142,7 +137,14 @@ def _job(
         start=weights.start,
         like=abstract(like, shardings),
         step=lambda state, batch: step(state, batch, weights.frozen, weights.merged_models),
-        loader=_loader(run, data, objective.shuffle),
+        loader=make_loader(
+            data,
+            trainer.batch_size,
+            seed=trainer.seed,
+            shuffle=objective.shuffle,
+            shard=row_parts(run.mesh),
+            buckets=run.show_buckets() if objective.shuffle else None,
+        ),
         evaluate=None if evaluate is None else lambda state: evaluate(all_params(state, evaluated)),
         check_first=None if check_first is None else blamed_on("reference")(check_first),
         learning_rates=learning_rates(run.schedule, run.steps),
@@ -159,7 +161,7 @@ def _job(
 def _with_reference(
     run: Run, objective: Objective, weights: StartWeights, dataset: TokenDataset, key: str
 ) -> TokenDataset:
-    """The data set with the reference's log-probabilities, from the cache where it has them."""
+    """Adds the reference's log-probabilities to a data set, from the cache where it has them."""
     model = run.config.model
     cache = getattr(run.config, "reference_cache", None)
     directory = run.output.path / "reference" if cache is None else Path(cache)
@@ -167,10 +169,13 @@ def _with_reference(
 
     def compute(dataset: TokenDataset) -> Scores:
         assert objective.score is not None
-        shown_as = f"reference log-probabilities of {len(dataset)} rows"
-        batch_size, params = run.eval_batch_size, weights.load()
         logps = answer_logps(
-            objective.score, params, dataset, batch_size, run.mesh, shown_as=shown_as
+            objective.score,
+            weights.load(),
+            dataset,
+            run.eval_batch_size,
+            run.mesh,
+            shown_as=f"reference log-probabilities of {len(dataset)} rows",
         )
         return dict(zip(objective.names, logps, strict=True))
 
@@ -179,7 +184,7 @@ def _with_reference(
 
 
 def _with_tasks(run: Run, evaluate: Evaluate | None) -> Evaluate | None:
-    """An evaluation of held-out rows, if any, and of the tasks, if any."""
+    """Adds the tasks, if there are any, to the evaluation of held-out rows, if there are any."""
     if not run.tasks:
         return evaluate
     ends = end_tokens(run.config.model.path, run.tokenizer)
@@ -187,31 +192,12 @@ def _with_tasks(run: Run, evaluate: Evaluate | None) -> Evaluate | None:
     scores = task_scorer(
         run.graphdef, run.tasks, run.tokenizer, ends, batch_size=batch_size, mesh=mesh
     )
-
-    def evaluate_with_tasks(params: Params) -> dict[str, float]:
-        return ({} if evaluate is None else evaluate(params)) | as_metrics(scores(params))
-
-    return evaluate_with_tasks
-
-
-def _loader(run: Run, data: TokenDataset, shuffle: bool) -> Any:
-    trainer, buckets = run.config.trainer, None
-    if shuffle:
-        count, batches = run.config.data.buckets, run.steps // run.config.steps_per_batch
-        buckets = make_buckets(data, trainer.batch_size, count, steps=batches)
-        run.console.print(f"Batches: {buckets.describe(data.arrays)}", highlight=False)
-    return make_loader(
-        data,
-        trainer.batch_size,
-        seed=trainer.seed,
-        shuffle=shuffle,
-        shard=row_parts(run.mesh),
-        buckets=buckets,
-    )
+    held_out: Evaluate = evaluate or (lambda params: {})
+    return lambda params: held_out(params) | as_metrics(scores(params))
 
 
 def _weights_of(run: Run, step: int, state: State, like: State) -> Params:
-    """The trained weights of a step, or their average where the settings say so."""
+    """Returns the trained weights of a step, or their average where the settings say so."""
     ema, by = run.config.trainer.ema, run.config.trainer.export_best
     name = "ema" if ema is not None and ema.export else "params"
     if step == int(state["step"]):
