@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from train.config import DPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig, SFTConfig
-from train.data import Buckets, TokenDataset, make_buckets
+from train.data import TokenDataset, make_buckets
+from train.data.buckets import Buckets
 from train.evaluation.tasks import Tasks
 from train.files.run_directory import OutputDir
 from train.models import ModelConfig

@@ -221,8 +221,8 @@ class Study:
         found = []
         for row in read_metrics(self._place(seed) / name / "metrics.jsonl"):
             if "eval_rewards/margins" in row:
-                scores = _scores(row, method.beta) | {"control": method.control}
-                found.append(Point(name, method.label, seed, row["step"], **scores))
+                scores, at = _scores(row, method.beta), row["step"]
+                found.append(Point(name, method.label, seed, at, **scores, control=method.control))
         return found
 
     def _evaluated(

@@ -117,7 +117,7 @@ def _attempts() -> list[Recipe]:
     pulls = [(0.03, "opposing"), (0.1, "opposing")]
     fast: dict[str, Any] = {"learning_rate": _FAST}
     merging: dict[str, Any] = {"make": on_ties, "alpha": [3e-4, 1e-3]}
-    sparse = merging | {"density": 0.1}
+    sparse: dict[str, Any] = {**merging, "density": 0.1}
     kept: dict[str, Any] = {"merges": add_delta(f"{label} + λτ"), "control": True}
     return [
         *grid("kl_ema", label, **fast, beta=strong, ema=[0.9, 0.97], **kept),
