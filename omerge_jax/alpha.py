@@ -63,8 +63,8 @@ def relative(share: optax.ScalarOrSchedule, *, scope: Scope = "global") -> Relat
 
     A fixed alpha has to be searched over decades (5e-7 in the paper): it weighs a step of the size of
     the learning rate against a delta that is a thousand times larger. Here the reference term gets a
-    fixed share of every step, ``‖α·F(τ)‖ = share · (‖α·F(τ)‖ + ‖(1 − α)·F(Δθ)‖)``, and so fades with the
-    learning rate. It costs one more pass over the updates and the delta.
+    fixed share of every step, ``‖α·F(τ)‖ = share · (‖α·F(τ)‖ + ‖(1 − α)·F(Δθ)‖)``, and so fades with
+    the learning rate. It costs one more pass over the updates and the delta.
 
     Args:
       share: the reference's share of the norm, in [0, 1]; a float, a schedule of the optimizer step,

@@ -137,10 +137,10 @@ def magnitude(
         gives the count exactly; others are multiplied in float32.
       rescale: ``"norm"`` gives what is kept the L1 norm it had before, per tensor.
       threshold: ``"exact"`` finds it in about three passes over the tensor (about six over a small
-        one); in `fused_chain` each pass recomputes the update instead of storing it. ``"sampled"`` takes
-        it from about 32768 / density entries of each tensor, at least 1/64 of them, in rows that change
-        from step to step, without a pass over all: the share kept is off by about half a percent of
-        itself. Tensors hardly larger than their sample are done exactly.
+        one); in `fused_chain` each pass recomputes the update instead of storing it. ``"sampled"``
+        takes it from about 32768 / density entries of each tensor, at least 1/64 of them, in rows that
+        change from step to step, without a pass over all: the share kept is off by about half a percent
+        of itself. Tensors hardly larger than their sample are done exactly.
       seed: integer that, with the step, path and index, orders equal magnitudes.
 
     Returns:
