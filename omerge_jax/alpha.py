@@ -61,18 +61,16 @@ def alpha_of_leaves(
 def relative(share: optax.ScalarOrSchedule, *, scope: Scope = "global") -> Relative:
     """An alpha that follows the size of the steps.
 
-    A fixed alpha has to be searched over decades (5e-7 in the paper), because it weighs a step of the
-    size of the learning rate against a delta that is a thousand times larger. Here the reference term
-    gets a fixed share of what is added at every step,
-    ``‖α·F(τ)‖ = share · (‖α·F(τ)‖ + ‖(1 − α)·F(Δθ)‖)``, whatever the learning rate, and fades with it.
-    It costs one more pass over the updates and the delta.
+    A fixed alpha has to be searched over decades (5e-7 in the paper): it weighs a step of the size of
+    the learning rate against a delta that is a thousand times larger. Here the reference term gets a
+    fixed share of every step, ``‖α·F(τ)‖ = share · (‖α·F(τ)‖ + ‖(1 − α)·F(Δθ)‖)``, and so fades with
+    the learning rate. It costs one more pass over the updates and the delta.
 
     Args:
       share: the reference's share of the norm, in [0, 1]; a float, a schedule of the optimizer step,
         or traced. 0.05 is one part of reference to 19 of update.
       scope: ``"global"``: one alpha, from norms over all parameters. ``"tensor"``: one per tensor (per
-        layer, with ``layer_axes``), which also moves tensors that the optimizer hardly touches in
-        proportion.
+        layer, with ``layer_axes``), in proportion even where the optimizer hardly moves a tensor.
 
     Returns:
       What takes the place of ``alpha`` in `online_merge`, `on_dare`, `on_ties` and the ready-made

@@ -95,9 +95,8 @@ def check_callable(name: str, value: Any, arguments: Sequence[str], example: str
 def check_not_swapped(alpha: Any, density: Any) -> None:
     """Raises ValueError where alpha and density look as if one had been given for the other.
 
-    The paper goes down to densities of 1e-5 and weighs the reference by 5e-7. Fewer entries than that
-    with a reference of 1 % or more are no setting that anyone trains with; they are the paper's values
-    the wrong way round. A density that is meant can be given as a schedule.
+    The paper goes down to densities of 1e-5 and weighs the reference by 5e-7. Nobody trains with fewer
+    entries and a reference of 1 % or more. A density that is meant can be given as a schedule.
     """
     weight, share = known(alpha), known(density)
     if weight is not None and share is not None and share < 1e-5 and weight >= 1e-2:

@@ -85,15 +85,16 @@ def scalars_from_sums(leaves: Sequence[jax.Array], *, knows_params: bool) -> dic
     def share(part: jax.Array, whole: jax.Array) -> jax.Array:
         return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
 
-    metrics = {
-        "kept_share": share(kept, proposed),
-        "sign_agreement": share(agree, both),
-        "reference_ratio": share(jnp.sqrt(theirs), jnp.sqrt(ours)),
-        "cosine": share(dot, jnp.sqrt(update_square) * jnp.sqrt(delta_square)),
-        "update_norm": jnp.sqrt(merged_square),
-        "rounding_lost": share(lost, moving) if knows_params else jnp.float32(jnp.nan),
-    }
-    return prefixed(metrics)
+    return prefixed(
+        {
+            "kept_share": share(kept, proposed),
+            "sign_agreement": share(agree, both),
+            "reference_ratio": share(jnp.sqrt(theirs), jnp.sqrt(ours)),
+            "cosine": share(dot, jnp.sqrt(update_square) * jnp.sqrt(delta_square)),
+            "update_norm": jnp.sqrt(merged_square),
+            "rounding_lost": share(lost, moving) if knows_params else jnp.float32(jnp.nan),
+        }
+    )
 
 
 def merge_metrics(opt_state: Any) -> dict[str, jax.Array]:

@@ -70,8 +70,7 @@ def online_merge(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Merges every update with the reference's delta: F(Δθ) ⊕ F(τ_r).
 
-    Chain it after an optimizer, after its learning rate, and last: what is emitted is rounded to what
-    the parameters can hold.
+    Chain it last, after an optimizer and its learning rate: it rounds to what the parameters can hold.
 
     With ``every_k`` = K it follows Algorithm 2: updates pass, only rounded, for K − 1 steps, and step K
     emits ``merge(Δc + Δθ) − Δc``. Δc = θ − θ_m is what the parameters have moved since the last merge,
@@ -94,9 +93,9 @@ def online_merge(
       every_k: K, an integer of at least 1; under ``optax.inject_hyperparams`` name it in
         ``static_args`` where it is given.
       delta_mask: ``"fresh"`` sparsifies τ_r anew at every step. ``"fixed"`` does it once, as the
-        authors' code (step 0 of the mask, and of a density schedule; an injected density counts as it
-        is at each step): whatever a random mask dropped then never arrives, and with 1/p scaling what
-        it kept arrives 1/p times over, which diverges for a small p.
+        authors' code (at step 0 of the mask and of a density schedule; an injected density counts as
+        it is at each step): what a random mask dropped never arrives, and with 1/p scaling what it
+        kept arrives 1/p times over, which diverges for a small p.
       storage: how τ_r is held. ``"dense"``: as given. ``"sparse"``: the kept entries of F(τ_r) and
         their places, where F(τ_r) stands still. ``"pinned_host"``: in the host's memory, copied to
         the accelerator at every merge. ``"recompute"``: not at all; ``update`` takes

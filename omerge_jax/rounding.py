@@ -114,10 +114,9 @@ class RoundedState(NamedTuple):
 def rounded(how: Rounding, *, seed: Any = 0) -> optax.GradientTransformationExtraArgs:
     r"""Rounds every update to what its parameter can hold. Chain it last.
 
-    What is emitted must be what is added to the parameters: then the addition rounds nothing, and an
-    update far below the last digit of its parameter arrives all the same. `online_merge` and what is
-    built on it end with this transformation, so it is for other optimizers, and for merges with
-    ``rounding="nearest"`` that something else follows.
+    Where what it emits is added to the parameters as it is, the addition rounds nothing, and an update
+    far below the last digit of its parameter arrives all the same. `online_merge` ends with it, so it
+    is for other optimizers, and for merges with ``rounding="nearest"`` that something else follows.
 
     Args:
       how: ``"stochastic"``: up or down at random, so that updates arrive on average, without memory.

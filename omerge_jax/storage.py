@@ -33,13 +33,10 @@ def fixed_context(path: Path, layers: int) -> SparsifyContext:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one leaf of a delta is to be held; static, and kept with the leaf.
-
-    The sparsifier is F, where F(τ_r) is held; None otherwise.
-    """
+    """How one leaf of a delta is to be held; static, and kept with the leaf."""
 
     storage: Storage
-    sparsifier: BaseSparsifier | None = None
+    sparsifier: BaseSparsifier | None = None  # F, where F(τ_r) is held
     layer_axes: Axes = ()
     path: Path = ()
 
@@ -119,10 +116,8 @@ class SparseDelta:
         """Returns F(τ_r) [*shape], by its coordinates so that a sharded leaf is not gathered."""
         axes = self.recipe.layer_axes
         others = [axis for axis in range(len(self.shape)) if axis not in axes]
-        grid = [
-            jax.lax.broadcasted_iota(jnp.int32, self.places.shape, axis)
-            for axis in range(len(axes))
-        ]
+        shape, layers = self.places.shape, range(len(axes))
+        grid = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in layers]
         places = jnp.unravel_index(self.places, tuple(self.shape[axis] for axis in others))
         index = dict(zip((*axes, *others), (*grid, *places), strict=True))
         where = tuple(index[axis] for axis in range(len(self.shape)))
@@ -145,13 +140,13 @@ class DeltaFit:
         """Returns the shapes of the fits to leaves of a state's delta, without those that have none."""
         shapes = {}
         for path, leaf in leaves.items():
-            unset = (
-                isinstance(leaf, UnsetDelta) and leaf.recipe.entries_kept(leaf.shape) is not None
-            )
-            if not unset and not isinstance(leaf, SparseDelta):
-                like = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
-                fitted = jax.eval_shape(lambda x, path=path: self._fit(path, x), like)
-                shapes |= {} if fitted is None else {path: tuple(fitted.shape)}
+            unset = isinstance(leaf, UnsetDelta)
+            if isinstance(leaf, SparseDelta) or (unset and leaf.recipe.entries_kept(leaf.shape)):
+                continue
+            like = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+            fitted = jax.eval_shape(lambda x, path=path: self._fit(path, x), like)
+            if fitted is not None:
+                shapes[path] = tuple(fitted.shape)
         return shapes
 
     def _fit(self, path: Path, delta: jax.Array) -> jax.Array | None:
@@ -199,10 +194,7 @@ def has_hash(value: Any) -> bool:
 
 
 def check_storage(storage: Storage, sparsifier: BaseSparsifier, stands_still: bool) -> None:
-    """Raises ValueError where a delta cannot be held that way.
-
-    ``stands_still`` says whether F(τ_r) is the same at every step.
-    """
+    """Raises ValueError where a delta, whose F(τ_r) may stand still, cannot be held that way."""
     check_choice("storage", storage, get_args(Storage))
     if storage != "sparse":
         return

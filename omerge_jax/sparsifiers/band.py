@@ -17,6 +17,7 @@ from omerge_jax.sparsifiers.base import (
     count_at,
     keeps_all,
     static_density,
+    tie_order,
 )
 from omerge_jax.threshold.edge import is_beyond, top_k_edge
 
@@ -29,7 +30,7 @@ class _Band(EdgeSparsifier):
         if keeps_all(self.density):
             return None
         outliers, kept = self._counts(x, ctx)
-        order = self.order(x, ctx)
+        order = tie_order(x, ctx, self.seed)
         edges = [
             top_k_edge(x, count, order, ctx.layer_axes) for count in (outliers + kept, outliers)
         ]
@@ -44,7 +45,7 @@ class _Band(EdgeSparsifier):
         return jnp.minimum(count_at(self.gamma, entries), jnp.uint32(entries) - kept), kept
 
     def keep(self, x: jax.Array, edges: jax.Array, ctx: SparsifyContext) -> jax.Array:
-        order = self.order(x, ctx)
+        order = tie_order(x, ctx, self.seed)
         # What is not finite is no outlier to be dropped: it must be seen.
         outlier = is_beyond(x, edges[..., 3:6], order) & jnp.isfinite(x)
         return jnp.where(is_beyond(x, edges[..., :3], order) & ~outlier, x, 0)

@@ -142,7 +142,7 @@ class FittedSparsifier(BaseSparsifier):
 
 @dataclasses.dataclass(frozen=True)
 class EdgeSparsifier(FittedSparsifier):
-    """Keeps the entries on one side of magnitudes; ``"norm"`` puts a factor after them in the fit."""
+    """Keeps entries by edges among the magnitudes; with ``"norm"`` a factor follows them in the fit."""
 
     density: optax.ScalarOrSchedule
     rescale: Literal["none", "norm"]
@@ -156,10 +156,6 @@ class EdgeSparsifier(FittedSparsifier):
     @abc.abstractmethod
     def keep(self, x: jax.Array, edges: jax.Array, ctx: SparsifyContext) -> jax.Array:
         """Returns ``x`` with 0 where its edges, from `top_k_edge`, leave an entry out."""
-
-    def order(self, x: Shaped, ctx: SparsifyContext) -> TieOrder:
-        """Returns the order in which equal magnitudes of ``x`` are kept."""
-        return tie_order(x, ctx, self.seed)
 
     def count(self, x: Shaped, ctx: SparsifyContext) -> jax.Array:
         """Returns int(p·n) for n entries of each tensor of ``x``, a uint32 scalar."""
@@ -180,6 +176,36 @@ class EdgeSparsifier(FittedSparsifier):
         kept = self.keep(x, fitted, ctx)
         # F(x) ← F(x) · ‖x‖₁ / ‖F(x)‖₁
         return kept if self.rescale == "none" else kept * per_layer(fitted[..., -1], x)
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnSparsifier(BaseSparsifier):
+    """Keeps entries at random; ``draw`` is another source of masks than the places of the entries."""
+
+    density: optax.ScalarOrSchedule
+    rescale: Literal["inverse", "norm", "none"]
+    seed: jax.typing.ArrayLike
+    draw: Draw | None
+
+    def mask(self, x: jax.Array, share: jax.typing.ArrayLike, ctx: SparsifyContext) -> jax.Array:
+        """Returns which entries of ``x`` are kept, each with the probability ``share``."""
+        if self.draw is not None:
+            return self.draw(x, share, ctx)
+        return random_mask.bernoulli(
+            ctx.leaf_shape(x),
+            share,
+            seed=self.seed,
+            step=ctx.step,
+            path=ctx.path,
+            role=ctx.role,
+            coordinates=ctx.coordinates(x),
+        )
+
+    def capacity(self, entries: int) -> int:
+        """Returns the mean number of entries that a mask keeps, and eight standard deviations."""
+        share = static_density(self.density)
+        spread = math.sqrt(entries * share * (1 - share))
+        return min(entries, math.ceil(entries * share + 8 * spread + 8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,34 +285,6 @@ def count_at(share: jax.typing.ArrayLike, entries: int) -> jax.Array:
     # The product may round up, also to 2**32, which uint32 does not hold.
     count = jnp.minimum(jnp.floor(jnp.float32(share) * entries), 4294967040.0).astype(jnp.uint32)
     return jnp.minimum(count, jnp.uint32(entries))
-
-
-def draw_mask(
-    x: jax.Array,
-    share: jax.typing.ArrayLike,
-    ctx: SparsifyContext,
-    draw: Draw | None,
-    seed: jax.typing.ArrayLike,
-) -> jax.Array:
-    """Returns which entries of ``x`` are kept, drawn by ``draw`` or, where None, from their places."""
-    if draw is not None:
-        return draw(x, share, ctx)
-    return random_mask.bernoulli(
-        ctx.leaf_shape(x),
-        share,
-        seed=seed,
-        step=ctx.step,
-        path=ctx.path,
-        role=ctx.role,
-        coordinates=ctx.coordinates(x),
-    )
-
-
-def random_capacity(density: optax.ScalarOrSchedule, entries: int) -> int:
-    """Entries a Bernoulli mask keeps at most: eight standard deviations above the mean."""
-    share = static_density(density)
-    spread = math.sqrt(entries * share * (1 - share))
-    return min(entries, math.ceil(entries * share + 8 * spread + 8))
 
 
 def norm_ratio(

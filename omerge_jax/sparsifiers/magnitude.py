@@ -19,6 +19,7 @@ from omerge_jax.sparsifiers.base import (
     check_common,
     keeps_all,
     static_density,
+    tie_order,
 )
 from omerge_jax.threshold.bracketed import Bracket, find_edge, large_top_k_edge
 from omerge_jax.threshold.edge import is_beyond, search, top_k_edge, top_k_threshold
@@ -47,7 +48,7 @@ class _Magnitude(EdgeSparsifier):
         sample = None if ctx.sample is not None else self.choose_sample(x.shape, ctx)
         if sample is not None:
             return self.fit(sample.take(x), dataclasses.replace(ctx, sample=sample))
-        count, order = self._count(x, ctx), self.order(x, ctx)
+        count, order = self._count(x, ctx), tie_order(x, ctx, self.seed)
         first = self._first_sample(x.shape, ctx)
         if first is None:
             edge = top_k_edge(x, count, order, ctx.layer_axes)
@@ -70,7 +71,7 @@ class _Magnitude(EdgeSparsifier):
 
     def keep(self, x: jax.Array, edges: jax.Array, ctx: SparsifyContext) -> jax.Array:
         # F(x): the int(p·n) entries of largest magnitude (Section 3.2, OnTIES).
-        return jnp.where(is_beyond(x, edges[..., :3], self.order(x, ctx)), x, 0)
+        return jnp.where(is_beyond(x, edges[..., :3], tie_order(x, ctx, self.seed)), x, 0)
 
     def capacity(self, entries: int) -> int:
         return int(static_density(self.density) * entries) or entries
@@ -81,7 +82,7 @@ class _Magnitude(EdgeSparsifier):
             return self._find_edge(entries_of(x), ctx)[1]
         if (sample := self.choose_sample(x.shape, ctx)) is not None:
             x, ctx = sample.take(x), dataclasses.replace(ctx, sample=sample)
-        return search(x, self._count(x, ctx), self.order(x, ctx), ctx.layer_axes)[2]
+        return search(x, self._count(x, ctx), tie_order(x, ctx, self.seed), ctx.layer_axes)[2]
 
     @property
     def _share(self) -> float:
@@ -100,7 +101,7 @@ class _Magnitude(EdgeSparsifier):
         assert first is not None
         like = jax.ShapeDtypeStruct(entries.shape, jnp.float32)
         bracket = self._bracket(entries.sample(first), ctx)
-        count, order = self._count(like, ctx), self.order(like, ctx)
+        count, order = self._count(like, ctx), tie_order(like, ctx, self.seed)
         return find_edge(entries, count, order, ctx.layer_axes, bracket)
 
     def _bracket(self, sampled: jax.Array, ctx: SparsifyContext) -> Bracket:
@@ -135,11 +136,11 @@ def magnitude(
       density: share kept, in (0, 1]; a float, a schedule of the step, or traced. Only a Python float
         gives the count exactly; others are multiplied in float32.
       rescale: ``"norm"`` gives what is kept the L1 norm it had before, per tensor.
-      threshold: ``"exact"`` finds the threshold in about three passes over the tensor (a small one,
-        in about six), which in `fused_chain` compute it anew every time; ``"sampled"``
+      threshold: ``"exact"`` finds it in about three passes over the tensor (about six over a small
+        one); in `fused_chain` each pass recomputes the update instead of storing it. ``"sampled"``
         takes it from about 32768 / density entries of each tensor, at least 1/64 of them, in rows that
-        change from step to step: no pass over all of it, and a share kept that is off by about half a
-        percent of itself. Tensors hardly larger than their sample are done exactly.
+        change from step to step, without a pass over all: the share kept is off by about half a percent
+        of itself. Tensors hardly larger than their sample are done exactly.
       seed: integer that, with the step, path and index, orders equal magnitudes.
 
     Returns:

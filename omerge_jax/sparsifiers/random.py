@@ -9,27 +9,21 @@ import optax
 
 from omerge_jax.checks import check_number
 from omerge_jax.sparsifiers.base import (
-    BaseSparsifier,
     Draw,
+    DrawnSparsifier,
     Sparsifier,
     SparsifyContext,
     check_common,
     density_at,
-    draw_mask,
     keeps_all,
     norm_ratio,
-    random_capacity,
 )
 from omerge_jax.threshold.edge import per_layer
 
 
 @dataclasses.dataclass(frozen=True)
-class _Random(BaseSparsifier):
-    density: optax.ScalarOrSchedule
-    rescale: Literal["inverse", "norm", "none"]
+class _Random(DrawnSparsifier):
     clip: jax.typing.ArrayLike | None
-    seed: jax.typing.ArrayLike
-    draw: Draw | None
     eps: jax.typing.ArrayLike
 
     @property
@@ -41,7 +35,7 @@ class _Random(BaseSparsifier):
         kept = x
         if not keeps_all(self.density):
             # F(x) = m ⊙ x with m ~ Bernoulli(p) (Eq. 3).
-            kept = jnp.where(draw_mask(x, density, ctx, self.draw, self.seed), x, 0)
+            kept = jnp.where(self.mask(x, density, ctx), x, 0)
             if self.rescale != "none":
                 # F(x) = m ⊙ x / p, as dropout does, times the inverse: a division per entry would
                 # cost as much as the mask.
@@ -54,9 +48,6 @@ class _Random(BaseSparsifier):
             limit = jnp.asarray(self.clip, kept.dtype)
             kept = jnp.clip(kept, -limit, limit)
         return kept
-
-    def capacity(self, entries: int) -> int:
-        return random_capacity(self.density, entries)
 
 
 def random(
@@ -103,4 +94,4 @@ def random(
     check_number("eps", eps, "at least 0")
     if clip is not None:
         check_number("clip", clip, "above 0", "the largest size of an entry of the delta")
-    return _Random(density, rescale, clip, seed, draw, eps)
+    return _Random(density, rescale, seed, draw, clip, eps)

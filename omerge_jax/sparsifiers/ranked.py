@@ -12,16 +12,14 @@ import optax
 from omerge_jax.checks import check_number, known
 from omerge_jax.paths import Path, show
 from omerge_jax.sparsifiers.base import (
-    BaseSparsifier,
     Draw,
+    DrawnSparsifier,
     Sparsifier,
     SparsifyContext,
     check_common,
     density_at,
-    draw_mask,
     keeps_all,
     norm_ratio,
-    random_capacity,
 )
 from omerge_jax.threshold.edge import per_layer
 
@@ -29,19 +27,15 @@ RankAxis = int | None | Callable[[Path], int | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ranked(BaseSparsifier):
-    density: optax.ScalarOrSchedule
+class _Ranked(DrawnSparsifier):
     epsilon: jax.typing.ArrayLike
-    rescale: Literal["inverse", "norm", "none"]
     axis: RankAxis
-    seed: jax.typing.ArrayLike
-    draw: Draw | None
 
     def __call__(self, x: jax.Array, ctx: SparsifyContext) -> jax.Array:
         if keeps_all(self.density):
             return x
         share = self._keep_probability(x, ctx)
-        mask = draw_mask(x, share, ctx, self.draw, self.seed)
+        mask = self.mask(x, share, ctx)
         scaled = (x / share).astype(x.dtype) if self.rescale == "inverse" else x
         kept = jnp.where(mask, scaled, 0)
         if self.rescale == "norm":
@@ -63,9 +57,6 @@ class _Ranked(BaseSparsifier):
         order = jnp.argsort(jnp.abs(rows), axis=axis, stable=True)
         rank = jnp.argsort(order, axis=axis).astype(jnp.float32) / (entries - 1)
         return (density - epsilon + rank * 2 * epsilon).reshape(x.shape)
-
-    def capacity(self, entries: int) -> int:
-        return random_capacity(self.density, entries)
 
 
 def rank_axis_of(axis: RankAxis, shape: Sequence[int], layer_axes: int, path: Path) -> int | None:
@@ -140,4 +131,4 @@ def magnitude_ranked(
                 "density - epsilon and density + epsilon must lie in (0, 1), got density = "
                 f"{density} and epsilon = {epsilon}; take a smaller epsilon"
             )
-    return _Ranked(density, epsilon, rescale, axis, seed, draw)
+    return _Ranked(density, rescale, seed, draw, epsilon, axis)
