@@ -101,8 +101,8 @@ def fused_chain(
 def _require_merge(state: Any) -> None:
     """Raises ValueError where something else than a merge would be given the updates."""
     if isinstance(state, optax.MaskedState | optax.InjectStatefulHyperparamsState):
-        return _require_merge(state.inner_state)
-    if isinstance(state, optax.PartitionState):
+        _require_merge(state.inner_state)
+    elif isinstance(state, optax.PartitionState):
         for inner in state.inner_states.values():
             _require_merge(inner)
     elif not isinstance(state, OnlineMergeState):
@@ -111,7 +111,6 @@ def _require_merge(state: Any) -> None:
             "optax.masked, optax.partition or optax.inject_hyperparams, but something else has the "
             f"state {type(state).__name__}: put it around fused_chain, or use optax.chain"
         )
-    return None
 
 
 class _Proposed:

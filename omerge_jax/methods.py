@@ -217,8 +217,7 @@ def keep_largest(
       >>> tx = optax.chain(optax.adamw(3e-6), om.keep_largest(density=0.1))
 
     References:
-      No paper: what is left of OnTIES (https://arxiv.org/abs/2405.17931) without its reference;
-      docs/taxbench.md has what it does.
+      No paper: OnTIES (https://arxiv.org/abs/2405.17931) without its reference; docs/taxbench.md.
     """
     # α = 0: F(Δθ) alone.
     return on_ties(

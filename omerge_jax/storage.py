@@ -171,8 +171,7 @@ class DeltaFit:
 
     def split(self, held: dict[Path, Any]) -> dict[Path, jax.Array]:
         """Returns the fits by the paths of their leaves."""
-        fits: dict[Path, jax.Array] = {}
-        start = 0
+        fits, start = {}, 0
         for path, shape in self._shapes(held).items():
             fits[path] = self.values[start : start + math.prod(shape)].reshape(shape)
             start += math.prod(shape)

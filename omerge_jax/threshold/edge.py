@@ -166,8 +166,7 @@ def search_keys(
         tied = jnp.where(keys == settled, order(never), jnp.uint32(0))
         return jnp.where(keys > settled, jnp.uint32(_ALL), tied)
 
-    start = _Interval(nothing, everything, found.reaching)
-    among_ties, more = _narrow(ranks, start, wanted)
+    among_ties, more = _narrow(ranks, _Interval(nothing, everything, found.reaching), wanted)
     return found.low, among_ties.low, passes + more
 
 
