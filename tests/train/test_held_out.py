@@ -17,6 +17,7 @@ from train.evaluation.held_out import (
     evaluate_preferences,
     evaluate_sft,
 )
+from train.losses import PreferenceLoss
 from train.models import from_hf, merge_model, split_model
 from train.objectives.preference import reference_logps_fn
 from train.objectives.sft import sft_loss
@@ -98,11 +99,9 @@ def test_preference_metrics_are_exact_means(model, pairs):
     evaluate = evaluate_preferences(
         score,
         pairs.with_columns(**columns),
-        loss_type="sigmoid",
-        beta=0.3,
-        label_smoothing=0.0,
         batch_size=4,
         mesh=None,
+        loss=PreferenceLoss("sigmoid", beta=0.3),
     )
     rewards = {
         kind: 0.3
