@@ -205,6 +205,7 @@ def _check(settings: MergeSettings, delta: Any) -> None:
             "storage='recompute' holds no delta: leave delta unset and give reference_params and "
             "base_params to update"
         )
+    layer_axes_rule(settings.layer_axes)
     check_storage(settings.storage, settings.sparsifier, settings.fixed_delta)
     check_delta(delta)
 

@@ -78,11 +78,6 @@ def layer_axes_of(layer_axes: LayerAxes, path: Path, ndim: int) -> Axes:
       >>> layer_axes_of({"layers": (1,), "head": 0}, ("layers", "kernel"), ndim=3)
       (1,)
     """
-    if isinstance(layer_axes, jax.Array):
-        raise ValueError(
-            "layer_axes must be known when the program is traced; under optax.inject_hyperparams name "
-            "it in static_args"
-        )
     rule = layer_axes_rule(layer_axes)
     chosen: Any = rule(path) if callable(rule) else rule
     if _is_axes(chosen):
@@ -138,7 +133,11 @@ class _Prefix:
 
 def layer_axes_rule(layer_axes: LayerAxes) -> LayerAxes:
     """Returns ``layer_axes`` in a form that has a hash: a tree prefix becomes a callable."""
-    is_rule = callable(layer_axes) or isinstance(layer_axes, (int, jax.Array, type(None)))
-    if is_rule or _is_axes(layer_axes):
+    if isinstance(layer_axes, jax.Array):
+        raise ValueError(
+            "layer_axes must be known when the program is traced; under optax.inject_hyperparams name "
+            "it in static_args"
+        )
+    if callable(layer_axes) or isinstance(layer_axes, (int, type(None))) or _is_axes(layer_axes):
         return layer_axes
     return _Prefix(tuple(leaves_by_path(layer_axes, _is_axes).items()))

@@ -72,7 +72,9 @@ def trajectory(merge: Any, way: Held, shapes: Any, scale: float = 1.0) -> Any:
     extra = {"reference_params": params, "base_params": base}
     if way.storage != "recompute":
         extra = {}
-        state = om.with_delta(state, om.task_vector(params, base, dtype=way.dtype))
+        # A delta of zeros is refused outside of jit; it is meant here.
+        set_delta = om.with_delta if scale else jax.jit(om.with_delta)
+        state = set_delta(state, om.task_vector(params, base, dtype=way.dtype))
 
     @jax.jit
     def step(params: Any, state: Any, grads: Any, extra: Any) -> tuple[Any, Any]:
