@@ -94,7 +94,7 @@ class LeafMerge:
         self.param = None if self.param is None else to_front(self.param, self.axes)
 
     def look_ahead(self) -> None:
-        """If the update is computed on demand, computes the fit and the metrics sample before it."""
+        """Computes the fit and the metrics sample before the full update, if that is made on demand."""
         if self.update.stored:
             return
         sparsifier, shape = self.settings.sparsifier, self.update.shape
