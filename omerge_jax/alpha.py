@@ -32,6 +32,7 @@ def alpha_at(alpha: Alpha, scale: Any, step: jax.Array) -> jax.Array | Relative:
     number = number(step) if callable(number) else number
     name, meaning = ("share", SHARE) if isinstance(alpha, Relative) else ("alpha", ALPHA)
     check_number(name, number, "in [0, 1]", meaning)
+    # α_t = scale · α(t); a share of the norm is scaled in the same way.
     number = jnp.asarray(number, jnp.float32) * jnp.asarray(scale, jnp.float32)
     return Relative(number, alpha.scope) if isinstance(alpha, Relative) else number
 

@@ -1,4 +1,4 @@
-"""A leaf as a sparsifier sees it: it can be read whole, again and again, or as a sample.
+"""A leaf that may be computed on demand: it can be read whole, more than once, or as a sample.
 
 In `fused_chain` the update of a leaf is not stored: every reading computes it anew from the gradient,
 the moments and the parameter. In a plain chain it is an array, and a reading reads that.
@@ -84,10 +84,11 @@ class Entries:
     shape: tuple[int, ...]
     dtype: Any
     whole: Callable[[], jax.Array]  # gives the leaf as an array that is computed once
-    # Gives a part of the leaf: the function that takes it is applied to what the leaf is made from.
+    # `read(part)` returns `part(leaf)`, computed by applying `part` to the inputs the leaf is computed
+    # from.
     read: Callable[[Part], jax.Array]
-    # Has an array computed before the whole leaf is.
-    wait: Callable[[jax.Array], None] = lambda known: None
+    # Makes the compiler compute an array before the whole leaf.
+    compute_first: Callable[[jax.Array], None] = lambda known: None
     stored: bool = False  # whether the leaf is an array, so that a reading computes nothing
 
     @property
@@ -104,11 +105,11 @@ class Entries:
         """Returns a sample of the leaf."""
         return self.read(sample.take)
 
-    def again(self, turn: jax.Array) -> jax.Array:
+    def read_again(self, turn: jax.Array) -> jax.Array:
         """Returns the whole leaf, read once more, which the compiler takes to depend on ``turn``.
 
-        ``turn`` is an int32 scalar. What does not change in a loop the compiler would compute before
-        the loop and write out.
+        ``turn`` is an int32 scalar. Without this the compiler would hoist the value out of the loop and
+        store it.
         """
         return self.read(lambda x: renewed(x, turn))
 

@@ -136,7 +136,7 @@ class _Proposed:
                 like.dtype,
                 whole=lambda: leaves_by_path(self.step()[0])[path],
                 read=lambda part: self._read(path, part),
-                wait=lambda known: self._first.setdefault(path, []).append(known),
+                compute_first=lambda known: self._first.setdefault(path, []).append(known),
             )
 
         return map_by_path(one, shapes)

@@ -169,18 +169,19 @@ def merge_then_round(
     check_choice("delta_mask", delta_mask, get_args(DeltaMask))
     check_callable("sparsifier", sparsifier, ("x", "ctx"), "omerge_jax.random(0.1)")
     check_callable("consensus", consensus, ("update", "delta", "alpha"), "omerge_jax.linear()")
-    rounds = rounded(rounding, seed=seed)
+    round_updates = rounded(rounding, seed=seed)
     merge = MergeSettings(
         as_sparsifier(sparsifier),
         consensus,
         fixed_delta=delta_mask == "fixed",
-        rounds=rounding != "nearest",
+        rounding_follows=rounding != "nearest",
         **settings,
     )
     if not merge.uses_delta:
-        merge, rounds = dataclasses.replace(merge, rounds=False), optax.identity()
+        merge = dataclasses.replace(merge, rounding_follows=False)
+        round_updates = optax.identity()
     _check(merge, delta)
-    return _transformation(merge, delta, optax.chain(between, rounds))
+    return _transformation(merge, delta, optax.chain(between, round_updates))
 
 
 def _check(settings: MergeSettings, delta: Any) -> None:
@@ -240,6 +241,7 @@ def _transformation(
             merged, scalars = step.merge(updates, None)
         else:
             merged, merged_params, scalars = step.merge_every_k(updates)
+        # u = round(F(Δθ) ⊕ F(τ_r)); the caller adds it: θ ← θ + u.
         emitted, rounding_state = after.update(merged, state.rounding_state, params)
         emitted = jax.tree.map(lambda new, old: new.astype(old.dtype), emitted, updates)
         return emitted, state._replace(

@@ -173,6 +173,7 @@ def bernoulli(
     share = jnp.asarray(density, jnp.float32)
     if share.ndim:
         share = jnp.broadcast_to(share, bits.shape)
+    # m = [bits < p·2³²], which is 1 with probability p.
     # The largest float32 below 2**32: beyond it the conversion to uint32 is undefined.
     limit = jnp.minimum(share * float(_WORD), 4294967040.0).astype(jnp.uint32)
     return (bits < limit) | (share >= 1.0)

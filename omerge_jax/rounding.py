@@ -25,6 +25,7 @@ def _grid(param: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
     ``update``, float32 or float64, is what is to be added to ``param``, of any float dtype and the same
     shape. Both results are powers of two per entry, in the dtype of ``update``.
     """
+    # ulp = 2^⌊log₂ max(|θ|, |u|)⌋ · eps, with the eps of the dtype of θ.
     kind, wide = jnp.finfo(param.dtype), jnp.finfo(update.dtype)
     eps, word = float(kind.eps), jnp.uint32 if wide.bits == 32 else jnp.uint64
     largest = jnp.maximum(jnp.abs(param.astype(update.dtype)), jnp.abs(update))
@@ -78,7 +79,10 @@ def _round_by_dither(update: jax.Array, param: jax.Array, bits: jax.Array) -> ja
     power = jax.lax.bitcast_convert_type(pattern, param.dtype)
     # Odd numbers between -2**23 and 2**23: never half an ulp, so that nothing is rounded to nothing.
     noise = ((bits.astype(jnp.int32) >> 8) | 1).astype(param.dtype)
-    # In the middle between two powers of two: the parameter itself may lie where the ulp changes.
+    # With 2^e = 2^⌊log₂|θ|⌋, ulp = 2^e·eps, r in (−½, ½) and M = 1.5·2^e the result is
+    # (M + (u + r·ulp)) − M = ulp·round(u/ulp + r) while |u + r·ulp| < 2^e/2: all floats from 2^e to
+    # 2^(e+1) are multiples of ulp, so that the addition rounds to one and the subtraction is exact.
+    # M, unlike the parameter, lies far from where the ulp changes.
     middle = 1.5 * power
     return (middle + (update + power * (noise * (2.0**-24 * float(kind.eps))))) - middle
 

@@ -42,7 +42,7 @@ class MergeSettings:
     fixed_delta: bool  # whether F(τ_r) is the same at every step
     storage: Storage
     layer_axes: LayerAxes
-    rounds: bool  # whether a rounding follows, so that no update is lost to the addition
+    rounding_follows: bool  # so that the addition to the parameters loses no update
     diagnostics: bool
 
     @property
@@ -53,10 +53,10 @@ class MergeSettings:
 
 
 class HeldDelta(NamedTuple):
-    """What a step is given of the delta of one leaf.
+    """One leaf's delta, as passed to a step.
 
     ``arrays`` are τ_r or F(τ_r): one array, or two whose difference it is, in the dtypes they are held
-    in (converted here, the compiler would write the result out).
+    in. They are not converted here, because the compiler would then store the converted copy.
     """
 
     arrays: tuple[jax.Array, ...]
@@ -94,7 +94,7 @@ class LeafMerge:
         self.param = None if self.param is None else to_front(self.param, self.axes)
 
     def look_ahead(self) -> None:
-        """Makes the reads that must come before the whole of an update that is not stored."""
+        """Computes the fit and the metrics sample before the full update, if that is made on demand."""
         if self.update.stored:
             return
         sparsifier, shape = self.settings.sparsifier, self.update.shape
@@ -103,12 +103,12 @@ class LeafMerge:
         )
         for known in (self.fit if fits else None, self.sampled_update):
             if known is not None:
-                self.update.wait(known)
+                self.update.compute_first(known)
 
     def context(self, role: str, sample: Sample | None = None) -> SparsifyContext:
         """Returns the context of a sparsifier; a fixed delta is always at step 0."""
-        still = role == "delta" and self.settings.fixed_delta
-        step = jnp.zeros([], jnp.int32) if still else self.step
+        is_fixed = role == "delta" and self.settings.fixed_delta
+        step = jnp.zeros([], jnp.int32) if is_fixed else self.step
         return SparsifyContext(step, self.path, role, len(self.axes), sample)
 
     @functools.cached_property
@@ -167,7 +167,7 @@ class LeafMerge:
         return Kept(kept, sparsifier(delta, ctx))
 
     def merge(self, kept: Kept, alpha: jax.Array, moved: jax.Array | None) -> jax.Array:
-        """Returns what is emitted before it is rounded, from all of a leaf or from a sample."""
+        """Returns the merged update, not yet rounded, for a leaf or a sample of it."""
         merged = kept.update
         if kept.delta is not None:
             # F(Δθ) ⊕ F(τ_r) (Eq. 2), with α of the tensor; ⊕ is Eq. 4 or Eq. 5 to 7.
@@ -201,7 +201,7 @@ class LeafMerge:
             else:
                 kept = Kept(sample.take(kept.update), taken(kept.delta))
         emitted = self.merge(kept, alpha, taken(self.moved)).astype(self.update.dtype)
-        param = None if self.settings.rounds else taken(self.param)
+        param = None if self.settings.rounding_follows else taken(self.param)
         return share * leaf_sums(
             update, self._delta(sample), kept.update, kept.delta, emitted, param, jnp.mean(alpha)
         )
@@ -226,7 +226,7 @@ class MergeStep:
     def merge(
         self, updates: optax.Updates, moved: dict[Path, jax.Array] | None
     ) -> tuple[optax.Updates, dict[str, jax.Array]]:
-        """Returns what is emitted before it is rounded, and the scalars of the step.
+        """Returns the merged updates, not yet rounded, and the scalars of the step.
 
         ``updates`` are Δθ, or the span since the last merge: arrays, or entries that can be read
         again. ``moved`` is θ − θ_m by path, None for ``every_k=1``. The result is float32 or wider.
@@ -257,7 +257,7 @@ class MergeStep:
             alphas = dict.fromkeys(leaves, self.alpha)
         merged, sums = {}, []
         for path, leaf in leaves.items():
-            # One leaf after the other, which is also how the compiler then lays out its work.
+            # One leaf at a time, so that the compiler schedules them in this order.
             both = kept.get(path) or leaf.sparsify()
             emitted = leaf.merge(both, alphas[path], leaf.moved)
             merged[path] = from_front(emitted, leaf.axes)
@@ -277,6 +277,7 @@ class MergeStep:
     ) -> dict[str, jax.Array]:
         alpha = self.alpha
         if isinstance(alpha, Relative):
+            # The mean of the tensors' α, weighted by size: Σ αᵢ·nᵢ / Σ nᵢ.
             sizes = {path: float(leaf.update.size) for path, leaf in leaves.items()}
             terms = [jnp.mean(alphas[path]) * size for path, size in sizes.items()]
             alpha = sum(terms, jnp.zeros([], jnp.float32)) / max(1.0, sum(sizes.values()))
@@ -288,12 +289,13 @@ class MergeStep:
     ) -> tuple[optax.Updates, Any, dict[str, jax.Array]]:
         """Step-K (Algorithm 2): merges where the step's number is a multiple of K, else passes.
 
-        Returns what is emitted before it is rounded, θ_m, and the scalars of the last merge.
+        Returns the updates, not yet rounded, θ_m, and the scalars of the last merge.
         """
         count, every_k = self.state.merge_count, jnp.asarray(self.settings.every_k, jnp.int32)
         params = self.params
         assert params is not None
-        # After a merge θ is θ_m; what the merge led to is known only now.
+        # Right after a merge, θ_m = θ. The rounded result is known only at the next call, so θ_m is
+        # set here.
         merged_params = map_by_path(
             lambda path, last: jnp.where(count % every_k == 0, params[path], last),
             self.state.merged_params,
@@ -326,7 +328,7 @@ def _widened_whole(update: Any) -> jax.Array:
 def held_deltas(
     settings: MergeSettings, state: OnlineMergeState, reference: tuple[Any, Any]
 ) -> dict[Path, HeldDelta]:
-    """Returns what a step is given of the delta of every leaf."""
+    """Returns every leaf's delta, as passed to a step."""
     if not settings.uses_delta:
         return {}
     if settings.storage == "recompute":

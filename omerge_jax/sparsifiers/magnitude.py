@@ -67,7 +67,7 @@ class _Magnitude(EdgeSparsifier):
         edge = self._find_edge(entries, ctx)[0]
         if self.rescale == "none":
             return edge
-        return self.with_scale(edge, entries.again(jnp.int32(0)), ctx)
+        return self.with_scale(edge, entries.read_again(jnp.int32(0)), ctx)
 
     def keep(self, x: jax.Array, edges: jax.Array, ctx: SparsifyContext) -> jax.Array:
         # F(x): the int(p·n) entries of largest magnitude (Section 3.2, OnTIES).

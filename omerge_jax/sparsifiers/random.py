@@ -45,6 +45,7 @@ class _Random(DrawnSparsifier):
             # F(Δθ) ← F(Δθ) · ‖Δθ‖₁ / (‖F(Δθ)‖₁ + eps), the authors' code with its rescale flag.
             kept = kept * per_layer(norm_ratio(x, kept, ctx.layer_axes, self.eps), x)
         if self.clip is not None and (ctx.role == "delta" or normed):
+            # F(x) ← min(max(F(x), −c), c), with c = clip.
             limit = jnp.asarray(self.clip, kept.dtype)
             kept = jnp.clip(kept, -limit, limit)
         return kept

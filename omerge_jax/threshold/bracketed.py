@@ -65,7 +65,7 @@ def find_edge(
     countable(entries.shape, layer_axes)
 
     def bits(turn: jax.Array) -> jax.Array:
-        return magnitude_bits(entries.again(turn)) >> unused
+        return magnitude_bits(entries.read_again(turn)) >> unused
 
     def unfinished(carry: tuple[jax.Array, _Interval, jax.Array]) -> jax.Array:
         return jnp.any(_is_open(carry[1], wanted))

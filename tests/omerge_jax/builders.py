@@ -74,6 +74,21 @@ OTHERS = {
 }
 ALL = MERGES | OPTIMIZERS | OTHERS
 
+# Sparsifiers by density. `random` with rescale="norm" stands apart: it is not homogeneous, as it adds
+# 1e-6 to a norm, as the authors' code does.
+SPARSIFIERS = {
+    "identity": lambda density: om.identity(),
+    "random": lambda density: om.random(density, clip=None),
+    "random_unscaled": lambda density: om.random(density, rescale="none", clip=None),
+    "magnitude": lambda density: om.magnitude(density),
+    "magnitude_norm": lambda density: om.magnitude(density, rescale="norm"),
+    "band": lambda density: om.band(density, gamma=0.1),
+    "band_norm": lambda density: om.band(density, gamma=0.1, rescale="norm"),
+    "ranked": lambda density: om.magnitude_ranked(density, epsilon=0.1),
+    "ranked_norm": lambda density: om.magnitude_ranked(density, epsilon=0.1, rescale="norm"),
+}
+RANDOM_NORM = {"random_norm": lambda density: om.random(density, rescale="norm", clip=None)}
+
 
 def tree(seed: int, dtype: Any = jnp.float32) -> Any:
     rng = np.random.default_rng(seed)

@@ -20,6 +20,7 @@ import omerge_jax as om
 from omerge_jax.paths import leaves_by_path
 from omerge_jax.sparsifiers.base import tie_order
 from omerge_jax.threshold.edge import is_beyond
+from tests.omerge_jax.builders import RANDOM_NORM, SPARSIFIERS
 
 RATE = 1e-2
 INNERS = {
@@ -28,19 +29,6 @@ INNERS = {
     "adamw": optax.adamw(RATE),
     "lion": optax.lion(RATE),
 }
-# rescale="norm" of `random` is not homogeneous: it adds 1e-6 to a norm, as the authors' code does.
-SPARSIFIERS = {
-    "identity": lambda density: om.identity(),
-    "random": lambda density: om.random(density, clip=None),
-    "random_unscaled": lambda density: om.random(density, rescale="none", clip=None),
-    "magnitude": lambda density: om.magnitude(density),
-    "magnitude_norm": lambda density: om.magnitude(density, rescale="norm"),
-    "band": lambda density: om.band(density, gamma=0.1),
-    "band_norm": lambda density: om.band(density, gamma=0.1, rescale="norm"),
-    "ranked": lambda density: om.magnitude_ranked(density, epsilon=0.1),
-    "ranked_norm": lambda density: om.magnitude_ranked(density, epsilon=0.1, rescale="norm"),
-}
-RANDOM_NORM = {"random_norm": lambda density: om.random(density, rescale="norm", clip=None)}
 CONSENSUS = {
     "linear": om.linear(),
     "sign": om.sign(),

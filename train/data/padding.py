@@ -1,8 +1,8 @@
 """How wide arrays of tokens are, and how rows of tokens are padded to that width.
 
-Every width is a separate compilation, so widths are rounded up. Where something else bounds their
-number, as buckets do in training, a multiple of `WIDTH_MULTIPLE` is enough (`round_up`). Where a
-batch may be as long as its rows happen to be, there are two widths an octave (`padded_width`).
+Every width is a separate compilation, so widths are rounded up. Buckets bound the number of widths in
+training, so a multiple of 8 is enough (`round_up`). Elsewhere at most two widths per power of two are
+used (`padded_width`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 from rich.progress import track
 
 WIDTH_MULTIPLE = 8  # of the widths of data sets, packed rows and buckets
-BATCH_WIDTH = 32  # the least width of rows to be scored or continued, worth its compilation
+BATCH_WIDTH = 32
+"""Minimum width when scoring or generating; narrower shapes are not worth a compilation."""
 
 
 def round_up(length: int, multiple: int = WIDTH_MULTIPLE) -> int:
@@ -52,7 +53,7 @@ def pad_rows(
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts padded on the left to a width that other batches are likely to have too."""
+    """Prompts padded on the left; the width is rounded up to one of a few, to limit compilations."""
     width = padded_width(max(map(len, prompts)), BATCH_WIDTH)
     return pad_rows(prompts, width, pad_id, left=True)
 
@@ -60,11 +61,11 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarr
 def batches_by_length(
     lengths: Sequence[int] | np.ndarray, batch_size: int, shown_as: str = ""
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields all rows once, those of similar length together.
+    """Goes through all rows once, those of similar length together.
 
-    Each batch comes as the numbers of its rows, int `[n]` with `n <= batch_size`, and as the same
-    filled up to `batch_size` with the first of them, so that all batches have one number of rows. A
-    progress bar has the label `shown_as`; without one there is none.
+    Yields (row indices, the same indices padded to `batch_size` by repeating the first). The row
+    indices are int `[n]` with `n <= batch_size`. `shown_as` is the label of a progress bar; there is no
+    progress bar without a label.
 
     Example:
       >>> [filled.tolist() for _, filled in batches_by_length([3, 1, 2], 2)]

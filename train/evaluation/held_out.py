@@ -24,7 +24,7 @@ def bucketed_batches(
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Yields all rows once, those of similar length together, in batches of few shapes.
 
-    Padding that no row of a batch needs is cut off, to one of two widths an octave. The last batch
+    Padding that no row of a batch needs is cut off, to a width from `padded_width`. The last batch
     is filled up with copies of its first row whose answers are masked, so that they add no token.
     With each batch come the numbers of its rows, int ``[n]`` with ``n <= batch_size``: they are the
     batch's first ``n``. A progress bar has the label ``shown_as``; without one there is none.

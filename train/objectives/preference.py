@@ -26,17 +26,18 @@ def preference_loss(
 ) -> BatchLoss:
     """A loss on preference batches: `loss`, or DPO with its defaults where that is None.
 
-    `beta_at`, from `train.losses.beta_schedule`, is β of every step in place of the loss's own.
+    `beta_at`, from `train.losses.beta_schedule`, gives β at each step and replaces `loss.beta`.
 
     Returns:
-      `loss_fn(params, batch) -> (loss, metrics)`: the mean loss over the pairs, float32, and
-      `loss` and the metrics of `PreferenceLoss.metrics`, with `beta` where it changes. `batch`
-      holds `prompt_tokens`, `prompt_mask` `[B, P]`, `chosen_tokens`, `chosen_mask`,
+      A `BatchLoss`. Called with `(params, batch)` it returns the terms of the loss, float32
+      scalars that add up to the loss of the batch, and the metrics: `loss`, those of
+      `PreferenceLoss.metrics`, and `beta` where it changes. `batch` holds
+      `prompt_tokens`, `prompt_mask` `[B, P]`, `chosen_tokens`, `chosen_mask`,
       `rejected_tokens`, `rejected_mask` `[B, C]`; `reference_chosen_logps` and
       `reference_rejected_logps` `[B]` unless the loss is reference-free; and with `beta_at` the
       number of updates done, `step` int32 `[]`, which `train.training.step.make_train_step` adds.
-      It says how it follows from microbatches: the cross-entropy in `sft` and `orpo` is a mean over
-      tokens.
+      The returned `BatchLoss` also gives the weights for combining microbatches, since the
+      cross-entropy of `sft` and `orpo` is a mean over tokens.
     """
     loss = PreferenceLoss() if loss is None else loss
 

@@ -56,8 +56,8 @@ class GroupBatches:
 
         Returns:
             The columns that `train.objectives.group.group_loss` reads, with the answers to prompt
-            ``i`` in the rows from ``answers * i`` on, no wider than the longest needs (one of two
-            widths an octave); and TRL's metrics of answers and rewards, over the prompts of all
+            ``i`` in the rows from ``answers * i`` on, no wider than the longest needs (rounded up by
+            `padded_width`); and TRL's metrics of answers and rewards, over the prompts of all
             processes.
         """
         count = len(prompts["index"])

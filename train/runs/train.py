@@ -1,6 +1,6 @@
-"""Trains a checked run: fine-tuning and every kind of alignment go this way.
+"""Trains a checked run. Used by fine-tuning and by every alignment command.
 
-The way of the weights is in `train.runs.start_weights`, the trip of a batch in `train.training.loop`.
+`train.runs.start_weights` loads the weights; `train.training.loop` runs the steps.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ class Objective:
 
     Attributes:
         loss_fn: The loss, from `train.objectives`.
-        evaluate: Makes the evaluation of held-out rows, which have their reference columns.
+        evaluate: Makes the evaluation of held-out rows with the reference log-probabilities added.
         score: Computes the log-probabilities of answers, with the weights of the reference.
-        names: Kinds of answers that `score` gives; none where the loss needs no reference.
-        depends_on: Settings that change what `score` gives.
+        names: Names of the answers that `score` returns, such as chosen and rejected; none where the
+            loss needs no reference.
+        depends_on: Settings that change what `score` returns.
         check_first: Raises `ValueError` when the metrics of step 1 of a new run are impossible.
         shuffle: Whether every epoch draws a new order.
         synced: Whether the reference follows the policy and is scored at every step.
-        sample: `f(policy, reference, batch, done)` makes a step's batch of the loader's prompts, and
-            what is logged of it. It gets all parameters of both models and the number of steps done;
-            the reference is the start, and None where `names` is empty.
+        sample: `f(policy, reference, batch, done)` samples answers to the loader's prompts and returns
+            the batch and its metrics. It gets all parameters of both models and the number of steps
+            done. The reference is the starting model, and None where `names` is empty.
         inputs: Content hashes of what else the run reads, by name.
     """
 

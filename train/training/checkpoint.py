@@ -31,8 +31,8 @@ from train.files.checksums import (
 from train.training.save_agreement import SaveAgreement, brief
 from train.types import State
 
-_TIMES = "_CHECKPOINT_METADATA"
-"""A file into which Orbax writes once more after `_seal`; a restore does not need it."""
+_METADATA_FILE = "_CHECKPOINT_METADATA"
+"""A file into which Orbax writes once more after `_write_manifest`; a restore does not need it."""
 _PARTIAL = ".orbax-checkpoint-tmp"
 _SAVE_S = 4 * 3600
 """Seconds that a save may take. A process that dies ends the others long before."""
@@ -94,7 +94,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(
                 timeout_secs=_SAVE_S,
                 barrier_sync_fn=self._agreement.barrier,
-                post_finalization_callback=self._seal,
+                post_finalization_callback=self._write_manifest,
             ),
             cleanup_tmp_directories=False,
             read_only=self._read_only,
@@ -173,15 +173,15 @@ class Checkpoints:
         """Computes the checksums of the files of this process; Orbax has just written them."""
         partial, me = self._partial(), jax.process_index()
         mine = [name for name in file_names(partial) if _writer(name) == me]
-        # The directories in it have temporary names too, which they lose before `_seal`.
+        # The directories in it have temporary names too, which they lose before `_write_manifest`.
         return {
             re.sub(rf"{re.escape(_PARTIAL)}[^/]*", "", name): found
             for name, found in hash_files(partial, mine).items()
         }
 
-    def _seal(self) -> None:
+    def _write_manifest(self) -> None:
         """Writes the manifest. The first process calls this, before the files get their final name."""
-        write_manifest(self._partial(), self._agreement.checksums(), ignore=_TIMES)
+        write_manifest(self._partial(), self._agreement.checksums(), ignore=_METADATA_FILE)
 
     def _partial(self) -> Path:
         """Returns the directory of the save that is under way."""

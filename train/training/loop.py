@@ -1,9 +1,10 @@
 """The training loop: feeds, logs, evaluates, saves and resumes.
 
-A batch is drawn by the loader, completed where the policy answers its prompts, put on the mesh,
-stepped and logged. Step k is dispatched before the metrics of step k − 1 are read, so the device
-never waits for the host. Only where an evaluation or a checkpoint is due does the host wait for the
-device. A signal to stop counts at the end of a step.
+The loader draws a batch. Where the policy answers its prompts, `prepare` samples the answers. The
+batch is put on the mesh, stepped and logged. Step k is dispatched before the metrics of step k − 1
+are read, so the device never waits for the host. The host waits for the device where an evaluation
+or a checkpoint is due, before `prepare`, and at step 1 where `check_first` reads its metrics. A
+signal to stop counts at the end of a batch's steps.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def fit(
 
     Returns the final state, which is also the last checkpoint, and the step whose weights are to be
     exported. Raises `Stopped` where SIGTERM or SIGINT came and everything is saved; `UserError` where
-    too many steps in a row were not finite, the disk has no room, or no step keeps to the floors.
-    Earlier checkpoints stay.
+    too many steps in a row were not finite, the disk has no room, or no evaluated step meets the
+    required minimum scores. Earlier checkpoints stay.
     """
 
     def warn(message: str) -> None:
@@ -114,24 +115,24 @@ def _train(
         due = done == steps or (done > 0 and eval_every is not None and done % eval_every == 0)
         return due and job.evaluate is not None and done not in watch.evaluated
 
-    def is_best() -> bool:
-        """Evaluates the state, and says whether it is the best so far."""
+    def evaluate_and_record() -> bool:
+        """Evaluates the state, logs the scores, and returns whether they are the best so far."""
         assert job.evaluate is not None
         log.flush()
         found = {name: float(value) for name, value in job.evaluate(state).items()}
-        # Every process is to decide the same, and a reward may tell each of them something else.
+        # A reward may give each process other values, and all must decide alike: the first one's count.
         metrics = from_first(found)
         log.evaluated(done, metrics)
         return watch.record(done, metrics)
 
-    # A run that was stopped may owe the evaluation of its last step.
+    # A run that was stopped may have ended before the evaluation of its last step.
     if evaluation_is_due() or (watch.wants_start and done == 0):
-        is_best()
+        evaluate_and_record()
     while done < steps and watch.reason is None and not stopped:
         if not placed or done % job.steps_per_batch == 0:
             batch, known = next(job.loader), {}
             if job.prepare is not None:
-                log.flush()  # sampling waits for the last step anyway, whose time is then its own
+                log.flush()  # or the time of sampling would count as that of the last step
                 batch, known = job.prepare(state, batch, done)
             placed = put_batch(batch, job.mesh)
             counts = count_batch(batch, placed)
@@ -139,7 +140,7 @@ def _train(
         done += 1
         log.dispatched(done, {**metrics, **known}, counts)
         stopped = signals.agreed() and done % job.steps_per_batch == 0
-        best = not stopped and evaluation_is_due() and is_best()
+        best = not stopped and evaluation_is_due() and evaluate_and_record()
         last = done == steps or stopped or watch.reason is not None
         if saved.due(done) or best or last:
             log.flush()  # the log is complete up to a checkpoint before that checkpoint exists
@@ -152,8 +153,8 @@ def _train(
 def _rows_until(step: int, path: Path) -> list[dict[str, float]]:
     """The metrics that a run has logged up to `step`; all processes must call this.
 
-    The first process reads them, which has just mended the file: a kill may have cut off its last
-    line, and the others may see that for a while.
+    Only the first process reads the file. A kill may have cut off its last line. The first process has
+    just repaired that; the others may still see the damaged line for a while.
     """
     rows = read_metrics(path) if step and is_first() and path.exists() else []
     return from_first([row for row in rows if row["step"] <= step])
