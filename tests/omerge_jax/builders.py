@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import omerge_jax as om
 from omerge_jax.online import EVERY_STEP
@@ -73,6 +74,31 @@ OTHERS = {
     "anchored opposing": Case(opposing, {"rate": ALPHA}),
 }
 ALL = MERGES | OPTIMIZERS | OTHERS
+# Other settings of merges that are in the short tests too; they are run with the slow ones.
+VARIANTS = {
+    "on_dare fixed norm",
+    "on_ties norm weighted",
+    "on_ties measured",
+    "on_ties sampled",
+    "on_ties relative",
+    "band fixed norm",
+}
+
+
+def named(names: Any) -> list[Any]:
+    """The names of cases as parameters of a test, those of `VARIANTS` marked as slow."""
+    slow = pytest.mark.slow
+    return [pytest.param(n, marks=slow if n in VARIANTS else ()) for n in names]
+
+
+def cases(named_cases: dict[str, Case]) -> list[Any]:
+    """Cases as parameters of a test, those of `VARIANTS` marked as slow."""
+    slow = pytest.mark.slow
+    return [
+        pytest.param(case, id=name, marks=slow if name in VARIANTS else ())
+        for name, case in named_cases.items()
+    ]
+
 
 # Sparsifiers by density. `random` with rescale="norm" stands apart: it is not homogeneous, as it adds
 # 1e-6 to a norm, as the authors' code does.

@@ -15,9 +15,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import omerge_jax as om
-from tests.omerge_jax.builders import ALL, start
+from tests.omerge_jax.builders import ALL, VARIANTS, named, start
 
-each = pytest.mark.parametrize("name", ALL)
+each = pytest.mark.parametrize("name", named(ALL))
 NUMBERS = {"alpha", "density", "rate", "learning_rate"}
 
 
@@ -99,7 +99,11 @@ def test_injected_numbers_are_the_numbers(name):
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [(name, key) for name, case in ALL.items() for key in sorted(NUMBERS & case.options.keys())],
+    [
+        pytest.param(name, key, marks=pytest.mark.slow if name in VARIANTS else ())
+        for name, case in ALL.items()
+        for key in sorted(NUMBERS & case.options.keys())
+    ],
 )
 def test_schedules_are_taken_where_numbers_are(name, number):
     """Compiled for alpha alone; of the others the types are compared."""

@@ -9,11 +9,11 @@ from jax.experimental import checkify
 
 import omerge_jax as om
 from omerge_jax.state import merge_states
-from tests.omerge_jax.builders import ALL, MERGES, OPTIMIZERS, OTHERS, start, tree
+from tests.omerge_jax.builders import ALL, MERGES, OPTIMIZERS, OTHERS, cases, named, start, tree
 from tests.virtual_devices import run_python
 
-each = pytest.mark.parametrize("case", ALL.values(), ids=ALL.keys())
-each_merge = pytest.mark.parametrize("case", MERGES.values(), ids=MERGES.keys())
+each = pytest.mark.parametrize("case", cases(ALL))
+each_merge = pytest.mark.parametrize("case", cases(MERGES))
 CONTEXT = om.SparsifyContext(jnp.int32(0), ("w",), "update")
 
 
@@ -47,7 +47,7 @@ def test_integer_leaves_of_a_base_pass_through_an_offline_merge():
     assert int(merged["count"]) == 7
 
 
-@pytest.mark.parametrize("name", [*MERGES, "anchored"])
+@pytest.mark.parametrize("name", named([*MERGES, "anchored"]))
 def test_complex_leaves_are_refused_by_name(name):
     params = {"z": jnp.ones(3, jnp.complex64)}
     tx = ALL[name].make()

@@ -20,7 +20,7 @@ FACTORIES = {
     "on_ties_adamw": lambda **kw: om.on_ties_adamw(1e-2, alpha=0.1, density=0.05, **kw),
 }
 each_factory = pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES.keys())
-each_span = pytest.mark.parametrize("every_k", [1, 2])
+each_span = pytest.mark.parametrize("every_k", [1, pytest.param(2, marks=pytest.mark.slow)])
 
 
 def tree(seed):

@@ -57,6 +57,7 @@ def mesh_flags(data: int, fsdp: int, tensor: int) -> dict[str, int]:
     return {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(inputs, tmp_path):
     short = {"trainer__steps": 3, "data__eval_fraction": None, "data__buckets": 1}
     assert main(["dpo", *run_flags(inputs, tmp_path / "one", **short)]) == 0

@@ -258,7 +258,7 @@ def assert_same_steps(trainer, model, directory, loss_fn, params, dataset, check
     ("kind", "loss_type"),
     [
         ("llama", "sigmoid"),
-        ("qwen2", "ipo"),
+        pytest.param("qwen2", "ipo", marks=pytest.mark.slow),
         pytest.param("llama", "hinge", marks=pytest.mark.slow),
     ],
 )
