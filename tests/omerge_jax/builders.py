@@ -1,6 +1,6 @@
 """Every transformation of the library, as several test modules make them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -85,19 +85,14 @@ VARIANTS = {
 }
 
 
-def named(names: Any) -> list[Any]:
-    """The names of cases as parameters of a test, those of `VARIANTS` marked as slow."""
-    slow = pytest.mark.slow
-    return [pytest.param(n, marks=slow if n in VARIANTS else ()) for n in names]
+def marks(name: str) -> Any:
+    """The marks of the case of a name in the tests that run over all: variants are slow."""
+    return pytest.mark.slow if name in VARIANTS else ()
 
 
-def cases(named_cases: dict[str, Case]) -> list[Any]:
-    """Cases as parameters of a test, those of `VARIANTS` marked as slow."""
-    slow = pytest.mark.slow
-    return [
-        pytest.param(case, id=name, marks=slow if name in VARIANTS else ())
-        for name, case in named_cases.items()
-    ]
+def named(names: Iterable[str]) -> list[Any]:
+    """Names of cases as parameters of a test."""
+    return [pytest.param(name, marks=marks(name)) for name in names]
 
 
 # Sparsifiers by density. `random` with rescale="norm" stands apart: it is not homogeneous, as it adds

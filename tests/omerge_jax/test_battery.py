@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import omerge_jax as om
-from tests.omerge_jax.builders import ALL, VARIANTS, named, start
+from tests.omerge_jax.builders import ALL, marks, named, start
 
 each = pytest.mark.parametrize("name", named(ALL))
 NUMBERS = {"alpha", "density", "rate", "learning_rate"}
@@ -100,7 +100,7 @@ def test_injected_numbers_are_the_numbers(name):
 @pytest.mark.parametrize(
     ("name", "number"),
     [
-        pytest.param(name, key, marks=pytest.mark.slow if name in VARIANTS else ())
+        pytest.param(name, key, marks=marks(name))
         for name, case in ALL.items()
         for key in sorted(NUMBERS & case.options.keys())
     ],

@@ -9,11 +9,17 @@ from jax.experimental import checkify
 
 import omerge_jax as om
 from omerge_jax.state import merge_states
-from tests.omerge_jax.builders import ALL, MERGES, OPTIMIZERS, OTHERS, cases, named, start, tree
+from tests.omerge_jax.builders import ALL, MERGES, OPTIMIZERS, OTHERS, marks, named, start, tree
 from tests.virtual_devices import run_python
 
-each = pytest.mark.parametrize("case", cases(ALL))
-each_merge = pytest.mark.parametrize("case", cases(MERGES))
+
+def each_of(cases):
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, id=name, marks=marks(name)) for name, case in cases.items()]
+    )
+
+
+each, each_merge = each_of(ALL), each_of(MERGES)
 CONTEXT = om.SparsifyContext(jnp.int32(0), ("w",), "update")
 
 
